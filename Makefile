@@ -1,0 +1,46 @@
+# Every target works in a fresh checkout: it first makes .venv and installs what pyproject.toml asks for.
+# PYTHON may name any interpreter from 3.11 to 3.13; by default the first one found is used.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
+	if $$python -c '$(SUPPORTED)' 2>/dev/null; then echo $$python; break; fi; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test check format conform bench wheel clean
+help:  ## what the targets do
+	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+		echo "selfattn needs Python 3.11, 3.12 or 3.13; got '$(PYTHON)'. Try: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]' --group dev
+	touch $@
+
+demo: $(INSTALLED)  ## train in PyTorch on real images, run in Keras and Flax, compare
+	$(BIN)/python -m examples.digits
+
+test: check  ## check, then every test
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+conform: $(INSTALLED)  ## all backends against the numpy specification
+	$(BIN)/selfattn conform
+
+bench: $(INSTALLED)  ## time and memory, written to benchmarks/results
+	$(BIN)/python -m benchmarks.bench
+
+wheel: $(INSTALLED)  ## build the wheel into dist/
+	$(BIN)/python -m build --wheel
+
+clean:  ## remove the environment and everything built
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
