@@ -1,0 +1,173 @@
+"""The layer for PyTorch; the function is defined in `selfattn_core.spec`.
+
+Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3.
+"""
+
+from typing import Any, Literal, Self, overload
+
+import torch
+from torch import nn
+
+from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.params import projections
+from selfattn_ops.blocks import check_block_size
+from selfattn_ops.torch import attend, attend_with_map
+
+
+class SelfAttention2d(nn.Module):
+    """Self-attention over the positions of a feature map, with a residual gain that starts at zero.
+
+    ```
+    A = softmax(query(x) · key(x)ᵀ)        y = gamma · out(A · value(x)) + x
+    ```
+
+    Unlike `nn.MultiheadAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value differ. The
+    children `query`, `key`, `value` (and `out`) are plain 1×1 `nn.Conv2d`; the paper's f is `key` and its g is
+    `query`, much PyTorch code has them the other way round, and the paper's h is `value`.
+
+    | array | shape |
+    |---|---|
+    | x, y | (B, C, H, W) or (C, H, W) |
+    | A | (B, N, M) or (N, M): row = output position h·W + w, column = attended position, rows sum to 1 |
+
+    Args:
+        in_channels: C.
+        qk_channels: Dk, by default C // 8.
+        value_channels: Dv, by default C.
+        out_projection: whether `out` takes A v from Dv back to C channels; needed where Dv differs from C.
+        bias: whether the projections have biases.
+        kv_pool: side of the max-pooling window over key and value; 1 is none.
+        block_size: query positions attended from at a time; None chooses by size. Changes memory, not the result.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: if the options do not make a layer, or (when called) the input's shape does not fit.
+        TypeError: if the input is not floating-point.
+
+    Example:
+        >>> layer = SelfAttention2d(64)
+        >>> x = torch.randn(2, 64, 5, 7)
+        >>> torch.equal(layer(x), x)  # gamma is 0 at first
+        True
+        >>> y, A = layer(x, need_weights=True)
+        >>> A.shape
+        torch.Size([2, 35, 35])
+    """
+
+    config: SelfAttentionConfig
+
+    def __init__(
+        self,
+        in_channels: int,
+        qk_channels: int | None = None,
+        value_channels: int | None = None,
+        *,
+        out_projection: bool = False,
+        bias: bool = True,
+        kv_pool: int = 1,
+        block_size: int | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = SelfAttentionConfig(
+            in_channels,
+            qk_channels,
+            value_channels,
+            out_projection=out_projection,
+            use_bias=bias,
+            kv_pool=kv_pool,
+        )
+        self.block_size = check_block_size(block_size)
+        for name, (channels_in, channels_out) in projections(self.config).items():
+            conv = nn.Conv2d(channels_in, channels_out, 1, bias=bias, device=device, dtype=dtype)
+            self.add_module(name, conv)
+        self.gamma = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: SelfAttentionConfig,
+        *,
+        block_size: int | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A new layer of this config."""
+        return cls(
+            config.channels,
+            config.qk_channels,
+            config.value_channels,
+            out_projection=config.out_projection,
+            bias=config.use_bias,
+            kv_pool=config.kv_pool,
+            block_size=block_size,
+            device=device,
+            dtype=dtype,
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters: Glorot-uniform kernels, zero biases, zero gamma."""
+        for row in parameter_table(self.config).values():
+            parameter = self.get_parameter(row.name.replace("kernel", "weight"))
+            if row.initial == "zeros":
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.xavier_uniform_(parameter)
+
+    @overload
+    def forward(self, x: torch.Tensor, need_weights: Literal[False] = False) -> torch.Tensor: ...
+    @overload
+    def forward(self, x: torch.Tensor, need_weights: Literal[True]) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def forward(
+        self, x: torch.Tensor, need_weights: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The output, and the map if asked for, which takes N·M numbers of memory.
+
+        Args:
+            x: (B, C, H, W) or (C, H, W).
+            need_weights: whether to return (y, A) instead of y.
+        """
+        self.config.check_input(
+            x.shape,
+            layout="BCHW or CHW",
+            layer="SelfAttention2d",
+            dtype=x.dtype,
+            floating=x.is_floating_point(),
+        )
+        maps = x if x.dim() == 4 else x.unsqueeze(0)  # (B, C, H, W)
+        query = _rows(self.query(maps))  # (B, N, Dk)
+        key = _rows(self._pool(self.key(maps)))  # (B, M, Dk)
+        value = _rows(self._pool(self.value(maps)))  # (B, M, Dv)
+        if need_weights:
+            attended, attention = attend_with_map(query, key, value, block_size=self.block_size)
+        else:
+            attended = attend(query, key, value, block_size=self.block_size)  # (B, N, Dv)
+        attended = attended.mT.unflatten(-1, maps.shape[2:])  # (B, Dv, H, W)
+        if self.config.out_projection:
+            attended = self.out(attended)  # (B, C, H, W)
+        y = torch.addcmul(maps, self.gamma.view(1, 1, 1, 1), attended)  # (B, C, H, W)
+        y = y if x.dim() == 4 else y.squeeze(0)
+        if not need_weights:
+            return y
+        return y, (attention if x.dim() == 4 else attention.squeeze(0))
+
+    def _pool(self, maps: torch.Tensor) -> torch.Tensor:
+        side = self.config.kv_pool
+        return nn.functional.max_pool2d(maps, side) if side > 1 else maps
+
+    def extra_repr(self) -> str:
+        """The config, and the block size where it is set."""
+        options: dict[str, Any] = self.config.to_dict()
+        channels = options.pop("channels")
+        if self.block_size is not None:
+            options["block_size"] = self.block_size
+        return ", ".join([str(channels), *(f"{name}={value}" for name, value in options.items())])
+
+
+def _rows(maps: torch.Tensor) -> torch.Tensor:
+    """(B, D, H, W) to (B, N, D), positions in row-major order."""
+    return maps.flatten(2).mT

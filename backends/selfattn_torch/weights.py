@@ -1,0 +1,134 @@
+"""Weights of the PyTorch layer to and from canonical arrays and files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import selfattn_core
+from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.params import check_params
+from selfattn_core.weights import PathLike
+from selfattn_torch.layer import SelfAttention2d
+
+Array = NDArray[Any]
+
+
+def to_canonical(layer: SelfAttention2d) -> dict[str, Array]:
+    """The layer's weights as new, contiguous numpy arrays by canonical name.
+
+    Args:
+        layer: on any device; bfloat16 is widened to float32, which is exact.
+
+    Returns:
+        Kernels (C_in, C_out), biases (C_out,), gamma (1,).
+
+    Example:
+        >>> to_canonical(SelfAttention2d(16))["query.kernel"].shape
+        (16, 2)
+    """
+    params = {}
+    for row in parameter_table(layer.config).values():
+        tensor = _parameter(layer, row.name).detach().cpu()
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.float()
+        if row.name.endswith("kernel"):
+            tensor = tensor[:, :, 0, 0].T
+        params[row.name] = np.array(tensor.numpy(), order="C").reshape(row.shape)
+    return params
+
+
+def from_canonical(
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    *,
+    block_size: int | None = None,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
+) -> SelfAttention2d:
+    """A layer with these weights.
+
+    Args:
+        config: which layer.
+        params: arrays by canonical name.
+        block_size: as in `SelfAttention2d`.
+        device: of the parameters; by default the CPU.
+        dtype: of the parameters; by default that of the arrays.
+
+    Raises:
+        ValueError: if the arrays do not fit the config; lists every problem.
+
+    Example:
+        >>> layer = SelfAttention2d(16)
+        >>> twin = from_canonical(layer.config, to_canonical(layer))
+        >>> torch.equal(twin.key.weight, layer.key.weight)
+        True
+    """
+    arrays = check_params(config, params)
+    # Made on the meta device, so that torch's random state is not touched.
+    layer = SelfAttention2d.from_config(config, block_size=block_size, device="meta", dtype=dtype)
+    state = {}
+    for name, array in arrays.items():
+        tensor = torch.from_numpy(np.array(array, order="C"))
+        if name.endswith("kernel"):
+            tensor = tensor.T[:, :, None, None].contiguous()
+        state[name.replace("kernel", "weight")] = tensor.to(device=device or "cpu", dtype=dtype)
+    layer.load_state_dict(state, assign=True)
+    return layer
+
+
+def load(
+    path: PathLike,
+    *,
+    block: str | None = None,
+    block_size: int | None = None,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
+) -> SelfAttention2d:
+    """A layer from a canonical file, whichever framework wrote it.
+
+    Args:
+        path: the `.safetensors` file.
+        block: which layer of a file that holds several.
+        block_size: as in `SelfAttention2d`.
+        device: of the parameters; by default the CPU.
+        dtype: of the parameters; by default the file's.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a whole and fitting canonical file; lists every problem.
+    """
+    config, params = selfattn_core.load(path, block=block)
+    return from_canonical(config, params, block_size=block_size, device=device, dtype=dtype)
+
+
+def save(layer: SelfAttention2d, path: PathLike, *, overwrite: bool = False, source: str = "") -> None:
+    """Write the layer's weights to a canonical file.
+
+    Args:
+        layer: the layer.
+        path: the `.safetensors` file; its folder must exist.
+        overwrite: whether an existing file may be replaced.
+        source: where the weights came from, for the reader.
+
+    Raises:
+        FileExistsError: if the file exists and `overwrite` is False.
+        OSError: if it cannot be written; an existing file is left as it was.
+        ValueError: if a weight is not finite.
+
+    Example:
+        >>> import tempfile
+        >>> layer = SelfAttention2d(16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(layer, f"{folder}/layer.safetensors")
+        ...     load(f"{folder}/layer.safetensors").config == layer.config
+        True
+    """
+    selfattn_core.save(path, layer.config, to_canonical(layer), overwrite=overwrite, source=source)
+
+
+def _parameter(layer: SelfAttention2d, name: str) -> torch.Tensor:
+    tensor: torch.Tensor = layer.get_parameter(name.replace("kernel", "weight"))
+    return tensor

@@ -1,0 +1,42 @@
+"""The one message for a framework that is not installed."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+__all__ = ["missing_modules", "require"]
+
+
+def missing_modules(modules: Sequence[str]) -> list[str]:
+    """Which of these top-level modules are not installed; nothing is imported.
+
+    Example:
+        >>> missing_modules(["json", "no_such_module"])
+        ['no_such_module']
+    """
+    return [module for module in modules if find_spec(module) is None]
+
+
+def require(package: str, modules: Sequence[str], extra: str) -> None:
+    """Raise if a module is not installed; a module that is installed and broken speaks for itself.
+
+    Args:
+        package: the package of ours that needs them.
+        modules: top-level modules.
+        extra: the extra that installs them.
+
+    Raises:
+        ModuleNotFoundError: saying what to type.
+
+    Example:
+        >>> require("selfattn_torch", ["no_such_module"], "torch")
+        Traceback (most recent call last):
+        ...
+        ModuleNotFoundError: selfattn_torch needs no_such_module, which is not installed: pip install 'selfattn[torch]'
+    """
+    missing = missing_modules(modules)
+    if missing:
+        raise ModuleNotFoundError(
+            f"{package} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"pip install 'selfattn[{extra}]'",
+            name=missing[0],
+        )

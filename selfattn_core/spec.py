@@ -1,0 +1,440 @@
+"""The function and its derivatives in numpy: the document of record that every backend is held against.
+
+Letters: B batch, H and W sides of the map, C channels, N = H·W positions in row-major order (n = h·W + w), M keys,
+Dk and Dv widths of query/key and of value. `∘` is elementwise, `ᵀ` swaps the last two axes, `rowsum` keeps its axis.
+
+    q = x Wq + bq                     (B, N, Dk)
+    k = pool(x Wk + bk)               (B, M, Dk)
+    v = pool(x Wv + bv)               (B, M, Dv)
+    A = softmax over keys of q kᵀ     (B, N, M)      no 1/sqrt(d); each row belongs to an output position, sums to 1
+    o = A v                           (B, N, Dv)
+    z = o Wo + bo                     (B, N, C)      without an out projection z = o
+    y = γ z + x                       (B, H, W, C)
+
+Kernels are (C_in, C_out) matrices: a 1×1 convolution is a matrix product over channels. A config without biases has
+b = 0; a config without an out projection has Wo = 1 and bo = 0.
+
+`pool` is max pooling over p×p windows with stride p, p = `kv_pool`; positions beyond the last whole window are
+dropped (floor). Each window and channel has one winner, the first in row-major order where several are equal, and
+the whole gradient goes to it. A window that holds a NaN gives NaN. M = floor(H/p)·floor(W/p).
+
+Everything is computed in the dtype of the arguments, which must all have the same one. For 16-bit arguments the
+arithmetic is float32, and values are rounded to 16 bits where q, k, v, o and y are stored.
+
+First derivatives, for ḡ the gradient of y (weight gradients also sum over the batch):
+
+    G = γ ḡ Woᵀ        dA = G vᵀ        D = rowsum(A∘dA)        dS = A∘(dA − D)
+    dq = dS k          dk = scatter(dSᵀ q)                      dv = scatter(Aᵀ G)
+    dWp = xᵀ dp        dbp = Σ dp       for p = query, key, value
+    dWo = γ oᵀ ḡ       dbo = γ Σ ḡ      dγ = Σ ḡ∘z              dx = ḡ + dq Wqᵀ + dk Wkᵀ + dv Wvᵀ
+
+where `scatter` sends the gradient of a pooled window to its winner and `gather` reads winners. The key bias adds a
+constant to each row of q kᵀ, so its gradient is zero; no output can tell whether it was loaded.
+
+Second derivatives, for ẋ, Ẇ, ḃ and γ̇ the cotangents of dx, dW, db and dγ:
+
+    q̇ = ẋ Wq + x Ẇq + ḃq     k̇ and v̇ alike, then gather
+    U = q̇ kᵀ + q k̇ᵀ          u = rowsum(A∘U)                Ȧ = A∘(U − u)
+    ȯ = Ȧ v + A v̇            ż = ȯ Wo + o Ẇo + ḃo           Ġ = γ̇ ḡ Woᵀ + γ ḡ Ẇoᵀ
+    R = G v̇ᵀ + Ġ vᵀ          X = (U − u)∘(dA − D) + R       dṠ = A∘(X − rowsum(A∘X))
+    ddq = dṠ k + dS k̇        ddk = scatter(dṠᵀ q + dSᵀ q̇)   ddv = scatter(Ȧᵀ G + Aᵀ Ġ)
+    to ḡ   γ̇ z + γ ż + ẋ     to γ   Σ ḡ∘ż
+    to Wo  γ̇ oᵀ ḡ + γ ȯᵀ ḡ   to bo  γ̇ Σ ḡ
+    to Wp  ẋᵀ dp + xᵀ ddp    to bp  Σ ddp                   to x   Σ_p (ddp Wpᵀ + dp Ẇpᵀ)
+
+Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3 (equations 1 to 3), whose f is
+our key, g our query, h our value and v our out projection; the pooled form is that of the authors' code,
+github.com/brain-research/self-attention-gan. The derivatives are ours.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.params import check_params, is_floating, parameter_table, projections
+
+__all__ = ["attention_map", "forward", "r1", "vjp", "vjp_of_vjp"]
+
+Array = NDArray[Any]
+
+
+def forward(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array) -> Array:
+    """The layer's output y.
+
+    Args:
+        config: which layer.
+        params: arrays by canonical name, as `parameter_table(config)` lists them, in the dtype of `x`.
+        x: feature maps (B, H, W, C).
+
+    Returns:
+        y (B, H, W, C), a new array in the dtype of `x`.
+
+    Raises:
+        TypeError: if `x` is not floating-point.
+        ValueError: if shapes, names or dtypes do not fit.
+
+    Example:
+        >>> from selfattn_core import init_params
+        >>> config = SelfAttentionConfig(8)
+        >>> x = np.ones((2, 3, 5, 8), np.float32)
+        >>> bool((forward(config, init_params(config, seed=0), x) == x).all())  # gamma is 0 at first
+        True
+    """
+    layer = _Layer(config, params, x)
+    return layer.unflatten(layer.store(layer.gamma * layer.z + layer.x))
+
+
+def attention_map(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array) -> Array:
+    """The attention map A.
+
+    Args:
+        config: as for `forward`.
+        params: as for `forward`.
+        x: feature maps (B, H, W, C).
+
+    Returns:
+        A (B, N, M): row n = h·W + w is the output position, column m = h'·W' + w' the attended position on the key
+        grid of `config.key_grid(H, W)`. Every row sums to 1.
+
+    Raises:
+        TypeError: if `x` is not floating-point.
+        ValueError: if shapes, names or dtypes do not fit.
+
+    Example:
+        >>> from selfattn_core import init_params
+        >>> config = SelfAttentionConfig(8, kv_pool=2)
+        >>> attention_map(config, init_params(config, seed=0), np.zeros((2, 4, 6, 8), np.float32))[0, 0]
+        array([0.16666667, 0.16666667, 0.16666667, 0.16666667, 0.16666667,
+               0.16666667], dtype=float32)
+    """
+    layer = _Layer(config, params, x)
+    return layer.A.astype(layer.dtype)
+
+
+def vjp(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array, dy: Array) -> dict[str, Array]:
+    """The gradient of sum(dy∘y) with respect to x and every parameter.
+
+    Args:
+        config: as for `forward`.
+        params: as for `forward`.
+        x: feature maps (B, H, W, C).
+        dy: ḡ, the gradient of y (B, H, W, C).
+
+    Returns:
+        {"x": (B, H, W, C), canonical name: array of that parameter's shape}.
+
+    Raises:
+        TypeError: if `x` is not floating-point.
+        ValueError: if shapes, names or dtypes do not fit.
+
+    Example:
+        >>> from selfattn_core import init_params
+        >>> config = SelfAttentionConfig(8)
+        >>> x = np.ones((1, 2, 3, 8))
+        >>> vjp(config, init_params(config, seed=0, dtype=np.float64), x, x)["gamma"].shape
+        (1,)
+    """
+    return _FirstOrder(_Layer(config, params, x), dy).gradients()
+
+
+def vjp_of_vjp(
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    x: Array,
+    dy: Array,
+    cotangents: Mapping[str, Array],
+) -> dict[str, Array]:
+    """The gradient of the sum over names of sum(cotangent∘vjp(…)[name]): the derivative of the first derivatives.
+
+    Args:
+        config: as for `forward`.
+        params: as for `forward`.
+        x: feature maps (B, H, W, C).
+        dy: ḡ, the gradient of y (B, H, W, C).
+        cotangents: ẋ under "x" and Ẇ, ḃ, γ̇ under canonical names; what is absent is zero.
+
+    Returns:
+        {"dy": gradient towards ḡ, "x": towards x, canonical name: towards that parameter}.
+
+    Raises:
+        TypeError: if `x` is not floating-point.
+        ValueError: if shapes, names or dtypes do not fit.
+
+    Example:
+        >>> from selfattn_core import init_params
+        >>> config = SelfAttentionConfig(8)
+        >>> x = np.ones((1, 2, 3, 8))
+        >>> params = init_params(config, seed=0, dtype=np.float64)
+        >>> bool((vjp_of_vjp(config, params, x, x, {"x": x})["dy"] == x).all())  # gamma = 0: dx = dy
+        True
+    """
+    layer = _Layer(config, params, x)
+    return _SecondOrder(layer, _FirstOrder(layer, dy), cotangents).gradients()
+
+
+def r1(
+    config: SelfAttentionConfig, params: Mapping[str, Array], x: Array, w: Array
+) -> tuple[float, dict[str, Array]]:
+    """The gradient penalty ‖d sum(w∘y)/dx‖² and its gradient.
+
+    Args:
+        config: as for `forward`.
+        params: as for `forward`.
+        x: feature maps (B, H, W, C).
+        w: weights of the scalar sum(w∘y), (B, H, W, C).
+
+    Returns:
+        The sum of squares over the whole batch, and its gradient {"x": …, canonical name: …}.
+
+    Raises:
+        TypeError: if `x` is not floating-point.
+        ValueError: if shapes, names or dtypes do not fit.
+
+    Source: Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018, equation 9, less the
+    factor and the mean.
+
+    Example:
+        >>> from selfattn_core import init_params
+        >>> config = SelfAttentionConfig(8)
+        >>> x = np.ones((1, 2, 3, 8))
+        >>> r1(config, init_params(config, seed=0, dtype=np.float64), x, x)[0]  # gamma = 0: the gradient is w
+        48.0
+    """
+    layer = _Layer(config, params, x)
+    first = _FirstOrder(layer, w)
+    dx = first.dx
+    gradients = _SecondOrder(layer, first, {"x": layer.unflatten(2 * dx)}).gradients()
+    del gradients["dy"]
+    return float(np.sum(dx * dx)), gradients
+
+
+class _Layer:
+    """The forward pass, with what the derivatives reuse; maps are flattened to (B, N, ·)."""
+
+    def __init__(self, config: SelfAttentionConfig, params: Mapping[str, Array], x: Array) -> None:
+        x = np.asarray(x)
+        config.check_input(x.shape, layer="spec", dtype=x.dtype, floating=is_floating(x.dtype))
+        arrays = check_params(config, params, finite=False)
+        given = arrays["gamma"].dtype
+        if given != x.dtype:
+            raise ValueError(
+                f"spec: got x of dtype {x.dtype} and parameters of dtype {given}; expected one dtype: cast one of them."
+            )
+        self.config = config
+        self.dtype = x.dtype
+        self.arithmetic = np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
+        self.shape = x.shape
+        self.params = {name: array.astype(self.arithmetic) for name, array in arrays.items()}
+        self.gamma = self.params["gamma"]
+        self.pool = _Pool(x.shape[1], x.shape[2], config.kv_pool)
+        self.x = self.flatten(x)
+        self.q = self.store(self.project("query", self.x))
+        key = self.store(self.project("key", self.x))
+        value = self.store(self.project("value", self.x))
+        self.key_winners, self.value_winners = self.pool.winners(key), self.pool.winners(value)
+        self.k = self.pool.gather(key, self.key_winners)
+        self.v = self.pool.gather(value, self.value_winners)
+        self.A = _softmax(self.q @ _transpose(self.k))
+        self.o = self.store(self.A @ self.v)
+        self.z = self.project("out", self.o) if config.out_projection else self.o
+
+    def flatten(self, maps: Array) -> Array:
+        """(B, H, W, C) to (B, N, C), in the dtype of the arithmetic."""
+        batch, height, width, channels = maps.shape
+        return maps.astype(self.arithmetic).reshape(batch, height * width, channels)
+
+    def unflatten(self, rows: Array) -> Array:
+        """(B, N, C) to (B, H, W, C), in the dtype of the arguments."""
+        return rows.reshape(self.shape).astype(self.dtype)
+
+    def store(self, values: Array) -> Array:
+        """Round as storing in the dtype of the arguments does."""
+        return values.astype(self.dtype).astype(self.arithmetic)
+
+    def check(self, name: str, array: Array, shape: tuple[int, ...]) -> Array:
+        """A further argument in the dtype of the arithmetic, refused if it does not fit."""
+        array = np.asarray(array)
+        if array.shape != shape or array.dtype != self.dtype:
+            raise ValueError(
+                f"spec: got {name} of shape {array.shape} and dtype {array.dtype}; "
+                f"expected shape {shape} and dtype {self.dtype}."
+            )
+        return array.astype(self.arithmetic)
+
+    def kernel(self, name: str) -> Array:
+        return self.params[f"{name}.kernel"]
+
+    def project(self, name: str, rows: Array) -> Array:
+        projected = rows @ self.kernel(name)
+        return projected + self.params[f"{name}.bias"] if self.config.use_bias else projected
+
+    def back_through_out(self, rows: Array) -> Array:
+        """Rows times Woᵀ; the rows themselves without an out projection."""
+        return rows @ _transpose(self.kernel("out")) if self.config.out_projection else rows
+
+
+class _FirstOrder:
+    """Section "First derivatives" of the module docstring, line by line."""
+
+    def __init__(self, layer: _Layer, dy: Array) -> None:
+        self.layer = layer
+        self.g = layer.flatten(layer.check("dy", dy, layer.shape))
+        self.G = layer.gamma * layer.back_through_out(self.g)
+        self.dA = self.G @ _transpose(layer.v)
+        self.D = _rowsum(layer.A * self.dA)
+        self.dS = layer.A * (self.dA - self.D)
+        self.projected = {
+            "query": self.dS @ layer.k,
+            "key": layer.pool.scatter(_transpose(self.dS) @ layer.q, layer.key_winners),
+            "value": layer.pool.scatter(_transpose(layer.A) @ self.G, layer.value_winners),
+        }
+        self.dx = self.g + sum(d @ _transpose(layer.kernel(name)) for name, d in self.projected.items())
+
+    def gradients(self) -> dict[str, Array]:
+        layer = self.layer
+        gradients = {f"{name}.kernel": _outer(layer.x, d) for name, d in self.projected.items()}
+        gradients |= {f"{name}.bias": _total(d) for name, d in self.projected.items()}
+        if layer.config.out_projection:
+            gradients["out.kernel"] = layer.gamma * _outer(layer.o, self.g)
+            gradients["out.bias"] = layer.gamma * _total(self.g)
+        gradients["gamma"] = np.sum(self.g * layer.z).reshape(1)
+        return _named(layer, {"x": layer.unflatten(self.dx)}, gradients)
+
+
+class _SecondOrder:
+    """Section "Second derivatives" of the module docstring, line by line."""
+
+    def __init__(self, layer: _Layer, first: _FirstOrder, cotangents: Mapping[str, Array]) -> None:
+        self.layer, self.first = layer, first
+        shapes = {"x": layer.shape} | {name: row.shape for name, row in parameter_table(layer.config).items()}
+        if unknown := sorted(set(cotangents) - set(shapes)):
+            raise ValueError(f"spec: got cotangents {unknown}; expected names among {', '.join(shapes)}.")
+
+        def cotangent(name: str) -> Array:
+            shape = shapes.get(name, (1,))
+            if name not in cotangents:
+                return np.zeros(shape, layer.arithmetic)
+            return layer.check(f"cotangent of {name}", cotangents[name], shape)
+
+        A, g, gamma = layer.A, first.g, layer.gamma
+        self.dot_x = layer.flatten(cotangent("x"))
+        self.dot_kernel = {name: cotangent(f"{name}.kernel") for name in projections(layer.config)}
+        self.dot_gamma = cotangent("gamma")
+
+        def dot(name: str) -> Array:
+            moved = self.dot_x @ layer.kernel(name) + layer.x @ self.dot_kernel[name]
+            return np.asarray(moved + cotangent(f"{name}.bias"))
+
+        dot_q = dot("query")
+        dot_k = layer.pool.gather(dot("key"), layer.key_winners)
+        dot_v = layer.pool.gather(dot("value"), layer.value_winners)
+        U = dot_q @ _transpose(layer.k) + layer.q @ _transpose(dot_k)
+        centred = U - _rowsum(A * U)
+        dot_A = A * centred
+        self.dot_o = dot_A @ layer.v + A @ dot_v
+        self.dot_z = self.dot_o
+        dot_G = self.dot_gamma * layer.back_through_out(g)
+        if layer.config.out_projection:
+            dot_out = self.dot_kernel["out"]
+            self.dot_z = self.dot_o @ layer.kernel("out") + layer.o @ dot_out + cotangent("out.bias")
+            dot_G = dot_G + gamma * (g @ _transpose(dot_out))
+        R = first.G @ _transpose(dot_v) + dot_G @ _transpose(layer.v)
+        X = centred * (first.dA - first.D) + R
+        dot_dS = A * (X - _rowsum(A * X))
+        self.projected = {
+            "query": dot_dS @ layer.k + first.dS @ dot_k,
+            "key": layer.pool.scatter(
+                _transpose(dot_dS) @ layer.q + _transpose(first.dS) @ dot_q, layer.key_winners
+            ),
+            "value": layer.pool.scatter(
+                _transpose(dot_A) @ first.G + _transpose(A) @ dot_G, layer.value_winners
+            ),
+        }
+
+    def gradients(self) -> dict[str, Array]:
+        layer, first = self.layer, self.first
+        g, gamma = first.g, layer.gamma
+        to_dy = self.dot_gamma * layer.z + gamma * self.dot_z + self.dot_x
+        to_x = sum(
+            self.projected[name] @ _transpose(layer.kernel(name))
+            + first.projected[name] @ _transpose(self.dot_kernel[name])
+            for name in self.projected
+        )
+        gradients = {
+            f"{name}.kernel": _outer(self.dot_x, first.projected[name]) + _outer(layer.x, dd)
+            for name, dd in self.projected.items()
+        }
+        gradients |= {f"{name}.bias": _total(dd) for name, dd in self.projected.items()}
+        if layer.config.out_projection:
+            gradients["out.kernel"] = self.dot_gamma * _outer(layer.o, g) + gamma * _outer(self.dot_o, g)
+            gradients["out.bias"] = self.dot_gamma * _total(g)
+        gradients["gamma"] = np.sum(g * self.dot_z).reshape(1)
+        return _named(layer, {"dy": layer.unflatten(to_dy), "x": layer.unflatten(to_x)}, gradients)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """p×p max pooling of flattened maps (B, N, D) to (B, M, D), by the positions of the winners."""
+
+    height: int
+    width: int
+    side: int
+
+    def winners(self, rows: Array) -> Array | None:
+        """Positions n of the winners, (B, M, D); None where there is no pooling."""
+        if self.side == 1:
+            return None
+        positions = np.arange(self.height * self.width).reshape(self.height, self.width)
+        down, across, p = self.height // self.side, self.width // self.side, self.side
+        whole = positions[: down * p, : across * p]
+        windows = whole.reshape(down, p, across, p).swapaxes(1, 2).reshape(down * across, p * p)
+        # argmax takes the first of equal values, and a NaN before any number.
+        first = rows[:, windows].argmax(axis=2)
+        return np.take_along_axis(windows[None, :, :, None], first[:, :, None], axis=2)[:, :, 0]
+
+    def gather(self, rows: Array, winners: Array | None) -> Array:
+        """Read the winners: (B, N, D) to (B, M, D)."""
+        return rows if winners is None else np.asarray(np.take_along_axis(rows, winners, axis=1))
+
+    def scatter(self, pooled: Array, winners: Array | None) -> Array:
+        """The adjoint of `gather`: (B, M, D) to (B, N, D); windows do not overlap, so nothing is added up."""
+        if winners is None:
+            return pooled
+        batch, _, width = pooled.shape
+        rows = np.zeros((batch, self.height * self.width, width), pooled.dtype)
+        np.put_along_axis(rows, winners, pooled, axis=1)
+        return rows
+
+
+def _softmax(scores: Array) -> Array:
+    """Softmax over the last axis; rows with an infinite or undefined maximum are NaN."""
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
+
+
+def _transpose(rows: Array) -> Array:
+    return np.swapaxes(rows, -1, -2)
+
+
+def _rowsum(rows: Array) -> Array:
+    return np.asarray(rows.sum(axis=-1, keepdims=True))
+
+
+def _outer(left: Array, right: Array) -> Array:
+    """leftᵀ right, summed over the batch: (B, N, D), (B, N, E) to (D, E)."""
+    return left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])
+
+
+def _total(rows: Array) -> Array:
+    """Sum over batch and positions: (B, N, D) to (D,)."""
+    return np.asarray(rows.sum(axis=(0, 1)))
+
+
+def _named(layer: _Layer, maps: dict[str, Array], gradients: Mapping[str, Array]) -> dict[str, Array]:
+    """The maps, then the gradients of the parameters that the config has, in the order of the table."""
+    return maps | {name: gradients[name].astype(layer.dtype) for name in parameter_table(layer.config)}

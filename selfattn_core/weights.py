@@ -1,0 +1,292 @@
+"""The canonical file: one `.safetensors` file that every adapter reads and writes.
+
+Keys are canonical parameter names, `[block.]query.kernel` and so on; kernels are (C_in, C_out). The metadata holds
+`format` = "selfattn", `version` = "1", `source` (free text), and `config`: the JSON object of
+`SelfAttentionConfig.to_dict`, or, in a file of several blocks, a JSON object of such objects by block name.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.params import check_params, parameter_table
+
+__all__ = ["load", "save", "save_blocks"]
+
+FORMAT = "selfattn"
+VERSION = "1"
+_READABLE = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.float32}
+
+Array = NDArray[Any]
+PathLike = str | os.PathLike[str]
+
+
+def save(
+    path: PathLike,
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    *,
+    overwrite: bool = False,
+    source: str = "",
+) -> None:
+    """Write one layer's weights.
+
+    The file appears whole or not at all: it is written beside the target, read back, compared bit for bit and renamed.
+
+    Args:
+        path: where to; the folder must exist.
+        config: which layer.
+        params: arrays by canonical name. bfloat16 is widened to float32, which is exact.
+        overwrite: whether an existing file may be replaced.
+        source: where the weights came from, for the reader.
+
+    Raises:
+        FileExistsError: if the target exists and `overwrite` is False; it is left as it was.
+        OSError: if the file cannot be written; an existing target is left as it was.
+        ValueError: if the parameters do not fit the config; lists every problem.
+
+    Example:
+        >>> import tempfile
+        >>> from selfattn_core import init_params
+        >>> config = SelfAttentionConfig(16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/layer.safetensors", config, init_params(config, seed=0), source="an example")
+        ...     load(f"{folder}/layer.safetensors")[0] == config
+        True
+    """
+    tensors = _tensors(check_params(config, params), "")
+    _write(Path(path), tensors, json.dumps(config.to_dict()), overwrite, source)
+
+
+def save_blocks(
+    path: PathLike,
+    blocks: Mapping[str, tuple[SelfAttentionConfig, Mapping[str, Array]]],
+    *,
+    overwrite: bool = False,
+    source: str = "",
+) -> None:
+    """Write the weights of several layers into one file.
+
+    Args:
+        path: where to; the folder must exist.
+        blocks: config and parameters of each layer by block name; names may contain dots.
+        overwrite: whether an existing file may be replaced.
+        source: where the weights came from, for the reader.
+
+    Raises:
+        FileExistsError: if the target exists and `overwrite` is False.
+        OSError: if the file cannot be written.
+        ValueError: if there is no block, a name is empty, or parameters do not fit; lists every problem.
+
+    Example:
+        >>> import tempfile
+        >>> from selfattn_core import init_params
+        >>> config = SelfAttentionConfig(16)
+        >>> blocks = {"generator.attention": (config, init_params(config, seed=0))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_blocks(f"{folder}/gan.safetensors", blocks)
+        ...     load(f"{folder}/gan.safetensors", block="generator.attention")[0] == config
+        True
+    """
+    if not blocks:
+        raise ValueError("save_blocks: got no blocks; expected at least one {name: (config, params)}.")
+    tensors: dict[str, Array] = {}
+    problems = []
+    for name, (config, params) in blocks.items():
+        if not name or name.startswith(".") or name.endswith("."):
+            problems.append(f"block {name!r}: the name must not be empty and not begin or end with a dot")
+        try:
+            tensors |= _tensors(check_params(config, params), f"{name}.")
+        except ValueError as error:
+            problems.append(f"block {name!r}: {error}")
+    if problems:
+        raise ValueError("save_blocks: " + "\n".join(problems))
+    configs = {name: config.to_dict() for name, (config, _) in blocks.items()}
+    _write(Path(path), tensors, json.dumps(configs), overwrite, source)
+
+
+def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConfig, dict[str, Array]]:
+    """Read one layer's weights.
+
+    Args:
+        path: a file that `save` or `save_blocks` wrote, here or in any adapter.
+        block: which layer of a file that holds several.
+
+    Returns:
+        The config and its parameters by canonical name: new, contiguous arrays in the file's dtype (bfloat16 as
+        float32, which is exact).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, not a canonical file, of a newer version, or its tensors do not fit its
+            config (missing, extra, misshapen, of a wrong dtype, not finite: all are listed); or if `block` is not
+            in it, or is needed and not given.
+
+    Example:
+        >>> load("there-is-no-such-file.safetensors")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: there-is-no-such-file.safetensors: no such file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file.")
+    if not path.is_file():
+        raise ValueError(f"{path}: is a folder; expected a canonical .safetensors file.")
+    try:
+        handle = safetensors.safe_open(path, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path}: cannot be read as .safetensors, it is truncated or another format ({error})."
+        ) from error
+    with handle as file:
+        metadata = file.metadata() or {}
+        names = list(file.keys())
+        configs = _configs(path, metadata, names)
+        name = _choose(path, list(configs), block)
+        config = configs[name]
+        prefix = f"{name}." if name else ""
+        table = parameter_table(config)
+        shapes = {row.name: row.shape for row in table.values()}
+        problems = []
+        params: dict[str, Array] = {}
+        for key in names:
+            owner = max((b for b in configs if not b or key.startswith(f"{b}.")), key=len, default=None)
+            if owner is None:
+                problems.append(f"unexpected: {key} belongs to no block of the file")
+            if owner != name:
+                continue
+            view = file.get_slice(key)
+            canonical, dtype, shape = key.removeprefix(prefix), view.get_dtype(), tuple(view.get_shape())
+            if dtype not in _READABLE:
+                problems.append(f"wrong dtype: {key} is {dtype}, should be one of {', '.join(_READABLE)}")
+            fits = shapes.get(canonical) == shape or (canonical == "gamma" and np.prod(shape) == 1)
+            if dtype in _READABLE and fits:
+                params[canonical] = _widen(file.get_tensor(key))
+            else:
+                # Reported, not read: a header may promise any size.
+                params[canonical] = np.broadcast_to(np.zeros((), _READABLE.get(dtype, np.float32)), shape)
+    try:
+        checked = check_params(config, params)
+    except ValueError as error:
+        lines = str(error).split("\n", 1)
+        rest = [lines[1]] if len(lines) > 1 else []
+        raise ValueError(
+            f"{path}: {lines[0]}\n" + "\n".join([*(f"  {p}" for p in problems), *rest])
+        ) from None
+    if problems:
+        raise ValueError(
+            f"{path}: tensors do not fit {config}:\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
+    return config, {name: np.array(array, order="C") for name, array in checked.items()}
+
+
+def _tensors(params: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    """What goes to the file. safetensors 0.8 writes the memory of non-contiguous arrays in the wrong order."""
+    return {f"{prefix}{name}": np.ascontiguousarray(_widen(array)) for name, array in params.items()}
+
+
+def _widen(array: Array) -> Array:
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def _write(path: Path, tensors: dict[str, Array], config: str, overwrite: bool, source: str) -> None:
+    metadata = {"format": FORMAT, "version": VERSION, "config": config, "source": source}
+    content = safetensors.numpy.save(tensors, metadata=metadata)
+    back = safetensors.numpy.load(content)
+    if any(
+        back[name].tobytes() != array.tobytes() or back[name].dtype != array.dtype
+        for name, array in tensors.items()
+    ):
+        raise RuntimeError("safetensors did not store the arrays as they are; nothing was written.")
+    write_atomically(path, content, overwrite=overwrite)
+
+
+def write_atomically(path: Path, content: bytes, *, overwrite: bool) -> None:
+    """Put the content at the path so that a reader, a crash or a full disk never sees half of it.
+
+    Args:
+        path: the target; a symbolic link is followed.
+        content: all bytes of the file.
+        overwrite: whether an existing file may be replaced.
+
+    Raises:
+        FileExistsError: if the target exists and `overwrite` is False.
+        OSError: if it cannot be written; an existing target is left as it was.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{path}: exists already and was left as it is; pass overwrite=True to replace it."
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder; nothing was written.")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        # "x" gives the new file the permissions that the process' umask asks for.
+        with beside.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            beside.replace(path)
+        else:
+            _link_new(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _link_new(beside: Path, path: Path) -> None:
+    """Rename without replacing: unlike a rename, a hard link fails where another process was faster."""
+    try:
+        path.hardlink_to(beside)
+    except FileExistsError:
+        raise FileExistsError(
+            f"{path}: exists already and was left as it is; pass overwrite=True to replace it."
+        ) from None
+    except OSError:
+        # A file system without hard links.
+        beside.replace(path)
+
+
+def _configs(path: Path, metadata: Mapping[str, str], names: list[str]) -> dict[str, SelfAttentionConfig]:
+    """The config of each block; a file of one unnamed block has the name ""."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: is not a selfattn file: its metadata says format={metadata.get('format')!r}, expected {FORMAT!r}; "
+            f"its tensors are {', '.join(names[:4]) or 'none'}{', …' if len(names) > 4 else ''}."
+        )
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: is of version {metadata.get('version')!r}; this selfattn reads version {VERSION!r}: upgrade selfattn."
+        )
+    try:
+        options = json.loads(metadata.get("config", ""))
+        if not isinstance(options, dict) or not options:
+            raise TypeError("not an object")
+        if all(isinstance(value, dict) for value in options.values()):
+            return {name: SelfAttentionConfig.from_dict(block) for name, block in options.items()}
+        return {"": SelfAttentionConfig.from_dict(options)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the config in its metadata cannot be read: {error}") from error
+
+
+def _choose(path: Path, blocks: list[str], block: str | None) -> str:
+    named = [name for name in blocks if name]
+    if block is None:
+        if len(blocks) == 1:
+            return blocks[0]
+        raise ValueError(f"{path}: holds {len(blocks)} blocks, pass block= one of: {', '.join(named)}.")
+    if block not in named:
+        held = f"the blocks {', '.join(named)}" if named else "one unnamed block: pass no block"
+        raise ValueError(f"{path}: has no block {block!r}; it holds {held}.")
+    return block
