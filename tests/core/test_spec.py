@@ -266,9 +266,7 @@ def test_what_does_not_fit_is_refused():
         spec.forward(POOLED, designed(POOLED)[0], x[:, :1])
     with pytest.raises(ValueError, match="got dy of shape"):
         spec.vjp(FLAT, params, x, dy[:1])
-    with pytest.raises(
-        ValueError, match="got cotangents .'key.krenel'.; expected names among x, query.kernel"
-    ):
+    with pytest.raises(ValueError, match=r"got cotangents .*krenel.*; expected names among x, query.kernel"):
         spec.vjp_of_vjp(FLAT, params, x, dy, {"key.krenel": dy})
 
 
