@@ -57,7 +57,7 @@ from numpy.typing import NDArray
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import check_params, is_floating, parameter_table, projections
 
-__all__ = ["attention_map", "forward", "r1", "vjp", "vjp_of_vjp"]
+__all__ = ["attention_map", "forward", "magnitudes", "r1", "vjp", "vjp_of_vjp"]
 
 Array = NDArray[Any]
 
@@ -210,6 +210,58 @@ def r1(
     gradients = _SecondOrder(layer, first, {"x": layer.unflatten(2 * dx)}).gradients()
     del gradients["dy"]
     return float(np.sum(dx * dx)), gradients
+
+
+def magnitudes(
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    x: Array,
+    dy: Array | None = None,
+    *,
+    second: bool = False,
+) -> dict[str, float]:
+    """The sizes that rounding errors are in proportion to.
+
+    The error of the softmax grows with the logits. The gradients of biases and of gamma are sums over positions whose
+    terms cancel (that of the key bias, and in `r1` that of the value bias, entirely), so their errors are in
+    proportion to the sums of the absolute terms, not to their values.
+
+    Args:
+        config: as for `forward`.
+        params: as for `forward`.
+        x: feature maps (B, H, W, C).
+        dy: ḡ for `vjp`, w for `r1`; without it only the logits are measured.
+        second: whether the gradients of `r1` are meant, instead of those of `vjp`.
+
+    Returns:
+        {"logits": the largest absolute entry of q kᵀ}, and for each bias and for gamma the sum of absolute terms, the
+        largest over channels.
+
+    Example:
+        >>> from selfattn_core import init_params
+        >>> config = SelfAttentionConfig(8)
+        >>> x = np.ones((1, 2, 3, 8))
+        >>> sorted(magnitudes(config, init_params(config, seed=0, dtype=np.float64), x, x))
+        ['gamma', 'key.bias', 'logits', 'query.bias', 'value.bias']
+    """
+    layer = _Layer(config, params, x)
+    found = {"logits": float(np.abs(layer.q @ _transpose(layer.k)).max(initial=0))}
+    if dy is None:
+        return found
+    order: _FirstOrder | _SecondOrder
+    order = first = _FirstOrder(layer, dy)
+    z = layer.z
+    if second:
+        order = _SecondOrder(layer, first, {"x": layer.unflatten(2 * first.dx)})
+        z = order.dot_z
+    terms = dict(order.projected)
+    if config.out_projection:
+        terms["out"] = np.zeros_like(z) if second else layer.gamma * first.g
+    if config.use_bias:
+        found |= {
+            f"{name}.bias": float(np.abs(d).sum(axis=(0, 1)).max(initial=0)) for name, d in terms.items()
+        }
+    return found | {"gamma": float(np.abs(first.g * z).sum())}
 
 
 class _Layer:

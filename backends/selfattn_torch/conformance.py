@@ -62,7 +62,7 @@ class TorchBackend:
         y = model[0](inputs["x"])
         (dx,) = torch.autograd.grad(y, inputs["x"], _to_torch(w, model), create_graph=True)
         penalty = dx.square().sum()
-        return float(penalty), _gradients(penalty, inputs, None)
+        return penalty.item(), _gradients(penalty, inputs, None)
 
     def params(self, model: Model) -> Mapping[str, Array]:
         """The weights as the adapter exports them."""

@@ -1,0 +1,96 @@
+"""The `selfattn` command. Exit codes: 0 all well, 1 a check failed, 2 wrong usage or bad input, 3 something missing."""
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from selfattn_core import __version__
+
+__all__ = ["main"]
+
+CHECK_FAILED = 1
+BAD_INPUT = 2
+MISSING = 3
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="selfattn")
+def main() -> None:
+    """SAGAN-style 2-D self-attention: one function in PyTorch, Keras and Flax, proven equal."""
+
+
+@main.command()
+def backends() -> None:
+    """What is installed, in which version, and how to get what is missing."""
+    from selfattn_core.conformance.backend import REGISTRY
+    from selfattn_core.installed import missing_modules
+
+    for name, registered in REGISTRY.items():
+        missing = missing_modules(registered.requires)
+        if missing:
+            state = f"missing {', '.join(missing)}: pip install 'selfattn[{registered.extra}]'"
+        else:
+            state = ", ".join(f"{module} {_version(module)}" for module in registered.requires)
+        click.echo(f"{name:<17} {state}")
+
+
+@main.command()
+@click.argument("names", metavar="[BACKEND]...", nargs=-1)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the random inputs."
+)
+@click.option(
+    "--json", "json_file", metavar="FILE", help="Write every verdict as JSON; - is standard output."
+)
+def conform(names: tuple[str, ...], seed: int, json_file: str | None) -> None:
+    """Compare backends with the numpy specification, in units of the noise floor.
+
+    BACKEND is a name that `selfattn backends` lists, or module:object for your own. Without one, all are checked.
+    """
+    from selfattn_core.conformance.backend import REGISTRY
+    from selfattn_core.conformance.report import as_json, as_table
+    from selfattn_core.conformance.runner import run_backend
+
+    unknown = [name for name in names if name not in REGISTRY and ":" not in name]
+    if unknown:
+        raise click.UsageError(
+            f"unknown backend {', '.join(unknown)}; known are {', '.join(REGISTRY)}, or module:object for your own."
+        )
+    chosen = list(dict.fromkeys(names)) or list(REGISTRY)
+    reports = []
+    for name in chosen:
+        click.echo(f"{name} …", err=True)
+        reports.append(run_backend(name, seed=seed))
+    click.echo(as_table(reports), err=json_file == "-")
+    if json_file:
+        _write_json(json_file, as_json(reports, seed))
+    if any(not report.passed and not report.missing for report in reports):
+        sys.exit(CHECK_FAILED)
+    if any(report.missing for report in reports):
+        sys.exit(MISSING)
+
+
+def _write_json(target: str, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    if target == "-":
+        click.echo(text)
+        return
+    _or_usage_error(lambda: Path(target).write_text(text + "\n", encoding="utf-8"))
+
+
+def _or_usage_error(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise click.UsageError(f"{error.filename}: {error.strerror}") from error
+
+
+def _version(module: str) -> str:
+    """The version of the distribution that a module comes from, without importing it."""
+    distributions = importlib.metadata.packages_distributions().get(module, [module])
+    return importlib.metadata.version(distributions[0])
