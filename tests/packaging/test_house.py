@@ -1,0 +1,107 @@
+"""Folders, packages, extras, the registry of backends and the import rules are in step."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import selfattn_core
+from selfattn_core.conformance import REGISTRY
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PACKAGES = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+FRAMEWORKS = {"torch", "tensorflow", "jax", "keras", "flax"}
+
+
+def folders(root: Path = ROOT) -> list[str]:
+    found = ["selfattn_core", *(f"backends/{path.name}" for path in sorted((root / "backends").iterdir()))]
+    return [path for path in found if not path.endswith("__pycache__")]
+
+
+def test_every_folder_of_backends_is_a_package_of_the_wheel():
+    assert sorted(folders()) == sorted(PACKAGES)
+    assert not (ROOT / "backends" / "__init__.py").exists()
+
+
+def test_an_empty_folder_is_noticed(tmp_path):
+    (tmp_path / "backends" / "selfattn_other").mkdir(parents=True)
+    assert sorted(folders(tmp_path)) != sorted(PACKAGES)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_is_typed_and_has_an_init(package):
+    assert (ROOT / package / "py.typed").exists()
+    assert (ROOT / package / "__init__.py").exists()
+
+
+def test_every_adapter_has_the_same_files_and_a_registered_backend():
+    adapters = {Path(package).name for package in PACKAGES} - {"selfattn_core", "selfattn_ops"}
+    assert {entry.target.partition(".")[0] for entry in REGISTRY.values()} == adapters
+    for adapter in adapters:
+        files = {path.name for path in (ROOT / "backends" / adapter).glob("*.py")}
+        assert {"__init__.py", "weights.py", "conformance.py"} < files
+        assert {"layer.py"} < files or {"nnx.py", "linen.py"} < files
+
+
+def test_extras():
+    assert set(EXTRAS) == FRAMEWORKS | {"viz", "all"}
+    assert set(EXTRAS["all"][0].removeprefix("selfattn[").removesuffix("]").split(",")) == FRAMEWORKS | {
+        "viz"
+    }
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_the_extra_of_a_backend_installs_what_it_requires(name):
+    def resolved(extra: str) -> set[str]:
+        names = set()
+        for requirement in EXTRAS[extra]:
+            if requirement.startswith("selfattn["):
+                for other in requirement.removeprefix("selfattn[").removesuffix("]").split(","):
+                    names |= resolved(other)
+            else:
+                names.add(requirement.partition(">")[0])
+        return names
+
+    entry = REGISTRY[name]
+    assert set(entry.requires) <= set().union(*(resolved(extra) for extra in entry.extra.split(",")))
+
+
+def test_there_is_one_version():
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert selfattn_core.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {name.partition(".")[0] for name in names}
+
+
+ALLOWED = {
+    "selfattn_core": set(),
+    "selfattn_ops": {"torch", "jax", "tensorflow"},
+    "selfattn_torch": {"selfattn_core", "selfattn_ops", "torch"},
+    "selfattn_keras": {"selfattn_core", "selfattn_ops", "keras", "torch", "jax", "tensorflow"},
+    "selfattn_flax": {"selfattn_core", "selfattn_ops", "flax", "jax"},
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_who_imports_whom(package):
+    name = Path(package).name
+    ours = set(ALLOWED) | FRAMEWORKS
+    for path in (ROOT / package).rglob("*.py"):
+        strangers = (imported(path) & ours) - ALLOWED[name] - {name}
+        assert not strangers, f"{path.relative_to(ROOT)} imports {strangers}"
+
+
+def test_files_of_the_ops_import_their_own_framework_only():
+    for path in (ROOT / "backends" / "selfattn_ops").glob("*.py"):
+        assert imported(path) & FRAMEWORKS <= {path.stem}
