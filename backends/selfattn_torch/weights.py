@@ -36,7 +36,7 @@ def to_canonical(layer: SelfAttention2d) -> dict[str, Array]:
             tensor = tensor.float()
         if row.name.endswith("kernel"):
             tensor = tensor[:, :, 0, 0].T
-        params[row.name] = np.array(tensor.numpy(), order="C").reshape(row.shape)
+        params[row.name] = np.array(tensor.numpy(), order="C")
     return params
 
 
