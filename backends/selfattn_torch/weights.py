@@ -71,7 +71,7 @@ def from_canonical(
     layer = SelfAttention2d.from_config(config, block_size=block_size, device="meta", dtype=dtype)
     state = {}
     for name, array in arrays.items():
-        tensor = torch.from_numpy(np.array(array, order="C"))
+        tensor = _tensor(np.array(array, order="C"))
         if name.endswith("kernel"):
             tensor = tensor.T[:, :, None, None].contiguous()
         state[name.replace("kernel", "weight")] = tensor.to(device=device or "cpu", dtype=dtype)
@@ -132,3 +132,10 @@ def save(layer: SelfAttention2d, path: PathLike, *, overwrite: bool = False, sou
 def _parameter(layer: SelfAttention2d, name: str) -> torch.Tensor:
     tensor: torch.Tensor = layer.get_parameter(name.replace("kernel", "weight"))
     return tensor
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    """Shares memory; bfloat16 goes by its bits, since torch does not know numpy's."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
