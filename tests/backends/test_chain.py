@@ -1,0 +1,72 @@
+"""torch → Keras → NNX → Linen → torch, each in its own process, through files: not one bit changes."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import selfattn_core
+from selfattn_core.conformance.cases import CASES, inputs
+
+CHAIN = (
+    ("selfattn_torch", {}),
+    ("selfattn_keras", {"KERAS_BACKEND": "tensorflow"}),
+    ("selfattn_keras", {"KERAS_BACKEND": "jax", "JAX_ENABLE_X64": "1"}),
+    ("selfattn_keras", {"KERAS_BACKEND": "torch"}),
+    ("selfattn_flax", {"JAX_ENABLE_X64": "1"}),
+    ("selfattn_flax.linen", {"JAX_ENABLE_X64": "1"}),
+    ("selfattn_torch", {}),
+)
+SCRIPT = """
+import importlib, sys
+adapter = importlib.import_module(sys.argv[1])
+for source, target in zip(sys.argv[2::2], sys.argv[3::2]):
+    loaded = adapter.load(source)
+    adapter.save(*(loaded if isinstance(loaded, tuple) else (loaded,)), target, source=sys.argv[1])
+"""
+DTYPES = (np.float32, np.float64, np.float16)
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """{(case id, dtype): (parameters put in, parameters that came out)}."""
+    folder = tmp_path_factory.mktemp("chain")
+    cases = [case for case in CASES if case.family == "params"]
+    given = {
+        (case.id, np.dtype(dtype).name): (case, inputs(case, dtype).params)
+        for case in cases
+        for dtype in DTYPES
+    }
+    for (case_id, dtype), (case, params) in given.items():
+        selfattn_core.save(folder / f"0-{case_id}-{dtype}.safetensors", case.config, params)
+    for step, (adapter, environment) in enumerate(CHAIN):
+        files = [
+            str(folder / f"{number}-{case_id}-{dtype}.safetensors")
+            for case_id, dtype in given
+            for number in (step, step + 1)
+        ]
+        result = subprocess.run(
+            [sys.executable, "-c", SCRIPT, adapter, *files],
+            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, f"{adapter} {environment}: {result.stderr}"
+    return {
+        key: (params, selfattn_core.load(folder / f"{len(CHAIN)}-{key[0]}-{key[1]}.safetensors"), case.config)
+        for key, (case, params) in given.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(dtype).name for dtype in DTYPES])
+@pytest.mark.parametrize("case_id", [case.id for case in CASES if case.family == "params"])
+def test_not_one_bit_changes(ends, case_id, dtype):
+    given, (config, found), wanted = ends[case_id, dtype]
+    assert config == wanted
+    assert list(found) == list(given)
+    for name, array in given.items():
+        assert found[name].dtype == array.dtype
+        assert found[name].tobytes() == array.tobytes(), name
