@@ -295,10 +295,15 @@ def test_parameters_come_in_param_dtype():
         assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {"bfloat16"}
 
 
-def test_a_replaced_child_of_another_dtype_is_promoted():
+def test_projections_of_several_dtypes_are_promoted():
+    x = jnp.ones((2, 3, 16), jnp.bfloat16)
     layer = selfattn_flax.SelfAttention2D(16, rngs=nnx.Rngs(0))
     layer.query = nnx.Conv(16, 2, (1, 1), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
-    assert layer(jnp.ones((2, 3, 16), jnp.bfloat16)).dtype == jnp.float32
+    assert layer(x).dtype == jnp.float32
+    module = linen.SelfAttention2D()
+    params = module.init(jax.random.key(0), x)["params"]
+    params["query"] = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params["query"])
+    assert module.apply({"params": params}, x).dtype == jnp.float32
 
 
 OPTIONS = {
