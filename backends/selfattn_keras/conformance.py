@@ -123,8 +123,13 @@ elif _FRAMEWORK == "jax":
 
     def _vjp(model: SelfAttention2D, variables: list[Any], x: Tensor, dy: Tensor) -> list[Tensor]:
         values = [each.value for each in variables]
-        _, pullback = jax.vjp(lambda *inputs: _call(model, variables, *inputs), x, *values)
-        return list(pullback(dy))
+
+        def gradients(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            _, pullback = jax.vjp(lambda *inputs: _call(model, variables, *inputs), *inputs)
+            return tuple(pullback(dy))
+
+        # Compiled as a whole: operation by operation takes many times as long at these sizes.
+        return list(jax.jit(gradients)(dy, x, *values))
 
     def _r1(
         model: SelfAttention2D, variables: list[Any], x: Tensor, w: Tensor
@@ -135,7 +140,7 @@ elif _FRAMEWORK == "jax":
             dx = jax.grad(lambda x: (w * _call(model, variables, x, *values)).sum())(x)
             return (dx * dx).sum()
 
-        value, gradients = jax.value_and_grad(penalty, range(1 + len(values)))(x, *values)
+        value, gradients = jax.jit(jax.value_and_grad(penalty, range(1 + len(values))))(x, *values)
         return value, list(gradients)
 
 else:

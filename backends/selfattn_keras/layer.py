@@ -199,23 +199,8 @@ class SelfAttention2D(keras.layers.Layer):
 
     def build(self, input_shape: Shape) -> None:
         """Create the projections and gamma for the channels of this input."""
-        shape = tuple(input_shape)
-        axis = self._layout.index("C")
-        channels = shape[axis] if len(shape) == 4 else None
-        if channels is None:
-            problem = "its channels must be known" if len(shape) == 4 else f"its rank is {len(shape)}"
-            raise ValueError(
-                f"SelfAttention2D: got input of shape {shape}; expected ({', '.join(self._layout)}): {problem}."
-            )
-        config = SelfAttentionConfig(
-            channels,
-            self.qk_channels,
-            self.value_channels,
-            out_projection=self.out_projection,
-            use_bias=self.use_bias,
-            kv_pool=self.kv_pool,
-        )
-        config.check_input(shape, layout=self._layout, layer="SelfAttention2D")
+        config = self._config_for(input_shape)
+        config.check_input(input_shape, layout=self._layout, layer="SelfAttention2D")
         for name, (channels_in, channels_out) in projections(config).items():
             conv = keras.layers.Conv2D(
                 channels_out,
@@ -243,12 +228,12 @@ class SelfAttention2D(keras.layers.Layer):
             autocast=False,
         )
         self._config = config
-        self.input_spec = keras.InputSpec(ndim=4, axes={axis: config.channels})
+        self.input_spec = keras.InputSpec(ndim=4, axes={self._layout.index("C"): config.channels})
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the layer; see `call`."""
-        # Ahead of Keras' comparison with input_spec, whose message does not say what to do.
-        if self._config is not None and hasattr(x, "shape"):
+        # Ahead of Keras, which would build first, and compare with input_spec without saying what to do.
+        if hasattr(x, "shape"):
             self._check(x)
         return super().__call__(x, *args, **kwargs)
 
@@ -265,8 +250,8 @@ class SelfAttention2D(keras.layers.Layer):
         maps = x if self.data_format == "channels_last" else ops.transpose(x, (0, 2, 3, 1))  # (B, H, W, C)
         batch, height, width = ops.shape(maps)[:3]
         query = _rows(_apply(self.query, maps))  # (B, N, Dk)
-        key = _rows(self._pool(_apply(self.key, maps)))  # (B, M, Dk)
-        value = _rows(self._pool(_apply(self.value, maps)))  # (B, M, Dv)
+        key = _rows(_pool(_apply(self.key, maps), self.kv_pool))  # (B, M, Dk)
+        value = _rows(_pool(_apply(self.value, maps), self.kv_pool))  # (B, M, Dv)
         if return_attention_scores:
             attended, attention = _ops.attend_with_map(query, key, value, block_size=self.block_size)
         else:
@@ -310,9 +295,28 @@ class SelfAttention2D(keras.layers.Layer):
             config[f"{name}_constraint"] = keras.constraints.serialize(getattr(self, f"{name}_constraint"))
         return config
 
+    def _config_for(self, input_shape: Shape) -> SelfAttentionConfig:
+        """The config of the layer that these options make for the channels of this input."""
+        shape = tuple(input_shape)
+        channels = shape[self._layout.index("C")] if len(shape) == 4 else None
+        if channels is None:
+            problem = "its channels must be known" if len(shape) == 4 else f"its rank is {len(shape)}"
+            raise ValueError(
+                f"SelfAttention2D: got input of shape {shape}; expected ({', '.join(self._layout)}): {problem}."
+            )
+        return SelfAttentionConfig(
+            channels,
+            self.qk_channels,
+            self.value_channels,
+            out_projection=self.out_projection,
+            use_bias=self.use_bias,
+            kv_pool=self.kv_pool,
+        )
+
     def _check(self, x: Tensor) -> None:
         dtype = keras.backend.standardize_dtype(x.dtype)
-        self.config.check_input(
+        config = self._config or self._config_for(x.shape)
+        config.check_input(
             x.shape,
             layout=self._layout,
             layer="SelfAttention2D",
@@ -320,17 +324,22 @@ class SelfAttention2D(keras.layers.Layer):
             floating=keras.backend.is_float_dtype(dtype),
         )
 
-    def _pool(self, maps: Tensor) -> Tensor:
-        """The largest of each whole window; NaN where the window holds one."""
-        if self.kv_pool == 1:
-            return maps
-        pooled = ops.max_pool(maps, self.kv_pool, self.kv_pool, data_format="channels_last")
-        if keras.backend.backend() == "tensorflow":
-            # TensorFlow's op, alone of the three, passes over NaN.
-            undefined = ops.cast(ops.isnan(maps), self.compute_dtype)
-            undefined = ops.max_pool(undefined, self.kv_pool, self.kv_pool, data_format="channels_last")
-            pooled = ops.where(undefined > 0, float("nan"), pooled)
-        return pooled
+
+def _pool(maps: Tensor, side: int) -> Tensor:
+    """(B, H, W, D) to (B, H // side, W // side, D): the first largest of each window, NaN where it holds one.
+
+    Not `ops.max_pool`: TensorFlow's passes over NaN, and under XLA its second derivative is wrong or missing.
+    """
+    for axis in (2, 1) if side > 1 else ():
+        end = ops.shape(maps)[axis] // side * side
+        lead = (slice(None),) * axis
+        largest = maps[(*lead, slice(0, end, side))]
+        for start in range(1, side):
+            candidate = maps[(*lead, slice(start, end, side))]
+            wins = ops.logical_or(candidate > largest, ops.isnan(candidate))
+            largest = ops.where(wins, candidate, largest)
+        maps = largest
+    return maps
 
 
 def _rows(maps: Tensor) -> Tensor:
