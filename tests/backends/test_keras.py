@@ -1,0 +1,100 @@
+"""Runs the checks of `keras_checks` on each Keras backend, in processes of their own: Keras fixes its backend at import."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from selfattn_core.installed import missing_modules
+
+ROOT = Path(__file__).parents[2]
+CHECKS = Path(__file__).parent / "keras_checks"
+
+
+def python(*arguments, **environment):
+    """Run a Python process that finds the packages as this one does."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    inherited = {name: value for name, value in os.environ.items() if name != "JAX_ENABLE_X64"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=inherited | {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+# In JAX float64 exists only where the process asked for it, which users mostly have not: both are checked.
+@pytest.mark.parametrize(
+    ("backend", "files", "environment"),
+    [
+        pytest.param("tensorflow", "check_*.py", {}, id="tensorflow"),
+        pytest.param("jax", "check_[!f]*.py", {}, id="jax"),
+        pytest.param("jax", "check_f*.py", {"JAX_ENABLE_X64": "1"}, id="jax with 64 bits"),
+        pytest.param("torch", "check_*.py", {}, id="torch"),
+    ],
+)
+def test_layer(backend, files, environment):
+    if missing := missing_modules(["keras", backend]):
+        pytest.skip(f"{' and '.join(missing)} not installed")
+    paths = [str(path) for path in sorted(CHECKS.glob(files))]
+    assert paths
+    done = python("-m", "pytest", "-q", *paths, KERAS_BACKEND=backend, **environment)
+    print(done.stdout)  # noqa: T201 - pytest shows it where the test fails, and with -rP the skips of each process
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
+
+
+HIDE = "import sys\nsys.modules[{module!r}] = None\nimport selfattn_keras"
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "extra"),
+    [
+        ("tensorflow", "keras", "keras"),
+        ("tensorflow", "tensorflow", "keras"),
+        ("jax", "jax", "keras,jax"),
+        ("torch", "torch", "keras,torch"),
+    ],
+)
+def test_what_is_not_installed_is_named(backend, module, extra):
+    done = python("-c", HIDE.format(module=module), KERAS_BACKEND=backend)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"ModuleNotFoundError: selfattn_keras needs {module}, which is not installed: pip install 'selfattn[{extra}]'"
+    )
+
+
+def test_another_missing_module_speaks_for_itself():
+    done = python("-c", HIDE.format(module="optree"), KERAS_BACKEND="tensorflow")
+    assert done.returncode == 1
+    assert "optree" in done.stderr
+    assert "selfattn[" not in done.stderr
+
+
+def test_a_keras_backend_that_has_no_core_is_refused():
+    done = python("-c", "import selfattn_keras", KERAS_BACKEND="numpy")
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: selfattn_keras: got the Keras backend 'numpy'; expected tensorflow, jax or torch: "
+        "set KERAS_BACKEND to one of them before keras is imported."
+    )
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_importing_changes_no_setting_and_loads_one_core(backend):
+    if missing := missing_modules(["keras", backend]):
+        pytest.skip(f"{' and '.join(missing)} not installed")
+    script = """
+import random, sys, keras
+settings = lambda: (keras.config.floatx(), keras.config.image_data_format(), keras.config.dtype_policy().name,
+                    keras.config.epsilon(), random.getstate())
+before = settings()
+import selfattn_keras
+assert settings() == before
+print(*sorted(name.removeprefix("selfattn_ops.") for name in sys.modules if name.startswith("selfattn_ops.")))
+"""
+    done = python("-c", script, KERAS_BACKEND=backend)
+    assert done.stdout.split() == sorted(["blocks", backend]), done.stderr
