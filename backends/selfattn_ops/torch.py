@@ -57,10 +57,8 @@ def attend(
         torch.Size([1, 6, 3])
     """
     block_size = _check(query, key, value, block_size)
-    if _traced_for_export():
-        return _dense(query, key, value)[0]
     compiling = torch.compiler.is_compiling()
-    if not compiling and _is_small(query, key, block_size):
+    if _must_be_plain(compiling) or (not compiling and _is_small(query, key, block_size)):
         return _dense(query, key, value)[0]
     operands = _flat(query), _flat(key), _flat(value)
     out = _attend_op(*operands, block_size) if compiling else _Attend.apply(*operands, block_size)
@@ -103,8 +101,16 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_si
     return None if block_size is None else check_block_size(block_size)
 
 
-def _traced_for_export() -> bool:
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+def _must_be_plain(compiling: bool) -> bool:
+    """Whether only standard operators will do: in a graph that is to be exported, and for a compiled transform."""
+    if not compiling:
+        return torch.jit.is_tracing()
+    # Of the operators for torch.compile, forward mode would take the tangent to be zero and say nothing.
+    return (
+        torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()  # noqa: SLF001
+        or torch.autograd.forward_ad._current_level >= 0  # noqa: SLF001
+    )
 
 
 def _is_small(query: torch.Tensor, key: torch.Tensor, block_size: int | None) -> bool:
@@ -123,14 +129,18 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple
     if torch.is_autocast_enabled(query.device.type):
         with torch.autocast(query.device.type, enabled=False):
             return _dense(query, key, value)
-    arithmetic = _arithmetic(query)
-    scores = query.to(arithmetic) @ key.to(arithmetic).mT
-    attention = torch.softmax(scores, dim=-1).to(value.dtype)
+    if _arithmetic(query) == query.dtype:
+        # Casts that do nothing still are nodes of an exported graph.
+        attention = torch.softmax(query @ key.mT, dim=-1)
+    else:
+        arithmetic = _arithmetic(query)
+        attention = torch.softmax(query.to(arithmetic) @ key.to(arithmetic).mT, dim=-1).to(value.dtype)
     return attention @ value, attention
 
 
 def _arithmetic(operand: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(operand.dtype, torch.float32)
+    # Not `promote_types`, which torch.export writes into the graph.
+    return torch.float32 if operand.dtype.itemsize < 4 else operand.dtype
 
 
 def _flat(operand: torch.Tensor) -> torch.Tensor:
