@@ -22,9 +22,6 @@ from selfattn_ops.blocks import SCORE_BUDGET, block_rows, check_block_size, chec
 
 __all__ = ["attend", "attend_with_map"]
 
-# Up to here the map is so small that recomputing it costs more than keeping it, and so does calling Python.
-_SMALL_SCORES = 2**18
-
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, block_size: int | None = None
@@ -114,14 +111,17 @@ def _must_be_plain(compiling: bool) -> bool:
 
 
 def _is_small(query: torch.Tensor, key: torch.Tensor, block_size: int | None) -> bool:
+    """Whether the dense computation, in operators of torch's own, is no more than one block."""
     rows, keys = query.shape[-2], key.shape[-2]
     if query.numel() == 0 or keys == 0:
         return True
-    # Under autocast torch's own backward would run in the dtype of autocast.
     return (
         (block_size is None or block_size >= rows)
-        and (query.numel() // query.shape[-1]) * keys <= _SMALL_SCORES
+        and 4 * (query.numel() // query.shape[-1]) * keys <= SCORE_BUDGET
+        # Under autocast torch's own backward would run in the dtype of autocast, and under vmap there are
+        # more scores than the shapes tell.
         and not torch.is_autocast_enabled(query.device.type)
+        and not torch._C._are_functorch_transforms_active()  # noqa: SLF001
     )
 
 
@@ -129,13 +129,15 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple
     if torch.is_autocast_enabled(query.device.type):
         with torch.autocast(query.device.type, enabled=False):
             return _dense(query, key, value)
+    multiply = torch.bmm if query.dim() == 3 else torch.matmul
     if _arithmetic(query) == query.dtype:
         # Casts that do nothing still are nodes of an exported graph.
-        attention = torch.softmax(query @ key.mT, dim=-1)
+        attention = torch.softmax(multiply(query, key.mT), dim=-1)
     else:
         arithmetic = _arithmetic(query)
-        attention = torch.softmax(query.to(arithmetic) @ key.to(arithmetic).mT, dim=-1).to(value.dtype)
-    return attention @ value, attention
+        scores = multiply(query.to(arithmetic), key.to(arithmetic).mT)
+        attention = torch.softmax(scores, dim=-1).to(value.dtype)
+    return multiply(attention, value), attention
 
 
 def _arithmetic(operand: torch.Tensor) -> torch.dtype:
@@ -426,6 +428,10 @@ class _AttendTangent(torch.autograd.Function):
         return *to_operands, *_AttendBackward.apply(q, k, v, grad, ctx.block_size), None
 
     @staticmethod
+    def jvp(ctx: Any, *dots: torch.Tensor) -> torch.Tensor:
+        return _pushed(_dense_tangent, ctx.saved_tensors, dots[:6])
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         return _folded(_AttendTangent, info, in_dims, inputs)
 
@@ -458,6 +464,11 @@ class _AttendSecond(torch.autograd.Function):
         return *gradients, *(None,) * (9 - len(gradients))
 
     @staticmethod
+    def jvp(ctx: Any, *dots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        count = 7 if ctx.saved_tensors[-1] is None else 8
+        return _pushed(_dense_second, ctx.saved_tensors[:count], dots[:count])
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         return _folded(_AttendSecond, info, in_dims, inputs)
 
@@ -486,25 +497,26 @@ def _folded(
     return outputs.unflatten(0, (size, -1)), 0
 
 
-def _dense_second(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    grad: torch.Tensor,
-    query_dot: torch.Tensor,
-    key_dot: torch.Tensor,
-    value_dot: torch.Tensor,
-    grad_dot: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """What `_second` computes, in operations that torch differentiates on its own."""
+# Third derivatives: what `_tangent` and `_second` compute, in operators that torch differentiates on its own.
 
-    def first(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out, pull = torch.func.vjp(lambda *qkv: _dense(*qkv)[0], *operands[:3])
-        return *pull(operands[3]), out
 
-    if grad_dot is None:
-        grad_dot = torch.zeros_like(grad)
-    return torch.func.jvp(first, (query, key, value, grad), (query_dot, key_dot, value_dot, grad_dot))[1]
+def _dense_tangent(*operands: torch.Tensor) -> torch.Tensor:
+    return _pushed(lambda *qkv: _dense(*qkv)[0], operands[:3], operands[3:])
+
+
+def _dense_second(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def first(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor) -> Any:
+        out, pull = torch.func.vjp(lambda *qkv: _dense(*qkv)[0], query, key, value)
+        return *pull(grad), out
+
+    *dots, last = operands[4:] if len(operands) == 8 else (*operands[4:], torch.zeros_like(operands[3]))
+    return _pushed(first, operands[:4], (*dots, last))
+
+
+def _pushed(function: Any, operands: tuple[torch.Tensor, ...], dots: tuple[torch.Tensor, ...]) -> Any:
+    # An expanded operand, as under vmap, cannot be given a tangent.
+    own = tuple(operand.clone(memory_format=torch.contiguous_format) for operand in operands)
+    return torch.func.jvp(function, own, dots)[1]
 
 
 @torch.library.custom_op("selfattn::attend", mutates_args=())
@@ -536,24 +548,22 @@ def _attend_second_op(
 
 
 @_attend_op.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int | None) -> torch.Tensor:
+def _(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
     return _empty_out(query, value, value.dtype)
 
 
 @_attend_backward_op.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, block_size: int | None
-) -> tuple[torch.Tensor, ...]:
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(_empty_gradient(operand, operand.dtype) for operand in (query, key, value))
 
 
 @_attend_second_op.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     gradients = (_empty_gradient(operand, operand.dtype) for operand in (query, key, value))
     return *gradients, _empty_out(query, value, value.dtype)
 
 
-def _keep_for_op(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+def _keep_for_op(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG001
     *tensors, ctx.block_size = inputs
     ctx.save_for_backward(*tensors)
 
