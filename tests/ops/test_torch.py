@@ -198,7 +198,7 @@ class TestValues:
             assert set(walked) == shapes, elements
             assert max(errors(got, to_numpy(whole), torch.float64)) < 16
 
-    @pytest.mark.parametrize("sizes", [(1, 7, 3, 5), (11, 1, 3, 5), (13, 7, 1, 1), (1, 1, 1, 1)])
+    @pytest.mark.parametrize("sizes", [(1, 5, 2, 3), (5, 1, 2, 3), (5, 3, 1, 1), (1, 1, 1, 1)])
     @pytest.mark.parametrize("block_size", [None, 4])
     def test_sizes_of_one(self, sizes: tuple[int, int, int, int], block_size: int | None) -> None:
         operands = draw(sizes=sizes)
@@ -501,7 +501,7 @@ class NodeCounter:
 
     def __call__(self, module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
         self.targets += [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
-        return module.forward
+        return torch._functorch.aot_autograd.make_boxed_func(module.forward)
 
 
 @compiles
