@@ -374,6 +374,8 @@ class TestMap:
     @forward_mode
     def test_both_outputs_are_differentiable_twice(self) -> None:
         operands = draw(sizes=(5, 4, 2, 3))
+        # gradcheck passes over an output that has no graph.
+        assert all(output.requires_grad for output in attend_with_map(*operands))
         assert torch.autograd.gradcheck(attend_with_map, operands, check_forward_ad=True)
         assert torch.autograd.gradgradcheck(attend_with_map, operands)
 
@@ -637,7 +639,8 @@ class TestExported:
     def test_traced_graph_holds_no_python(self) -> None:
         operands = tuple(operand.detach() for operand in draw(dtype=torch.float32))
         traced = torch.jit.trace(Layer(), operands)
-        assert "PythonOp" not in str(traced.graph)
+        kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+        assert {kind for kind in kinds if not kind.startswith("aten::")} <= {"prim::Constant"}
         others = draw(sizes=(23, 9, 3, 5), dtype=torch.float32)
         torch.testing.assert_close(traced(*others), dense(*others))
 
