@@ -7,6 +7,8 @@ the derivatives.
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,61 +67,71 @@ def _checked(*operands: jax.Array) -> tuple[jax.Array, ...]:
 # Compiled as a whole, or every eager call would build its loop anew and compile it again.
 @functools.partial(jax.jit, static_argnums=3)
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, block_size: int | None) -> jax.Array:
-    chunks, blocks = _plan(query, key, block_size)
-    if chunks == blocks == 1:
-        return _block(query, key, value)
-    if chunks == 1:
-        return _in_blocks(query, key, value, blocks)
+    chunks, blocks = _plan(query.shape, key.shape[-2], block_size)
+    operands = (query, key, value)
     batch = math.prod(query.shape[:-2])
-    split = [_split(x.reshape(batch, *x.shape[-2:]), 0, chunks) for x in (query, key, value)]
-    output = jax.lax.map(lambda chunk: _in_blocks(chunk[0], chunk[1], chunk[2], blocks), split)
-    return _join(output, 0, batch).reshape(*query.shape[:-1], value.shape[-1])
+    if chunks > 1:
+        split = [_split(x.reshape(batch, *x.shape[-2:]), 0, chunks) for x in operands]
+        output = jax.lax.map(lambda chunk: _in_blocks(chunk, blocks), split)
+        output = _join(output, 0, batch)
+    elif blocks > 1:
+        output = _in_blocks(operands, blocks)
+    else:
+        output = _block(query, _transposed(key), _transposed(value))
+    return output.reshape(*query.shape[:-1], value.shape[-1])
 
 
 @jax.jit
 def _attend_with_map(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    attention = _softmax(_scores(query, key)).astype(value.dtype)
-    return _product(attention, value).astype(value.dtype), attention
+    attention = _softmax(_scores(query, _transposed(key))).astype(value.dtype)
+    return _product(attention, _transposed(value)).astype(value.dtype), attention
 
 
-def _plan(query: jax.Array, key: jax.Array, block_size: int | None) -> tuple[int, int]:
-    """Parts that the batch and the rows are split into."""
-    *leading, rows, _ = query.shape
-    keys = key.shape[-2]
-    if not (isinstance(rows, int) and isinstance(keys, int)) or 0 in query.shape:
+def _plan(query: tuple[Any, ...], keys: Any, block_size: int | None) -> tuple[int, int]:
+    """Parts that the batch and the rows are looped over in; 1 and 1 for no loop."""
+    *leading, rows, _ = query
+    if not (isinstance(rows, int) and isinstance(keys, int)) or 0 in query:
         return 1, 1
     batch = math.prod(leading) if all(isinstance(size, int) for size in leading) else 1
-    held = -(-batch // _shards(query))
     chunks = 1
     if block_size is None:
+        # So large a batch gets the fewest rows.
         smallest = 4 * keys * block_rows(None, SCORE_BUDGET, rows, keys)
-        chunks = -(-held // max(1, SCORE_BUDGET // smallest))
-    size = block_rows(block_size, -(-held // chunks), rows, keys)
-    blocks = -(-rows // size)
-    # Blocks of one size need no padding; a divisor is worth blocks down to half the rows.
-    return chunks, next((count for count in range(blocks, 2 * blocks) if rows % count == 0), blocks)
+        # A batch may be sharded without its type saying so, and looping over less than all devices hold would gather
+        # it; inside `shard_map` it is one device's share.
+        local = bool(jax.sharding.get_abstract_mesh().manual_axes)
+        unit = 1 if local else math.gcd(batch, jax.device_count())
+        chunks = _parts(batch // unit, max(1, SCORE_BUDGET // (smallest * unit)))
+    return chunks, _parts(rows, block_rows(block_size, -(-batch // chunks), rows, keys))
 
 
-def _shards(query: jax.Array) -> int:
-    """Devices that share the leading axes, where the types say so (explicit meshes)."""
-    sharding = jax.typeof(query).sharding
-    names = [
-        name
-        for entry in sharding.spec[:-2]
-        if entry
-        for name in ((entry,) if isinstance(entry, str) else entry)
-    ]
-    return math.prod(sharding.mesh.shape[name] for name in names)
+def _parts(size: int, largest: int) -> int:
+    """How many parts of at most `largest` a size makes; equal parts, which need no padding, are worth some more."""
+    least = -(-size // largest)
+    return next((count for count in range(least, 2 * least) if size % count == 0), least)
 
 
-def _in_blocks(query: jax.Array, key: jax.Array, value: jax.Array, blocks: int) -> jax.Array:
+def _in_blocks(operands: Sequence[jax.Array], blocks: int) -> jax.Array:
+    query, key, value = operands
+    leading = query.shape[:-2]
+    if math.prod(leading) == 1:
+        # XLA does not turn the products below around where they have a batch axis, be it of size 1.
+        query, key, value = (x.reshape(x.shape[-2:]) for x in operands)
+    # Transposed outside the loop, so that the gradients are summed over blocks as (D, M): XLA's CPU library is up to 10
+    # times slower at products that contract the rows and give (M, D).
+    key, value = _transposed(key), _transposed(value)
     body = _block
     # One checkpoint keeps only the inputs for the first derivative; that derivative's own intermediates are kept for
     # the second, an (N, M) array in all, unless a second one recomputes them as well.
     for _ in range(2):
         body = jax.checkpoint(body, prevent_cse=False)
     output = jax.lax.map(lambda rows: body(rows, key, value), _split(query, -2, blocks))
-    return _join(output, -2, query.shape[-2])
+    output = _join(output, -2, query.shape[-2])
+    return output.reshape(*leading, *output.shape[-2:])
+
+
+def _transposed(array: jax.Array) -> jax.Array:
+    return jnp.swapaxes(array, -1, -2)
 
 
 def _split(array: jax.Array, axis: int, parts: int) -> jax.Array:
@@ -148,16 +160,17 @@ def _join(array: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _block(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Dense attention; key (…, Dk, M) and value (…, Dv, M) are transposed, here and below."""
     return _mix(_scores(query, key), value)
 
 
 def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
-    return jnp.einsum("...nd,...md->...nm", query, key, preferred_element_type=_arithmetic(query))
+    return jnp.einsum("...nd,...dm->...nm", query, key, preferred_element_type=_arithmetic(query))
 
 
 def _product(attention: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.einsum(
-        "...nm,...md->...nd", attention.astype(value.dtype), value, preferred_element_type=_arithmetic(value)
+        "...nm,...dm->...nd", attention.astype(value.dtype), value, preferred_element_type=_arithmetic(value)
     )
 
 
