@@ -345,7 +345,7 @@ def _sweep(
         _, arrays, sums = tf.while_loop(
             lambda index, *_: index < steps,
             again,
-            [tf.constant(0, tf.int64), arrays, sums],
+            (tf.constant(0, tf.int64), arrays, sums),
             # Blocks that run beside one another also lie in memory beside one another.
             parallel_iterations=1,
             # XLA needs it to differentiate the loop, which only a third derivative does.
