@@ -233,18 +233,19 @@ def _second(
     dtype, wide = query.dtype, _arithmetic(query.dtype)
 
     def block(by_row: Sequence[tf.Tensor], by_element: Sequence[tf.Tensor]) -> _Parts:
-        (q, g, q_dot), (k, v, k_dot, v_dot, keys) = by_row, by_element
+        (q, g, q_dot), (k, v, k_dot, v_dot, both_keys, keys, values) = by_row, by_element
         a = _scores(q, k)
         da = tf.matmul(g, v, transpose_b=True)
         centred = da - _rowsum(a * da)
         ds = a * centred
-        u = tf.matmul(tf.concat([q_dot, q], -1), keys, transpose_b=True)
-        u -= _rowsum(a * u)
-        a_dot = a * u
-        x = a_dot * centred + a * tf.matmul(g, v_dot, transpose_b=True)
-        ds_dot = x - a * _rowsum(x)
+        both = tf.concat([q_dot, q], -1)
+        u = _rowsum(both * tf.matmul(a, both_keys))
+        a_dot = a * tf.matmul(tf.concat([both, -u], -1), keys, transpose_b=True)
+        o_dot = tf.matmul(a_dot, v) + tf.matmul(a, v_dot)
+        x = _rowsum(g * o_dot)
+        ds_dot = a_dot * centred + a * tf.matmul(tf.concat([g, -x], -1), values, transpose_b=True)
         return (
-            [tf.matmul(ds_dot, k) + tf.matmul(ds, k_dot), tf.matmul(a_dot, v) + tf.matmul(a, v_dot)],
+            [tf.matmul(ds_dot, k) + tf.matmul(ds, k_dot), o_dot],
             [
                 tf.matmul(q, ds_dot, transpose_a=True) + tf.matmul(q_dot, ds, transpose_a=True),
                 tf.matmul(a_dot, g, transpose_a=True),
@@ -254,7 +255,9 @@ def _second(
     query, key, value, g, q_dot, k_dot, v_dot = (
         tf.cast(operand, wide) for operand in (query, key, value, g, q_dot, k_dot, v_dot)
     )
-    by_element = [key, value, k_dot, v_dot, tf.concat([key, k_dot], -1)]
+    ones = tf.ones_like(key[..., :1])
+    keys = tf.concat([key, k_dot], -1)
+    by_element = [key, value, k_dot, v_dot, keys, tf.concat([keys, ones], -1), tf.concat([v_dot, ones], -1)]
     sums = [_sizes(key)[:0:-1], _sizes(value)[1:]]
     to_q, to_g, to_k, to_v = _in_blocks(block_size, block, [query, g, q_dot], by_element, [wide, wide], sums)
     return tuple(tf.cast(gradient, dtype) for gradient in (to_q, _turned(to_k), to_v, to_g))
