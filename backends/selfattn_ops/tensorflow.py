@@ -155,7 +155,8 @@ def _attend(block_size: int | None, *operands: tf.Tensor) -> tf.Tensor:
     """(B, N, Dk), (B, M, Dk), (B, M, Dv) -> (B, N, Dv), in blocks, with derivatives in blocks.
 
     Everything differentiated is an argument: TensorFlow drops the gradient of what such a function closes over.
-    stop_gradient keeps the tapes from recording, and so from keeping, each block's intermediates.
+    identity makes each one a tensor of the graph at hand, which may be that of a derivative or of a branch: the next
+    derivative fails on another's. stop_gradient keeps the tapes from recording, and so from keeping, each block.
     """
 
     @tf.custom_gradient
@@ -165,7 +166,7 @@ def _attend(block_size: int | None, *operands: tf.Tensor) -> tf.Tensor:
 
         return _forward(block_size, *map(tf.stop_gradient, operands)), gradient
 
-    return forward(*operands)
+    return forward(*map(tf.identity, operands))
 
 
 def _gradients(block_size: int | None, *operands: tf.Tensor) -> Any:
@@ -178,7 +179,7 @@ def _gradients(block_size: int | None, *operands: tf.Tensor) -> Any:
 
         return _first(block_size, *map(tf.stop_gradient, operands)), gradient
 
-    return backward(*operands)
+    return backward(*map(tf.identity, operands))
 
 
 def _forward(block_size: int | None, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
