@@ -1,1 +1,10 @@
-"""To come."""
+"""SAGAN-style 2-D self-attention for Flax: NNX here, Linen in `selfattn_flax.linen`."""
+
+from selfattn_core.installed import require
+
+require("selfattn_flax", ["jax", "flax"], "flax")
+
+from selfattn_flax.nnx import SelfAttention2D  # noqa: E402 - the message above must come first
+from selfattn_flax.weights import from_canonical, load, save, to_canonical  # noqa: E402
+
+__all__ = ["SelfAttention2D", "from_canonical", "load", "save", "to_canonical"]

@@ -1,0 +1,372 @@
+"""The layer for Flax Linen, with its weights; the function is defined in `selfattn_core.spec`.
+
+Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3.
+"""
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY
+from typing import Any, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from flax.linen.dtypes import promote_dtype
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+import selfattn_core
+from selfattn_core import SelfAttentionConfig
+from selfattn_core.config import check_options
+from selfattn_core.params import check_params, projections
+from selfattn_core.weights import PathLike
+from selfattn_flax.nnx import KERNEL_INIT, ZEROS_INIT, pool, residual, rows
+from selfattn_flax.weights import to_numpy, to_tree
+from selfattn_ops.blocks import check_block_size
+from selfattn_ops.jax import attend, attend_with_map
+
+__all__ = ["SelfAttention2D", "from_canonical", "load", "save", "to_canonical"]
+
+Array = NDArray[Any]
+
+
+class SelfAttention2D(nn.Module):
+    """Self-attention over the positions of a feature map, with a residual gain that starts at zero.
+
+    ```
+    A = softmax(query(x) · key(x)ᵀ)        y = gamma · out(A · value(x)) + x
+    ```
+
+    Unlike `nn.MultiHeadDotProductAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value
+    differ. The children `query`, `key`, `value` (and `out`) are plain 1×1 `nn.Conv`; the paper's f is `key` and its g
+    is `query`, much PyTorch code has them the other way round, and the paper's h is `value`. The parameters are the
+    tree of `selfattn_flax.SelfAttention2D`.
+
+    | array | shape |
+    |---|---|
+    | x, y | (…, H, W, C), any number of leading axes |
+    | A | (…, N, M): row = output position h·W + w, column = attended position, rows sum to 1 |
+
+    Args:
+        qk_channels: Dk, by default C // 8.
+        value_channels: Dv, by default C.
+        out_projection: whether `out` takes A v from Dv back to C channels; needed where Dv differs from C.
+        use_bias: whether the projections have biases.
+        kv_pool: side of the max-pooling window over key and value; 1 is none.
+        block_size: query positions attended from at a time; None chooses by size. Changes memory, not the result.
+        dtype: of the computation and of y; by default promoted from x and the parameters. Whatever it is, the softmax
+            and the residual are computed in at least float32.
+        param_dtype: of the parameters.
+        precision: of the projections; attention itself is always computed in full.
+        kernel_init: of the kernels.
+        bias_init: of the biases.
+        gamma_init: of gamma.
+
+    Raises:
+        ValueError: if the options do not make a layer, or (when called) the input's shape does not fit.
+        TypeError: if the input is not floating-point.
+
+    Example:
+        >>> layer = SelfAttention2D()
+        >>> x = jax.random.normal(jax.random.key(1), (2, 5, 7, 64))
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> bool((layer.apply(variables, x) == x).all())  # gamma is 0 at first
+        True
+        >>> y, sown = layer.apply(variables, x, sow_weights=True, mutable=["intermediates"])
+        >>> sown["intermediates"]["attention_weights"][0].shape
+        (2, 35, 35)
+    """
+
+    qk_channels: int | None = None
+    value_channels: int | None = None
+    _: KW_ONLY
+    out_projection: bool = False
+    use_bias: bool = True
+    kv_pool: int = 1
+    block_size: int | None = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: jax.lax.PrecisionLike = None
+    kernel_init: Initializer = KERNEL_INIT
+    bias_init: Initializer = ZEROS_INIT
+    gamma_init: Initializer = ZEROS_INIT
+
+    def __post_init__(self) -> None:
+        """Refuse options that no number of channels could mend."""
+        check_options(
+            self.qk_channels,
+            self.value_channels,
+            out_projection=self.out_projection,
+            use_bias=self.use_bias,
+            kv_pool=self.kv_pool,
+        )
+        check_block_size(self.block_size)
+        super().__post_init__()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: SelfAttentionConfig,
+        *,
+        block_size: int | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        kernel_init: Initializer = KERNEL_INIT,
+        bias_init: Initializer = ZEROS_INIT,
+        gamma_init: Initializer = ZEROS_INIT,
+        name: str | None = None,
+    ) -> Self:
+        """A new module of this config; its channels follow from the input all the same."""
+        return cls(
+            config.qk_channels,
+            config.value_channels,
+            out_projection=config.out_projection,
+            use_bias=config.use_bias,
+            kv_pool=config.kv_pool,
+            block_size=block_size,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            gamma_init=gamma_init,
+            name=name,
+        )
+
+    @property
+    def config(self) -> SelfAttentionConfig:
+        """The config, of a module that is bound to initialised variables.
+
+        Raises:
+            ValueError: if it is not, so that the number of channels is not known.
+        """
+        if self.scope is None or not self.has_variable("params", "query"):
+            raise ValueError(
+                "SelfAttention2D: its channels are not known before it is bound to initialised variables: use "
+                "module.bind(variables).config, or read it in a call of the module."
+            )
+        return _config(self, _channels(self.get_variable("params", "query")))
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, sow_weights: bool = False) -> jax.Array:
+        """The output; on request the map is sown, which takes N·M numbers of memory.
+
+        Args:
+            x: (…, H, W, C).
+            sow_weights: whether to sow A as "attention_weights" into the collection "intermediates".
+        """
+        x = jnp.asarray(x)
+        config = self.config if self.has_variable("params", "query") else self._inferred(x.shape)
+        config.check_input(
+            x.shape,
+            layout="…HWC",
+            layer="SelfAttention2D",
+            dtype=x.dtype,
+            floating=jnp.issubdtype(x.dtype, jnp.floating),
+        )
+        convs = {
+            name: nn.Conv(
+                channels,
+                (1, 1),
+                use_bias=self.use_bias,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                precision=self.precision,
+                kernel_init=self.kernel_init,
+                bias_init=self.bias_init,
+                name=name,
+            )
+            for name, (_, channels) in projections(config).items()
+        }
+        query = rows(convs["query"](x))  # (…, N, Dk)
+        key = rows(pool(convs["key"](x), self.kv_pool))  # (…, M, Dk)
+        value = rows(pool(convs["value"](x), self.kv_pool))  # (…, M, Dv)
+        query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
+        if sow_weights:
+            attended, attention = attend_with_map(query, key, value, block_size=self.block_size)
+            self.sow("intermediates", "attention_weights", attention)
+        else:
+            attended = attend(query, key, value, block_size=self.block_size)  # (…, N, Dv)
+        attended = attended.reshape(*x.shape[:-1], attended.shape[-1])  # (…, H, W, Dv)
+        if self.out_projection:
+            attended = convs["out"](attended)  # (…, H, W, C)
+        gamma = self.param("gamma", self.gamma_init, (1,), self.param_dtype)
+        return residual(gamma, attended, x, self.dtype)
+
+    def _inferred(self, shape: tuple[int, ...]) -> SelfAttentionConfig:
+        if len(shape) < 3:
+            raise ValueError(
+                f"SelfAttention2D: got input of shape {shape}; expected (…, H, W, C): its rank is {len(shape)}."
+            )
+        return _config(self, shape[-1])
+
+
+def to_canonical(module: SelfAttention2D, variables: Mapping[str, Any]) -> dict[str, Array]:
+    """The layer's weights as new, contiguous numpy arrays by canonical name.
+
+    Args:
+        module: the layer, bound or not.
+        variables: its variables, {"params": {"query": …, …}}, with or without partitioning metadata; bfloat16 is
+            widened to float32, which is exact.
+
+    Returns:
+        Kernels (C_in, C_out), biases (C_out,), gamma (1,).
+
+    Raises:
+        ValueError: if the variables are not those of this module; lists every problem.
+
+    Example:
+        >>> module = SelfAttention2D()
+        >>> variables = module.init(jax.random.key(0), jnp.zeros((1, 1, 16)))
+        >>> to_canonical(module, variables)["query.kernel"].shape
+        (16, 2)
+    """
+    return _weights(module, variables)[1]
+
+
+def from_canonical(
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    *,
+    block_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    name: str | None = None,
+) -> tuple[SelfAttention2D, dict[str, Any]]:
+    """A module and variables with these weights.
+
+    Args:
+        config: which layer.
+        params: arrays by canonical name.
+        block_size: as in `SelfAttention2D`.
+        dtype: of the computation, as in `SelfAttention2D`.
+        param_dtype: of the parameters; by default that of the arrays.
+        precision: as in `SelfAttention2D`.
+        name: of the module.
+
+    Raises:
+        ValueError: if the arrays do not fit the config (lists every problem), or are float64 while JAX has no float64.
+
+    Example:
+        >>> module = SelfAttention2D()
+        >>> variables = module.init(jax.random.key(0), jnp.zeros((1, 1, 16)))
+        >>> config = module.bind(variables).config
+        >>> twin, copied = from_canonical(config, to_canonical(module, variables))
+        >>> bool((copied["params"]["key"]["kernel"] == variables["params"]["key"]["kernel"]).all())
+        True
+    """
+    tree = to_tree(config, params, param_dtype)
+    module = SelfAttention2D.from_config(
+        config,
+        block_size=block_size,
+        dtype=dtype,
+        param_dtype=tree["gamma"].dtype,
+        precision=precision,
+        name=name,
+    )
+    return module, {"params": tree}
+
+
+def load(
+    path: PathLike,
+    *,
+    block: str | None = None,
+    block_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    name: str | None = None,
+) -> tuple[SelfAttention2D, dict[str, Any]]:
+    """A module and variables from a canonical file, whichever framework wrote it.
+
+    Args:
+        path: the `.safetensors` file.
+        block: which layer of a file that holds several.
+        block_size: as in `SelfAttention2D`.
+        dtype: of the computation, as in `SelfAttention2D`.
+        param_dtype: of the parameters; by default the file's.
+        precision: as in `SelfAttention2D`.
+        name: of the module.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a whole and fitting canonical file (lists every problem), or holds float64 while JAX
+            has no float64.
+    """
+    config, params = selfattn_core.load(path, block=block)
+    return from_canonical(
+        config,
+        params,
+        block_size=block_size,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        precision=precision,
+        name=name,
+    )
+
+
+def save(
+    module: SelfAttention2D,
+    variables: Mapping[str, Any],
+    path: PathLike,
+    *,
+    overwrite: bool = False,
+    source: str = "",
+) -> None:
+    """Write the layer's weights to a canonical file.
+
+    Args:
+        module: the layer.
+        variables: its variables.
+        path: the `.safetensors` file; its folder must exist.
+        overwrite: whether an existing file may be replaced.
+        source: where the weights came from, for the reader.
+
+    Raises:
+        FileExistsError: if the file exists and `overwrite` is False.
+        OSError: if it cannot be written; an existing file is left as it was.
+        ValueError: if the variables are not those of this module, or a weight is not finite.
+
+    Example:
+        >>> import tempfile
+        >>> module = SelfAttention2D()
+        >>> variables = module.init(jax.random.key(0), jnp.zeros((1, 1, 16)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(module, variables, f"{folder}/layer.safetensors")
+        ...     load(f"{folder}/layer.safetensors")[0].qk_channels
+        2
+    """
+    selfattn_core.save(path, *_weights(module, variables), overwrite=overwrite, source=source)
+
+
+def _config(module: SelfAttention2D, channels: int) -> SelfAttentionConfig:
+    return SelfAttentionConfig(
+        channels,
+        module.qk_channels,
+        module.value_channels,
+        out_projection=module.out_projection,
+        use_bias=module.use_bias,
+        kv_pool=module.kv_pool,
+    )
+
+
+def _channels(query: Mapping[str, Any]) -> int:
+    """C, from the parameters of the query projection."""
+    return int(nn.meta.unbox(query)["kernel"].shape[-2])
+
+
+def _weights(
+    module: SelfAttention2D, variables: Mapping[str, Any]
+) -> tuple[SelfAttentionConfig, dict[str, Array]]:
+    flat = traverse_util.flatten_dict(nn.meta.unbox(variables).get("params", {}), sep=".")
+    arrays = {name: to_numpy(array) for name, array in flat.items()}
+    if "query.kernel" not in arrays or arrays["query.kernel"].ndim != 2:
+        raise ValueError(
+            f"SelfAttention2D: got variables {', '.join(variables)} with the parameters {', '.join(flat) or 'none'}; "
+            "expected {'params': {'query': {'kernel': (1, 1, C, Dk)}, …}}: pass the part of the tree that is this layer's."
+        )
+    config = _config(module, arrays["query.kernel"].shape[0])
+    return config, check_params(config, arrays, finite=False)

@@ -1,0 +1,182 @@
+"""Weights of the NNX layer to and from canonical arrays and files, and the converters that Linen's share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+import selfattn_core
+from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.params import check_params
+from selfattn_core.weights import PathLike
+from selfattn_flax.nnx import SelfAttention2D
+
+Array = NDArray[Any]
+
+
+def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
+    """The layer's weights as new, contiguous numpy arrays by canonical name.
+
+    Args:
+        layer: on any device; bfloat16 is widened to float32, which is exact.
+
+    Returns:
+        Kernels (C_in, C_out), biases (C_out,), gamma (1,).
+
+    Example:
+        >>> to_canonical(SelfAttention2D(16, rngs=nnx.Rngs(0)))["query.kernel"].shape
+        (16, 2)
+    """
+    names = parameter_table(layer.config)
+    return {name: to_numpy(_parameter(layer, name)[...]) for name in names}
+
+
+def from_canonical(
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    *,
+    block_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> SelfAttention2D:
+    """A layer with these weights.
+
+    Args:
+        config: which layer.
+        params: arrays by canonical name.
+        block_size: as in `SelfAttention2D`.
+        dtype: of the computation, as in `SelfAttention2D`.
+        param_dtype: of the parameters; by default that of the arrays.
+        precision: as in `SelfAttention2D`.
+
+    Raises:
+        ValueError: if the arrays do not fit the config (lists every problem), or are float64 while JAX has no float64.
+
+    Example:
+        >>> layer = SelfAttention2D(16, rngs=nnx.Rngs(0))
+        >>> twin = from_canonical(layer.config, to_canonical(layer))
+        >>> bool((twin.key.kernel[...] == layer.key.kernel[...]).all())
+        True
+    """
+    tree = to_tree(config, params, param_dtype)
+
+    def abstract() -> SelfAttention2D:
+        return SelfAttention2D.from_config(
+            config,
+            block_size=block_size,
+            dtype=dtype,
+            param_dtype=tree["gamma"].dtype,
+            precision=precision,
+            rngs=nnx.Rngs(0),
+        )
+
+    layer: SelfAttention2D = nnx.eval_shape(abstract)
+    nnx.update(layer, tree)
+    return layer
+
+
+def load(
+    path: PathLike,
+    *,
+    block: str | None = None,
+    block_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> SelfAttention2D:
+    """A layer from a canonical file, whichever framework wrote it.
+
+    Args:
+        path: the `.safetensors` file.
+        block: which layer of a file that holds several.
+        block_size: as in `SelfAttention2D`.
+        dtype: of the computation, as in `SelfAttention2D`.
+        param_dtype: of the parameters; by default the file's.
+        precision: as in `SelfAttention2D`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a whole and fitting canonical file (lists every problem), or holds float64 while JAX
+            has no float64.
+    """
+    config, params = selfattn_core.load(path, block=block)
+    return from_canonical(
+        config, params, block_size=block_size, dtype=dtype, param_dtype=param_dtype, precision=precision
+    )
+
+
+def save(layer: SelfAttention2D, path: PathLike, *, overwrite: bool = False, source: str = "") -> None:
+    """Write the layer's weights to a canonical file.
+
+    Args:
+        layer: the layer.
+        path: the `.safetensors` file; its folder must exist.
+        overwrite: whether an existing file may be replaced.
+        source: where the weights came from, for the reader.
+
+    Raises:
+        FileExistsError: if the file exists and `overwrite` is False.
+        OSError: if it cannot be written; an existing file is left as it was.
+        ValueError: if a weight is not finite.
+
+    Example:
+        >>> import tempfile
+        >>> layer = SelfAttention2D(16, rngs=nnx.Rngs(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(layer, f"{folder}/layer.safetensors")
+        ...     load(f"{folder}/layer.safetensors").config == layer.config
+        True
+    """
+    selfattn_core.save(path, layer.config, to_canonical(layer), overwrite=overwrite, source=source)
+
+
+def to_numpy(parameter: jax.Array) -> Array:
+    """A parameter as a new, contiguous numpy array, a 1×1 kernel as the matrix that it is."""
+    array = np.asarray(parameter)
+    if array.ndim == 4 and array.shape[:2] == (1, 1):
+        array = array[0, 0]
+    dtype = np.float32 if array.dtype == jnp.bfloat16 else array.dtype
+    return np.array(array, dtype, order="C")
+
+
+def to_tree(
+    config: SelfAttentionConfig, params: Mapping[str, Array], param_dtype: DTypeLike | None
+) -> dict[str, Any]:
+    """Canonical arrays as the tree of parameters that NNX and Linen have alike.
+
+    Args:
+        config: which layer.
+        params: arrays by canonical name.
+        param_dtype: of the parameters; None keeps that of the arrays.
+
+    Returns:
+        {"query": {"kernel": (1, 1, C, Dk), "bias": (Dk,)}, …, "gamma": (1,)}, new arrays.
+
+    Raises:
+        ValueError: if the arrays do not fit the config (lists every problem), or float64 is wanted and JAX has none.
+    """
+    arrays = check_params(config, params)
+    dtype = arrays["gamma"].dtype if param_dtype is None else jnp.dtype(param_dtype)
+    if dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise ValueError(
+            "selfattn_flax: float64 parameters are wanted, but JAX would silently make them float32: pass param_dtype, for "
+            "example param_dtype=jnp.float32, or enable float64 first (JAX_ENABLE_X64=1 in the environment)."
+        )
+    flat = {}
+    for name, array in arrays.items():
+        shaped = array[None, None] if name.endswith("kernel") else array
+        flat[name] = jnp.array(shaped.astype(dtype))
+    return traverse_util.unflatten_dict(flat, sep=".")
+
+
+def _parameter(layer: SelfAttention2D, name: str) -> Any:
+    found: Any = layer
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
