@@ -1,1 +1,17 @@
-"""To come."""
+"""SAGAN-style 2-D self-attention for Keras 3, on TensorFlow, JAX and PyTorch."""
+
+from selfattn_core.installed import require
+
+require("selfattn_keras", ["keras"], "keras")
+
+try:
+    from selfattn_keras.layer import SelfAttention2D
+    from selfattn_keras.weights import from_canonical, load, save, to_canonical
+except ModuleNotFoundError as error:
+    # Keras imports the framework that KERAS_BACKEND or keras.json names; only that one's absence is translated.
+    extra = {"tensorflow": "keras", "jax": "keras,jax", "torch": "keras,torch"}.get(error.name or "")
+    if extra is not None:
+        require("selfattn_keras", [str(error.name)], extra)
+    raise
+
+__all__ = ["SelfAttention2D", "from_canonical", "load", "save", "to_canonical"]

@@ -1,0 +1,362 @@
+"""The layer for Keras 3; the function is defined in `selfattn_core.spec`.
+
+Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3.
+"""
+
+import copy
+import importlib
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, Self
+
+import keras
+from keras import ops
+
+from selfattn_core import SelfAttentionConfig
+from selfattn_core.config import check_options
+from selfattn_core.params import projections
+from selfattn_ops.blocks import check_block_size
+
+# Tensors of the backend, symbolic or not; Keras has no common type for them.
+Tensor = Any
+Shape = Sequence[int | None]
+
+
+def _core() -> Any:
+    """The attention op of the framework underneath, which Keras fixes when it is imported."""
+    backend = keras.backend.backend()
+    if backend not in ("tensorflow", "jax", "torch"):
+        raise ImportError(
+            f"selfattn_keras: got the Keras backend {backend!r}; expected tensorflow, jax or torch: "
+            "set KERAS_BACKEND to one of them before keras is imported."
+        )
+    return importlib.import_module(f"selfattn_ops.{backend}")
+
+
+_ops = _core()
+
+
+@keras.saving.register_keras_serializable(package="selfattn")
+class SelfAttention2D(keras.layers.Layer):
+    """Self-attention over the positions of a feature map, with a residual gain that starts at zero.
+
+    ```
+    A = softmax(query(x) · key(x)ᵀ)        y = gamma · out(A · value(x)) + x
+    ```
+
+    Unlike `keras.layers.MultiHeadAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value
+    differ. The children `query`, `key`, `value` (and `out`) are plain 1×1 `Conv2D`; the paper's f is `key` and its g
+    is `query`, much PyTorch code has them the other way round, and the paper's h is `value`. They are channels-last in
+    both data formats, and have the same weights in both.
+
+    | array | shape |
+    |---|---|
+    | x, y | (B, H, W, C), or (B, C, H, W) if `data_format` is "channels_first" |
+    | A | (B, N, M): row = output position h·W + w, column = attended position, rows sum to 1; in both formats |
+
+    Args:
+        qk_channels: Dk, by default C // 8.
+        value_channels: Dv, by default C.
+        out_projection: whether `out` takes A v from Dv back to C channels; needed where Dv differs from C.
+        use_bias: whether the projections have biases.
+        kv_pool: side of the max-pooling window over key and value; 1 is none.
+        block_size: query positions attended from at a time; None chooses by size. Changes memory, not the result.
+        data_format: "channels_last" or "channels_first"; by default that of the Keras configuration.
+        kernel_initializer: of the projections. Every projection has its own copy, and where there is a seed, its own
+            seed derived from that one: query and key never start equal.
+        bias_initializer: of the projections, likewise.
+        gamma_initializer: of the residual gain.
+        kernel_regularizer: of the projections, a copy each.
+        bias_regularizer: of the projections, a copy each.
+        gamma_regularizer: of the residual gain.
+        kernel_constraint: of the projections, a copy each.
+        bias_constraint: of the projections, a copy each.
+        gamma_constraint: of the residual gain.
+        **kwargs: `name`, `dtype`, `trainable` and the other arguments of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: if the options do not make a layer, or (when built or called) the input's shape does not fit.
+        TypeError: if the input is not floating-point.
+
+    Example:
+        >>> layer = SelfAttention2D()
+        >>> x = keras.random.normal((2, 5, 7, 64))
+        >>> bool(ops.all(layer(x) == x))  # gamma is 0 at first
+        True
+        >>> y, A = layer(x, return_attention_scores=True)
+        >>> tuple(A.shape)
+        (2, 35, 35)
+    """
+
+    def __init__(
+        self,
+        qk_channels: int | None = None,
+        value_channels: int | None = None,
+        *,
+        out_projection: bool = False,
+        use_bias: bool = True,
+        kv_pool: int = 1,
+        block_size: int | None = None,
+        data_format: str | None = None,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        gamma_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        gamma_constraint: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_options(
+            qk_channels, value_channels, out_projection=out_projection, use_bias=use_bias, kv_pool=kv_pool
+        )
+        data_format = keras.config.image_data_format() if data_format is None else data_format
+        if data_format not in ("channels_last", "channels_first"):
+            raise ValueError(
+                f"SelfAttention2D: data_format={data_format!r} must be 'channels_last' or 'channels_first', "
+                "or None for that of the Keras configuration."
+            )
+        self.qk_channels = qk_channels
+        self.value_channels = value_channels
+        self.out_projection = out_projection
+        self.use_bias = use_bias
+        self.kv_pool = kv_pool
+        self.block_size = check_block_size(block_size)
+        self.data_format = data_format
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.gamma_initializer = keras.initializers.get(gamma_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+        self.gamma_constraint = keras.constraints.get(gamma_constraint)
+        self._config: SelfAttentionConfig | None = None
+        self._layout = "BHWC" if data_format == "channels_last" else "BCHW"
+
+    @classmethod
+    def from_spec(
+        cls,
+        config: SelfAttentionConfig,
+        *,
+        block_size: int | None = None,
+        data_format: str | None = None,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        gamma_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        gamma_constraint: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A new layer of this config, built at once, since the config says how many channels there are.
+
+        The arguments are those of `SelfAttention2D`. (`from_config` is Keras' own: it takes what `get_config` gave.)
+        """
+        layer = cls(
+            config.qk_channels,
+            config.value_channels,
+            out_projection=config.out_projection,
+            use_bias=config.use_bias,
+            kv_pool=config.kv_pool,
+            block_size=block_size,
+            data_format=data_format,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            gamma_initializer=gamma_initializer,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
+            gamma_constraint=gamma_constraint,
+            **kwargs,
+        )
+        layer.build(tuple(config.channels if axis == "C" else None for axis in layer._layout))
+        return layer
+
+    @property
+    def config(self) -> SelfAttentionConfig:
+        """What the layer is, once it is built.
+
+        Raises:
+            ValueError: if it is not built yet, so that the number of channels is not known.
+        """
+        if self._config is None:
+            raise ValueError(
+                "SelfAttention2D: config exists once the layer is built, for its channels come from the input: "
+                "call the layer first, or make it with SelfAttention2D.from_spec."
+            )
+        return self._config
+
+    def build(self, input_shape: Shape) -> None:
+        """Create the projections and gamma for the channels of this input."""
+        shape = tuple(input_shape)
+        axis = self._layout.index("C")
+        channels = shape[axis] if len(shape) == 4 else None
+        if channels is None:
+            problem = "its channels must be known" if len(shape) == 4 else f"its rank is {len(shape)}"
+            raise ValueError(
+                f"SelfAttention2D: got input of shape {shape}; expected ({', '.join(self._layout)}): {problem}."
+            )
+        config = SelfAttentionConfig(
+            channels,
+            self.qk_channels,
+            self.value_channels,
+            out_projection=self.out_projection,
+            use_bias=self.use_bias,
+            kv_pool=self.kv_pool,
+        )
+        config.check_input(shape, layout=self._layout, layer="SelfAttention2D")
+        for name, (channels_in, channels_out) in projections(config).items():
+            conv = keras.layers.Conv2D(
+                channels_out,
+                1,
+                data_format="channels_last",
+                use_bias=config.use_bias,
+                kernel_initializer=_own(self.kernel_initializer, name),
+                bias_initializer=_own(self.bias_initializer, name),
+                kernel_regularizer=_own(self.kernel_regularizer, name),
+                bias_regularizer=_own(self.bias_regularizer, name),
+                kernel_constraint=_own(self.kernel_constraint, name),
+                bias_constraint=_own(self.bias_constraint, name),
+                dtype=self.dtype_policy,
+                name=name,
+            )
+            setattr(self, name, conv)
+            conv.build((None, None, None, channels_in))
+        self.gamma = self.add_weight(
+            name="gamma",
+            shape=(1,),
+            initializer=self.gamma_initializer,
+            regularizer=self.gamma_regularizer,
+            constraint=self.gamma_constraint,
+            # The residual is computed in float32, so gamma is not rounded to the compute dtype on the way.
+            autocast=False,
+        )
+        self._config = config
+        self.input_spec = keras.InputSpec(ndim=4, axes={axis: config.channels})
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer; see `call`."""
+        # Ahead of Keras' comparison with input_spec, whose message does not say what to do.
+        if self._config is not None and hasattr(x, "shape"):
+            self._check(x)
+        return super().__call__(x, *args, **kwargs)
+
+    def call(self, x: Tensor, *, return_attention_scores: bool = False) -> Any:
+        """The output, and the map if asked for, which takes N·M numbers of memory.
+
+        Args:
+            x: (B, H, W, C) or (B, C, H, W), as `data_format` says.
+            return_attention_scores: whether to return (y, A) instead of y.
+        """
+        self._check(x)
+        # TensorFlow's CPU has no channels-first convolution for every dtype, and Keras adds the bias of one to the wrong
+        # axis where W equals the number of channels. To a 1×1 kernel the two formats are one.
+        maps = x if self.data_format == "channels_last" else ops.transpose(x, (0, 2, 3, 1))  # (B, H, W, C)
+        batch, height, width = ops.shape(maps)[:3]
+        query = _rows(_apply(self.query, maps))  # (B, N, Dk)
+        key = _rows(self._pool(_apply(self.key, maps)))  # (B, M, Dk)
+        value = _rows(self._pool(_apply(self.value, maps)))  # (B, M, Dv)
+        if return_attention_scores:
+            attended, attention = _ops.attend_with_map(query, key, value, block_size=self.block_size)
+        else:
+            attended = _ops.attend(query, key, value, block_size=self.block_size)  # (B, N, Dv)
+        attended = ops.reshape(attended, (batch, height, width, value.shape[-1]))  # (B, H, W, Dv)
+        if self.out_projection:
+            attended = _apply(self.out, attended)  # (B, H, W, C)
+        arithmetic = "float64" if self.compute_dtype == "float64" else "float32"
+        gamma, attended, maps = (ops.cast(term, arithmetic) for term in (self.gamma, attended, maps))
+        y = ops.cast(gamma * attended + maps, self.compute_dtype)  # (B, H, W, C)
+        y = y if self.data_format == "channels_last" else ops.transpose(y, (0, 3, 1, 2))  # the shape of x
+        return (y, attention) if return_attention_scores else y
+
+    def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
+        """The shape of y, which is that of x."""
+        return tuple(input_shape)
+
+    def compute_output_spec(self, x: Tensor, *, return_attention_scores: bool = False) -> Any:
+        """Shapes and dtypes of what `call` returns; sizes that are not known yet stay None."""
+        self._check(x)
+        y = keras.KerasTensor(x.shape, dtype=self.compute_dtype)
+        if not return_attention_scores:
+            return y
+        sizes = dict(zip(self._layout, x.shape, strict=True))
+        grid = (sizes["H"], sizes["W"])
+        positions, keys = (
+            None if None in grid else math.prod(side // window for side in grid)
+            for window in (1, self.kv_pool)
+        )
+        return y, keras.KerasTensor((sizes["B"], positions, keys), dtype=self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """Every argument of the constructor, as `from_config` takes them."""
+        config: dict[str, Any] = super().get_config()
+        for name in ("qk_channels", "value_channels", "out_projection", "use_bias", "kv_pool"):
+            config[name] = getattr(self, name)
+        config |= {"block_size": self.block_size, "data_format": self.data_format}
+        for name in ("kernel", "bias", "gamma"):
+            config[f"{name}_initializer"] = keras.initializers.serialize(getattr(self, f"{name}_initializer"))
+            config[f"{name}_regularizer"] = keras.regularizers.serialize(getattr(self, f"{name}_regularizer"))
+            config[f"{name}_constraint"] = keras.constraints.serialize(getattr(self, f"{name}_constraint"))
+        return config
+
+    def _check(self, x: Tensor) -> None:
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        self.config.check_input(
+            x.shape,
+            layout=self._layout,
+            layer="SelfAttention2D",
+            dtype=dtype,
+            floating=keras.backend.is_float_dtype(dtype),
+        )
+
+    def _pool(self, maps: Tensor) -> Tensor:
+        """The largest of each whole window; NaN where the window holds one."""
+        if self.kv_pool == 1:
+            return maps
+        pooled = ops.max_pool(maps, self.kv_pool, self.kv_pool, data_format="channels_last")
+        if keras.backend.backend() == "tensorflow":
+            # TensorFlow's op, alone of the three, passes over NaN.
+            undefined = ops.cast(ops.isnan(maps), self.compute_dtype)
+            undefined = ops.max_pool(undefined, self.kv_pool, self.kv_pool, data_format="channels_last")
+            pooled = ops.where(undefined > 0, float("nan"), pooled)
+        return pooled
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """(B, H, W, D) to (B, N, D), positions in row-major order."""
+    batch, height, width, channels = ops.shape(maps)
+    return ops.reshape(maps, (batch, height * width, channels))
+
+
+def _apply(child: Any, maps: Tensor) -> Tensor:
+    """What the child gives, which for an empty batch on TensorFlow would have the shape of the child's input."""
+    if keras.backend.backend() == "tensorflow" and maps.shape[0] == 0:
+        return child(ops.pad(maps, ((0, 1), (0, 0), (0, 0), (0, 0))))[:0]
+    return child(maps)
+
+
+def _own(option: Any, child: str) -> Any:
+    """A child's own copy of an initializer, regularizer or constraint.
+
+    Random initializers draw from a fixed seed, so one that is shared, or copied with its seed, would give query and
+    key the same values. A `SeedGenerator` moves on with each draw and is meant to be shared.
+    """
+    config = option.get_config() if isinstance(option, keras.initializers.Initializer) else {}
+    if "seed" not in config:
+        return copy.deepcopy(option)
+    if isinstance(config["seed"], int):
+        config["seed"] = zlib.crc32(f"{child} {config['seed']}".encode()) % 2**31
+    elif config["seed"] is not None:
+        return option
+    return type(option).from_config(config)

@@ -1,0 +1,155 @@
+"""Weights of the Keras layer to and from canonical arrays and files."""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+import selfattn_core
+from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.params import check_params
+from selfattn_core.weights import PathLike
+from selfattn_keras.layer import SelfAttention2D
+
+Array = NDArray[Any]
+
+
+def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
+    """The layer's weights as new, contiguous numpy arrays by canonical name.
+
+    Args:
+        layer: built, on any device; bfloat16 is widened to float32, which is exact.
+
+    Returns:
+        Kernels (C_in, C_out), biases (C_out,), gamma (1,).
+
+    Raises:
+        ValueError: if the layer is not built yet.
+
+    Example:
+        >>> to_canonical(SelfAttention2D.from_spec(SelfAttentionConfig(16)))["query.kernel"].shape
+        (16, 2)
+    """
+    params = {}
+    for row in parameter_table(layer.config).values():
+        array = keras.ops.convert_to_numpy(variable(layer, row.name))
+        if array.dtype.name == "bfloat16":
+            array = array.astype(np.float32)
+        params[row.name] = np.array(array, order="C").reshape(row.shape)
+    return params
+
+
+def from_canonical(
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    *,
+    block_size: int | None = None,
+    data_format: str | None = None,
+    dtype: Any = None,
+) -> SelfAttention2D:
+    """A built layer with these weights.
+
+    Args:
+        config: which layer.
+        params: arrays by canonical name.
+        block_size: as in `SelfAttention2D`.
+        data_format: as in `SelfAttention2D`.
+        dtype: name of a dtype or a dtype policy, for example "mixed_bfloat16"; by default the arrays' dtype.
+
+    Raises:
+        ValueError: if the arrays do not fit the config (lists every problem), or their dtype is float64 and JAX has
+            not been told to compute in it.
+
+    Example:
+        >>> layer = SelfAttention2D.from_spec(SelfAttentionConfig(16))
+        >>> twin = from_canonical(layer.config, to_canonical(layer))
+        >>> bool((to_canonical(twin)["key.kernel"] == to_canonical(layer)["key.kernel"]).all())
+        True
+    """
+    arrays = check_params(config, params)
+    dtype = arrays["gamma"].dtype.name if dtype is None else dtype
+    _check_float64(keras.dtype_policies.get(dtype).variable_dtype)
+    # Unseeded initializers draw their seed from Python's random state, which is the caller's.
+    state = random.getstate()
+    try:
+        layer = SelfAttention2D.from_spec(config, block_size=block_size, data_format=data_format, dtype=dtype)
+    finally:
+        random.setstate(state)
+    for name, array in arrays.items():
+        target = variable(layer, name)
+        target.assign(array.reshape(target.shape))
+    return layer
+
+
+def load(
+    path: PathLike,
+    *,
+    block: str | None = None,
+    block_size: int | None = None,
+    data_format: str | None = None,
+    dtype: Any = None,
+) -> SelfAttention2D:
+    """A built layer from a canonical file, whichever framework wrote it.
+
+    Args:
+        path: the `.safetensors` file.
+        block: which layer of a file that holds several.
+        block_size: as in `SelfAttention2D`.
+        data_format: as in `SelfAttention2D`.
+        dtype: name of a dtype or a dtype policy; by default the file's dtype.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a whole and fitting canonical file; lists every problem.
+    """
+    config, params = selfattn_core.load(path, block=block)
+    return from_canonical(config, params, block_size=block_size, data_format=data_format, dtype=dtype)
+
+
+def save(layer: SelfAttention2D, path: PathLike, *, overwrite: bool = False, source: str = "") -> None:
+    """Write the layer's weights to a canonical file.
+
+    Args:
+        layer: the layer, built.
+        path: the `.safetensors` file; its folder must exist.
+        overwrite: whether an existing file may be replaced.
+        source: where the weights came from, for the reader.
+
+    Raises:
+        FileExistsError: if the file exists and `overwrite` is False.
+        OSError: if it cannot be written; an existing file is left as it was.
+        ValueError: if the layer is not built yet, or a weight is not finite.
+
+    Example:
+        >>> import tempfile
+        >>> layer = SelfAttention2D.from_spec(SelfAttentionConfig(16))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(layer, f"{folder}/layer.safetensors")
+        ...     load(f"{folder}/layer.safetensors").config == layer.config
+        True
+    """
+    selfattn_core.save(path, layer.config, to_canonical(layer), overwrite=overwrite, source=source)
+
+
+def _check_float64(dtype: str) -> None:
+    """Refuse float64 where it would be narrowed: JAX does so with a mere warning."""
+    held = keras.backend.standardize_dtype(keras.ops.convert_to_tensor(np.zeros((), np.float64)).dtype)
+    if dtype == "float64" != held:
+        raise ValueError(
+            f"selfattn_keras: got weights for a layer of dtype float64, but {keras.backend.backend()} computes in {held}: "
+            'pass dtype="float32", or enable 64 bits (JAX: the environment variable JAX_ENABLE_X64=1).'
+        )
+
+
+def variable(layer: SelfAttention2D, name: str) -> Any:
+    """The Keras variable of a canonical name.
+
+    Example:
+        >>> tuple(variable(SelfAttention2D.from_spec(SelfAttentionConfig(16)), "query.kernel").shape)
+        (1, 1, 16, 2)
+    """
+    child, _, part = name.partition(".")
+    return getattr(getattr(layer, child), part) if part else layer.gamma
