@@ -1,0 +1,49 @@
+"""Training in PyTorch."""
+
+import sys
+
+import torch
+from tqdm import tqdm
+
+from examples.digits import torch_model
+from examples.digits.data import Digits
+from examples.digits.torch_model import Classifier
+
+BATCH = 64
+PEAK_LEARNING_RATE = 0.01
+
+
+def train(digits: Digits, *, epochs: int, seed: int) -> Classifier:
+    """A new classifier, trained; shows its loss and gamma as it goes.
+
+    The number of epochs is fixed beforehand, so that the held-out images have no say in when to stop.
+
+    Args:
+        digits: what to train on.
+        epochs: how often to go through it.
+        seed: of the first weights and of the order of the images.
+    """
+    # Images this small gain nothing from a second thread, and one thread adds in the same order on every machine.
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    model = Classifier()
+    images, labels = torch_model.to_torch(digits.images), torch.from_numpy(digits.labels)
+    steps = epochs * -(-len(digits) // BATCH)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps)
+    with tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for epoch in range(epochs):
+            total = 0.0
+            for batch in torch.randperm(len(digits)).split(BATCH):
+                loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.item() * len(batch)
+                bar.update()
+            state = f"loss {total / len(digits):.3f}, gamma {model.attention.gamma.item():+.3f}"
+            bar.set_description(f"epoch {epoch + 1}/{epochs}, {state}")
+            if bar.disable:
+                print(f"   epoch {epoch + 1:2}/{epochs}: {state}", flush=True)
+    return model
