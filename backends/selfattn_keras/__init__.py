@@ -9,9 +9,10 @@ try:
     from selfattn_keras.weights import from_canonical, load, save, to_canonical
 except ModuleNotFoundError as error:
     # Keras imports the framework that KERAS_BACKEND or keras.json names; only that one's absence is translated.
-    extra = {"tensorflow": "keras", "jax": "keras,jax", "torch": "keras,torch"}.get(error.name or "")
-    if extra is not None:
-        require("selfattn_keras", [str(error.name)], extra)
+    framework = (error.name or "").partition(".")[0]
+    extras = {"tensorflow": "keras", "jax": "keras,jax", "torch": "keras,torch"}
+    if framework in extras:
+        require("selfattn_keras", [framework], extras[framework])
     raise
 
 __all__ = ["SelfAttention2D", "from_canonical", "load", "save", "to_canonical"]

@@ -38,7 +38,7 @@ def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
         array = keras.ops.convert_to_numpy(variable(layer, row.name))
         if array.dtype.name == "bfloat16":
             array = array.astype(np.float32)
-        params[row.name] = np.array(array, order="C").reshape(row.shape)
+        params[row.name] = np.array(array.reshape(row.shape), order="C")
     return params
 
 
@@ -80,7 +80,8 @@ def from_canonical(
         random.setstate(state)
     for name, array in arrays.items():
         target = variable(layer, name)
-        target.assign(array.reshape(target.shape))
+        # A copy, for JAX takes over the memory of an array that it is given.
+        target.assign(np.array(array, order="C").reshape(target.shape))
     return layer
 
 

@@ -77,26 +77,38 @@ def test_backend_is_what_the_kit_expects():
     assert backend.layouts() == ("channels_last", "channels_first")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_forward_map_and_derivatives(config, dtype, layout):
+def assert_equals_the_specification(config, shape, dtype, layout):
     eps = np.finfo(dtype).eps
-    shapes = [(2, 5, 7), (1, 7, 4), (0, 5, 7)] + ([(1, 1, 1)] if config.kv_pool == 1 else [])
-    for shape in shapes:
-        params, x, dy = designed(config, shape=shape, dtype=dtype)
-        exact, wide_x, wide_dy = wide(params, x, dy)
-        model = backend.build(config, params, dtype, layout)
-        y, A = backend.forward(model, x), backend.attention_map(model, x)
-        assert y.dtype == A.dtype == dtype
-        assert error(y, spec.forward(config, exact, wide_x), eps) <= OUTPUT
-        assert error(A, spec.attention_map(config, exact, wide_x), eps) <= OUTPUT
-        z = (spec.forward(config, exact, wide_x) - wide_x) / 0.7
-        want = spec.vjp(config, exact, wide_x, wide_dy)
-        assert_gradients(backend.vjp(model, x, dy), want, eps, ["key.bias"], np.abs(wide_dy * z).sum())
-        value, want = spec.r1(config, exact, wide_x, wide_dy)
-        got, gradients = backend.r1(model, x, dy)
-        assert abs(got - value) <= GRADIENT * eps * value
-        assert_gradients(gradients, want, eps, ["key.bias", "value.bias", "out.bias"], None)
+    params, x, dy = designed(config, shape=shape, dtype=dtype)
+    exact, wide_x, wide_dy = wide(params, x, dy)
+    model = backend.build(config, params, dtype, layout)
+    y, A = backend.forward(model, x), backend.attention_map(model, x)
+    assert y.dtype == A.dtype == dtype
+    assert error(y, spec.forward(config, exact, wide_x), eps) <= OUTPUT
+    assert error(A, spec.attention_map(config, exact, wide_x), eps) <= OUTPUT
+    z = (spec.forward(config, exact, wide_x) - wide_x) / 0.7
+    want = spec.vjp(config, exact, wide_x, wide_dy)
+    assert_gradients(backend.vjp(model, x, dy), want, eps, ["key.bias"], np.abs(wide_dy * z).sum())
+    value, want = spec.r1(config, exact, wide_x, wide_dy)
+    got, gradients = backend.r1(model, x, dy)
+    assert abs(got - value) <= GRADIENT * eps * value
+    assert_gradients(gradients, want, eps, ["key.bias", "value.bias", "out.bias"], None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [("float32", LAYOUTS[0]), ("float32", LAYOUTS[1]), ("float64", LAYOUTS[1])]
+)
+def test_forward_map_and_derivatives(config, dtype, layout):
+    assert_equals_the_specification(config, (2, 5, 7), dtype, layout)
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 4), (0, 5, 7), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(("name", "layout"), [("flat", LAYOUTS[0]), ("pooled with biases", LAYOUTS[1])])
+def test_single_and_no_samples_and_positions(name, shape, layout):
+    config = CONFIGS[name]
+    if shape[1] < config.kv_pool:
+        config = dataclasses.replace(config, kv_pool=1)
+    assert_equals_the_specification(config, shape, "float32", layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
