@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen
 
-from benchmarks.problem import Problem, products
+from benchmarks.problem import Problem, products, row_local
 from benchmarks.step import RefusedError, Step
 from selfattn_ops.jax import attend
 
@@ -27,7 +27,7 @@ def about() -> dict[str, Any]:
     """Versions and devices; XLA takes a thread for every CPU that the process may use."""
     return {
         "versions": {"jax": jax.__version__, "flax": flax.__version__},
-        "threads": {"devices": [str(device) for device in jax.devices()]},
+        "threads": {"devices": " ".join(map(str, jax.devices()))},
     }
 
 
@@ -43,6 +43,8 @@ def build(name: str, problem: Problem) -> Step:
         RefusedError: if it does not take the problem.
     """
     inputs = [array(operand) for operand in problem.operands.values()]
+    if name == "matmul-blocks":
+        return _in_blocks(problem, *inputs)
     if name == "matmul":
 
         def compute(_parameters: Any, inputs: Any, weight: jax.Array) -> Any:
@@ -70,6 +72,30 @@ def build(name: str, problem: Problem) -> Step:
 
 def _dot(a: jax.Array, b: jax.Array, transposed: str = "") -> jax.Array:
     return (a.mT if transposed == "ta" else a) @ (b.mT if transposed == "tb" else b)
+
+
+def _in_blocks(problem: Problem, query: jax.Array, key: jax.Array, value: jax.Array) -> Step:
+    """The products, a call for each block of query rows."""
+    step, blocks = problem.cell.step, problem.blocks
+    size = blocks[0].stop
+
+    @jax.jit
+    def compute(query: jax.Array, key: jax.Array, value: jax.Array, weight: jax.Array, start: int) -> Any:
+        rows = (jax.lax.dynamic_slice_in_dim(each, start, size, axis=1) for each in (query, weight))
+        few, few_weights = rows
+        return products(step, _dot, few, key, value, few_weights)
+
+    def run(weight: jax.Array) -> Any:
+        found = []
+        for rows in blocks:
+            block = compute(query, key, value, weight, rows.start)
+            found.append({kept: block[kept] for kept in ("rows", "query") if kept in block})
+        return jax.block_until_ready(found)
+
+    def join(found: Any) -> dict[str, np.ndarray]:
+        return row_local(step, found, lambda parts: np.concatenate([np.asarray(p) for p in parts], axis=1))
+
+    return Step(run, join)
 
 
 def _forward(function: Function, _names: list[str]) -> Callable[..., Any]:
@@ -149,10 +175,8 @@ def _memory_efficient_attention() -> Function:
 def _layer(name: str, problem: Problem) -> tuple[Function, Any]:
     """The layer as a function of (parameters, x), and its parameters."""
     if name == "ours":
-        try:
-            from selfattn_flax.linen import from_canonical
-        except ImportError as error:
-            raise RefusedError(f"no Flax layer: {error}") from error
+        from selfattn_flax.linen import from_canonical
+
         module, variables = from_canonical(problem.config, problem.params)
         return module.apply, jax.tree.map(jnp.asarray, variables)
     if name == "dense":

@@ -8,16 +8,18 @@ while an implementation, which does not look at its data, does all of its work.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cells import Cell
+from benchmarks.cells import CEILINGS, Cell
 from selfattn_core import SelfAttentionConfig, init_params, spec
 from selfattn_core.conformance.tolerance import ALLOWANCES, CAPS, Expectation, Verdict, judge
+from selfattn_ops.blocks import block_rows
 
-__all__ = ["PRODUCTS", "Problem", "products"]
+__all__ = ["PRODUCTS", "Problem", "products", "row_local"]
 
 Array = NDArray[Any]
 Dot = Callable[..., Any]
@@ -28,6 +30,23 @@ _FAMILY = {"forward": "forward", "train": "vjp", "r1": "r1"}
 
 PRODUCTS = {"forward": (1, 1), "train": (3, 3), "r1": (9, 5)}
 """Products of an N×N array with something Dk and with something Dv wide that a step consists of."""
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What is wanted, in float64, and what it takes to judge how near an answer should be.
+
+    Args:
+        wanted: the answers.
+        noisy: the same in float32.
+        logits: the largest absolute logit.
+        magnitudes: the sizes of the sums that cancel, as `spec.magnitudes` has them.
+    """
+
+    wanted: Mapping[str, Array]
+    noisy: Mapping[str, Array]
+    logits: float
+    magnitudes: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -65,9 +84,8 @@ class Problem:
         if cell.level != "core":
             x = draw.standard_normal((1, cell.side, cell.side, cell.channels), np.float32)
             params = init_params(config, seed)
-            for name, array in params.items():
-                if name.endswith("bias"):
-                    array += draw.normal(scale=0.1, size=array.shape).astype(np.float32)
+            for name in [name for name in params if name.endswith("bias")]:
+                params[name] += draw.normal(scale=0.1, size=params[name].shape).astype(np.float32)
             params["gamma"][:] = 0.7  # at its initial 0 the layer is the identity, and any attention would do
             weight = draw.standard_normal(x.shape, np.float32)
             return cls(cell, config, {"x": x}, params, weight, weight, np.arange(positions))
@@ -93,7 +111,7 @@ class Problem:
         Args:
             name: of the implementation.
             got: "y" of a forward step; "y", gradients of operands and of any parameters by name for training; the
-                gradients alone of an R1 step; of "matmul" its products.
+                gradients alone of an R1 step; of the ceilings their products.
 
         Returns:
             A verdict for each quantity of `got`, by the tolerance of the conformance kit.
@@ -101,56 +119,62 @@ class Problem:
         Raises:
             ValueError: if `got` lacks the output or the gradient of an operand.
         """
-        wanted, noisy, logits, magnitudes = self._answers(name)
-        needed = set(wanted) - set(self.params)
+        answers = self._products if name in CEILINGS else self._attention
+        needed = {"rows"} if name == "matmul-blocks" else set(answers.wanted) - set(self.params)
         if not needed <= set(got):
             raise ValueError(f"{name}: no {', '.join(sorted(needed - set(got)))} in the answer")
         family = _FAMILY[self.cell.step]
-        growth = max(1.0, logits / 8)
+        growth = max(1.0, answers.logits / 8)
         verdicts = []
         for quantity, answer in got.items():
-            want = wanted[quantity]
-            scale = magnitudes.get(quantity, float(np.abs(want).max(initial=0)))
+            want = answers.wanted[quantity]
+            scale = answers.magnitudes.get(quantity, float(np.abs(want).max(initial=0)))
             ulp = float(np.finfo(np.float32).eps) * scale * growth
-            floor = float(np.abs(noisy[quantity] - want).max(initial=0)) + ALLOWANCES[family] * ulp
-            if self._by_rows(quantity):
-                answer = answer[:, self.rows]
-            verdicts.append(judge(quantity, answer, Expectation(want, floor, CAPS[family] * ulp), "float32"))
+            floor = float(np.abs(answers.noisy[quantity] - want).max(initial=0)) + ALLOWANCES[family] * ulp
+            known = answer[:, self.rows] if self._by_rows(quantity) else answer
+            verdicts.append(judge(quantity, known, Expectation(want, floor, CAPS[family] * ulp), "float32"))
         return verdicts
 
     def _by_rows(self, quantity: str) -> bool:
         """Whether only the chosen rows of this quantity are known; those of dq are all known, the others being 0."""
         return self.cell.level == "core" and quantity in ("y", "rows")
 
-    def _answers(self, name: str) -> tuple[dict[str, Array], dict[str, Array], float, dict[str, float]]:
-        """The answers in float64 and in float32, the largest logit, and the sizes of the sums that cancel."""
-        if self.cell.level != "core":
-            wide = {key: array.astype(np.float64) for key, array in self.params.items()}
-            x = self.operands["x"].astype(np.float64)
-            sizes = spec.magnitudes(
-                self.config,
-                wide,
-                x,
-                None if self.cell.step == "forward" else self.weight.astype(np.float64),
-                second=self.cell.step == "r1",
-            )
-            logits = sizes.pop("logits")
-            return (
-                self._layer(wide, x, self.weight.astype(np.float64)),
-                self._layer(self.params, self.operands["x"], self.weight),
-                logits,
-                sizes,
-            )
-        function = _ceiling if name == "matmul" else _core
-        answers = [function(self.cell.step, *self._few(dtype)) for dtype in (np.float64, np.float32)]
+    @property
+    def blocks(self) -> list[slice]:
+        """The query rows of the blocks that the ops would choose."""
+        positions = self.cell.positions
+        rows = block_rows(None, 1, positions, positions)
+        return [slice(start, min(start + rows, positions)) for start in range(0, positions, rows)]
+
+    @cached_property
+    def _attention(self) -> "_Answers":
+        return self._layer_answers() if self.cell.level != "core" else self._core_answers(_core)
+
+    @cached_property
+    def _products(self) -> "_Answers":
+        return self._core_answers(_ceiling)
+
+    def _layer_answers(self) -> "_Answers":
+        params = {key: array.astype(np.float64) for key, array in self.params.items()}
+        x, weight = self.operands["x"].astype(np.float64), self.weight.astype(np.float64)
+        dy = None if self.cell.step == "forward" else weight
+        magnitudes = spec.magnitudes(self.config, params, x, dy, second=self.cell.step == "r1")
+        return _Answers(
+            self._layer(params, x, weight),
+            self._layer(self.params, self.operands["x"], self.weight),
+            magnitudes.pop("logits"),
+            magnitudes,
+        )
+
+    def _core_answers(self, function: Callable[..., dict[str, Array]]) -> "_Answers":
+        query, key, *_ = few = self._few(np.float64)
+        answers = [function(self.cell.step, *few), function(self.cell.step, *self._few(np.float32))]
         for each in answers:
             if "query" in each:
                 whole = np.zeros(self.operands["query"].shape, each["query"].dtype)
                 whole[:, self.rows] = each["query"]
                 each["query"] = whole
-        query, key, *_ = self._few(np.float64)
-        logits = float(np.abs(query @ key.mT).max())
-        return answers[0], answers[1], logits, {}
+        return _Answers(*answers, float(np.abs(query @ key.mT).max()), {})
 
     def _few(self, dtype: type) -> tuple[Array, Array, Array, Array]:
         query, key, value = (self.operands[name].astype(dtype) for name in ("query", "key", "value"))
@@ -195,6 +219,19 @@ def products(step: str, dot: Dot, query: Any, key: Any, value: Any, weight: Any)
         "key": dot(moved_key, query, "ta") + dot(d_scores, d_query, "ta"),
         "value": dot(moved, weight, "ta"),
     }
+
+
+def row_local(step: str, blocks: list[dict[str, Any]], join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """Of the products of blocks of query rows those that need no other rows, put together.
+
+    Args:
+        step: as for `products`.
+        blocks: what `products` returned for each.
+        join: concatenates arrays along the rows.
+    """
+    # In an R1 step also the rest of "query" needs the sums over blocks, which no product computes.
+    names = [name for name in ("rows", "query") if name in blocks[0] and (name == "rows" or step == "train")]
+    return {name: join([block[name] for block in blocks]) for name in names}
 
 
 def _ceiling(step: str, query: Array, key: Array, value: Array, weight: Array) -> dict[str, Array]:

@@ -11,13 +11,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.problem import Problem, products
+from benchmarks.problem import Problem, products, row_local
 from benchmarks.step import RefusedError, Step
 from selfattn_ops.tensorflow import attend
 
 __all__ = ["about", "array", "build"]
 
 Function = Callable[..., tf.Tensor]
+
+# Gradients of parameters that our layers do not have; they are computed, as in training, but not compared.
+_FOREIGN = "foreign/"
 
 
 def about() -> dict[str, Any]:
@@ -45,6 +48,8 @@ def build(name: str, problem: Problem) -> Step:
     """
     inputs = [array(operand) for operand in problem.operands.values()]
     variables: dict[str, tf.Variable] = {}
+    if name == "matmul-blocks":
+        return _in_blocks(problem, *inputs)
     if name == "matmul":
 
         def compute(inputs: list[tf.Tensor], weight: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -62,13 +67,42 @@ def build(name: str, problem: Problem) -> Step:
 
     return Step(
         lambda weight: compiled(inputs, weight),
-        lambda answers: {key: _to_numpy(values) for key, values in answers.items()},
+        lambda answers: {
+            key: _to_numpy(values) for key, values in answers.items() if not key.startswith(_FOREIGN)
+        },
         prepare,
     )
 
 
 def _dot(a: tf.Tensor, b: tf.Tensor, transposed: str = "") -> tf.Tensor:
     return tf.matmul(a, b, transpose_a=transposed == "ta", transpose_b=transposed == "tb")
+
+
+def _in_blocks(problem: Problem, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> Step:
+    """The products, a call for each block of query rows."""
+    step, blocks = problem.cell.step, problem.blocks
+    size = blocks[0].stop
+
+    def few(whole: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
+        return tf.slice(whole, (0, start, 0), (1, size, whole.shape[-1]))
+
+    @tf.function(autograph=False)
+    def compute(weight: tf.Tensor, start: tf.Tensor) -> dict[str, tf.Tensor]:
+        return products(step, _dot, few(query, start), key, value, few(weight, start))
+
+    starts = [tf.constant(rows.start) for rows in blocks]
+
+    def run(weight: tf.Tensor) -> list[dict[str, tf.Tensor]]:
+        found = []
+        for start in starts:
+            block = compute(weight, start)
+            found.append({kept: block[kept] for kept in ("rows", "query") if kept in block})
+        return found
+
+    def join(found: list[dict[str, tf.Tensor]]) -> dict[str, np.ndarray]:
+        return row_local(step, found, lambda parts: np.concatenate([p.numpy() for p in parts], axis=1))
+
+    return Step(run, join)
 
 
 def _forward(function: Function, _names: list[str], _variables: Mapping[str, Any]) -> Callable[..., Any]:
@@ -119,12 +153,10 @@ def _core(name: str) -> Function:
 
 
 def _layer(name: str, problem: Problem) -> tuple[Function, dict[str, tf.Variable]]:
-    """The layer as a function of x, and its variables by canonical name, or by none that `Problem` knows."""
+    """The layer as a function of x, and its variables by canonical name, or by a foreign one."""
     if name == "ours":
-        try:
-            from selfattn_keras import from_canonical
-        except ImportError as error:
-            raise RefusedError(f"no Keras layer: {error}") from error
+        from selfattn_keras import from_canonical
+
         layer = from_canonical(problem.config, problem.params)
         return layer, {
             ".".join(variable.path.split("/")[-2:])
@@ -163,6 +195,8 @@ def _published(variables: Mapping[str, tf.Variable], x: tf.Tensor, side: int) ->
 def _multi_head(problem: Problem) -> tuple[Function, dict[str, tf.Variable]]:
     """Keras' own layer made to compute ours: its scale folded into the query, its extra projection the identity."""
     config = problem.config
+    if config.kv_pool > 1:
+        raise RefusedError("no pooling of keys and values")
     layer = keras.layers.MultiHeadAttention(1, config.qk_channels, value_dim=config.value_channels)
     rows = (1, problem.cell.positions, config.channels)
     layer.build(rows, rows)
@@ -183,6 +217,5 @@ def _multi_head(problem: Problem) -> tuple[Function, dict[str, tf.Variable]]:
         maps = tf.reshape(x, rows)
         return gamma * tf.reshape(layer(maps, maps), x.shape) + x
 
-    # Its parameters are differentiated as in training, but are others than ours: `Problem.check` does not see them.
-    variables = {f"mha/{variable.path}": variable.value for variable in layer.trainable_variables}
+    variables = {f"{_FOREIGN}{variable.path}": variable.value for variable in layer.trainable_variables}
     return function, {**variables, "gamma": gamma}

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.problem import Problem, products
+from benchmarks.cells import CEILINGS
+from benchmarks.problem import Problem, products, row_local
 from benchmarks.step import RefusedError, Step
 from selfattn_ops.torch import attend
 
@@ -43,11 +44,8 @@ def build(name: str, problem: Problem) -> Step:
     """
     if problem.cell.level == "core":
         inputs = [array(problem.operands[operand]) for operand in ("query", "key", "value")]
-        if name == "matmul":
-            return Step(
-                torch.no_grad()(lambda weight: products(problem.cell.step, _dot, *inputs, weight)),
-                lambda answers: {key: value.numpy() for key, value in answers.items()},
-            )
+        if name in CEILINGS:
+            return Step(torch.no_grad()(_ceiling(name, problem, *inputs)), _to_numpy)
         function, parameters = _core(name), {}
     else:
         inputs = [array(problem.operands["x"]).permute(0, 3, 1, 2).contiguous()]
@@ -65,6 +63,21 @@ def build(name: str, problem: Problem) -> Step:
 
 def _dot(a: Tensor, b: Tensor, transposed: str = "") -> Tensor:
     return (a.mT if transposed == "ta" else a) @ (b.mT if transposed == "tb" else b)
+
+
+def _ceiling(name: str, problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Any]:
+    step = problem.cell.step
+    if name == "matmul":
+        return lambda weight: products(step, _dot, query, key, value, weight)
+
+    def run(weight: Tensor) -> dict[str, Tensor]:
+        blocks = []
+        for rows in problem.blocks:
+            found = products(step, _dot, query[:, rows], key, value, weight[:, rows])
+            blocks.append({kept: found[kept] for kept in ("rows", "query") if kept in found})
+        return row_local(step, blocks, lambda parts: torch.cat(parts, dim=1))
+
+    return run
 
 
 @torch.no_grad()
