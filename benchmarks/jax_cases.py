@@ -1,5 +1,6 @@
 """The implementations in JAX; every one is compiled by `jax.jit`."""
 
+import functools
 import importlib
 import importlib.util
 import math
@@ -76,19 +77,20 @@ def _dot(a: jax.Array, b: jax.Array, transposed: str = "") -> jax.Array:
 
 def _in_blocks(problem: Problem, query: jax.Array, key: jax.Array, value: jax.Array) -> Step:
     """The products, a call for each block of query rows."""
-    step, blocks = problem.cell.step, problem.blocks
-    size = blocks[0].stop
+    step = problem.cell.step
 
-    @jax.jit
-    def compute(query: jax.Array, key: jax.Array, value: jax.Array, weight: jax.Array, start: int) -> Any:
+    @functools.partial(jax.jit, static_argnames="size")
+    def compute(
+        query: jax.Array, key: jax.Array, value: jax.Array, weight: jax.Array, start: int, *, size: int
+    ) -> Any:
         rows = (jax.lax.dynamic_slice_in_dim(each, start, size, axis=1) for each in (query, weight))
         few, few_weights = rows
         return products(step, _dot, few, key, value, few_weights)
 
     def run(weight: jax.Array) -> Any:
         found = []
-        for rows in blocks:
-            block = compute(query, key, value, weight, rows.start)
+        for rows in problem.blocks:
+            block = compute(query, key, value, weight, rows.start, size=rows.stop - rows.start)
             found.append({kept: block[kept] for kept in ("rows", "query") if kept in block})
         return jax.block_until_ready(found)
 

@@ -152,7 +152,7 @@ def _memory(cases: ModuleType, cell: Cell, name: str) -> dict[str, dict[str, Any
         start = time.perf_counter()
         answer = step.run(weight)
         seconds = time.perf_counter() - start
-        peak = _peak() - before
+        peak = max(0, _peak() - before)
     except Exception as error:
         return {name: _excuse(name, error)}
     return {

@@ -80,22 +80,22 @@ def _dot(a: tf.Tensor, b: tf.Tensor, transposed: str = "") -> tf.Tensor:
 
 def _in_blocks(problem: Problem, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> Step:
     """The products, a call for each block of query rows."""
-    step, blocks = problem.cell.step, problem.blocks
-    size = blocks[0].stop
+    step = problem.cell.step
 
-    def few(whole: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
+    def few(whole: tf.Tensor, start: tf.Tensor, size: int) -> tf.Tensor:
         return tf.slice(whole, (0, start, 0), (1, size, whole.shape[-1]))
 
     @tf.function(autograph=False)
-    def compute(weight: tf.Tensor, start: tf.Tensor) -> dict[str, tf.Tensor]:
-        return products(step, _dot, few(query, start), key, value, few(weight, start))
+    def compute(weight: tf.Tensor, start: tf.Tensor, size: int) -> dict[str, tf.Tensor]:
+        return products(step, _dot, few(query, start, size), key, value, few(weight, start, size))
 
-    starts = [tf.constant(rows.start) for rows in blocks]
+    # A size is part of the graph, a start is not: two graphs at most, the last block being a short one.
+    blocks = [(tf.constant(rows.start), rows.stop - rows.start) for rows in problem.blocks]
 
     def run(weight: tf.Tensor) -> list[dict[str, tf.Tensor]]:
         found = []
-        for start in starts:
-            block = compute(weight, start)
+        for start, size in blocks:
+            block = compute(weight, start, size)
             found.append({kept: block[kept] for kept in ("rows", "query") if kept in block})
         return found
 
