@@ -37,6 +37,7 @@ conform: $(INSTALLED)  ## all backends against the numpy specification
 	$(BIN)/selfattn conform
 
 bench: $(INSTALLED)  ## time and memory, written to benchmarks/results
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks.bench
 
 wheel: $(INSTALLED)  ## build the wheel into dist/

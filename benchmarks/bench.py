@@ -1,0 +1,237 @@
+"""Time and peak memory of the library beside everything else that computes the same function.
+
+    python -m benchmarks.bench [--quick | --toy] [--framework torch,jax,tensorflow] [--out DIR]
+
+Run it from the root of the repository, on a machine that does nothing else. Each timing cell has a process of its
+own, in which all implementations are checked against float64 and then take turns; each peak of memory has one too
+(`measure.py`). What is measured is the table in `cells.py`; the page compares it with `targets.py`. The accelerators
+of the machine are hidden: these are numbers of its CPU.
+
+Exit code 0 if everything that was started answered rightly, 1 if something gave a wrong answer or failed (a missed
+target is no failure), 2 for a wrong option, 3 if a framework that was asked for is not installed.
+"""
+
+import argparse
+import dataclasses
+import datetime as dt
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import FRAMEWORKS, MODES, Cell, Mode
+from benchmarks.report import markdown, plot
+from benchmarks.results import file_stem, machine, merge, write_bytes, write_text
+from benchmarks.targets import evaluate
+from selfattn_core.installed import missing_modules
+
+__all__ = ["main"]
+
+_ROOT = Path(__file__).parents[1]
+_LONGEST_SECONDS = 900
+_REQUIRES = {"torch": ("torch",), "jax": ("jax", "flax"), "tensorflow": ("tensorflow", "keras")}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and write JSON, page and plots.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    options = _options(arguments)
+    missing = {name: missing_modules(_REQUIRES[name]) for name in options.frameworks}
+    absent = [
+        f"{', '.join(modules)} (pip install 'selfattn[all]')" for modules in missing.values() if modules
+    ]
+    if absent:
+        print("not installed: " + "; ".join(absent), file=sys.stderr)
+        return 3
+    about = machine()
+    status = 0
+    for framework in options.frameworks:
+        run = _measure(framework, options.mode)
+        status = max(status, _status(run))
+        results = merge(options.out, about, options.mode.name, {framework: run})
+        _write(results, options.out)
+    for finding in evaluate(results):
+        if finding.value is not None:
+            print(f"{finding.verdict:7} {finding.target.framework:11} {finding}: {finding.target.row}")
+    return status
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench", description="Time and memory on this CPU."
+    )
+    modes = parser.add_mutually_exclusive_group()
+    for name, meaning in (("quick", "few cells, for a look"), ("toy", "tiny sizes, to see that it runs")):
+        modes.add_argument(
+            f"--{name}",
+            dest="mode",
+            action="store_const",
+            const=MODES[name],
+            default=MODES["full"],
+            help=meaning,
+        )
+    parser.add_argument(
+        "--framework",
+        dest="frameworks",
+        type=_frameworks,
+        default=FRAMEWORKS,
+        metavar="NAMES",
+        help=f"some of {','.join(FRAMEWORKS)}; the latest results of the others on this machine are kept",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=_ROOT / "benchmarks" / "results",
+        metavar="DIR",
+        help="folder of the results",
+    )
+    return parser.parse_args(arguments)
+
+
+def _frameworks(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    strangers = [name for name in names if name not in FRAMEWORKS]
+    if strangers:
+        raise argparse.ArgumentTypeError(f"no {', '.join(strangers)}; there are {', '.join(FRAMEWORKS)}")
+    return names
+
+
+def _measure(framework: str, mode: Mode) -> dict[str, Any]:
+    """All cells of one framework, one process after the other."""
+    start = time.perf_counter()
+    run: dict[str, Any] = {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "commit": _commit(),
+        "load_before": os.getloadavg()[0],
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.endswith("_NUM_THREADS") or name.startswith(("MALLOC_", "XLA_FLAGS"))
+        },
+        "versions": {},
+        "threads": {},
+        "cells": [],
+    }
+    for number, cell in enumerate(mode.cells, 1):
+        found: dict[str, Any] = {}
+        for names in _processes(cell, framework):
+            answer = _process({"framework": framework, "names": names, "seconds": mode.seconds}, cell)
+            found |= answer["records"]
+            run |= answer.get("about", {})
+        run["cells"].append(_named(cell) | {"results": found})
+        print(f"{framework} {number}/{len(mode.cells)} {_line(cell, found)}", flush=True)
+    return run | {"seconds": time.perf_counter() - start}
+
+
+def _processes(cell: Cell, framework: str) -> Iterator[tuple[str, ...]]:
+    """The implementations that share a process: all in time, none in memory."""
+    names = cell.implementations(framework)
+    if cell.measure == "time":
+        yield names
+    else:
+        for name in names:
+            yield (name,)
+
+
+def _process(job: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    """One job; a process that dies or hangs is a failure of all its implementations."""
+    with tempfile.TemporaryDirectory() as folder:
+        job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
+        job_file.write_text(json.dumps(job | {"cell": dataclasses.asdict(cell)}), encoding="utf-8")
+        quiet = {
+            "CUDA_VISIBLE_DEVICES": "",
+            "JAX_PLATFORMS": "cpu",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.measure", str(job_file), str(result_file)],
+                cwd=_ROOT,
+                env=os.environ | quiet,
+                capture_output=True,
+                text=True,
+                timeout=_LONGEST_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            reason = f"not done after {_LONGEST_SECONDS} s"
+        else:
+            if done.returncode == 0:
+                answer: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
+                return answer
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            reason = f"exit code {done.returncode}: {last}"
+    return {"records": {name: {"status": "failed", "reason": reason} for name in job["names"]}}
+
+
+def _named(cell: Cell) -> dict[str, Any]:
+    return {key: getattr(cell, key) for key in ("measure", "level", "step", "channels", "side")}
+
+
+def _line(cell: Cell, found: dict[str, Any]) -> str:
+    where = f"{cell.measure} {cell.level} {cell.step} C={cell.channels} {cell.side}×{cell.side}:"
+    values = []
+    for name, record in found.items():
+        if "peak_bytes" in record:
+            values.append(f"{name} {record['peak_bytes'] / 2**20:.0f} MiB")
+        elif "seconds" in record:
+            values.append(f"{name} {record['seconds']['median'] * 1e3:.3g} ms")
+        elif record["status"] in ("wrong", "failed"):
+            values.append(f"{name} {record['status'].upper()} ({record['reason']})")
+        else:
+            values.append(f"{name} {record['status']}")
+    return f"{where} {', '.join(values)}"
+
+
+def _status(run: dict[str, Any]) -> int:
+    statuses = {record["status"] for cell in run["cells"] for record in cell["results"].values()}
+    return int(bool(statuses & {"wrong", "failed"}))
+
+
+def _commit() -> str:
+    """The commit that is checked out, with a + if the sources differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git(
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            "selfattn_core",
+            "backends",
+            "benchmarks/*.py",
+        )
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _write(results: dict[str, Any], folder: Path) -> None:
+    """JSON first: a plot that fails must not lose what was measured."""
+    newest = max(run["date"] for run in results["frameworks"].values())
+    stem = file_stem(results["machine"], results["mode"], newest)
+    write_text(folder / f"{stem}.json", json.dumps(results, indent=1) + "\n")
+    plots = {"Time against N": f"{stem}-time.png", "Peak memory against N": f"{stem}-memory.png"}
+    for quantity, file in zip(("time", "memory"), plots.values(), strict=True):
+        write_bytes(folder / file, plot(results, quantity))
+    write_text(folder / f"{stem}.md", markdown(results, plots))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

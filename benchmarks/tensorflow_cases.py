@@ -1,0 +1,221 @@
+"""The implementations in TensorFlow and Keras; every one is a `tf.function`."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+os.environ["KERAS_BACKEND"] = "tensorflow"  # before keras is imported: it cannot change afterwards
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from benchmarks.problem import Problem, products, row_local
+from benchmarks.step import RefusedError, Step
+from selfattn_ops.tensorflow import attend
+
+__all__ = ["about", "array", "build"]
+
+Function = Callable[..., tf.Tensor]
+
+# Gradients of parameters that our layers do not have; they are computed, as in training, but not compared.
+_FOREIGN = "foreign/"
+
+
+def about() -> dict[str, Any]:
+    """Versions and numbers of threads; 0 leaves the choice to TensorFlow, which takes every CPU."""
+    threading = tf.config.threading
+    return {
+        "versions": {"tensorflow": tf.__version__, "keras": keras.__version__},
+        "threads": {
+            "intra_op": threading.get_intra_op_parallelism_threads(),
+            "inter_op": threading.get_inter_op_parallelism_threads(),
+        },
+    }
+
+
+def array(values: np.ndarray) -> tf.Tensor:
+    """A tensor of these values."""
+    return tf.constant(values)
+
+
+def build(name: str, problem: Problem) -> Step:
+    """One implementation on one problem.
+
+    Raises:
+        RefusedError: if it does not take the problem.
+    """
+    inputs = [array(operand) for operand in problem.operands.values()]
+    variables: dict[str, tf.Variable] = {}
+    if name == "matmul-blocks":
+        return _in_blocks(problem, *inputs)
+    if name == "matmul":
+
+        def compute(inputs: list[tf.Tensor], weight: tf.Tensor) -> dict[str, tf.Tensor]:
+            return products(problem.cell.step, _dot, *inputs, weight)
+
+    else:
+        function, variables = (_core(name), {}) if problem.cell.level == "core" else _layer(name, problem)
+        compute = {"forward": _forward, "train": _train, "r1": _r1}[problem.cell.step](
+            function, list(problem.operands), variables
+        )
+    compiled = tf.function(compute, autograph=False)
+
+    def prepare() -> None:
+        compiled.get_concrete_function(inputs, array(problem.weight))
+
+    return Step(
+        lambda weight: compiled(inputs, weight),
+        lambda answers: {
+            key: _to_numpy(values) for key, values in answers.items() if not key.startswith(_FOREIGN)
+        },
+        prepare,
+    )
+
+
+def _dot(a: tf.Tensor, b: tf.Tensor, transposed: str = "") -> tf.Tensor:
+    return tf.matmul(a, b, transpose_a=transposed == "ta", transpose_b=transposed == "tb")
+
+
+def _in_blocks(problem: Problem, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> Step:
+    """The products, a call for each block of query rows."""
+    step = problem.cell.step
+
+    def few(whole: tf.Tensor, start: tf.Tensor, size: int) -> tf.Tensor:
+        return tf.slice(whole, (0, start, 0), (1, size, whole.shape[-1]))
+
+    @tf.function(autograph=False)
+    def compute(weight: tf.Tensor, start: tf.Tensor, size: int) -> dict[str, tf.Tensor]:
+        return products(step, _dot, few(query, start, size), key, value, few(weight, start, size))
+
+    # A size is part of the graph, a start is not: two graphs at most, the last block being a short one.
+    blocks = [(tf.constant(rows.start), rows.stop - rows.start) for rows in problem.blocks]
+
+    def run(weight: tf.Tensor) -> list[dict[str, tf.Tensor]]:
+        found = []
+        for start, size in blocks:
+            block = compute(weight, start, size)
+            found.append({kept: block[kept] for kept in ("rows", "query") if kept in block})
+        return found
+
+    def join(found: list[dict[str, tf.Tensor]]) -> dict[str, np.ndarray]:
+        return row_local(step, found, lambda parts: np.concatenate([p.numpy() for p in parts], axis=1))
+
+    return Step(run, join)
+
+
+def _forward(function: Function, _names: list[str], _variables: Mapping[str, Any]) -> Callable[..., Any]:
+    return lambda inputs, _weight: {"y": function(*inputs)}
+
+
+def _train(function: Function, names: list[str], variables: Mapping[str, Any]) -> Callable[..., Any]:
+    def compute(inputs: list[tf.Tensor], weight: tf.Tensor) -> dict[str, tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            y = function(*inputs)
+            loss = tf.reduce_sum(y * weight)
+        gradients = tape.gradient(loss, [*inputs, *variables.values()])
+        return {"y": y, **dict(zip([*names, *variables], gradients, strict=True))}
+
+    return compute
+
+
+def _r1(function: Function, names: list[str], variables: Mapping[str, Any]) -> Callable[..., Any]:
+    def compute(inputs: list[tf.Tensor], weight: tf.Tensor) -> dict[str, tf.Tensor]:
+        with tf.GradientTape() as outer:
+            outer.watch(inputs)
+            with tf.GradientTape() as inner:
+                inner.watch(inputs)
+                loss = tf.reduce_sum(function(*inputs) * weight)
+            penalty = tf.add_n([tf.reduce_sum(tf.square(g)) for g in inner.gradient(loss, inputs)])
+        gradients = outer.gradient(
+            penalty, [*inputs, *variables.values()], unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        return dict(zip([*names, *variables], gradients, strict=True))
+
+    return compute
+
+
+def _to_numpy(values: tf.Tensor) -> np.ndarray:
+    answer = tf.convert_to_tensor(values).numpy()
+    return answer[0, 0] if answer.shape[:2] == (1, 1) and answer.ndim == 4 else answer
+
+
+def _core(name: str) -> Function:
+    if name == "ours":
+        return attend
+    if name == "dense":
+        return lambda query, key, value: tf.matmul(
+            tf.nn.softmax(tf.matmul(query, key, transpose_b=True)), value
+        )
+    raise ValueError(name)
+
+
+def _layer(name: str, problem: Problem) -> tuple[Function, dict[str, tf.Variable]]:
+    """The layer as a function of x, and its variables by canonical name, or by a foreign one."""
+    if name == "ours":
+        from selfattn_keras import from_canonical
+
+        layer = from_canonical(problem.config, problem.params)
+        return layer, {
+            ".".join(variable.path.split("/")[-2:])
+            if "gamma" not in variable.path
+            else "gamma": variable.value
+            for variable in layer.trainable_variables
+        }
+    variables = {key: tf.Variable(values) for key, values in problem.params.items()}
+    if name == "dense":
+        return lambda x: _published(variables, x, problem.config.kv_pool), variables
+    if name == "keras-mha":
+        return _multi_head(problem)
+    raise ValueError(name)
+
+
+def _published(variables: Mapping[str, tf.Variable], x: tf.Tensor, side: int) -> tf.Tensor:
+    """The layer as published, in channels-last form; pooled, that of github.com/brain-research/self-attention-gan."""
+
+    def project(name: str, maps: tf.Tensor) -> tf.Tensor:
+        projected = tf.nn.conv2d(maps, variables[f"{name}.kernel"][None, None], 1, "SAME")
+        return projected + variables[f"{name}.bias"] if f"{name}.bias" in variables else projected
+
+    query, key, value = (project(name, x) for name in ("query", "key", "value"))
+    if side > 1:
+        key, value = (tf.nn.max_pool2d(maps, side, side, "VALID") for maps in (key, value))
+    query, key, value = (
+        tf.reshape(maps, (maps.shape[0], -1, maps.shape[-1])) for maps in (query, key, value)
+    )
+    attention = tf.nn.softmax(tf.matmul(query, key, transpose_b=True))  # (B, N, M)
+    out = tf.reshape(tf.matmul(attention, value), (*x.shape[:3], value.shape[-1]))
+    if "out.kernel" in variables:
+        out = project("out", out)
+    return variables["gamma"] * out + x
+
+
+def _multi_head(problem: Problem) -> tuple[Function, dict[str, tf.Variable]]:
+    """Keras' own layer made to compute ours: its scale folded into the query, its extra projection the identity."""
+    config = problem.config
+    if config.kv_pool > 1:
+        raise RefusedError("no pooling of keys and values")
+    layer = keras.layers.MultiHeadAttention(1, config.qk_channels, value_dim=config.value_channels)
+    rows = (1, problem.cell.positions, config.channels)
+    layer.build(rows, rows)
+    scale = np.float32(math.sqrt(config.qk_channels))
+    weights = []
+    for name in ("query", "key", "value"):
+        factor = scale if name == "query" else np.float32(1)
+        weights += [
+            factor * problem.params[f"{name}.kernel"][:, None],
+            factor * problem.params[f"{name}.bias"][None],
+        ]
+    layer.set_weights(
+        [*weights, np.eye(config.channels, dtype=np.float32)[None], np.zeros(config.channels, np.float32)]
+    )
+    gamma = tf.Variable(problem.params["gamma"])
+
+    def function(x: tf.Tensor) -> tf.Tensor:
+        maps = tf.reshape(x, rows)
+        return gamma * tf.reshape(layer(maps, maps), x.shape) + x
+
+    variables = {f"{_FOREIGN}{variable.path}": variable.value for variable in layer.trainable_variables}
+    return function, {**variables, "gamma": gamma}

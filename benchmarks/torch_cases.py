@@ -1,0 +1,203 @@
+"""The implementations in PyTorch."""
+
+import importlib
+import importlib.util
+import math
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.cells import CEILINGS
+from benchmarks.problem import Problem, products, row_local
+from benchmarks.step import RefusedError, Step
+from selfattn_ops.torch import attend
+
+__all__ = ["about", "array", "build"]
+
+Tensor = torch.Tensor
+Function = Callable[..., Tensor]
+
+
+def about() -> dict[str, Any]:
+    """Versions and numbers of threads."""
+    return {
+        "versions": {"torch": torch.__version__},
+        "threads": {"intra_op": torch.get_num_threads(), "inter_op": torch.get_num_interop_threads()},
+    }
+
+
+def array(values: np.ndarray) -> Tensor:
+    """A tensor of these values."""
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def build(name: str, problem: Problem) -> Step:
+    """One implementation on one problem.
+
+    Raises:
+        RefusedError: if it does not take the problem.
+    """
+    if problem.cell.level == "core":
+        inputs = [array(problem.operands[operand]) for operand in ("query", "key", "value")]
+        if name in CEILINGS:
+            return Step(torch.no_grad()(_ceiling(name, problem, *inputs)), _to_numpy)
+        function, parameters = _core(name), {}
+    else:
+        inputs = [array(problem.operands["x"]).permute(0, 3, 1, 2).contiguous()]
+        function, parameters = _layer(name, problem)
+    names = [*problem.operands, *parameters]
+    compute = {"forward": _forward, "train": _train, "r1": _r1}[problem.cell.step]
+
+    def run(weight: Tensor) -> dict[str, Tensor]:
+        if problem.cell.level != "core":
+            weight = weight.permute(0, 3, 1, 2)
+        return compute(function, names, inputs, list(parameters.values()), weight)
+
+    return Step(run, _to_numpy)
+
+
+def _dot(a: Tensor, b: Tensor, transposed: str = "") -> Tensor:
+    return (a.mT if transposed == "ta" else a) @ (b.mT if transposed == "tb" else b)
+
+
+def _ceiling(name: str, problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Any]:
+    step = problem.cell.step
+    if name == "matmul":
+        return lambda weight: products(step, _dot, query, key, value, weight)
+
+    def run(weight: Tensor) -> dict[str, Tensor]:
+        blocks = []
+        for rows in problem.blocks:
+            found = products(step, _dot, query[:, rows], key, value, weight[:, rows])
+            blocks.append({kept: found[kept] for kept in ("rows", "query") if kept in found})
+        return row_local(step, blocks, lambda parts: torch.cat(parts, dim=1))
+
+    return run
+
+
+@torch.no_grad()
+def _forward(
+    function: Function, _names: list[str], inputs: list[Tensor], _parameters: list[Tensor], _weight: Tensor
+) -> dict[str, Tensor]:
+    return {"y": function(*inputs)}
+
+
+def _train(
+    function: Function, names: list[str], inputs: list[Tensor], parameters: list[Tensor], weight: Tensor
+) -> dict[str, Tensor]:
+    # backward(), not autograd.grad: what training calls, and the only one that reentrant checkpoints allow.
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    for parameter in parameters:
+        parameter.grad = None
+    y = function(*leaves)
+    (y * weight).sum().backward()
+    gradients = [leaf.grad for leaf in (*leaves, *parameters)]
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def _r1(
+    function: Function, names: list[str], inputs: list[Tensor], parameters: list[Tensor], weight: Tensor
+) -> dict[str, Tensor]:
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    gradients = torch.autograd.grad((function(*leaves) * weight).sum(), leaves, create_graph=True)
+    penalty = sum(gradient.square().sum() for gradient in gradients)
+    # The value bias does not reach the penalty, and the formula knows it.
+    second = torch.autograd.grad(penalty, [*leaves, *parameters], materialize_grads=True)
+    return dict(zip(names, second, strict=True))
+
+
+def _to_numpy(answers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Maps become (B, H, W, C) and 1×1 convolutions matrices."""
+    arrays = {}
+    for name, answer in answers.items():
+        values = answer.detach()
+        if values.dim() == 4:
+            values = values[:, :, 0, 0].mT if name.endswith("kernel") else values.permute(0, 2, 3, 1)
+        arrays[name] = values.contiguous().numpy()
+    return arrays
+
+
+def _core(name: str) -> Function:
+    if name == "ours":
+        return attend
+    if name == "dense":
+        return lambda query, key, value: torch.softmax(query @ key.mT, dim=-1) @ value
+    if name == "sdpa":
+        return lambda *operands: nn.functional.scaled_dot_product_attention(*operands, scale=1.0)
+    if name == "memory-efficient-attention":
+        efficient = _memory_efficient_attention()
+
+        def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            scaled = query * math.sqrt(query.shape[-1])  # it divides by this
+            return efficient(scaled[..., None, :], key[..., None, :], value[..., None, :])[..., 0, :]
+
+        return function
+    raise ValueError(name)
+
+
+def _memory_efficient_attention() -> Function:
+    """The function of the PyPI package; its `__init__` would also import JAX, whose memory and threads would count."""
+    package = "memory_efficient_attention"
+    found = importlib.util.find_spec(package)
+    if found is None:
+        raise RefusedError("not installed: pip install --group bench")
+    if package not in sys.modules:
+        hollow = types.ModuleType(package)
+        hollow.__path__ = list(found.submodule_search_locations or [])
+        sys.modules[package] = hollow
+    return importlib.import_module(f"{package}.attention_torch").efficient_dot_product_attention
+
+
+def _layer(name: str, problem: Problem) -> tuple[Function, dict[str, Tensor]]:
+    """The layer as a function of x, and its parameters by canonical name."""
+    if name == "ours":
+        import selfattn_torch
+
+        layer = selfattn_torch.from_canonical(problem.config, problem.params)
+        parameters = {
+            key.replace("weight", "kernel"): parameter for key, parameter in layer.named_parameters()
+        }
+        return layer, parameters
+    if name == "dense":
+        module = _Published(problem)
+        return module, dict(zip(problem.params, module.in_order(problem.params), strict=True))
+    raise ValueError(name)
+
+
+class _Published(nn.Module):
+    """The layer as its copies have it (github.com/heykeetae/Self-Attention-GAN, sagan_models.py), f and g being query and key.
+
+    The pooled form follows the authors' code (github.com/brain-research/self-attention-gan, non_local.py).
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.pool = problem.config.kv_pool
+        for name, values in problem.params.items():
+            kernel = array(values.T)[..., None, None] if name.endswith("kernel") else array(values)
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(kernel))
+
+    def in_order(self, names: Sequence[str]) -> list[Tensor]:
+        return [self.get_parameter(name.replace(".", "_")) for name in names]
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        bias = getattr(self, f"{name}_bias", None)
+        return nn.functional.conv2d(x, getattr(self, f"{name}_kernel"), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        query, key, value = (self.project(name, x) for name in ("query", "key", "value"))
+        if self.pool > 1:
+            key, value = (nn.functional.max_pool2d(maps, self.pool) for maps in (key, value))
+        energy = torch.bmm(query.flatten(2).permute(0, 2, 1), key.flatten(2))  # (B, N, M)
+        attention = torch.softmax(energy, dim=-1)
+        out = torch.bmm(value.flatten(2), attention.permute(0, 2, 1))  # (B, Dv, N)
+        out = out.view(batch, -1, height, width)
+        if hasattr(self, "out_kernel"):
+            out = self.project("out", out)
+        return self.gamma * out + x
