@@ -275,6 +275,7 @@ def _in_blocks(
     """Call `block` on batch elements and query rows in turn; join what it returns by row, add up the rest.
 
     Args:
+        block_size: as in `attend`.
         block: from parts of `by_row` (b, n, …) and `by_element` (b, M, …) to parts of the results and addends.
         by_row: (B, N, …).
         by_element: (B, M, …).

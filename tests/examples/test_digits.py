@@ -172,7 +172,7 @@ def test_unusable_logits_are_a_failure(spoil, message, model, held_out):
 
 
 def test_a_missing_framework_is_said_and_not_agreed(folder, model, held_out, monkeypatch, capsys):
-    monkeypatch.setattr(frameworks, "missing_modules", lambda modules: ["flax"])
+    monkeypatch.setattr(frameworks, "missing_modules", lambda _: ["flax"])
     row = judged(model, held_out, frameworks.ask("flax-nnx", folder))
     assert row.missing
     assert "MISSING: flax not installed: pip install 'selfattn[flax]'" in compare.table(
