@@ -222,18 +222,23 @@ def test_a_training_that_falls_short_fails_loudly(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_an_interrupt_ends_it_without_a_traceback(tmp_path):
     pytest.importorskip("torch")
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "examples.digits", "--epochs", "1000", "--folder", str(tmp_path)],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    while "epoch" not in process.stdout.readline():
-        pass
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+        # A shell's background job, and so this test in it, may have been started with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - the child does nothing else before it starts Python
+    ) as process:
+        try:
+            while "epoch" not in process.stdout.readline():
+                pass
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == program.INTERRUPTED
     assert "Interrupted." in errors
     assert "Traceback" not in errors
