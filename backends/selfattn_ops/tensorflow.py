@@ -117,10 +117,13 @@ def _single(block_size: int | None, batch: _Size, rows: _Size, keys: _Size) -> b
     """Whether one block is everything: True, False or, of sizes not known yet, a tensor."""
     elements, block = _plan(block_size, batch, rows, keys)
     covered = [elements >= batch, block >= rows]
-    open_ = [one for one in covered if not isinstance(one, bool)]
-    if False in [one for one in covered if isinstance(one, bool)]:
+    # Of nothing there is no first block whose result could be joined to others.
+    empty = [batch == 0, rows == 0]
+    if all(one is True for one in covered) or any(one is True for one in empty):
+        return True
+    if any(one is False for one in covered) and all(one is False for one in empty):
         return False
-    return tf.reduce_all(open_) if open_ else True
+    return tf.logical_or(tf.reduce_all(covered), tf.reduce_any(empty))
 
 
 def _shape(sizes: Sequence[_Size]) -> tf.Tensor:

@@ -341,7 +341,8 @@ def test_one_block_is_the_dense_computation():
 def test_the_graph_does_not_grow_with_the_number_of_blocks():
     few, many = (
         operations(traced(second(attend, 4), operands((2,), rows, 7, tf.float32)))
-        for rows in (4 * 3 + 1, 4 * 50 + 1)
+        # Both large: of few numbers TensorFlow makes a constant, of many an operation that fills.
+        for rows in (4 * 50 + 1, 4 * 500 + 1)
     )
     assert sorted(node.op for node in few) == sorted(node.op for node in many)
 
@@ -424,7 +425,9 @@ def test_large_logits(mode, block_size, dtype, size):
     output, *gradients = in_mode(first(attend, block_size), mode, given)(*given)
     want = dense_first(*wide(given))
     assert_near(wide([output]), want[:1], 1.0, eps_of(dtype))
-    assert all(np.isfinite(x).all() for x in wide(gradients))
+    for got, exact in zip(wide(gradients), want[1:], strict=True):
+        # Half precision has no number for a gradient beyond its largest.
+        assert (np.isfinite(got) | (np.abs(exact) > dtype.max)).all()
 
 
 @pytest.mark.parametrize("mode", ["eager", *GRAPH_MODES])
