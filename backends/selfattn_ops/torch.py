@@ -32,9 +32,12 @@ def attend(
     and take (…, N, M). Forward mode, `torch.func` and `vmap` work. 16-bit operands have their logits, softmax and
     derivatives in float32. Autocast does not change what is computed: the operands' dtype decides.
 
-    `torch.compile` sees two opaque operators whatever the number of blocks, and `torch.export` standard operators
-    only, in one block. No compiled region can be differentiated twice from outside: torch raises. For a gradient
-    penalty take the inner gradient inside the region, `torch.autograd.grad(..., create_graph=True)`, after setting
+    `torch.compile` sees two opaque operators whatever the number of blocks. Standard operators in one block, and
+    so (…, N, M), are what `torch.export` sees, a `torch.func` transform inside a compiled region, and a DTensor
+    (attend from its local shards instead).
+
+    No compiled region can be differentiated twice from outside: torch raises RuntimeError. For a gradient penalty
+    take the inner gradient inside the region, `torch.autograd.grad(..., create_graph=True)`, after setting
     `torch._dynamo.config.trace_autograd_ops = True` yourself, or leave that step uncompiled.
 
     Args:
@@ -55,7 +58,7 @@ def attend(
     """
     block_size = _check(query, key, value, block_size)
     compiling = torch.compiler.is_compiling()
-    if _must_be_plain(compiling) or (not compiling and _is_small(query, key, block_size)):
+    if _must_be_plain(query, compiling=compiling) or (not compiling and _is_small(query, key, block_size)):
         return _dense(query, key, value)[0]
     operands = _flat(query), _flat(key), _flat(value)
     out = _attend_op(*operands, block_size) if compiling else _Attend.apply(*operands, block_size)
@@ -98,10 +101,11 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_si
     return None if block_size is None else check_block_size(block_size)
 
 
-def _must_be_plain(compiling: bool) -> bool:
-    """Whether only standard operators will do: in a graph that is to be exported, and for a compiled transform."""
+def _must_be_plain(query: torch.Tensor, *, compiling: bool) -> bool:
+    """Whether only standard operators will do: in an exported graph, in a compiled transform, for a DTensor."""
     if not compiling:
-        return torch.jit.is_tracing()
+        # A DTensor has no rule for writing into a buffer, and a block of rows would be gathered from its shards.
+        return torch.jit.is_tracing() or hasattr(type(query), "__tensor_flatten__")
     # Of the operators for torch.compile, forward mode would take the tangent to be zero and say nothing.
     return (
         torch.compiler.is_exporting()
