@@ -32,9 +32,12 @@ def attend(
     and take (…, N, M). Forward mode, `torch.func` and `vmap` work. 16-bit operands have their logits, softmax and
     derivatives in float32. Autocast does not change what is computed: the operands' dtype decides.
 
-    `torch.compile` sees two opaque operators whatever the number of blocks, and `torch.export` standard operators
-    only, in one block. No compiled region can be differentiated twice from outside: torch raises. For a gradient
-    penalty take the inner gradient inside the region, `torch.autograd.grad(..., create_graph=True)`, after setting
+    `torch.compile` sees two opaque operators whatever the number of blocks. Standard operators in one block, and
+    so (…, N, M), are what `torch.export` sees, a `torch.func` transform inside a compiled region, and a DTensor
+    (attend from its local shards instead).
+
+    No compiled region can be differentiated twice from outside: torch raises RuntimeError. For a gradient penalty
+    take the inner gradient inside the region, `torch.autograd.grad(..., create_graph=True)`, after setting
     `torch._dynamo.config.trace_autograd_ops = True` yourself, or leave that step uncompiled.
 
     Args:
@@ -55,7 +58,7 @@ def attend(
     """
     block_size = _check(query, key, value, block_size)
     compiling = torch.compiler.is_compiling()
-    if _must_be_plain(compiling) or (not compiling and _is_small(query, key, block_size)):
+    if _must_be_plain(query, compiling=compiling) or (not compiling and _is_small(query, key, block_size)):
         return _dense(query, key, value)[0]
     operands = _flat(query), _flat(key), _flat(value)
     out = _attend_op(*operands, block_size) if compiling else _Attend.apply(*operands, block_size)
@@ -98,10 +101,11 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_si
     return None if block_size is None else check_block_size(block_size)
 
 
-def _must_be_plain(compiling: bool) -> bool:
-    """Whether only standard operators will do: in a graph that is to be exported, and for a compiled transform."""
+def _must_be_plain(query: torch.Tensor, *, compiling: bool) -> bool:
+    """Whether only standard operators will do: in an exported graph, in a compiled transform, for a DTensor."""
     if not compiling:
-        return torch.jit.is_tracing()
+        # A DTensor has no rule for writing into a buffer, and a block of rows would be gathered from its shards.
+        return torch.jit.is_tracing() or hasattr(type(query), "__tensor_flatten__")
     # Of the operators for torch.compile, forward mode would take the tangent to be zero and say nothing.
     return (
         torch.compiler.is_exporting()
@@ -160,7 +164,7 @@ def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int | None
 ) -> torch.Tensor:
     arithmetic = _arithmetic(query)
-    q, k, v = _ready(query, arithmetic), _ready(key, arithmetic), _ready(value, value.dtype)
+    q, k, v = _factors(arithmetic, query), _factors(arithmetic, key), _ready(value, value.dtype)
     out = _empty_out(query, value, value.dtype)
     for block in _blocks(q, k, block_size, arithmetic, *(() if v.dtype == arithmetic else (v.dtype,))):
         scores, a = block.buffers[0], block.buffers[-1]
@@ -176,11 +180,12 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     arithmetic = _arithmetic(query)
     q, k, v, g = (_ready(operand, arithmetic) for operand in (query, key, value, grad))
+    q_factor, k_factor = _factors(arithmetic, q), _factors(arithmetic, k)
     dq, dk, dv = (_empty_gradient(operand, arithmetic) for operand in (query, key, value))
     for block in _blocks(q, k, block_size, *(arithmetic,) * 2):
         a, ds = block.buffers
         q_rows, g_rows, keys, values = block.rows_of(q), block.rows_of(g), block.keys_of(k), block.keys_of(v)
-        _softmax_scores(q_rows, keys, out=a)
+        _softmax_scores(block.rows_of(q_factor), block.keys_of(k_factor), out=a)
         _accumulate(block.keys_of(dv), a.mT, g_rows, afresh=block.first)
         _multiply(g_rows, values.mT, out=ds)
         _softmax_backward(ds, a)
@@ -204,6 +209,8 @@ def _second(
     q, k, v, g = (_ready(operand, arithmetic) for operand in (query, key, value, grad))
     q_dot, k_dot, v_dot = (_ready(operand, arithmetic) for operand in (query_dot, key_dot, value_dot))
     g_dot = None if grad_dot is None else _ready(grad_dot, arithmetic)
+    q_factor, k_factor = _factors(arithmetic, q), _factors(arithmetic, k)
+    q_factors, k_factors = _factors(arithmetic, q_dot, q), _factors(arithmetic, k, k_dot)
     ddq, ddk, ddv = (_empty_gradient(operand, arithmetic) for operand in (query, key, value))
     out_dot = _empty_out(query, value, arithmetic)
     for block in _blocks(q, k, block_size, *(arithmetic,) * 4):
@@ -213,10 +220,9 @@ def _second(
         values, values_dot = block.keys_of(v), block.keys_of(v_dot)
         ddq_rows, out_dot_rows = block.rows_of(ddq), block.rows_of(out_dot)
         ddk_keys, ddv_keys = block.keys_of(ddk), block.keys_of(ddv)
-        _softmax_scores(q_rows, keys, out=a)
+        _softmax_scores(block.rows_of(q_factor), block.keys_of(k_factor), out=a)
 
-        _multiply(q_dot_rows, keys.mT, out=u)
-        _accumulate(u, q_rows, keys_dot.mT)
+        _multiply(block.rows_of(q_factors), block.keys_of(k_factors).mT, out=u)
         u.sub_(torch.mul(a, u, out=product).sum(-1, keepdim=True))
         a_dot = torch.mul(a, u, out=product)
         _multiply(a_dot, values, out=out_dot_rows)
@@ -250,15 +256,15 @@ def _tangent(
     block_size: int | None,
 ) -> torch.Tensor:
     arithmetic = _arithmetic(query)
-    q, k, v = (_ready(operand, arithmetic) for operand in (query, key, value))
-    q_dot, k_dot, v_dot = (_ready(operand, arithmetic) for operand in (query_dot, key_dot, value_dot))
+    q_factor, k_factor = _factors(arithmetic, query), _factors(arithmetic, key)
+    q_factors, k_factors = _factors(arithmetic, query_dot, query), _factors(arithmetic, key, key_dot)
+    v, v_dot = _ready(value, arithmetic), _ready(value_dot, arithmetic)
     out_dot = _empty_out(query, value, arithmetic)
-    for block in _blocks(q, k, block_size, *(arithmetic,) * 2):
+    for block in _blocks(q_factor, k_factor, block_size, *(arithmetic,) * 2):
         a, a_dot = block.buffers
         out_dot_rows = block.rows_of(out_dot)
-        _softmax_scores(block.rows_of(q), block.keys_of(k), out=a)
-        _multiply(block.rows_of(q_dot), block.keys_of(k).mT, out=a_dot)
-        _accumulate(a_dot, block.rows_of(q), block.keys_of(k_dot).mT)
+        _softmax_scores(block.rows_of(q_factor), block.keys_of(k_factor), out=a)
+        _multiply(block.rows_of(q_factors), block.keys_of(k_factors).mT, out=a_dot)
         _softmax_backward(a_dot, a)
         _multiply(a_dot, block.keys_of(v), out=out_dot_rows)
         _accumulate(out_dot_rows, a, block.keys_of(v_dot))
@@ -334,6 +340,21 @@ def _ready(operand: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not ((along == 1 and across >= width) or (across == 1 and along >= rows)):
         operand = operand.contiguous()
     return operand.to(dtype)
+
+
+def _factors(dtype: torch.dtype, *parts: torch.Tensor) -> torch.Tensor:
+    """The parts side by side, so that one product sums theirs, with columns of zeros where that is faster."""
+    width = sum(part.shape[-1] for part in parts)
+    # Narrower than 16, a product on the CPU takes half as long again as at 16.
+    padded = max(16, width) if parts[0].device.type == "cpu" else width
+    if padded == width and len(parts) == 1:
+        return _ready(parts[0], dtype)
+    together = parts[0].new_zeros(parts[0].shape[0], padded, parts[0].shape[1], dtype=dtype).mT
+    start = 0
+    for part in parts:
+        together[..., start : start + part.shape[-1]] = part
+        start += part.shape[-1]
+    return together
 
 
 def _empty_gradient(operand: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import selfattn_ops.torch as ops
@@ -668,6 +669,30 @@ class TestMemory:
     def test_the_measure_sees_a_map_and_a_checkpoint_that_saves_nothing(self) -> None:
         assert self.peak("dense", 2048, 1) > 4 * 2048**2
         assert self.peak("checkpoint", 2048, 2) > 4 * 4 * 2048**2
+
+
+class TestDistributed:
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_dtensor_is_attended_from_in_standard_operators(self) -> None:
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+        try:
+            mesh = torch.distributed.init_device_mesh("cpu", (1,))
+            operands = draw()
+            shards = [
+                torch.distributed.tensor.distribute_tensor(
+                    operand.detach(), mesh, [torch.distributed.tensor.Shard(0)]
+                ).requires_grad_()
+                for operand in operands
+            ]
+            out = attend(*shards, block_size=4)
+            grads = torch.autograd.grad((out * out).sum(), shards)
+            want = torch.autograd.grad(dense(*operands).square().sum(), operands)
+            got = [grad.full_tensor() for grad in grads]
+            assert max(errors(got, to_numpy(want), torch.float64)) < 128
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 class TestImport:
