@@ -43,7 +43,8 @@ def main():
                         jax.device_put(x, NamedSharding(mesh, spec))
                         for x, spec in zip(operands, specs, strict=True)
                     ]
-                    for order, function in orders.items():
+                    # A batch in one part is the easier half of the same: its values are enough.
+                    for order, function in orders.items() if split else [("forward", ops.attend)]:
                         jax.clear_caches()
                         compiled = jax.jit(function).lower(*placed).compile()
                         got = jax.device_get(compiled(*placed))

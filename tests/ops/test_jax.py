@@ -115,9 +115,9 @@ def equations_in(jaxpr):
                 yield from equations_in(getattr(inner, "jaxpr", inner))
 
 
-def program(function, *shapes):
+def program(function, *shapes, dtype=np.float32):
     """Equations of a function of arrays of these shapes."""
-    operands = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     return list(equations_in(jax.make_jaxpr(function)(*operands).jaxpr))
 
 
@@ -163,9 +163,22 @@ class TestValues:
         assert max(errors(once, want[1], eps)) < 128
         assert max(errors(twice, want[2], eps)) < 128
 
+    @pytest.mark.parametrize("function", [attend, attend_with_map, functools.partial(attend, block_size=4)])
+    def test_sixteen_bits_meet_in_float32(self, function):
+        # Asked of the program, not of the values: XLA may skip a rounding to 16 bits that the program asks for.
+        equations = program(function, (2, 12, 3), (2, 10, 3), (2, 10, 4), dtype=jnp.bfloat16)
+        found = {
+            (x.invars[0].aval.dtype.name, x.outvars[0].aval.dtype.name)
+            for x in equations
+            if x.primitive.name == "dot_general"
+        }
+        assert found == {("bfloat16", "float32")}
+        assert {
+            x.outvars[0].aval.dtype.name for x in equations if x.primitive.name in {"exp", "reduce_sum"}
+        } == {"float32"}
+
     @pytest.mark.parametrize(("name", "block_size"), [("bfloat16", None), ("bfloat16", 32), ("float16", 32)])
     def test_sixteen_bits(self, name, block_size):
-        # Softmax of logits that were rounded to 16 bits is off by more than ten eps here.
         dtype = jnp.dtype(name)
         arrays = [jnp.asarray(x, dtype) for x in draw(((2,), 96, 80, 16, 24), seed=2)]
         got = derivatives(*arrays, block_size=block_size)
@@ -185,13 +198,14 @@ class TestValues:
         operands = [jnp.asarray(x, name) for x in draw(((2,), 7, 5, 3, 4))[:3]]
         assert [x.dtype for x in attend_with_map(*operands)] == [jnp.dtype(name)] * 2
 
+    @pytest.mark.parametrize("block_size", [None, 2])
     @pytest.mark.parametrize("shape", [(0, 7), (2, 0), (0, 3, 7), (3, 0, 7)])
-    def test_nothing_to_do(self, shape):
+    def test_nothing_to_do(self, shape, block_size):
         *leading, N = shape
         operands = [jnp.ones((*leading, *inner)) for inner in ((N, 3), (5, 3), (5, 4))]
-        y = attend(*operands, block_size=2)
+        y = attend(*operands, block_size=block_size)
         assert y.shape == (*leading, N, 4)
-        gradients = jax.grad(lambda *x: attend(*x, block_size=2).sum(), (0, 1, 2))(*operands)
+        gradients = jax.grad(lambda *x: attend(*x, block_size=block_size).sum(), (0, 1, 2))(*operands)
         assert not any(x.any() for x in gradients)
 
     @pytest.mark.parametrize("block_size", [None, 3])
@@ -233,11 +247,10 @@ class TestValues:
 
 
 class TestDerivatives:
-    @pytest.mark.parametrize("block_size", [None, 3])
-    def test_all_modes(self, block_size):
+    def test_all_modes(self):
         operands = draw(((2,), 7, 5, 3, 4))[:3]
         with jax.enable_x64(True):
-            check_grads(jax.jit(functools.partial(attend, block_size=block_size)), operands, order=2)
+            check_grads(jax.jit(functools.partial(attend, block_size=3)), operands, order=2)
 
     @pytest.mark.parametrize("block_size", [None, 3])
     def test_forward_mode(self, block_size):
@@ -533,8 +546,7 @@ def sharded():
 
 @pytest.mark.parametrize("mesh", ["Auto", "Explicit"])
 @pytest.mark.parametrize("axis", ["batch", "rows"])
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("order", ["forward", "penalty"])
+@pytest.mark.parametrize(("split", "order"), [(False, "forward"), (True, "forward"), (True, "penalty")])
 def test_sharded(sharded, mesh, axis, split, order):
     """Eight devices agree with one, and talk only to sum the gradients of a shared key and value."""
     found = sharded[f"{mesh} {axis} {split} {order}"]
