@@ -144,7 +144,7 @@ PLANTED = {
     "query and key swapped": swapped,
     "value bias lost": lambda model: {"value.bias": model.attention["value.bias"] * 0},
     "gamma lost": lambda model: {"gamma": model.gamma * 0},
-    "gamma off by a millionth": lambda model: {"gamma": model.gamma * np.float32(1 + 1e-4)},
+    "gamma off by 1 in 10 000": lambda model: {"gamma": model.gamma * np.float32(1 + 1e-4)},
 }
 
 
@@ -155,6 +155,16 @@ def test_a_planted_bug_is_found(bug, model, held_out):
     assert row.ratio > 8
     assert "allowed" in row.problem or "cap" in row.problem
     assert "DISAGREES" in compare.table([row], compare.expect(model, held_out.images), held_out)
+
+
+def test_a_process_that_reads_other_weights_is_found(folder, model, held_out, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(os, "environ", environment())
+    shifted = model.attention | {"value.bias": model.attention["value.bias"] + np.float32(1e-3)}
+    save(folder / files.ATTENTION, CONFIG, shifted, overwrite=True)
+    row = judged(model, held_out, frameworks.ask("torch", folder))
+    assert row.ratio > 8
+    assert program._conclude([row], 1.0) == program.FAILED
 
 
 @pytest.mark.parametrize(
@@ -233,8 +243,7 @@ def test_an_interrupt_ends_it_without_a_traceback(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - the child does nothing else before it starts Python
     ) as process:
         try:
-            while "epoch" not in process.stdout.readline():
-                pass
+            assert any("epoch" in line for line in process.stdout), process.stderr.read()
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
         finally:
