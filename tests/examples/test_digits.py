@@ -232,15 +232,19 @@ def test_a_training_that_falls_short_fails_loudly(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_an_interrupt_ends_it_without_a_traceback(tmp_path):
     pytest.importorskip("torch")
+    # A shell's background job, and so this test in it, may have been started with interrupts ignored. They are allowed
+    # again by the new process itself: between fork and exec, JAX in this process would warn.
+    script = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('examples.digits', run_name='__main__', alter_sys=True)"
+    )
     with subprocess.Popen(
-        [sys.executable, "-m", "examples.digits", "--epochs", "1000", "--folder", str(tmp_path)],
+        [sys.executable, "-c", script, "--epochs", "1000", "--folder", str(tmp_path)],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job, and so this test in it, may have been started with interrupts ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - the child does nothing else before it starts Python
     ) as process:
         try:
             assert any("epoch" in line for line in process.stdout), process.stderr.read()
