@@ -14,12 +14,12 @@ import math
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import OURS
+from selfattn_core.weights import write_atomically
 
 __all__ = ["SCHEMA", "exponent", "file_stem", "machine", "median", "merge", "peak", "records", "write_text"]
 
@@ -97,16 +97,7 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """As `write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            file.flush()
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    write_atomically(path, content, overwrite=True)
 
 
 def records(

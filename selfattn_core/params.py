@@ -11,15 +11,14 @@ from selfattn_core.config import SelfAttentionConfig
 
 __all__ = [
     "Parameter",
-    "Params",
     "check_params",
     "glorot_limit",
     "init_params",
+    "is_floating",
     "parameter_table",
     "projections",
+    "widen",
 ]
-
-Params = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,16 @@ def is_floating(dtype: DTypeLike) -> bool:
     """Whether a numpy dtype is one that weights can have; bfloat16 is ml_dtypes', whose kind is not 'f'."""
     resolved = np.dtype(dtype)
     return resolved.kind == "f" or resolved.name == "bfloat16"
+
+
+def widen(array: NDArray[Any]) -> NDArray[Any]:
+    """A bfloat16 array as float32, which is exact; any other array as it is.
+
+    Example:
+        >>> widen(np.ones(2, np.float16)).dtype
+        dtype('float16')
+    """
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def check_params(

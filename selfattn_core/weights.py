@@ -19,9 +19,9 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.params import check_params, parameter_table
+from selfattn_core.params import check_params, parameter_table, widen
 
-__all__ = ["load", "save", "save_blocks"]
+__all__ = ["load", "save", "save_blocks", "write_atomically"]
 
 FORMAT = "selfattn"
 VERSION = "1"
@@ -193,11 +193,7 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
 
 def _tensors(params: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     """What goes to the file. safetensors 0.8 writes the memory of non-contiguous arrays in the wrong order."""
-    return {f"{prefix}{name}": np.ascontiguousarray(_widen(array)) for name, array in params.items()}
-
-
-def _widen(array: Array) -> Array:
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    return {f"{prefix}{name}": np.ascontiguousarray(widen(array)) for name, array in params.items()}
 
 
 def _bfloat16(path: Path, key: str, shape: tuple[int, ...]) -> Array:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.params import check_params
+from selfattn_core.params import check_params, widen
 from selfattn_core.weights import PathLike
 from selfattn_flax.nnx import SelfAttention2D
 
@@ -141,8 +141,7 @@ def to_numpy(parameter: jax.Array) -> Array:
     array = np.asarray(parameter)
     if array.ndim == 4 and array.shape[:2] == (1, 1):
         array = array[0, 0]
-    dtype = np.float32 if array.dtype == jnp.bfloat16 else array.dtype
-    return np.array(array, dtype, order="C")
+    return np.array(widen(array), order="C")
 
 
 def to_tree(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.params import check_params
+from selfattn_core.params import check_params, widen
 from selfattn_core.weights import PathLike
 from selfattn_keras.layer import SelfAttention2D
 
@@ -35,9 +35,7 @@ def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
     """
     params = {}
     for row in parameter_table(layer.config).values():
-        array = keras.ops.convert_to_numpy(variable(layer, row.name))
-        if array.dtype.name == "bfloat16":
-            array = array.astype(np.float32)
+        array = widen(keras.ops.convert_to_numpy(variable(layer, row.name)))
         params[row.name] = np.array(array.reshape(row.shape), order="C")
     return params
 
