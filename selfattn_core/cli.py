@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +60,9 @@ def conform(names: tuple[str, ...], seed: int, json_file: str | None) -> None:
         raise click.UsageError(
             f"unknown backend {', '.join(unknown)}; known are {', '.join(REGISTRY)}, or module:object for your own."
         )
+    if json_file not in (None, "-") and not Path(json_file).parent.is_dir():
+        # Before minutes of checking whose report could not be kept.
+        raise click.UsageError(f"--json {json_file}: there is no folder {Path(json_file).parent}.")
     chosen = list(dict.fromkeys(names)) or list(REGISTRY)
     reports = []
     for name in chosen:
@@ -76,18 +78,16 @@ def conform(names: tuple[str, ...], seed: int, json_file: str | None) -> None:
 
 
 def _write_json(target: str, content: dict[str, Any]) -> None:
+    from selfattn_core.weights import write_atomically
+
     text = json.dumps(content, indent=1, ensure_ascii=False)
     if target == "-":
         click.echo(text)
         return
-    _or_usage_error(lambda: Path(target).write_text(text + "\n", encoding="utf-8"))
-
-
-def _or_usage_error(action: Callable[[], object]) -> None:
     try:
-        action()
+        write_atomically(Path(target), f"{text}\n".encode(), overwrite=True)
     except OSError as error:
-        raise click.UsageError(f"{error.filename}: {error.strerror}") from error
+        raise click.UsageError(str(error)) from error
 
 
 def _version(module: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from selfattn_core import spec
 from selfattn_core.conformance.backend import REGISTRY, resolve
-from selfattn_core.conformance.cases import CASES, DTYPES, FAMILIES, inputs
+from selfattn_core.conformance.cases import CASES, DTYPES, FAMILIES, Inputs, _decided, inputs
 from selfattn_core.conformance.report import as_json, as_table
 from selfattn_core.conformance.runner import Run, all_runs, compare, run_backend
 from selfattn_core.conformance.tolerance import FACTOR, expect, judge
@@ -84,6 +84,25 @@ def test_inputs_can_see_bugs(case):
     again = inputs(case, "float64")
     assert given.x.tobytes() == again.x.tobytes()
     assert given.x.tobytes() != inputs(case, "float64", seed=1).x.tobytes()
+
+
+def test_no_pooling_window_of_an_input_is_decided_by_rounding():
+    """Two right backends would send its gradient to different positions."""
+    case = next(case for case in CASES if case.config.kv_pool == 2 and case.shape == (2, 5, 7))
+    clear = inputs(case, "float32")
+    assert _decided(case, clear)
+    near = clear.x.copy()
+    near[1, 2, 3] = near[1, 2, 2] * np.float32(1 + 1e-6)
+    tied = Inputs(clear.params, near, clear.dy)
+    windows = (near @ clear.params["value.kernel"])[1, 2:4, 2:4].reshape(4, -1)
+    assert set(windows.argmax(axis=0)) & {0, 1}, (
+        "the two nearly equal positions should be the largest somewhere"
+    )
+    assert not _decided(case, tied)
+    draws = iter([tied, clear])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfattn_core.conformance.cases._draw", lambda *_: next(draws))
+        assert inputs(case, "float32") is clear
 
 
 def test_the_spec_is_conformant_with_itself(on_path):
@@ -224,6 +243,8 @@ def test_the_command_exits_by_what_it_found(on_path, tmp_path):
         "conform", "toy_backends:InferenceOnly", "--json", str(tmp_path / "absent" / "r.json")
     )
     assert unwritable.returncode == 2
+    assert "there is no folder" in unwritable.stderr
+    assert "…" not in unwritable.stderr, "no backend is asked before that"
     assert "Traceback" not in unwritable.stderr
 
 
