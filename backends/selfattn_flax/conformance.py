@@ -68,17 +68,22 @@ class FlaxBackend:
         return self._build(config, params, dtype)
 
     def forward(self, model: Model, x: Array) -> Array:
-        """Y."""
+        """The output y."""
         return np.array(model.apply(model.params, jnp.asarray(x)))
 
     def attention_map(self, model: Model, x: Array) -> Array:
-        """A."""
+        """The map A."""
         return np.array(model.attention(model.params, jnp.asarray(x)))
 
     def vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode."""
-        _, pull = jax.vjp(model.apply, model.params, jnp.asarray(x))
-        return _gradients(model, *pull(jnp.asarray(dy)))
+
+        @jax.jit
+        def gradients(params: Any, x: jax.Array, dy: jax.Array) -> tuple[Any, jax.Array]:
+            _, pull = jax.vjp(model.apply, params, x)
+            return pull(dy)
+
+        return _gradients(model, *gradients(model.params, jnp.asarray(x), jnp.asarray(dy)))
 
     def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
         """The penalty by reverse mode over reverse mode."""
@@ -87,7 +92,8 @@ class FlaxBackend:
             dx = jax.grad(lambda x: jnp.sum(jnp.asarray(w) * model.apply(params, x)))(x)
             return jnp.sum(dx**2)
 
-        value, gradients = jax.value_and_grad(penalty, (0, 1))(model.params, jnp.asarray(x))
+        derivative = jax.jit(jax.value_and_grad(penalty, (0, 1)))
+        value, gradients = derivative(model.params, jnp.asarray(x))
         return float(value), _gradients(model, *gradients)
 
     def params(self, model: Model) -> Mapping[str, Array]:

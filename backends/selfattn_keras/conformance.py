@@ -42,11 +42,11 @@ class KerasBackend:
         return from_canonical(config, params, data_format=layout, dtype=dtype)
 
     def forward(self, model: SelfAttention2D, x: Array) -> Array:
-        """Y."""
+        """The output y."""
         return _to_numpy(model(_to_native(x, model)), model)
 
     def attention_map(self, model: SelfAttention2D, x: Array) -> Array:
-        """A."""
+        """The map A."""
         _, attention = model(_to_native(x, model), return_attention_scores=True)
         return np.array(keras.ops.convert_to_numpy(attention))
 

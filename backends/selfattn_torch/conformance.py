@@ -40,12 +40,12 @@ class TorchBackend:
         return from_canonical(config, params, dtype=getattr(torch, dtype)), memory_format
 
     def forward(self, model: Model, x: Array) -> Array:
-        """Y."""
+        """The output y."""
         with torch.no_grad():
             return _to_numpy(model[0](_to_torch(x, model)))
 
     def attention_map(self, model: Model, x: Array) -> Array:
-        """A."""
+        """The map A."""
         with torch.no_grad():
             attention: Array = model[0](_to_torch(x, model), need_weights=True)[1].numpy()
         return attention
