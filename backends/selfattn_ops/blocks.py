@@ -3,12 +3,13 @@
 import operator
 from collections.abc import Sequence
 
-__all__ = ["SCORE_BUDGET", "block_rows", "check_block_size", "check_operands"]
+__all__ = ["MINIMUM_ROWS", "SCORE_BUDGET", "block_rows", "check_block_size", "check_operands"]
 
 SCORE_BUDGET = 8 * 2**20
 """Bytes of one float32 score buffer that the automatic choice aims at."""
 
-_MINIMUM_ROWS = 128
+MINIMUM_ROWS = 128
+"""Query rows that a block of the automatic choice has at least: with fewer, products are slow."""
 
 
 def block_rows(block_size: int | None, batch: int, rows: int, keys: int) -> int:
@@ -34,7 +35,7 @@ def block_rows(block_size: int | None, batch: int, rows: int, keys: int) -> int:
     """
     wanted = check_block_size(block_size)
     if wanted is None:
-        wanted = max(_MINIMUM_ROWS, SCORE_BUDGET // (4 * max(batch, 1) * max(keys, 1)))
+        wanted = max(MINIMUM_ROWS, SCORE_BUDGET // (4 * max(batch, 1) * max(keys, 1)))
     return max(1, min(rows, wanted))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from selfattn_ops.blocks import _MINIMUM_ROWS, SCORE_BUDGET, block_rows, check_block_size, check_operands
+from selfattn_ops.blocks import MINIMUM_ROWS, SCORE_BUDGET, block_rows, check_block_size, check_operands
 
 __all__ = ["attend", "attend_with_map"]
 
@@ -98,7 +98,7 @@ def _block_rows(block_size: int | None, batch: _Size, rows: _Size, keys: _Size) 
         return block_rows(block_size, batch, rows, keys)
     wanted = check_block_size(block_size)
     if wanted is None:
-        wanted = _largest(_MINIMUM_ROWS, SCORE_BUDGET // (4 * _largest(batch, 1) * _largest(keys, 1)))
+        wanted = _largest(MINIMUM_ROWS, SCORE_BUDGET // (4 * _largest(batch, 1) * _largest(keys, 1)))
     return _largest(1, _smallest(rows, wanted))
 
 

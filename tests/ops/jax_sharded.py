@@ -28,7 +28,7 @@ def main():
     orders = {"forward": ops.attend, "penalty": jax.grad(squared(gradient), (0, 1, 2))}
     want = {order: jax.device_get(function(*operands)) for order, function in orders.items()}
     found = {}
-    blocks._MINIMUM_ROWS = 8
+    blocks.MINIMUM_ROWS = 8
     for split in (False, True):
         # In 8 rows: all sixteen elements, or less than the eight devices.
         blocks.SCORE_BUDGET = ops.SCORE_BUDGET = 4 * 8 * 40 * (4 if split else 16)

@@ -317,7 +317,7 @@ class TestBatchSplit:
     def small_budget(self, monkeypatch):
         # What three elements of 4 rows and 5 keys need, so that 4 rows of seven do not fit.
         monkeypatch.setattr("selfattn_ops.blocks.SCORE_BUDGET", 3 * 4 * 4 * 5)
-        monkeypatch.setattr("selfattn_ops.blocks._MINIMUM_ROWS", 4)
+        monkeypatch.setattr("selfattn_ops.blocks.MINIMUM_ROWS", 4)
         monkeypatch.setattr(ops, "SCORE_BUDGET", 3 * 4 * 4 * 5)
         ops._attend.clear_cache()
         yield

@@ -277,7 +277,7 @@ def test_a_block_of_rows_and_elements_stays_within_the_budget():
             elements, block = ops._plan(None, batch, rows, keys)
             assert 1 <= elements <= batch
             assert 1 <= block <= rows
-            smallest = block == blocks._MINIMUM_ROWS and elements == 1
+            smallest = block == blocks.MINIMUM_ROWS and elements == 1
             assert smallest or 4 * elements * block * keys <= blocks.SCORE_BUDGET
 
 
@@ -286,7 +286,7 @@ def small_budget(monkeypatch):
     """A budget of 2 batch elements of 3 × 7, or 10 rows of a single one; and the sizes of all scores computed."""
     for module in (blocks, ops):
         monkeypatch.setattr(module, "SCORE_BUDGET", 4 * 70)
-        monkeypatch.setattr(module, "_MINIMUM_ROWS", 2)
+        monkeypatch.setattr(module, "MINIMUM_ROWS", 2)
     seen = []
     scores = ops._scores
 

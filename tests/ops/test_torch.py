@@ -163,7 +163,7 @@ class TestValues:
         assert max(errors(seconds, second_order(arrays, g, to_numpy(dots)), dtype)) < 128
 
     def test_float32_noise_at_the_size_of_a_layer(self) -> None:
-        # Logits of about 20, as numerics.md measures: the caps are hard ones, the second order's is 8 × measured.
+        # Logits of about 20. The caps are hard ones; that of the second order is 8 × what was measured.
         operands = draw((2,), (1024, 900, 8, 64), dtype=torch.float32, scale=1.5)
         (weight,) = like([operands[2].new_empty(2, 1024, 64)])
         weight.requires_grad_()
