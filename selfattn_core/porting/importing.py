@@ -1,0 +1,491 @@
+"""From the tensors that a dialect found to a config and canonical parameters."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.porting.dialects import SpectralNorm
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.folding import batch_norm_factor, cast, matrix_shape, spectral_state, to_matrix
+from selfattn_core.porting.matching import Match, Projection
+from selfattn_core.porting.settings import Assumption, Settings
+
+__all__ = ["Imported", "Listed", "Origin", "Plan", "checksum", "import_block", "plan"]
+
+Array = NDArray[Any]
+
+
+class Listed(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+
+    @property
+    def dtype(self) -> str:
+        """As stored, in numpy's and ml_dtypes' names."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a block becomes, known from keys and shapes alone.
+
+    Args:
+        match: what the dialect found.
+        config: the layer; None where the shapes give none.
+        scale: what the scores are multiplied by.
+        settings: of the dialect.
+        assumptions: what the file does not show.
+        problems: why it cannot be ported.
+        dtype: that the source has, widened to one that numpy has.
+    """
+
+    match: Match
+    config: SelfAttentionConfig | None
+    scale: float
+    settings: Settings
+    assumptions: tuple[Assumption, ...]
+    problems: tuple[str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a canonical tensor comes from.
+
+    Args:
+        sources: keys of the file; none for what is made.
+        shape: of the first source.
+        dtype: of the first source.
+        steps: what was done, in order.
+    """
+
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A block in canonical form, and where each of its tensors comes from."""
+
+    config: SelfAttentionConfig
+    params: Mapping[str, Array]
+    origins: Mapping[str, Origin]
+
+
+def checksum(array: Array) -> str:
+    """The sha256 of an array's bytes in C order.
+
+    Example:
+        >>> checksum(np.zeros(1, np.float32))[:8]
+        'df3f6198'
+    """
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def plan(match: Match, infos: Mapping[str, Listed], settings: Settings) -> Plan:
+    """What a block becomes; nothing is read.
+
+    Args:
+        match: a whole one.
+        infos: shapes and dtypes by key.
+        settings: of the dialect.
+    """
+    return _Planner(match, infos, settings).plan()
+
+
+class _Planner:
+    def __init__(self, match: Match, infos: Mapping[str, Listed], settings: Settings) -> None:
+        self.match = match
+        self.infos = infos
+        self.settings = settings
+        self.problems: list[str] = []
+        self.assumptions: list[Assumption] = []
+
+    def plan(self) -> Plan:
+        match, dialect, variant = self.match, self.match.dialect, self.match.variant
+        shapes = {role: self._kernel(found) for role, found in match.projections.items()}
+        config = None
+        scale = 1.0
+        if all(shapes.values()) and len(shapes) >= 3:
+            config = self._config({role: shape for role, shape in shapes.items() if shape})
+        if config:
+            self._vectors(config)
+            self._widths(config)
+            if self.settings.use_scale:
+                scale = dialect.scale_factor(config.channels, config.qk_channels)
+        self._gamma()
+        for key in self._read_keys():
+            if not _is_float(self.infos[key].dtype):
+                self.problems.append(f"{key} is {self.infos[key].dtype}, should be floating point")
+        self._assume(variant.kv_pool if self.settings.kv_pool is None else self.settings.kv_pool, scale)
+        return Plan(
+            match,
+            config,
+            scale,
+            self.settings,
+            tuple(self.assumptions),
+            tuple(self.problems),
+            self._dtype(),
+        )
+
+    def _kernel(self, found: Projection) -> tuple[int, int] | None:
+        axes = found.form.axes
+        shape = self.infos[found.kernel].shape
+        matrix = matrix_shape(shape, axes)
+        if matrix is None:
+            self.problems.append(
+                f"{found.kernel} has shape {shape}; expected a 1×1 kernel with the axes {axes}"
+            )
+        return matrix
+
+    def _config(self, shapes: Mapping[str, tuple[int, int]]) -> SelfAttentionConfig | None:
+        channels, qk_channels = shapes["query"]
+        value_channels = shapes["value"][1]
+        wanted = {
+            "query": (channels, qk_channels),
+            "key": (channels, qk_channels),
+            "value": (channels, value_channels),
+        }
+        if "out" in shapes:
+            wanted["out"] = (value_channels, channels)
+        problems = []
+        for role, shape in shapes.items():
+            if shape != wanted[role]:
+                key = self.match.projections[role].kernel
+                problems.append(
+                    f"{key}, the {role}, goes from {shape[0]} to {shape[1]} channels; expected {wanted[role][0]} to {wanted[role][1]}"
+                )
+        if "out" not in shapes and value_channels != channels:
+            problems.append(
+                f"{self.match.projections['value'].kernel}, the value, has {value_channels} channels and the map {channels}: "
+                "without an out projection they are added, and should be as many"
+            )
+        self.problems += problems
+        if problems or min(channels, qk_channels, value_channels) < 1:
+            return None
+        biases = [found.bias for found in self.match.projections.values()]
+        pool = self.settings.kv_pool or self.match.variant.kv_pool
+        return SelfAttentionConfig(
+            channels,
+            qk_channels,
+            value_channels,
+            out_projection="out" in shapes,
+            use_bias=any(biases) or bool(self.match.batch_norm),
+            kv_pool=pool,
+        )
+
+    def _vectors(self, config: SelfAttentionConfig) -> None:
+        """Sizes of biases and of the batch norm."""
+        outputs = {
+            "query": config.qk_channels,
+            "key": config.qk_channels,
+            "value": config.value_channels,
+            "out": config.channels,
+        }
+        wanted = {found.bias: outputs[role] for role, found in self.match.projections.items() if found.bias}
+        wanted |= dict.fromkeys(self.match.batch_norm.values(), config.channels)
+        for key, length in wanted.items():
+            shape = self.infos[key].shape
+            if shape != (length,):
+                self.problems.append(f"{key} has shape {shape}; expected ({length},)")
+
+    def _widths(self, config: SelfAttentionConfig) -> None:
+        dialect = self.match.dialect
+        for name, width in dialect.widths(config.channels).items():
+            found = getattr(config, name)
+            if found == width:
+                continue
+            if dialect.widths_required:
+                self.problems.append(
+                    f"{name} is {found}, and {dialect.name} makes {width} of {config.channels} channels: another "
+                    "implementation with the same keys; `selfattn inspect` lists those that fit"
+                )
+            else:
+                self.assumptions.append(
+                    Assumption(
+                        "",
+                        f"{name} is {found}, where the original makes {width} of {config.channels} channels: "
+                        "the file is from a changed copy, taken to compute the same function",
+                    )
+                )
+
+    def _gamma(self) -> None:
+        dialect, key = self.match.dialect, self.match.gamma
+        if key:
+            shape = self.infos[key].shape
+            if int(np.prod(shape)) != 1:
+                self.problems.append(
+                    f"{key} has shape {shape}; expected one element, the gain of the whole residual: a gain per sample "
+                    "(as in heykeetae before 8 June 2018) or per channel cannot be expressed"
+                )
+            if self.settings.gamma is not None:
+                self.problems.append(
+                    f"{key} is in the file, so --set gamma={self.settings.gamma:g} would contradict it"
+                )
+        elif dialect.gamma_value is None and self.settings.gamma is None:
+            self.problems.append(
+                "gamma is not in the file: give the value that it had with --set gamma=VALUE (a plain tensor that was "
+                "never made a parameter was never trained: it has its initial value, 0 in the published layers, and the "
+                "layer is the identity)"
+            )
+
+    def _assume(self, kv_pool: int, scale: float) -> None:
+        dialect, match, settings = self.match.dialect, self.match, self.settings
+        add = self.assumptions.append
+        if not dialect.kv_pool_stored:
+            add(Assumption("kv_pool", f"kv_pool = {kv_pool}"))
+        if dialect.scale_setting:
+            shown = "true" if settings.use_scale else "false"
+            add(
+                Assumption(
+                    dialect.scale_setting,
+                    f"{dialect.scale_setting} = {shown}: the scores are multiplied by {scale:.6g}",
+                )
+            )
+        if settings.gamma is not None:
+            add(Assumption("gamma", f"gamma = {settings.gamma:g}, as it was set"))
+        elif dialect.gamma_value is not None:
+            add(Assumption("", f"the original has no gamma and acts like {dialect.gamma_value:g}"))
+        rules = {found.form.spectral_norm for found in match.projections.values()}
+        for rule in sorted((r for r in rules if r and r.sigma == "iterate"), key=repr):
+            eps = rule.eps if settings.sn_eps is None else settings.sn_eps
+            add(Assumption("sn_eps", f"sn_eps = {eps:g}, of the power iteration"))
+        if match.variant.batch_norm:
+            eps = match.variant.batch_norm.eps if settings.bn_eps is None else settings.bn_eps
+            add(Assumption("bn_eps", f"bn_eps = {eps:g}, of the batch norm"))
+        if dialect.ema:
+            which = "averaged" if match.averaged else "raw"
+            add(Assumption("ema", f"the {which} copies of kernels, biases and gamma are taken"))
+        for role, found in match.projections.items():
+            if text := self._form_assumption(found):
+                add(Assumption("", f"{role}: {text}"))
+        for text in dialect.caveats:
+            add(Assumption("", text))
+
+    def _form_assumption(self, found: Projection) -> str:
+        form = found.form
+        if form.spectral_norm is None and form.requires:
+            return (
+                f"{found.kernel} is taken as the effective kernel, as torch before 1.0 stored it; where an implementation "
+                "keeps the previous step's there (rosinality), its own dialect does otherwise"
+            )
+        others = [
+            other
+            for other in self.match.dialect.kernels
+            if other.spectral_norm and other.kernel == form.kernel
+        ]
+        if form.spectral_norm is None and others:
+            return f"there is no {others[0].spectral_norm.u.rpartition('}')[2].strip('./')} beside {found.kernel}, so it was trained without spectral norm"  # type: ignore[union-attr]
+        return ""
+
+    def _read_keys(self) -> list[str]:
+        found = self.match.projections.values()
+        keys = [key for one in found for key in (one.kernel, one.bias, one.u, one.v)]
+        return [key for key in (*keys, self.match.gamma, *self.match.batch_norm.values()) if key]
+
+    def _dtype(self) -> str:
+        found = self.match.projections.values()
+        keys = [*(one.kernel for one in found), *(one.bias for one in found), self.match.gamma]
+        names = [self.infos[key].dtype for key in keys if key]
+        known = [name if name in _NUMPY else "float32" for name in names if _is_float(name)]
+        return str(np.result_type(*known)) if known else "float32"
+
+
+_NUMPY = ("float16", "float32", "float64")
+
+
+def _is_float(dtype: str) -> bool:
+    return dtype.startswith(("float", "bfloat"))
+
+
+def import_block(
+    planned: Plan,
+    read: Callable[[str], Array],
+    *,
+    dtype: str | None = None,
+    keep_spectral_norm: bool = False,
+) -> Imported:
+    """Read a block and fold it.
+
+    Args:
+        planned: without problems.
+        read: gives the values of a key.
+        dtype: "float16", "float32" or "float64"; by default the source's.
+        keep_spectral_norm: keep raw kernels with the vectors u and v instead of dividing.
+
+    Raises:
+        PortError: naming every tensor that is not finite or does not fit, or why spectral norm cannot be kept.
+    """
+    return _Importer(planned, read, dtype or planned.dtype, keep_spectral_norm).run()
+
+
+class _Importer:
+    def __init__(self, planned: Plan, read: Callable[[str], Array], dtype: str, keep: bool) -> None:
+        if planned.config is None:
+            raise PortError("; ".join(planned.problems))
+        self.plan = planned
+        self.match = planned.match
+        self.config = planned.config
+        self.source = read
+        self.dtype = dtype
+        self.keep = keep
+        self.params: dict[str, Array] = {}
+        self.origins: dict[str, Origin] = {}
+        self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.problems: list[str] = []
+
+    def run(self) -> Imported:
+        if self.keep:
+            self._check_keep()
+        # What overflows in the cast is found below.
+        with np.errstate(all="ignore"):
+            for role, found in self.match.projections.items():
+                self._projection(role, found)
+            self._gamma()
+        self.problems += [
+            f"{name} is not finite after {'; '.join(self.origins[name].steps)}"
+            for name, array in self.params.items()
+            if not np.isfinite(array).all() and not any(name in problem for problem in self.problems)
+        ]
+        if self.problems:
+            raise PortError("the tensors cannot be ported:\n  " + "\n  ".join(dict.fromkeys(self.problems)))
+        config = replace_spectral_norm(self.config) if self.keep else self.config
+        order = [
+            *(n for n in self.params if n[-2:] not in (".u", ".v")),
+            *(n for n in self.params if n[-2:] in (".u", ".v")),
+        ]
+        return Imported(config, {name: self.params[name] for name in order}, self.origins)
+
+    def _check_keep(self) -> None:
+        problems = [
+            f"the {role} ({found.kernel}) has no state of it in the file"
+            for role, found in self.match.projections.items()
+            if found.form.spectral_norm is None
+        ]
+        if self.plan.scale != 1:
+            problems.append(
+                "the scale of the scores would be lost: spectral norm undoes a factor of its kernel"
+            )
+        if self.match.batch_norm:
+            problems.append("the batch norm would be lost: spectral norm undoes a factor of its kernel")
+        if problems:
+            raise PortError("spectral norm cannot be kept: " + "; ".join(problems))
+
+    def _read(self, key: str) -> Array:
+        array = self.source(key)
+        self.shapes[key] = (array.shape, str(array.dtype))
+        if not np.isfinite(array).all():
+            self.problems.append(f"{key} holds NaN or infinity")
+        return array
+
+    def _put(self, name: str, array: Array, sources: tuple[str, ...], steps: list[str]) -> None:
+        self.params[name] = array
+        shape, dtype = self.shapes[sources[0]] if sources else (array.shape, str(array.dtype))
+        if str(array.dtype) != dtype:
+            steps.append(f"{dtype} → {array.dtype}")
+        self.origins[name] = Origin(sources, shape, dtype, tuple(steps))
+
+    def _projection(self, role: str, found: Projection) -> None:
+        stored = self._read(found.kernel)
+        matrix = to_matrix(stored, found.form.axes)
+        steps = [] if found.form.axes == "IO" else [f"{found.form.axes} → (C_in, C_out)"]
+        sources = [found.kernel]
+        divisor = 1.0
+        if rule := found.form.spectral_norm:
+            vectors = [key for key in (found.u, found.v) if key]
+            sources += vectors if not self.keep else []
+            try:
+                divisor = self._sigma(role, found, rule, matrix, steps)
+            except ValueError as error:
+                self.problems.append(f"{found.kernel}: {error}")
+        factor: Array | float = 1.0
+        if role == "query" and self.plan.scale != 1:
+            factor = self.plan.scale
+            steps.append(f"× {factor:.6g}, the scale of the scores")
+        norm, shift = self._batch_norm(role)
+        if norm is not None:
+            factor = norm
+            sources += list(self.match.batch_norm.values())
+            steps.append("× batch norm's factor of each channel")
+        self._put(
+            f"{role}.kernel", cast(matrix, self.dtype, divisor=divisor, factor=factor), tuple(sources), steps
+        )
+        del stored, matrix
+        if self.config.use_bias:
+            self._bias(role, found, factor, shift)
+
+    def _sigma(
+        self, role: str, found: Projection, rule: SpectralNorm, matrix: Array, steps: list[str]
+    ) -> float:
+        if self.plan.settings.sn_eps is not None:
+            rule = replace(rule, eps=self.plan.settings.sn_eps)
+        stored_u = self._read(found.u)
+        stored_v = self._read(found.v) if found.v else None
+        u, v, sigma = spectral_state(rule, matrix, stored_u, stored_v)
+        times = "one power iteration" if rule.iterations == 1 else f"{rule.iterations} power iterations"
+        how = "of the stored vectors" if rule.sigma == "stored" else f"after {times} from the stored vector"
+        if not abs(sigma) > 0 or not np.isfinite(sigma):
+            self.problems.append(
+                f"{found.kernel}: its spectral norm {how} is {sigma:g}; a kernel cannot be divided by it"
+            )
+            return 1.0
+        if not self.keep:
+            steps.append(f"÷ sigma = {sigma:.9g}, uᵀWv {how}")
+            return sigma
+        state = "as stored" if rule.sigma == "stored" else how
+        self._put(f"{role}.u", np.array(u, self.dtype), (found.u,), [state])
+        self._put(f"{role}.v", np.array(v, self.dtype), (found.v or found.u,), [state])
+        return 1.0
+
+    def _batch_norm(self, role: str) -> tuple[Array | None, Array]:
+        """The factor of each channel and what is added after it."""
+        norm = self.match.variant.batch_norm
+        if norm is None or role != "out":
+            return None, np.zeros(())
+        keys = self.match.batch_norm
+        parts = {part: self._read(key).astype(np.float64) for part, key in keys.items()}
+        eps = norm.eps if self.plan.settings.bn_eps is None else self.plan.settings.bn_eps
+        if (parts["var"] + eps <= 0).any():
+            self.problems.append(f"{keys['var']} holds a variance that is not positive")
+        factor = batch_norm_factor(parts.get("weight"), parts["var"], eps)
+        return factor, parts.get("bias", np.zeros(())) - parts["mean"] * factor
+
+    def _bias(self, role: str, found: Projection, factor: Array | float, shift: Array) -> None:
+        norm = isinstance(factor, np.ndarray)
+        sources = [found.bias] if found.bias else []
+        steps = [] if found.bias else ["zeros, the original has none"]
+        length = self.params[f"{role}.kernel"].shape[1]
+        stored = self._read(found.bias) if found.bias else np.zeros(length, self.dtype)
+        if norm:
+            sources += list(self.match.batch_norm.values())
+            steps.append("× batch norm's factor, − mean × factor, + its bias")
+            array = (stored.astype(np.float64) * factor + shift).astype(self.dtype)
+        else:
+            if found.bias and factor != 1:
+                steps.append(f"× {factor:.6g}, the scale of the scores")
+            array = cast(stored, self.dtype, factor=factor)
+        self._put(f"{role}.bias", array, tuple(sources), steps)
+
+    def _gamma(self) -> None:
+        key = self.match.gamma
+        if key:
+            self._put("gamma", self._read(key).reshape(1).astype(self.dtype), (key,), [])
+            return
+        set_value = self.plan.settings.gamma
+        value = self.match.dialect.gamma_value if set_value is None else set_value
+        step = "the original has none" if set_value is None else "as it was set"
+        self._put("gamma", np.array([value], self.dtype), (), [step])
+
+
+def replace_spectral_norm(config: SelfAttentionConfig) -> SelfAttentionConfig:
+    """The same layer with spectral norm."""
+    return SelfAttentionConfig.from_dict(config.to_dict() | {"spectral_norm": True})
