@@ -21,12 +21,13 @@ from selfattn_core import SelfAttentionConfig
 from selfattn_core.config import check_options
 from selfattn_core.params import check_params, projections
 from selfattn_core.weights import PathLike
+from selfattn_flax.maps import unflatten
 from selfattn_flax.nnx import KERNEL_INIT, ZEROS_INIT, pool, residual, rows
 from selfattn_flax.weights import to_numpy, to_tree
 from selfattn_ops.blocks import check_block_size
 from selfattn_ops.jax import attend, attend_with_map
 
-__all__ = ["SelfAttention2D", "from_canonical", "load", "save", "to_canonical"]
+__all__ = ["SelfAttention2D", "attention_grid", "from_canonical", "load", "save", "to_canonical"]
 
 Array = NDArray[Any]
 
@@ -201,6 +202,33 @@ class SelfAttention2D(nn.Module):
                 f"SelfAttention2D: got input of shape {shape}; expected (…, H, W, C): its rank is {len(shape)}."
             )
         return _config(self, shape[-1])
+
+
+def attention_grid(module: SelfAttention2D, variables: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
+
+    Args:
+        module: the layer, not bound.
+        variables: its variables.
+        x: (…, H, W, C).
+
+    Returns:
+        (…, H, W, H', W'); H' = H // kv_pool and W' = W // kv_pool. The last two axes sum to 1. It is the layer's map
+        in N·M numbers of memory, and can be differentiated.
+
+    Raises:
+        ValueError: if the input's shape does not fit.
+        TypeError: if the input is not floating-point.
+
+    Example:
+        >>> module = SelfAttention2D(kv_pool=2)
+        >>> x = jax.random.normal(jax.random.key(1), (3, 5, 8, 16))
+        >>> attention_grid(module, module.init(jax.random.key(0), x), x).shape
+        (3, 5, 8, 2, 4)
+    """
+    _, sown = module.apply(variables, x, sow_weights=True, mutable=["intermediates"])
+    attention = sown["intermediates"]["attention_weights"][0]
+    return unflatten(module.bind(variables).config, attention, jnp.shape(x))
 
 
 def to_canonical(module: SelfAttention2D, variables: Mapping[str, Any]) -> dict[str, Array]:

@@ -6,6 +6,7 @@ require("selfattn_keras", ["keras"], "keras")
 
 try:
     from selfattn_keras.layer import SelfAttention2D
+    from selfattn_keras.maps import attention_grid
     from selfattn_keras.weights import from_canonical, load, save, to_canonical
 except ModuleNotFoundError as error:
     # Keras imports the framework that KERAS_BACKEND or keras.json names; only that one's absence is translated.
@@ -15,4 +16,4 @@ except ModuleNotFoundError as error:
         require("selfattn_keras", [framework], extras[framework])
     raise
 
-__all__ = ["SelfAttention2D", "from_canonical", "load", "save", "to_canonical"]
+__all__ = ["SelfAttention2D", "attention_grid", "from_canonical", "load", "save", "to_canonical"]

@@ -42,7 +42,7 @@ def test_every_adapter_has_the_same_files_and_a_registered_backend():
     assert {entry.target.partition(".")[0] for entry in REGISTRY.values()} == adapters
     for adapter in adapters:
         files = {path.name for path in (ROOT / "backends" / adapter).glob("*.py")}
-        assert {"__init__.py", "weights.py", "conformance.py"} < files
+        assert {"__init__.py", "weights.py", "maps.py", "conformance.py"} < files
         assert {"layer.py"} < files or {"nnx.py", "linen.py"} < files
 
 

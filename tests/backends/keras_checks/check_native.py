@@ -38,7 +38,14 @@ def test_signature():
     )
     signature = str(inspect.signature(SelfAttention2D.__init__)).replace("typing.", "")
     assert signature == expected.replace("(qk", "(self, qk") + " -> None"
-    assert selfattn_keras.__all__ == ["SelfAttention2D", "from_canonical", "load", "save", "to_canonical"]
+    assert selfattn_keras.__all__ == [
+        "SelfAttention2D",
+        "attention_grid",
+        "from_canonical",
+        "load",
+        "save",
+        "to_canonical",
+    ]
     layer_options = list(inspect.signature(SelfAttention2D).parameters)[5:]
     assert list(inspect.signature(SelfAttention2D.from_spec).parameters) == ["config", *layer_options]
 

@@ -1,0 +1,41 @@
+"""The attention map of the NNX layer with its positions as the rows and columns that they are."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from selfattn_core import SelfAttentionConfig
+from selfattn_flax.nnx import SelfAttention2D
+
+__all__ = ["attention_grid"]
+
+
+def attention_grid(layer: SelfAttention2D, x: jax.Array) -> jax.Array:
+    """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
+
+    Args:
+        layer: the layer; nothing stays sown in it.
+        x: (…, H, W, C).
+
+    Returns:
+        (…, H, W, H', W'); H' = H // kv_pool and W' = W // kv_pool. The last two axes sum to 1. It is the layer's map
+        in N·M numbers of memory, and can be differentiated.
+
+    Raises:
+        ValueError: if the input's shape does not fit.
+        TypeError: if the input is not floating-point.
+
+    Example:
+        >>> layer = SelfAttention2D(16, kv_pool=2, rngs=nnx.Rngs(0))
+        >>> grid = attention_grid(layer, jax.random.normal(jax.random.key(1), (3, 5, 8, 16)))
+        >>> grid.shape
+        (3, 5, 8, 2, 4)
+    """
+    _, sown = nnx.capture(layer, nnx.Intermediate)(x, sow_weights=True)
+    return unflatten(layer.config, sown["attention_weights"][0], jnp.shape(x))
+
+
+def unflatten(config: SelfAttentionConfig, attention: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A map (…, N, M) as (…, H, W, H', W'), for an input of this shape (…, H, W, C)."""
+    *leading, height, width, _ = shape
+    return attention.reshape(*leading, height, width, *config.key_grid(height, width))

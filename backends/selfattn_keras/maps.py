@@ -1,0 +1,39 @@
+"""The attention map with its positions as the rows and columns that they are."""
+
+from typing import Any
+
+from keras import ops
+
+from selfattn_keras.layer import SelfAttention2D
+
+__all__ = ["attention_grid"]
+
+# Tensors of the backend, symbolic or not; Keras has no common type for them.
+Tensor = Any
+
+
+def attention_grid(layer: SelfAttention2D, x: Tensor) -> Tensor:
+    """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
+
+    Args:
+        layer: which is built if it is not yet.
+        x: (B, H, W, C) or (B, C, H, W), as the layer's `data_format` says.
+
+    Returns:
+        (B, H, W, H', W') in both data formats; H' = H // kv_pool and W' = W // kv_pool. The last two axes sum to 1.
+        It is the layer's map in N·M numbers of memory, and can be differentiated.
+
+    Raises:
+        ValueError: if the input's shape does not fit.
+        TypeError: if the input is not floating-point.
+
+    Example:
+        >>> layer = SelfAttention2D(kv_pool=2, data_format="channels_last")
+        >>> grid = attention_grid(layer, ops.ones((3, 5, 8, 16)))
+        >>> tuple(grid.shape)
+        (3, 5, 8, 2, 4)
+    """
+    y, attention = layer(x, return_attention_scores=True)  # A is (B, N, M)
+    sizes = ops.shape(y)
+    height, width = sizes[1:3] if layer.data_format == "channels_last" else sizes[2:]
+    return ops.reshape(attention, (-1, height, width, *layer.config.key_grid(height, width)))
