@@ -183,16 +183,14 @@ class SelfAttentionConfig:
         """
         sizes = tuple(shape)
         layouts = layout.split(" or ")
-        wanted = " or ".join(self._describe(axes) for axes in layouts)
         if not floating:
             raise TypeError(
                 f"{layer}: got input of dtype {dtype}; expected floating point: convert it first, "
                 "for example to float32."
             )
         axes = next((axes for axes in layouts if _fits(axes, len(sizes))), None)
-        received = f"{layer}: got input of shape {sizes}; expected {wanted}"
         if axes is None:
-            raise ValueError(f"{received}: its rank is {len(sizes)}.")
+            raise ValueError(f"{self._received(sizes, layer, layouts)}: its rank is {len(sizes)}.")
         spatial = axes.removeprefix("…")
         offset = len(sizes) - len(spatial)
         channels = sizes[offset + spatial.index("C")]
@@ -210,7 +208,12 @@ class SelfAttentionConfig:
                 )
             )
         if problems:
-            raise ValueError(f"{received}: {'; '.join(problems)}.")
+            raise ValueError(f"{self._received(sizes, layer, layouts)}: {'; '.join(problems)}.")
+
+    def _received(self, sizes: tuple[int | None, ...], layer: str, layouts: Sequence[str]) -> str:
+        # Written only where there is a problem: a compiler that traces the check would otherwise pin every size.
+        wanted = " or ".join(self._describe(axes) for axes in layouts)
+        return f"{layer}: got input of shape {sizes}; expected {wanted}"
 
     def _describe(self, axes: str) -> str:
         letters = [str(self.channels) if letter == "C" else letter for letter in axes]

@@ -8,10 +8,12 @@ from typing import Any, Literal, Self, overload
 import torch
 from torch import nn
 
-from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core import SelfAttentionConfig
 from selfattn_core.params import projections
 from selfattn_ops.blocks import check_block_size
 from selfattn_ops.torch import attend, attend_with_map
+from selfattn_torch.migrate import accept_older
+from selfattn_torch.projection import Projection
 
 
 class SelfAttention2d(nn.Module):
@@ -81,10 +83,11 @@ class SelfAttention2d(nn.Module):
         )
         self.block_size = check_block_size(block_size)
         for name, (channels_in, channels_out) in projections(self.config).items():
-            conv = nn.Conv2d(channels_in, channels_out, 1, bias=bias, device=device, dtype=dtype)
-            self.add_module(name, conv)
-        self.gamma = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
-        self.reset_parameters()
+            self.add_module(
+                name, Projection(channels_in, channels_out, 1, bias=bias, device=device, dtype=dtype)
+            )
+        self.gamma = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+        self.register_load_state_dict_pre_hook(accept_older)
 
     @classmethod
     def from_config(
@@ -110,12 +113,9 @@ class SelfAttention2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw new parameters: Glorot-uniform kernels, zero biases, zero gamma."""
-        for row in parameter_table(self.config).values():
-            parameter = self.get_parameter(row.name.replace("kernel", "weight"))
-            if row.initial == "zeros":
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.xavier_uniform_(parameter)
+        for name in projections(self.config):
+            self.get_submodule(name).reset_parameters()
+        nn.init.zeros_(self.gamma)
 
     @overload
     def forward(self, x: torch.Tensor, need_weights: Literal[False] = False) -> torch.Tensor: ...
@@ -162,7 +162,7 @@ class SelfAttention2d(nn.Module):
     def extra_repr(self) -> str:
         """The config, and the block size where it is set."""
         options: dict[str, Any] = self.config.to_dict()
-        channels = options.pop("channels")
+        channels, options["bias"] = options.pop("channels"), options.pop("use_bias")
         if self.block_size is not None:
             options["block_size"] = self.block_size
         return ", ".join([str(channels), *(f"{name}={value}" for name, value in options.items())])

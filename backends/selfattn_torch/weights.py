@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.params import check_params
+from selfattn_core.params import check_params, projections
 from selfattn_core.weights import PathLike
 from selfattn_torch.layer import SelfAttention2d
+from selfattn_torch.projection import Projection
 
 Array = NDArray[Any]
 
@@ -25,10 +27,14 @@ def to_canonical(layer: SelfAttention2d) -> dict[str, Array]:
     Returns:
         Kernels (C_in, C_out), biases (C_out,), gamma (1,).
 
+    Raises:
+        ValueError: if a projection is not a plain convolution: its kernel is then not what the layer computes with.
+
     Example:
         >>> to_canonical(SelfAttention2d(16))["query.kernel"].shape
         (16, 2)
     """
+    _check_plain(layer)
     params = {}
     for row in parameter_table(layer.config).values():
         tensor = _parameter(layer, row.name).detach().cpu()
@@ -127,6 +133,23 @@ def save(layer: SelfAttention2d, path: PathLike, *, overwrite: bool = False, sou
         True
     """
     selfattn_core.save(path, layer.config, to_canonical(layer), overwrite=overwrite, source=source)
+
+
+def _check_plain(layer: SelfAttention2d) -> None:
+    """Refuse to take for the layer's kernel what a parametrization, an adapter or a hook makes another one of."""
+    problems = []
+    for name in projections(layer.config):
+        child = layer.get_submodule(name)
+        if type(child) not in (Projection, nn.Conv2d):
+            problems.append(f"{name} is a {type(child).__name__}")
+        elif "weight" not in dict(child.named_parameters(recurse=False)):
+            problems.append(f"the weight of {name} is computed by a hook")
+    if problems:
+        raise ValueError(
+            f"SelfAttention2d: got a layer of which {', '.join(problems)}; expected plain convolutions, whose weights are "
+            "what they compute with: merge an adapter into its base, and take parametrizations and hooks off, for example "
+            'torch.nn.utils.parametrize.remove_parametrizations(layer.query, "weight").'
+        )
 
 
 def _parameter(layer: SelfAttention2d, name: str) -> torch.Tensor:

@@ -47,10 +47,10 @@ def test_initialisation_follows_the_table():
             assert abs(values.mean()) < 0.03 * limit
     assert not torch.equal(layer.query.weight, layer.key.weight)
     before = to_canonical(layer)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     layer.reset_parameters()
     first = to_canonical(layer)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     layer.reset_parameters()
     assert all(np.array_equal(first[name], value) for name, value in to_canonical(layer).items())
     assert not np.array_equal(first["query.kernel"], before["query.kernel"])
@@ -69,7 +69,7 @@ def test_the_state_dict_is_frozen():
         "out.weight": (16, 5, 1, 1),
         "out.bias": (16,),
     }
-    assert all(type(child) is nn.Conv2d for child in layer.children())
+    assert all(isinstance(child, nn.Conv2d) for child in layer.children())
 
 
 def test_the_weights_choice_is_the_map_and_does_not_change_the_output():
@@ -135,7 +135,7 @@ def test_block_size_changes_nothing_but_memory():
 
 def test_repr_says_what_it_is():
     assert repr(SelfAttention2d(16, kv_pool=2)).splitlines()[1].strip() == (
-        "16, qk_channels=2, value_channels=16, out_projection=False, use_bias=True, kv_pool=2"
+        "16, qk_channels=2, value_channels=16, out_projection=False, kv_pool=2, bias=True"
     )
 
 
