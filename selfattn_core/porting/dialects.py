@@ -266,7 +266,7 @@ def dialect(name: str) -> Dialect:
         PortError: if there is no such dialect, or the file is not a whole and consistent one (lists every problem).
 
     Example:
-        >>> dialect("fastai").variants[0].roles["query"]
+        >>> dialect("deoldify").variants[0].roles["query"]
         'key'
         >>> dialect("fastia")
         Traceback (most recent call last):
