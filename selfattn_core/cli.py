@@ -77,6 +77,119 @@ def conform(names: tuple[str, ...], seed: int, json_file: str | None) -> None:
         sys.exit(MISSING)
 
 
+class _Point(click.ParamType[tuple[int, int]]):
+    """`y,x`, two whole numbers."""
+
+    name = "y,x"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        try:
+            y, x = (int(part) for part in parts)
+        except ValueError:
+            self.fail(f"got {value!r}; expected y,x in pixels of the image, for example 12,40.", param, ctx)
+        return y, x
+
+
+@main.command()
+@click.argument("weights", type=click.Path(path_type=Path))
+@click.argument("features", type=click.Path(path_type=Path))
+@click.option(
+    "--image",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The picture that the features were computed from.",
+)
+@click.option(
+    "--at",
+    "points",
+    metavar="Y,X",
+    required=True,
+    multiple=True,
+    type=_Point(),
+    help="Pixel of the image to attend from, y downwards; one to six of them.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The picture to write; .png, .pdf, .svg and more.",
+)
+@click.option("--block", help="Which layer of WEIGHTS, where there are several.")
+@click.option("--array", help="Which array of FEATURES, where there are several.")
+@click.option(
+    "--sample", type=click.IntRange(min=0), help="Which sample of FEATURES, where there are several."
+)
+@click.option(
+    "--layout",
+    default="channels_last",
+    show_default=True,
+    type=click.Choice(["channels_last", "channels_first"]),
+    help="Of FEATURES.",
+)
+@click.option("--title", default="", help="Above the picture.")
+@click.option("--force", is_flag=True, help="Replace the picture if it exists.")
+def attend(
+    weights: Path,
+    features: Path,
+    image: Path,
+    points: tuple[tuple[int, int], ...],
+    out: Path,
+    block: str | None,
+    array: str | None,
+    sample: int | None,
+    layout: str,
+    title: str,
+    force: bool,
+) -> None:
+    """Draw what points of an image attend to.
+
+    WEIGHTS is a canonical file, FEATURES an .npy or .npz file with the input of that layer for the image, with a batch
+    axis or without. The map is computed by the numpy definition.
+    """
+    import warnings
+
+    from selfattn_core.attend import attend_files
+    from selfattn_core.viz import attention_figure, save_figure
+
+    if out.exists() and not force:
+        raise click.UsageError(
+            f"--out {out}: exists already and was left as it is; pass --force to replace it."
+        )
+    try:
+        found = attend_files(
+            weights, features, image, points, block=block, array=array, sample=sample, layout=layout
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            figure = attention_figure(
+                found.image, found.grid, points, kv_pool=found.config.kv_pool, gamma=found.gamma, title=title
+            )
+        save_figure(figure, out, overwrite=force)
+    except ModuleNotFoundError as error:
+        click.echo(str(error), err=True)
+        sys.exit(MISSING)
+    except (OSError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    for warning in caught:
+        click.echo(f"warning: {warning.message}", err=True)
+    height, width = found.grid.shape[:2]
+    click.echo(
+        f"gamma {found.gamma:+.4g}: the layer changes its input by {found.change:.1%} (root mean square)."
+    )
+    for number, ((y, x), position) in enumerate(zip(points, found.positions, strict=True), start=1):
+        click.echo(
+            f"{number}: pixel {y},{x} is position {position[0]},{position[1]} of {height}×{width}; it attends to "
+            f"{found.statistics.effective_size[position]:.1f} keys, at a mean distance of "
+            f"{found.statistics.mean_distance[position]:.1f} positions."
+        )
+    click.echo(f"written: {out}")
+
+
 def _write_json(target: str, content: dict[str, Any]) -> None:
     from selfattn_core.weights import write_atomically
 

@@ -14,6 +14,7 @@ import numpy as np
 from examples.digits import data, files, numpy_model
 from examples.digits.compare import Row, compare, expect, table
 from examples.digits.frameworks import PROGRAMS, ask
+from examples.digits.picture import draw
 from selfattn_core.conformance.tolerance import FACTOR, Expectation
 from selfattn_core.installed import missing_modules
 
@@ -28,9 +29,9 @@ INTERRUPTED = 130
 def main() -> int:
     """Run the example; returns the exit code."""
     arguments = _arguments()
-    if missing := missing_modules(["torch", "sklearn", "tqdm"]):
+    if missing := missing_modules(["torch", "sklearn", "tqdm", "matplotlib"]):
         print(
-            f"Training needs {', '.join(missing)}: pip install 'selfattn[torch]' scikit-learn tqdm",
+            f"This example needs {', '.join(missing)}: pip install 'selfattn[torch,viz]' scikit-learn tqdm",
             file=sys.stderr,
         )
         return MISSING
@@ -68,6 +69,8 @@ def main() -> int:
     say(
         f"Noise floor of float32: {expectation.floor:.1e}, allowed: {FACTOR:g} of them. Trained gamma: {gamma:+.4f}."
     )
+    draw(model, held_out, folder / files.PICTURE)
+    say(f"5. What three points of three held-out digits attend to: {folder / files.PICTURE}\n")
     return _conclude(rows, time.monotonic() - start)
 
 

@@ -7,6 +7,7 @@
 | `images.npy` | the held-out images (B, 8, 8, 1) |
 | `<framework>.npy` | the logits (B, 10) that a framework gave them |
 | `<framework>.log` | what its process printed |
+| `attention.png` | attention maps of three held-out images |
 """
 
 import sys
@@ -23,6 +24,7 @@ Array = NDArray[Any]
 ATTENTION = "attention.safetensors"
 NETWORK_FILE = "network.safetensors"
 IMAGES = "images.npy"
+PICTURE = "attention.png"
 
 NETWORK: Mapping[str, tuple[int, ...]] = {
     "conv1.kernel": (3, 3, 1, 16),

@@ -33,11 +33,17 @@ class Classifier:
 
     def __call__(self, images: Array) -> Array:
         """Logits (B, 10) of images (B, 8, 8, 1)."""
-        x = images.astype(self.network["dense.bias"].dtype)
-        x = _relu(self._conv("conv1", x))
-        x = _relu(self._conv("conv2", x))
-        x = _relu(spec.forward(self.config, self.attention, x))
+        x = _relu(spec.forward(self.config, self.attention, self.features(images)))
         return x.max(axis=(1, 2)) @ self.network["dense.kernel"] + self.network["dense.bias"]
+
+    def features(self, images: Array) -> Array:
+        """What the attention layer gets, (B, 8, 8, 32)."""
+        x = images.astype(self.network["dense.bias"].dtype)
+        return _relu(self._conv("conv2", _relu(self._conv("conv1", x))))
+
+    def attention_map(self, images: Array) -> Array:
+        """What the attention layer attends to, (B, 64, 64)."""
+        return spec.attention_map(self.config, self.attention, self.features(images))
 
     def astype(self, dtype: str) -> "Classifier":
         """The same classifier in another precision."""

@@ -1,0 +1,224 @@
+"""Numbers about an attention map: its grid, statistics, and the weights of one position at the size of an image.
+
+There is one orientation: `grid[h, w]` is what output position (h, w) attends to, an array (H', W') over the keys that
+sums to 1. `attention_grid` of every adapter gives it (with a batch axis in front), and `unflatten` makes it from a map
+(…, N, M).
+
+Two systems of coordinates meet here. Points are pixels (y, x) of the image, y downwards, and every pixel belongs to
+one position of the feature map. Distances are in positions of the feature map. With pooling, p = `kv_pool`, one key
+covers p×p positions, and the last H − p·H' rows of positions belong to no key.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "SMALL_GAMMA",
+    "MapStatistics",
+    "checked_grid",
+    "effect_warning",
+    "map_statistics",
+    "position_of",
+    "unflatten",
+    "upsample",
+]
+
+Array = NDArray[Any]
+
+SMALL_GAMMA = 1e-3
+"""At a smaller |gamma| the output is practically the input, so that the map is noise which nothing has trained."""
+
+_ROUNDING = 0.02
+"""How far from 1 the sum of a row may be: bfloat16 weights are off by up to 0.004 of each."""
+
+
+@dataclass(frozen=True)
+class MapStatistics:
+    """What a map looks like from each output position; all arrays are (…, H, W).
+
+    Args:
+        entropy: in nats, from 0 (one key) to log M (all keys alike).
+        effective_size: exp(entropy), how many keys share the attention.
+        mean_distance: of the attended places from the output position, in positions of the feature map.
+        peak: the largest weight.
+    """
+
+    entropy: Array
+    effective_size: Array
+    mean_distance: Array
+    peak: Array
+
+
+def unflatten(attention: Array, height: int, width: int, *, kv_pool: int = 1) -> Array:
+    """A map (…, N, M) as (…, H, W, H', W').
+
+    Args:
+        attention: as the layers and `spec.attention_map` give it: row h·W + w, column h'·W' + w'.
+        height: H of the feature map.
+        width: W of the feature map.
+        kv_pool: of the layer's config.
+
+    Raises:
+        ValueError: if N or M do not belong to these sizes.
+
+    Example:
+        >>> unflatten(np.full((2, 15, 2), 0.5), 3, 5, kv_pool=2).shape
+        (2, 3, 5, 1, 2)
+    """
+    attention = np.asarray(attention)
+    keys = (height // kv_pool, width // kv_pool)
+    expected = (height * width, math.prod(keys))
+    if attention.shape[-2:] != expected:
+        raise ValueError(
+            f"unflatten: got a map of shape {attention.shape}; expected (…, {expected[0]}, {expected[1]}) for a feature "
+            f"map of {height}×{width} positions and kv_pool={kv_pool}."
+        )
+    return attention.reshape(*attention.shape[:-2], height, width, *keys)
+
+
+def map_statistics(grid: Array, *, kv_pool: int = 1) -> MapStatistics:
+    """Entropy, effective size, mean distance and peak from every output position.
+
+    Args:
+        grid: (…, H, W, H', W').
+        kv_pool: of the layer's config.
+
+    Raises:
+        ValueError: if the shape does not belong to such a map.
+
+    Example:
+        >>> statistics = map_statistics(np.full((1, 3, 1, 3), 1 / 3))  # all alike, in one row
+        >>> statistics.effective_size.round(3)
+        array([[3., 3., 3.]])
+        >>> statistics.mean_distance.round(3)
+        array([[1.   , 0.667, 1.   ]])
+    """
+    grid = checked_grid(grid, kv_pool, leading=True).astype(np.float64)
+    height, width, rows, columns = grid.shape[-4:]
+    logarithms = np.log(grid, where=grid > 0, out=np.zeros_like(grid))
+    entropy = -(grid * logarithms).sum(axis=(-2, -1))
+    down = np.arange(height)[:, None] - _centres(rows, kv_pool)
+    across = np.arange(width)[:, None] - _centres(columns, kv_pool)
+    distances = np.hypot(down[:, None, :, None], across[None, :, None, :])  # (H, W, H', W')
+    return MapStatistics(
+        entropy=entropy,
+        effective_size=np.exp(entropy),
+        mean_distance=(grid * distances).sum(axis=(-2, -1)),
+        peak=grid.max(axis=(-2, -1)),
+    )
+
+
+def effect_warning(gamma: float) -> str:
+    """What to say about a map that has no effect on the output; empty where it has one.
+
+    Args:
+        gamma: the layer's residual gain.
+
+    Example:
+        >>> effect_warning(0.0)
+        'gamma = 0: the map has no effect on the output yet, y = x. Train until gamma has moved.'
+        >>> effect_warning(0.25)
+        ''
+    """
+    if gamma == 0:
+        return "gamma = 0: the map has no effect on the output yet, y = x. Train until gamma has moved."
+    if abs(gamma) < SMALL_GAMMA:
+        return f"gamma = {gamma:.1e}: the map has next to no effect on the output yet. Train until gamma has moved."
+    return ""
+
+
+def position_of(
+    point: tuple[int, int], image_size: tuple[int, int], grid_size: tuple[int, int]
+) -> tuple[int, int]:
+    """The position (h, w) of the feature map that a pixel (y, x) of the image belongs to.
+
+    Args:
+        point: (y, x) in pixels.
+        image_size: height and width of the image.
+        grid_size: (H, W).
+
+    Example:
+        >>> position_of((63, 10), (64, 96), (8, 12))
+        (7, 1)
+    """
+    (y, x), (image_height, image_width), (height, width) = point, image_size, grid_size
+    return y * height // image_height, x * width // image_width
+
+
+def upsample(weights: Array, size: tuple[int, int], grid_size: tuple[int, int], *, kv_pool: int = 1) -> Array:
+    """Weights (H', W') over the keys, interpolated linearly to the pixels of an image.
+
+    Args:
+        weights: one `grid[h, w]`.
+        size: height and width of the image.
+        grid_size: (H, W) of the feature map.
+        kv_pool: of the layer's config.
+
+    Returns:
+        An array of that size; NaN where a pixel belongs to no key.
+
+    Example:
+        >>> upsample(np.array([[0.25, 0.75]]), (1, 4), (1, 2))
+        array([[0.25 , 0.375, 0.625, 0.75 ]])
+        >>> upsample(np.array([[1.0]]), (1, 3), (2, 3), kv_pool=2)
+        array([[ 1.,  1., nan]])
+    """
+    rows = _interpolation(size[0], grid_size[0], weights.shape[0], kv_pool)
+    columns = _interpolation(size[1], grid_size[1], weights.shape[1], kv_pool)
+    return rows @ np.asarray(weights, np.float64) @ columns.T
+
+
+def checked_grid(grid: Array, kv_pool: int, *, leading: bool = False) -> Array:
+    """The map as an array, once its shape and values have been found right.
+
+    Args:
+        grid: (H, W, H', W').
+        kv_pool: of the layer's config.
+        leading: whether further axes may come first.
+
+    Raises:
+        ValueError: if it is not such a map.
+
+    Example:
+        >>> checked_grid(np.full((3, 5, 1, 2), 0.5), kv_pool=2).shape
+        (3, 5, 1, 2)
+    """
+    grid = np.asarray(grid)
+    axes = "(…, H, W, H', W')" if leading else "(H, W, H', W') of one image"
+    if grid.ndim < 4 or (grid.ndim > 4 and not leading) or 0 in grid.shape:
+        raise ValueError(
+            f"got a map of shape {grid.shape}; expected {axes}: see attention_grid and unflatten"
+        )
+    height, width, *keys = grid.shape[-4:]
+    expected = [height // kv_pool, width // kv_pool]
+    if keys != expected:
+        raise ValueError(
+            f"got a map from {height}×{width} positions to {keys[0]}×{keys[1]} keys with kv_pool={kv_pool}; expected "
+            f"{expected[0]}×{expected[1]} keys: pass the layer's kv_pool"
+        )
+    if not np.isfinite(grid).all():
+        raise ValueError("got a map that holds NaN or infinity; expected weights that sum to 1")
+    sums = grid.sum(axis=(-2, -1), dtype=np.float64)
+    if not np.allclose(sums, 1, rtol=0, atol=_ROUNDING):
+        raise ValueError(
+            f"got a map whose rows sum to {sums.min():.3g} to {sums.max():.3g}; expected 1: is it transposed, or not a "
+            "softmax over the keys?"
+        )
+    return grid
+
+
+def _centres(keys: int, kv_pool: int) -> Array:
+    """Where the keys of one axis lie, in positions."""
+    return np.arange(keys) * kv_pool + (kv_pool - 1) / 2
+
+
+def _interpolation(pixels: int, positions: int, keys: int, kv_pool: int) -> Array:
+    """(pixels, keys), rows sum to 1: linear between the centres of the keys, constant beyond the outer ones."""
+    places = (np.arange(pixels) + 0.5) * positions / pixels - 0.5  # of the pixels' centres, in positions
+    nearest = np.stack([np.interp(places, _centres(keys, kv_pool), row) for row in np.eye(keys)], axis=1)
+    nearest[places + 0.5 > keys * kv_pool] = np.nan
+    return nearest
