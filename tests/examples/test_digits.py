@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from examples.digits import __main__ as program
-from examples.digits import compare, data, files, frameworks, numpy_model
+from examples.digits import compare, data, files, frameworks, numpy_model, picture
 from examples.digits.frameworks import PROGRAMS, Answer
 from selfattn_core import SelfAttentionConfig, parameter_table, save
 from selfattn_core.conformance.backend import REGISTRY
@@ -106,6 +106,19 @@ def test_a_misshapen_network_is_refused(folder):
     network = files.load_network(folder)
     with pytest.raises(ValueError, match=r"network.safetensors: got .*expected"):
         files.save_network(folder, network | {"dense.kernel": network["dense.kernel"].T})
+
+
+def test_the_picture_shows_three_digits_and_replaces_an_earlier_one(model, tmp_path):
+    from PIL import Image
+
+    generator = np.random.default_rng(2)
+    images = generator.uniform(size=(20, 8, 8, 1)).astype(np.float32)
+    held_out = data.Digits(images, np.arange(20) % 10)
+    target = tmp_path / files.PICTURE
+    target.write_text("earlier", encoding="utf-8")
+    picture.draw(model, held_out, target)
+    with Image.open(target) as drawn:
+        assert drawn.height > drawn.width > 500
 
 
 def test_every_framework_of_the_library_is_asked():
