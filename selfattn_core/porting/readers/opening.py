@@ -1,0 +1,125 @@
+"""Which reader a file is for: its content says so, not its name."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.readers.archive import Archive
+from selfattn_core.porting.readers.keras import open_h5, open_keras
+from selfattn_core.porting.readers.msgpack import looks_like_msgpack, open_msgpack
+from selfattn_core.porting.readers.npz import open_npz
+from selfattn_core.porting.readers.orbax import is_orbax, open_orbax
+from selfattn_core.porting.readers.safetensors import open_safetensors
+from selfattn_core.porting.readers.source import Source
+from selfattn_core.porting.readers.tensorflow import checkpoint_prefix, open_tensorflow
+from selfattn_core.porting.readers.tensors import Tensors
+from selfattn_core.porting.readers.torch import open_torch, open_torch_legacy
+
+__all__ = ["CONTAINERS", "open_tensors"]
+
+_READERS: dict[str, Callable[[Path], Tensors]] = {
+    "safetensors": open_safetensors,
+    "npz": open_npz,
+    "torch": open_torch,
+    "torch-legacy": open_torch_legacy,
+    "keras": open_keras,
+    "h5": open_h5,
+    "msgpack": open_msgpack,
+    "orbax": open_orbax,
+    "tensorflow": open_tensorflow,
+}
+CONTAINERS = tuple(_READERS)
+_SHOWN = ".safetensors, .npz, PyTorch, .keras, .h5, Flax msgpack, an Orbax folder, a TensorFlow checkpoint"
+
+
+_SIGNS: dict[str, Callable[[bytes], bool]] = {
+    "h5": lambda start: start.startswith(b"\x89HDF\r\n\x1a\n"),
+    "safetensors": lambda start: start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**40,
+    "msgpack": looks_like_msgpack,
+    # Every pickle since protocol 2 begins so, and torch has never written an older one.
+    "torch-legacy": lambda start: len(start) > 1 and start[0] == 0x80 and start[1] <= 5,
+}
+
+
+def open_tensors(path: str | os.PathLike[str], *, layout: str | None = None) -> Tensors:
+    """The tensors of a checkpoint, listed; values are read one by one.
+
+    Args:
+        path: a file, the folder that some formats are, or the common beginning of the names of TensorFlow's files.
+        layout: the format, one of `CONTAINERS`; by default the content says which it is.
+
+    Returns:
+        A context manager, to be used in a `with` block.
+
+    Raises:
+        PortError: if there is no such file, it cannot be read, is of no known format, damaged or made to deceive. The
+            message says which, and nothing has been executed.
+        ModuleNotFoundError: if the format's own library is not installed: h5py for Keras, tensorstore for Orbax.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/layer.npz", gamma=np.ones(1))
+        ...     with open_tensors(f"{folder}/layer.npz") as tensors:
+        ...         print(tensors.container, tensors["gamma"], tensors.read("gamma"))
+        npz TensorInfo(shape=(1,), dtype='float64') [1.]
+    """
+    path = Path(path)
+    if layout is None:
+        layout = _layout(path)
+    elif layout not in _READERS:
+        raise PortError(f"{path}: unknown format {layout!r}; known are {', '.join(CONTAINERS)}.")
+    return _READERS[layout](path)
+
+
+def _layout(path: Path) -> str:
+    if path.is_dir():
+        return _folder_layout(path)
+    if checkpoint_prefix(path):
+        return "tensorflow"
+    source = Source(path)
+    try:
+        start = source.bytes_at(0, min(source.size, 600))
+        if start.startswith(b"PK"):
+            return _zip_layout(source)
+    finally:
+        source.close()
+    for layout, fits in _SIGNS.items():
+        if fits(start):
+            return layout
+    if start[257:262] == b"ustar":
+        raise PortError(
+            f"{path}: is a tar archive; unpack it, or, if torch before 0.1.10 wrote it, load it there and save it again."
+        )
+    raise PortError(
+        f"{path}: is of no known format (it begins with {start[:8].hex(' ')}); expected {_SHOWN}."
+    )
+
+
+def _folder_layout(path: Path) -> str:
+    try:
+        names = sorted(child.name for child in path.iterdir())
+    except OSError as error:
+        raise PortError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    if is_orbax(path):
+        return "orbax"
+    if checkpoint_prefix(path):
+        return "tensorflow"
+    raise PortError(
+        f"{path}: is a folder, and neither a checkpoint of Orbax nor of TensorFlow; it holds {', '.join(names[:6]) or 'nothing'}."
+    )
+
+
+def _zip_layout(source: Source) -> str:
+    members = Archive(source).members
+    if any(name.rpartition("/")[2] == "data.pkl" for name in members):
+        return "torch"
+    if "config.json" in members or any(name.endswith(".h5") for name in members):
+        return "keras"
+    if any(name.endswith(".npy") for name in members) or not members:
+        return "npz"
+    raise PortError(
+        f"{source.path}: is a zip archive of no known format; it holds {', '.join(list(members)[:6])}; expected {_SHOWN}."
+    )

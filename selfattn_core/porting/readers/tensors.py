@@ -1,0 +1,126 @@
+"""What every reader gives: the tensors of a file by name, listed at once and read one by one."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.porting.errors import PortError
+
+__all__ = ["Entry", "TensorInfo", "Tensors"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file says of a tensor without its values being read.
+
+    Args:
+        shape: as stored.
+        dtype: as stored, in numpy's and ml_dtypes' names: "float32", "bfloat16", "float8_e4m3fn". A 16-bit or 8-bit
+            float that numpy lacks is read as float32, which is exact.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file.
+
+    Args:
+        info: what is listed.
+        read: gives a new array of this shape.
+    """
+
+    info: TensorInfo
+    read: Callable[[], Array]
+
+
+class Tensors(Mapping[str, TensorInfo]):
+    """The tensors of a file: a read-only mapping of names to shapes and dtypes, and `read` for the values.
+
+    A context manager; after it, nothing can be read.
+
+    Args:
+        path: of the file or folder, for messages.
+        container: the format: "safetensors", "npz", "torch", "keras", "msgpack", "orbax" or "tensorflow".
+        entries: the tensors in the order of the file.
+        metadata: what else the file says of itself.
+        close: called once at the end.
+
+    Example:
+        >>> entry = Entry(TensorInfo((2,), "float32"), lambda: np.ones(2, np.float32))
+        >>> with Tensors(Path("toy.npz"), "npz", {"gamma": entry}) as tensors:
+        ...     print(list(tensors), tensors["gamma"].shape, tensors.read("gamma"))
+        ['gamma'] (2,) [1. 1.]
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        container: str,
+        entries: Mapping[str, Entry],
+        metadata: Mapping[str, str] | None = None,
+        close: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.path = path
+        self.container = container
+        self.metadata = dict(metadata or {})
+        self._entries = dict(entries)
+        self._close = close
+        self._closed = False
+
+    def __getitem__(self, key: str) -> TensorInfo:
+        return self._entries[key].info
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def read(self, key: str) -> Array:
+        """A tensor's values as a new, contiguous array.
+
+        Args:
+            key: one of the mapping's.
+
+        Raises:
+            PortError: if there is no such tensor, the file is closed, damaged or has changed, or holds a dtype that
+                numpy cannot hold.
+        """
+        if self._closed:
+            raise PortError(f"{self.path}: is closed; read {key} before leaving the `with` block.")
+        if key not in self._entries:
+            raise PortError(f"{self.path}: has no tensor {key!r}; it holds {len(self)} others.")
+        entry = self._entries[key]
+        try:
+            array = np.ascontiguousarray(entry.read()).reshape(entry.info.shape)
+        except (OSError, EOFError) as error:
+            raise PortError(f"{self.path}: {key} cannot be read: {error}") from error
+        except MemoryError:
+            raise PortError(
+                f"{self.path}: {key} {entry.info.shape} of {entry.info.dtype} does not fit into memory."
+            ) from None
+        return array
+
+    def close(self) -> None:
+        """Let go of the file; harmless when repeated."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,201 @@
+"""Tensors into a file of another framework: whole or not at all, and never over what is there unless told."""
+
+import io
+import json
+import os
+import secrets
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from selfattn_core.installed import require
+from selfattn_core.params import widen
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.readers import npz, orbax, torch
+from selfattn_core.weights import write_atomically
+
+__all__ = ["WRITABLE", "write_tensors"]
+
+Array = NDArray[Any]
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Array],
+    *,
+    container: str,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write tensors under these names.
+
+    Args:
+        path: the target, a file, or with "orbax" a folder; the folder that it is in must exist.
+        tensors: arrays by name, in the target's own layout. For "torch" names are separated by dots, for "keras" and
+            "orbax" by slashes: `query/kernel`. bfloat16 is widened to float32, which is exact.
+        container: one of `WRITABLE`. "torch" is a state dict for `load_state_dict`, "keras" a `.weights.h5` for
+            `load_weights`, "orbax" a checkpoint that Orbax restores.
+        metadata: kept with the file: in the header of "safetensors", as a member of "npz", among torch's versions of
+            modules, as an attribute of the HDF5 file, as custom metadata of Orbax.
+        overwrite: whether an existing target may be replaced.
+
+    Raises:
+        PortError: if the target exists and `overwrite` is False, is of another kind (a folder where a file should be), must
+            not be written, does not fit on the disk, or its folder is absent. The target is then as it was.
+        ModuleNotFoundError: if the format's own library is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from selfattn_core.porting import open_tensors
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_tensors(f"{folder}/layer.npz", {"gamma": np.ones(1)}, container="npz", metadata={"source": "mine"})
+        ...     with open_tensors(f"{folder}/layer.npz") as written:
+        ...         print(written.read("gamma"), written.metadata)
+        [1.] {'source': 'mine'}
+    """
+    target = Path(path)
+    if container not in WRITABLE:
+        raise PortError(f"{target}: unknown format {container!r}; can be written: {', '.join(WRITABLE)}.")
+    _check_target(target, container, overwrite)
+    arrays = {
+        name: np.ascontiguousarray(widen(array)).reshape(np.shape(array)) for name, array in tensors.items()
+    }
+    fields = {str(key): str(value) for key, value in (metadata or {}).items()}
+    try:
+        if container == "orbax":
+            _write_orbax(target, arrays, fields, overwrite)
+        else:
+            write_atomically(target, _BYTES[container](arrays, fields), overwrite=overwrite)
+    except FileExistsError:
+        raise PortError(_exists(target)) from None
+    except OSError as error:
+        raise PortError(
+            f"{target}: cannot be written: {error.strerror or error}. Nothing was written, and what was there is as it was."
+        ) from error
+
+
+def _exists(target: Path) -> str:
+    return f"{target}: exists already and was left as it is; to replace it, pass --force (in Python overwrite=True)."
+
+
+def _check_target(target: Path, container: str, overwrite: bool) -> None:
+    if not target.parent.is_dir():
+        raise PortError(f"{target}: there is no folder {target.parent}; nothing was written.")
+    if container == "orbax" and target.exists() and not target.is_dir():
+        raise PortError(f"{target}: is a file; a checkpoint of Orbax is a folder. Nothing was written.")
+    if container != "orbax" and target.is_dir():
+        raise PortError(f"{target}: is a folder; name a file in it. Nothing was written.")
+    if target.exists() and not overwrite:
+        raise PortError(_exists(target))
+    if container == "orbax" and target.is_dir() and any(target.iterdir()) and not orbax.is_orbax(target):
+        raise PortError(f"{target}: is a folder of something else than a checkpoint, and is not replaced.")
+
+
+def _safetensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    content: bytes = safetensors.numpy.save(dict(tensors), metadata=dict(metadata))
+    back = safetensors.numpy.load(content)
+    if any(back[name].tobytes() != array.tobytes() for name, array in tensors.items()):
+        raise RuntimeError("safetensors did not store the arrays as they are; nothing was written.")
+    return content
+
+
+def _npz(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, array in tensors.items():
+            # A fixed date, so that equal tensors are equal files.
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                npy.write_array(member, array, allow_pickle=False)
+        if metadata:
+            archive.writestr(zipfile.ZipInfo(npz.METADATA), json.dumps(dict(metadata)))
+    return content.getvalue()
+
+
+def _torch(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    require("selfattn_core.porting", ["torch"], "torch")
+    import collections
+    import importlib
+
+    # By name, for this package imports no framework: the library is that of the format.
+    framework = importlib.import_module("torch")
+    state: Any = collections.OrderedDict(
+        (name, framework.from_numpy(array)) for name, array in tensors.items()
+    )
+    if metadata:
+        state._metadata = {"": {}, torch.METADATA: dict(metadata)}  # noqa: SLF001 - where torch keeps the like
+    content = io.BytesIO()
+    framework.save(state, content)
+    return content.getvalue()
+
+
+def _keras(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    require("selfattn_core.porting", ["h5py"], "keras")
+    import h5py
+
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        for name, array in tensors.items():
+            layer, _, variable = name.rpartition("/")
+            number = variable if variable.isdecimal() else _KERAS_ORDER.get(variable)
+            if number is None:
+                raise PortError(
+                    f"{name}: Keras stores variables by number, and which one {variable!r} has is not known; expected "
+                    f"{', '.join(_KERAS_ORDER)} or vars/<number>."
+                )
+            group = layer.removesuffix("vars").removesuffix("/")
+            file[f"{group}/vars/{number}".lstrip("/")] = array
+        for key, value in metadata.items():
+            file.attrs[key] = value
+    return content.getvalue()
+
+
+def _write_orbax(
+    target: Path, tensors: Mapping[str, Array], metadata: dict[str, str], overwrite: bool
+) -> None:
+    require("selfattn_core.porting", ["orbax"], "flax")
+    from orbax import checkpoint
+
+    tree: dict[str, Any] = {}
+    for name, array in tensors.items():
+        *folders, leaf = name.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = array
+    target = Path(os.path.realpath(target))
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    before = beside.with_suffix(".old")
+    try:
+        with checkpoint.StandardCheckpointer() as checkpointer:
+            checkpointer.save(beside, tree, custom_metadata={orbax.METADATA: metadata})
+        if target.exists() and not overwrite:
+            raise FileExistsError(target)
+        if target.exists():
+            # A folder cannot be replaced in one step; between the two, the old one is beside.
+            target.rename(before)
+        try:
+            beside.rename(target)
+        except BaseException:
+            if before.exists():
+                before.rename(target)
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+_KERAS_ORDER = {"kernel": "0", "bias": "1", "gamma": "0"}
+_BYTES: dict[str, Callable[[Mapping[str, Array], Mapping[str, str]], bytes]] = {
+    "safetensors": _safetensors,
+    "npz": _npz,
+    "torch": _torch,
+    "keras": _keras,
+}
+WRITABLE = (*_BYTES, "orbax")
