@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from selfattn_core.installed import require
 from selfattn_core.params import widen
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.readers import npz, orbax, torch
+from selfattn_core.porting.readers import keras, npz, orbax, torch
 from selfattn_core.weights import write_atomically
 
 __all__ = ["WRITABLE", "write_tensors"]
@@ -152,7 +152,10 @@ def _keras(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
             group = layer.removesuffix("vars").removesuffix("/")
             file[f"{group}/vars/{number}".lstrip("/")] = array
         for key, value in metadata.items():
-            file.attrs[key] = value
+            # An attribute holds 64 KiB at most.
+            for start in range(0, max(1, len(value)), _ATTRIBUTE):
+                piece = f"{key}{keras.CONTINUED}{start // _ATTRIBUTE}" if start else key
+                file.attrs[piece] = value[start : start + _ATTRIBUTE]
     return content.getvalue()
 
 
@@ -191,6 +194,8 @@ def _write_orbax(
     shutil.rmtree(before, ignore_errors=True)
 
 
+# Characters, of which one can take four bytes.
+_ATTRIBUTE = 15_000
 _KERAS_ORDER = {"kernel": "0", "bias": "1", "gamma": "0"}
 _BYTES: dict[str, Callable[[Mapping[str, Array], Mapping[str, str]], bytes]] = {
     "safetensors": _safetensors,

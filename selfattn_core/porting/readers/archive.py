@@ -65,7 +65,7 @@ class Archive:
     """An open archive.
 
     Args:
-        source: the file; closed by `close`.
+        source: the file; closed by `close`, and where the archive is refused.
 
     Raises:
         PortError: if it is no whole zip archive, or one made to deceive: names that lead out of it, the same name twice,
@@ -74,6 +74,15 @@ class Archive:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.members: dict[str, zipfile.ZipInfo] = {}
+        try:
+            self._list()
+        except BaseException:
+            source.close()
+            raise
+
+    def _list(self) -> None:
+        source = self.source
         path = source.path
         try:
             self._zip = zipfile.ZipFile(source.file)
@@ -90,7 +99,6 @@ class Archive:
             raise PortError(
                 f"{path}: is a truncated or damaged zip archive ({error}); copy or download it again."
             ) from None
-        self.members: dict[str, zipfile.ZipInfo] = {}
         problems = []
         if len(members) > MAX_TENSORS:
             raise PortError(f"{path}: has {len(members)} members; at most {MAX_TENSORS} are read.")

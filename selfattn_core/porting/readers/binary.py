@@ -84,7 +84,7 @@ def read_array(where: str, info: TensorInfo, read_into: ReadInto) -> Array:
     if info.dtype in _NUMPY:
         array = np.empty(info.shape, _NUMPY[info.dtype].newbyteorder("<"))
         if array.size:
-            read_into(memoryview(array.reshape(-1).view(np.uint8)))
+            read_into(array.reshape(-1).view(np.uint8).data)
         return array.astype(_NUMPY[info.dtype], copy=False)
     if info.dtype not in _NARROW:
         raise PortError(
@@ -95,7 +95,7 @@ def read_array(where: str, info: TensorInfo, read_into: ReadInto) -> Array:
     for start in range(0, wide.size, _PIECE):
         piece = wide[start : start + _PIECE]
         raw = np.empty(piece.size * size, np.uint8)
-        read_into(memoryview(raw))
+        read_into(raw.data)
         piece[...] = decode(raw, info.dtype)
     return wide.reshape(info.shape)
 

@@ -26,8 +26,10 @@ from selfattn_core.porting.readers.limits import MAX_DEPTH, MAX_EXPANSION, MAX_T
 from selfattn_core.porting.readers.source import Source
 from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
 
-__all__ = ["open_h5", "open_keras"]
+__all__ = ["CONTINUED", "open_h5", "open_keras"]
 
+# Between the name of an attribute that is too long for one and the number of the piece.
+CONTINUED = " continued "
 Keys = tuple[str, ...]
 
 _DAMAGE = (
@@ -40,7 +42,9 @@ _DAMAGE = (
     UnicodeError,
     OverflowError,
 )
-_LONGEST_NAME = 4096
+_LONGEST_TEXT = 2**20
+# Attributes of older files that describe the model.
+_CONFIGS = {"model_config", "training_config"}
 _WEIGHTS = "model.weights.h5"
 # deflate, shuffle, fletcher32, szip and lzf's own number; others would load a plug-in, which is code.
 _FILTERS = {1, 2, 3, 4, 32000}
@@ -159,7 +163,7 @@ def _open(path: Path, file: Any, size: int, metadata: dict[str, str], close: Cal
             raise PortError(f"{path}: is not read:\n" + "\n".join(f"  {line}" for line in walk.problems[:50]))
         if not entries:
             raise PortError(f"{path}: holds no variables; expected weights that Keras saved.")
-        return Tensors(path, "keras", entries, metadata, close_all)
+        return Tensors(path, "keras", entries, metadata | _attributes(root), close_all)
     except BaseException:
         root.close()
         raise
@@ -248,12 +252,23 @@ class _Walk:
         return Entry(TensorInfo(shape, dtype), read)
 
 
+def _attributes(root: Any) -> dict[str, str]:
+    """The texts among the attributes of the file, where our own writer keeps its metadata, long ones in pieces."""
+    texts: dict[str, str] = {}
+    for name in sorted(set(root.attrs) - _CONFIGS, key=lambda name: (len(name), name)):
+        text = _text(root, name)
+        if text:
+            key = name.partition(CONTINUED)[0]
+            texts[key] = texts.get(key, "") + text
+    return texts
+
+
 def _text(item: Any, name: str) -> str:
     """A short attribute of text, or nothing."""
     if name not in item.attrs:
         return ""
     attribute = item.attrs.get_id(name)
-    if attribute.shape != () or attribute.get_storage_size() > _LONGEST_NAME:
+    if attribute.shape != () or attribute.get_storage_size() > _LONGEST_TEXT:
         return ""
     value = item.attrs[name]
     return value if isinstance(value, str) else ""

@@ -23,7 +23,7 @@ __all__ = ["looks_like_msgpack", "open_msgpack"]
 
 _ARRAY = 1
 _CHUNKED = "__msgpack_chunked_array__"
-_MAX_VALUES = 20 * MAX_TENSORS
+_MAX_VALUES = 5 * MAX_TENSORS
 # First byte: how the number, or the length, that follows is packed.
 _NUMBERS = {0xCA: ">f", 0xCB: ">d"} | dict(
     zip(range(0xCC, 0xD4), (">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q"), strict=True)

@@ -11,7 +11,7 @@ from selfattn_core.porting.readers.msgpack import looks_like_msgpack, open_msgpa
 from selfattn_core.porting.readers.npz import open_npz
 from selfattn_core.porting.readers.orbax import is_orbax, open_orbax
 from selfattn_core.porting.readers.safetensors import open_safetensors
-from selfattn_core.porting.readers.source import Source
+from selfattn_core.porting.readers.source import Source, unreadable
 from selfattn_core.porting.readers.tensorflow import checkpoint_prefix, open_tensorflow
 from selfattn_core.porting.readers.tensors import Tensors
 from selfattn_core.porting.readers.torch import open_torch, open_torch_legacy
@@ -67,11 +67,12 @@ def open_tensors(path: str | os.PathLike[str], *, layout: str | None = None) -> 
         npz TensorInfo(shape=(1,), dtype='float64') [1.]
     """
     path = Path(path)
-    if layout is None:
-        layout = _layout(path)
-    elif layout not in _READERS:
+    if layout is not None and layout not in _READERS:
         raise PortError(f"{path}: unknown format {layout!r}; known are {', '.join(CONTAINERS)}.")
-    return _READERS[layout](path)
+    try:
+        return _READERS[layout or _layout(path)](path)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _layout(path: Path) -> str:
@@ -99,10 +100,7 @@ def _layout(path: Path) -> str:
 
 
 def _folder_layout(path: Path) -> str:
-    try:
-        names = sorted(child.name for child in path.iterdir())
-    except OSError as error:
-        raise PortError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    names = sorted(child.name for child in path.iterdir())
     if is_orbax(path):
         return "orbax"
     if checkpoint_prefix(path):

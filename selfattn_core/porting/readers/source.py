@@ -9,7 +9,19 @@ from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.readers.binary import read_array
 from selfattn_core.porting.readers.tensors import TensorInfo
 
-__all__ = ["Source"]
+__all__ = ["Source", "unreadable"]
+
+
+def unreadable(path: Path, error: OSError) -> PortError:
+    """What to say of a path that the system does not let be read.
+
+    Example:
+        >>> unreadable(Path("x.pth"), PermissionError(13, "Permission denied"))
+        PortError('x.pth: no permission to read it; see its owner and mode with `ls -l`.')
+    """
+    if isinstance(error, PermissionError):
+        return PortError(f"{path}: no permission to read it; see its owner and mode with `ls -l`.")
+    return PortError(f"{path}: cannot be opened: {error.strerror or error}.")
 
 
 class Source:
@@ -29,21 +41,17 @@ class Source:
     """
 
     def __init__(self, path: Path) -> None:
-        if path.is_dir():
-            raise PortError(f"{path}: is a folder; expected a file.")
         try:
+            if path.is_dir():
+                raise PortError(f"{path}: is a folder; expected a file.")
             if not path.exists():
                 raise PortError(f"{path}: no such file.")
             if not path.is_file():
                 # A pipe or a device, which would be waited for.
                 raise PortError(f"{path}: is not an ordinary file; copy its content to one.")
             self.file: BinaryIO = path.open("rb")
-        except PermissionError:
-            raise PortError(
-                f"{path}: no permission to read it; see its owner and mode with `ls -l`."
-            ) from None
         except OSError as error:
-            raise PortError(f"{path}: cannot be opened: {error.strerror or error}.") from error
+            raise unreadable(path, error) from error
         self.path = path
         self.size = self.file.seek(0, 2)
         if not self.size:

@@ -10,7 +10,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from selfattn_core.porting.readers.binary import bits, read_array, stored_bytes
 from selfattn_core.porting.readers.limits import MAX_DEPTH, MAX_TENSORS, SMALL, checked_shape
 from selfattn_core.porting.readers.source import Source
 from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
-from selfattn_core.porting.readers.torch_pickle import Tensor, Unpickled, unpickle
+from selfattn_core.porting.readers.torch_pickle import Storage, Tensor, Unpickled, unpickle
 
 __all__ = ["METADATA", "open_torch", "open_torch_legacy"]
 
@@ -101,7 +101,7 @@ def open_torch_legacy(path: Path) -> Tensors:
             or not all(isinstance(key, str) for key in keys)
         ):
             raise PortError(f"{path}: is damaged: its list of storages is not one.")
-        places = _legacy_places(source, content.value, keys, place)
+        places = _legacy_places(source, content.storages, keys, place)
 
         def storage(key: str, dtype: str, numel: int) -> Fetch:
             return _legacy_storage(source, places.get(key), key, dtype, numel)
@@ -281,20 +281,19 @@ def _verify(archive: Archive, name: str) -> None:
         member.close()
 
 
-def _legacy_places(source: Source, value: Any, keys: list[str], place: int) -> dict[str, tuple[int, int]]:
-    """Where the numbers of each storage begin, and how many there are; a storage's width is known from who uses it."""
-    widths = {
-        tensor.storage.key: (bits(tensor.storage.dtype) or 8) // 8
-        for _, tensor in _walk(source.path, value, (), 0)
-    }
+def _legacy_places(
+    source: Source, storages: dict[str, Storage], keys: list[str], place: int
+) -> dict[str, tuple[int, int]]:
+    """Where the numbers of each storage begin, and how many there are; the width of one is known from who refers to it."""
     places = {}
     for key in keys:
-        if key not in widths:
+        if key not in storages:
             raise PortError(
                 f"{source.path}: storage {key} belongs to no tensor, so its size cannot be known."
             )
+        width = (bits(storages[key].dtype) or 8) // 8
         numel = int.from_bytes(source.bytes_at(place, 8), "little", signed=True)
-        end = place + 8 + numel * widths[key]
+        end = place + 8 + numel * width
         if numel < 0 or end > source.size:
             raise PortError(
                 f"{source.path}: is truncated or damaged: storage {key} should end at byte {end}, the file has {source.size}."
@@ -312,6 +311,6 @@ def _legacy_storage(source: Source, place: tuple[int, int] | None, key: str, dty
     def fetch(first: int, last: int) -> Array:
         source.file.seek(place[0] + first * width)
         info = TensorInfo((last - first,), dtype)
-        return cast("Array", read_array(f"{source.path}: storage {key}", info, source.read_into))
+        return read_array(f"{source.path}: storage {key}", info, source.read_into)
 
     return fetch

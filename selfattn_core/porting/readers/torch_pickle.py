@@ -55,7 +55,13 @@ _IGNORED = {
     "_codecs.encode",
     "torch.serialization._get_layout",
 }
-_PLAIN = {"collections.OrderedDict", "torch.Size", "torch.Tensor", "torch.nn.parameter.Parameter"}
+_PLAIN = {
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
+}
 # Tensors of kinds that are no plain arrays; torch reads them, this does not.
 _UNREAD = {
     "torch._utils._rebuild_qtensor": "quantized",
@@ -66,7 +72,6 @@ _UNREAD = {
     "torch._utils._rebuild_wrapper_subclass": "subclassed",
     "torch._utils._rebuild_device_tensor_from_numpy": "XLA",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "XLA",
-    "torch._tensor._rebuild_from_type_v2": "subclassed",
 }
 _REBUILD = {
     "torch._utils._rebuild_tensor",
@@ -74,10 +79,11 @@ _REBUILD = {
     "torch._utils._rebuild_tensor_v3",
     "torch._utils._rebuild_parameter",
     "torch._utils._rebuild_parameter_with_state",
+    "torch._tensor._rebuild_from_type_v2",
 }
 _KNOWN = _REBUILD | _PLAIN | _IGNORED | set(_UNREAD) | set(_TORCH_DTYPES)
 _MARK = object()
-_MAX_OPERATIONS = 20 * MAX_TENSORS
+_MAX_OPERATIONS = 10 * MAX_TENSORS
 
 
 @dataclass(frozen=True)
@@ -126,11 +132,13 @@ class Unpickled:
     Args:
         value: dicts, lists, tuples, strings, numbers and `Tensor`.
         blocked: names that would have been imported and that no state dict needs.
+        storages: every storage that is referred to, by its name in the file.
         states: dicts and what was set on them as objects, for example torch's versions of modules.
     """
 
     value: Any = None
     blocked: list[str] = field(default_factory=list)
+    storages: dict[str, Storage] = field(default_factory=dict)
     states: list[tuple[dict[Any, Any], Any]] = field(default_factory=list)
 
 
@@ -242,7 +250,10 @@ class _Machine:
             raise PortError(
                 "holds a view of a storage, as torch wrote before 0.4; load it there and save it again"
             )
-        self.stack.append(Storage(str(key), STORAGE_DTYPES[name], numel))
+        storage = Storage(str(key), STORAGE_DTYPES[name], numel)
+        if self.result.storages.setdefault(storage.key, storage) != storage:
+            raise PortError(f"refers to the storage {storage.key[:80]} as two different ones")
+        self.stack.append(storage)
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
@@ -300,6 +311,12 @@ def _fill(target: dict[Any, Any], pairs: Any) -> None:
 
 
 def _rebuild(name: str, arguments: tuple[Any, ...]) -> Tensor:
+    if name == "torch._tensor._rebuild_from_type_v2":
+        # A subclass, which is plain or was blocked by its name, around what makes the tensor.
+        function, arguments = arguments[0], arguments[2]
+        name = function.name if isinstance(function, _Name) else ""
+        if name in _UNREAD or name not in _REBUILD:
+            return Tensor(Storage("", "uint8", 0), 0, (), (), "uint8", _UNREAD.get(name, "subclassed"))
     if name.startswith("torch._utils._rebuild_parameter"):
         if not isinstance(arguments[0], Tensor):
             raise PortError("holds a parameter that is no tensor")
