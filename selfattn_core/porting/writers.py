@@ -176,8 +176,12 @@ def _write_orbax(
     beside = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     before = beside.with_suffix(".old")
     try:
-        with checkpoint.StandardCheckpointer() as checkpointer:
-            checkpointer.save(beside, tree, custom_metadata={orbax.METADATA: metadata})
+        try:
+            with checkpoint.StandardCheckpointer() as checkpointer:
+                checkpointer.save(beside, tree, custom_metadata={orbax.METADATA: metadata})
+        except (ValueError, RuntimeError) as error:
+            # How TensorStore reports what the system refused.
+            raise OSError(str(error).split("\n", 1)[0]) from error
         if target.exists() and not overwrite:
             raise FileExistsError(target)
         if target.exists():
@@ -190,7 +194,9 @@ def _write_orbax(
                 before.rename(target)
             raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        # Orbax itself writes beside the folder that it is told, and leaves its attempt there.
+        for attempt in target.parent.glob(f"{beside.name}*"):
+            shutil.rmtree(attempt, ignore_errors=True)
     shutil.rmtree(before, ignore_errors=True)
 
 

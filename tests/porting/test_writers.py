@@ -88,31 +88,36 @@ def test_numpy_and_safetensors_load_theirs(tmp_path):
 
 KERAS = """
 import sys
+from pathlib import Path
 import keras, numpy as np
 from selfattn_core import SelfAttentionConfig
 from selfattn_keras import SelfAttention2D, to_canonical
 config = SelfAttentionConfig(11, 2, 5, out_projection=True, kv_pool=2)
+folder = Path(sys.argv[1])
 layer = SelfAttention2D.from_spec(config)
-if sys.argv[2] == "layer":
-    keras.saving.load_weights(layer, sys.argv[1])
-else:
-    keras.Sequential([keras.Input((5, 7, 11)), layer]).load_weights(sys.argv[1])
-np.savez(sys.argv[3], **to_canonical(layer))
+keras.saving.load_weights(layer, folder / "layer.weights.h5")
+np.savez(folder / "layer.npz", **to_canonical(layer))
+model = keras.Sequential([keras.Input((5, 7, 11)), SelfAttention2D(2, 5, out_projection=True, kv_pool=2)])
+model.load_weights(folder / "model.weights.h5")
+np.savez(folder / "model.npz", **to_canonical(model.layers[0]))
 """
 
 
-@pytest.mark.parametrize(("whose", "prefix"), [("model", "layers/self_attention2d/"), ("layer", "")])
-def test_keras_loads_its_weights_into_our_layer(tmp_path, whose, prefix):
-    path, back = tmp_path / "layer.weights.h5", tmp_path / "back.npz"
-    write_tensors(path, tree(prefix=prefix), container="keras", metadata=METADATA)
-    assert_reads_back(path, tree(prefix=prefix), "keras")
+def test_keras_loads_its_weights_into_our_layer(tmp_path):
+    """Into the layer alone, and into a model."""
+    prefixes = {"layer": "", "model": "layers/self_attention2d/"}
+    for name, prefix in prefixes.items():
+        path = tmp_path / f"{name}.weights.h5"
+        write_tensors(path, tree(prefix=prefix), container="keras", metadata=METADATA)
+        assert_reads_back(path, tree(prefix=prefix), "keras")
     environment = os.environ | {"KERAS_BACKEND": "torch"}
-    command = [sys.executable, "-c", KERAS, str(path), whose, str(back)]
+    command = [sys.executable, "-c", KERAS, str(tmp_path)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    with np.load(back) as loaded:
-        for name, array in canonical().items():
-            assert loaded[name].tobytes() == array.tobytes()
+    for name in prefixes:
+        with np.load(tmp_path / f"{name}.npz") as loaded:
+            for parameter, array in canonical().items():
+                assert loaded[parameter].tobytes() == array.tobytes()
 
 
 def test_keras_has_no_number_for_a_stranger(tmp_path):
