@@ -13,7 +13,7 @@ from selfattn_core.params import projections
 from selfattn_ops.blocks import check_block_size
 from selfattn_ops.torch import attend, attend_with_map
 from selfattn_torch.migrate import accept_older
-from selfattn_torch.projection import Projection
+from selfattn_torch.projection import Projection, project
 
 
 class SelfAttention2d(nn.Module):
@@ -139,9 +139,10 @@ class SelfAttention2d(nn.Module):
             floating=x.is_floating_point(),
         )
         maps = x if x.dim() == 4 else x.unsqueeze(0)  # (B, C, H, W)
-        query = _rows(self.query(maps))  # (B, N, Dk)
-        key = _rows(self._pool(self.key(maps)))  # (B, M, Dk)
-        value = _rows(self._pool(self.value(maps)))  # (B, M, Dv)
+        query, key, value = project(maps, self.query, self.key, self.value)  # (B, D, H, W)
+        query = _rows(query)  # (B, N, Dk)
+        key = _rows(self._pool(key))  # (B, M, Dk)
+        value = _rows(self._pool(value))  # (B, M, Dv)
         if need_weights:
             attended, attention = attend_with_map(query, key, value, block_size=self.block_size)
         else:
