@@ -165,7 +165,7 @@ def _forward(
 ) -> torch.Tensor:
     arithmetic = _arithmetic(query)
     q, k, v = _factors(arithmetic, query), _factors(arithmetic, key), _ready(value, value.dtype)
-    out = _empty_out(query, value, value.dtype)
+    out = value.new_empty(*query.shape[:2], value.shape[2])
     for block in _blocks(q, k, block_size, arithmetic, *(() if v.dtype == arithmetic else (v.dtype,))):
         scores, a = block.buffers[0], block.buffers[-1]
         _softmax_scores(block.rows_of(q), block.keys_of(k), out=scores)
@@ -212,7 +212,7 @@ def _second(
     q_factor, k_factor = _factors(arithmetic, q), _factors(arithmetic, k)
     q_factors, k_factors = _factors(arithmetic, q_dot, q), _factors(arithmetic, k, k_dot)
     ddq, ddk, ddv = (_empty_gradient(operand, arithmetic) for operand in (query, key, value))
-    out_dot = _empty_out(query, value, arithmetic)
+    out_dot = value.new_empty(*query.shape[:2], value.shape[2], dtype=arithmetic)
     for block in _blocks(q, k, block_size, *(arithmetic,) * 4):
         a, u, w, product = block.buffers
         q_rows, q_dot_rows, g_rows = block.rows_of(q), block.rows_of(q_dot), block.rows_of(g)
@@ -259,7 +259,7 @@ def _tangent(
     q_factor, k_factor = _factors(arithmetic, query), _factors(arithmetic, key)
     q_factors, k_factors = _factors(arithmetic, query_dot, query), _factors(arithmetic, key, key_dot)
     v, v_dot = _ready(value, arithmetic), _ready(value_dot, arithmetic)
-    out_dot = _empty_out(query, value, arithmetic)
+    out_dot = value.new_empty(*query.shape[:2], value.shape[2], dtype=arithmetic)
     for block in _blocks(q_factor, k_factor, block_size, *(arithmetic,) * 2):
         a, a_dot = block.buffers
         out_dot_rows = block.rows_of(out_dot)
@@ -328,6 +328,11 @@ def _softmax_scores(query: torch.Tensor, key: torch.Tensor, *, out: torch.Tensor
 
 
 def _softmax_backward(grad: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """A∘(dA − rowsum(A∘dA)), in place of dA."""
+    if grad.device.type == "cpu":
+        # Row by row in cache: less than half the time of three passes over the scores.
+        torch.ops.aten._softmax_backward_data.out(grad, attention, -1, grad.dtype, grad_input=grad)  # noqa: SLF001
+        return grad
     grad.mul_(attention)
     return grad.addcmul_(attention, grad.sum(-1, keepdim=True), value=-1)
 
@@ -358,15 +363,11 @@ def _factors(dtype: torch.dtype, *parts: torch.Tensor) -> torch.Tensor:
 
 
 def _empty_gradient(operand: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # Accumulating the thin dk costs up to five times as much row by row as transposed.
-    return operand.new_empty(*operand.shape[:-2], *operand.shape[:-3:-1], dtype=dtype).mT
-
-
-def _empty_out(query: torch.Tensor, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    shape = (value.shape[0], query.shape[1], value.shape[2])
-    if value.stride(-2) == 1:
-        return value.new_empty(shape[0], shape[2], shape[1], dtype=dtype).mT
-    return value.new_empty(shape, dtype=dtype)
+    """Where the products with a transposed block of scores are summed."""
+    # On the CPU, up to three times as fast transposed where it is narrow, a sixth faster row by row where it is not.
+    if operand.shape[-1] < 32:
+        return operand.new_empty(*operand.shape[:-2], *operand.shape[:-3:-1], dtype=dtype).mT
+    return operand.new_empty(operand.shape, dtype=dtype)
 
 
 # The derivatives, twice: as functions for eager mode, which also serve torch.func and forward mode, and as
@@ -570,7 +571,7 @@ def _attend_second_op(
 
 @_attend_op.register_fake
 def _(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
-    return _empty_out(query, value, value.dtype)
+    return value.new_empty(*query.shape[:2], value.shape[2])
 
 
 @_attend_backward_op.register_fake
@@ -581,7 +582,7 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> t
 @_attend_second_op.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     gradients = (_empty_gradient(operand, operand.dtype) for operand in (query, key, value))
-    return *gradients, _empty_out(query, value, value.dtype)
+    return *gradients, value.new_empty(*query.shape[:2], value.shape[2])
 
 
 def _keep_for_op(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG001
