@@ -10,9 +10,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from selfattn_ops.blocks import MINIMUM_ROWS, SCORE_BUDGET, block_rows, check_block_size, check_operands
+from selfattn_ops.blocks import MINIMUM_ROWS, block_rows, check_block_size, check_operands
 
 __all__ = ["attend", "attend_with_map"]
+
+# Bytes of one buffer of scores. Four times what the other frameworks take: here the larger of two products is the
+# faster one well beyond that size.
+SCORE_BUDGET = 32 * 2**20
 
 
 @tf.autograph.experimental.do_not_convert
@@ -95,7 +99,7 @@ def _sizes(tensor: tf.Tensor) -> list[_Size]:
 def _block_rows(block_size: int | None, batch: _Size, rows: _Size, keys: _Size) -> _Size:
     """`block_rows`, also of sizes that only the running graph knows."""
     if all(isinstance(size, int) for size in (batch, rows, keys)):
-        return block_rows(block_size, batch, rows, keys)
+        return block_rows(block_size, batch, rows, keys, budget=SCORE_BUDGET)
     wanted = check_block_size(block_size)
     if wanted is None:
         wanted = _largest(MINIMUM_ROWS, SCORE_BUDGET // (4 * _largest(batch, 1) * _largest(keys, 1)))

@@ -266,7 +266,7 @@ def test_rows_of_unknown_sizes_are_those_of_known_sizes():
                 for keys in SIZES:
                     sizes = (batch, rows, keys)
                     got = ops._block_rows(block_size, *(tf.constant(size, tf.int64) for size in sizes))
-                    assert int(got) == blocks.block_rows(block_size, *sizes)
+                    assert int(got) == blocks.block_rows(block_size, *sizes, budget=ops.SCORE_BUDGET)
                     plan = ops._plan(block_size, *(tf.constant(size, tf.int64) for size in sizes))
                     assert [int(x) for x in plan] == list(ops._plan(block_size, *sizes))
 
@@ -278,14 +278,14 @@ def test_a_block_of_rows_and_elements_stays_within_the_budget():
             assert 1 <= elements <= batch
             assert 1 <= block <= rows
             smallest = block == blocks.MINIMUM_ROWS and elements == 1
-            assert smallest or 4 * elements * block * keys <= blocks.SCORE_BUDGET
+            assert smallest or 4 * elements * block * keys <= ops.SCORE_BUDGET
 
 
 @pytest.fixture
 def small_budget(monkeypatch):
     """A budget of 2 batch elements of 3 × 7, or 10 rows of a single one; and the sizes of all scores computed."""
+    monkeypatch.setattr(ops, "SCORE_BUDGET", 4 * 70)
     for module in (blocks, ops):
-        monkeypatch.setattr(module, "SCORE_BUDGET", 4 * 70)
         monkeypatch.setattr(module, "MINIMUM_ROWS", 2)
     seen = []
     scores = ops._scores
