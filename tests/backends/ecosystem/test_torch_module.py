@@ -338,7 +338,8 @@ def test_spectral_norm_from_outside(case):
             )
             plain.get_submodule(name).weight.copy_(child.weight)
             assert not torch.equal(child.weight, kernels[name])
-        assert torch.equal(layer(x), plain(x))
+        # Not bit for bit: plain children are computed as one product.
+        torch.testing.assert_close(layer(x), plain(x))
     with pytest.raises(ValueError, match=r"query is a Parametrized\w+, key is .*remove_parametrizations"):
         to_canonical(layer)
     for name in names:
