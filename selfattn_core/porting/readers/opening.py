@@ -55,7 +55,7 @@ def open_tensors(path: str | os.PathLike[str], *, layout: str | None = None) -> 
     Raises:
         PortError: if there is no such file, it cannot be read, is of no known format, damaged or made to deceive. The
             message says which, and nothing has been executed.
-        ModuleNotFoundError: if the format's own library is not installed: h5py for Keras, tensorstore for Orbax.
+        ModuleNotFoundError: if TensorStore, Orbax' own library, is not installed; no other format needs one.
 
     Example:
         >>> import tempfile

@@ -35,34 +35,45 @@ def write(folder: Path) -> dict[str, tuple[Path, str]]:
         layout = h5py.VirtualLayout((7,), np.float32)
         layout[:] = h5py.VirtualSource(str(secret), "secret", (7,))
         file.create_virtual_dataset("query/vars/1", layout)
-    with case("never written", "would expand from 0 to 4398046511104 bytes") as file:
+    with case("never written", "would expand to 4398046511104 bytes") as file:
         file.create_dataset("query/vars/1", (2**20, 2**20), np.float32, chunks=(1024, 1024))
-    with case("bomb", "would expand from") as file:
+    with case(
+        "bomb",
+        "is stored in pieces or compressed, which Keras never does, and would expand to 67108864 bytes",
+    ) as file:
         file.create_dataset(
             "query/vars/1", data=np.zeros((2**12, 2**12), np.float32), chunks=(2**12, 2**12), compression=9
         )
-    with case("large piece", "would expand from") as file:
+    with case("large piece", "is stored in pieces or compressed") as file:
         file.create_dataset(
             "query/vars/1", (1,), np.float32, chunks=(2**28,), maxshape=(None,), compression=9
         )
-    with case("circle", "is reached twice, or nested deeper") as file:
+    with case(
+        "circle", "/query/again is reached twice: the file is damaged or made so that reading does not end"
+    ) as file:
         file["query/again"] = file["query"]
-    with case("text", "query/vars/1: holds object; expected numbers") as file:
+    with case("text", "query/vars/1: holds no plain numbers; expected numbers") as file:
         file["query/vars/1"] = "kernel"
     with case("records", "expected numbers") as file:
         file["query/vars/1"] = np.zeros(3, [("a", "<f4"), ("b", "<i4")])
     with case("nothing", "expected numbers") as file:
         file["query/vars/1"] = h5py.Empty(np.float32)
-    with case("deep", "is reached twice, or nested deeper") as file:
+    with case("deep", "is nested deeper than any checkpoint") as file:
         file["/".join("abcdefghij" * 4)] = WEIGHTS
-    case("half", "is truncated, damaged or no HDF5 file").close()
+    with case("never written, in one piece", "needs 48 bytes, none were ever written") as file:
+        file.create_dataset("query/vars/1", (3, 4), np.float32)
+    with case("many links", "is a group of the newest form of HDF5") as file:
+        group = file.create_group("many", track_order=True)
+        for number in range(20):
+            group[f"{number}"] = WEIGHTS
+    case("half", "is truncated: it should have").close()
     path = folder / "half.weights.h5"
     path.write_bytes(path.read_bytes()[:-200])
     empty = folder / "empty.weights.h5"
     h5py.File(empty, "w").close()
     cases["h5 empty"] = (empty, "holds no variables")
 
-    for name, words in (("external link", "is an external link"), ("bomb", "would expand from")):
+    for name, words in (("external link", "is an external link"), ("bomb", "would expand to")):
         path = folder / f"{name}.keras"
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("config.json", "{}")
