@@ -26,6 +26,8 @@ class SelfAttentionConfig:
         out_projection: whether a fourth projection takes A v from Dv back to C channels.
         use_bias: whether the projections have biases; all of them or none.
         kv_pool: p, side in positions of the max-pooling window (stride p, floor) over key and value; 1 is none.
+        spectral_norm: whether every kernel is divided by its spectral norm, which training estimates by one power
+            iteration per step.
 
     Raises:
         ValueError: if the options do not make a layer; the message lists every problem.
@@ -36,7 +38,7 @@ class SelfAttentionConfig:
 
     Example:
         >>> SelfAttentionConfig(64)
-        SelfAttentionConfig(channels=64, qk_channels=8, value_channels=64, out_projection=False, use_bias=True, kv_pool=1)
+        SelfAttentionConfig(channels=64, qk_channels=8, value_channels=64, out_projection=False, use_bias=True, kv_pool=1, spectral_norm=False)
         >>> SelfAttentionConfig(4)
         Traceback (most recent call last):
         ...
@@ -49,6 +51,7 @@ class SelfAttentionConfig:
     out_projection: bool
     use_bias: bool
     kv_pool: int
+    spectral_norm: bool
 
     def __init__(
         self,
@@ -59,8 +62,11 @@ class SelfAttentionConfig:
         out_projection: bool = False,
         use_bias: bool = True,
         kv_pool: int = 1,
+        spectral_norm: bool = False,
     ) -> None:
-        problems = _option_problems(qk_channels, value_channels, out_projection, use_bias, kv_pool)
+        problems = _option_problems(
+            qk_channels, value_channels, out_projection, use_bias, kv_pool, spectral_norm
+        )
         width = _width(channels)
         if width is None:
             problems.insert(0, f"channels={channels!r} must be a positive integer")
@@ -89,13 +95,15 @@ class SelfAttentionConfig:
         object.__setattr__(self, "out_projection", out_projection)
         object.__setattr__(self, "use_bias", use_bias)
         object.__setattr__(self, "kv_pool", operator.index(kv_pool))
+        object.__setattr__(self, "spectral_norm", spectral_norm)
 
     @classmethod
-    def pooled(cls, channels: int) -> "SelfAttentionConfig":
+    def pooled(cls, channels: int, *, spectral_norm: bool = False) -> "SelfAttentionConfig":
         """The layer of the official SAGAN code and of BigGAN: Dv = C // 2, out projection, no biases, 2×2 pooling.
 
         Args:
             channels: C, at least 8.
+            spectral_norm: as in `SelfAttentionConfig`; both codes train with it.
 
         Raises:
             ValueError: if `channels` is not an integer of at least 8.
@@ -108,7 +116,9 @@ class SelfAttentionConfig:
         """
         width = _width(channels)
         half = None if width is None or width < 8 else width // 2
-        return cls(channels, None, half, out_projection=True, use_bias=False, kv_pool=2)
+        return cls(
+            channels, None, half, out_projection=True, use_bias=False, kv_pool=2, spectral_norm=spectral_norm
+        )
 
     @classmethod
     def from_dict(cls, options: Mapping[str, object]) -> "SelfAttentionConfig":
@@ -227,6 +237,7 @@ def check_options(
     out_projection: bool = False,
     use_bias: bool = True,
     kv_pool: int = 1,
+    spectral_norm: bool = False,
 ) -> None:
     """Check what can be checked before the number of channels is known, for layers that infer it.
 
@@ -236,6 +247,7 @@ def check_options(
         out_projection: as in `SelfAttentionConfig`.
         use_bias: as in `SelfAttentionConfig`.
         kv_pool: as in `SelfAttentionConfig`.
+        spectral_norm: as in `SelfAttentionConfig`.
 
     Raises:
         ValueError: if an option is out of range whatever the number of channels; lists every problem.
@@ -246,13 +258,18 @@ def check_options(
         ...
         ValueError: SelfAttentionConfig: qk_channels=0 must be a positive integer, or None for channels // 8.
     """
-    problems = _option_problems(qk_channels, value_channels, out_projection, use_bias, kv_pool)
+    problems = _option_problems(qk_channels, value_channels, out_projection, use_bias, kv_pool, spectral_norm)
     if problems:
         raise ValueError(f"SelfAttentionConfig: {'; '.join(problems)}.")
 
 
 def _option_problems(
-    qk_channels: object, value_channels: object, out_projection: object, use_bias: object, kv_pool: object
+    qk_channels: object,
+    value_channels: object,
+    out_projection: object,
+    use_bias: object,
+    kv_pool: object,
+    spectral_norm: object,
 ) -> list[str]:
     problems = []
     if qk_channels is not None and _width(qk_channels) is None:
@@ -261,7 +278,11 @@ def _option_problems(
         problems.append(f"value_channels={value_channels!r} must be a positive integer, or None for channels")
     problems += [
         f"{name}={flag!r} must be True or False"
-        for name, flag in (("out_projection", out_projection), ("use_bias", use_bias))
+        for name, flag in (
+            ("out_projection", out_projection),
+            ("use_bias", use_bias),
+            ("spectral_norm", spectral_norm),
+        )
         if not isinstance(flag, bool)
     ]
     if _width(kv_pool) is None:

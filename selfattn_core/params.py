@@ -1,39 +1,42 @@
-"""The parameters a config has: names, shapes and initial values, in one table that everything reads."""
+"""The parameters and the state a config has: names, shapes and initial values, in tables that everything reads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from selfattn_core import spectral_norm
 from selfattn_core.config import SelfAttentionConfig
 
 __all__ = [
     "Parameter",
     "check_params",
+    "fold_spectral_norm",
     "glorot_limit",
     "init_params",
     "is_floating",
     "parameter_table",
     "projections",
+    "state_table",
     "widen",
 ]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One row of the table.
+    """One row of a table.
 
     Args:
         name: canonical name, for example "query.kernel".
-        shape: (C_in, C_out) of a kernel, (C_out,) of a bias, (1,) of gamma.
-        initial: the distribution a new layer draws it from.
+        shape: (C_in, C_out) of a kernel, (C_out,) of a bias or a vector u, (C_in,) of a vector v, (1,) of gamma.
+        initial: how a new layer gets it; "power_iteration" is `init_params`' rule for the state.
     """
 
     name: str
     shape: tuple[int, ...]
-    initial: Literal["glorot_uniform", "zeros"]
+    initial: Literal["glorot_uniform", "zeros", "power_iteration"]
 
 
 def projections(config: SelfAttentionConfig) -> dict[str, tuple[int, int]]:
@@ -54,7 +57,7 @@ def projections(config: SelfAttentionConfig) -> dict[str, tuple[int, int]]:
 
 
 def parameter_table(config: SelfAttentionConfig) -> dict[str, Parameter]:
-    """Every parameter of a layer by canonical name, in the order of the file format.
+    """Every parameter of a layer, that is, what is trained, by canonical name in the order of the file format.
 
     Example:
         >>> [f"{p.name} {p.shape}" for p in parameter_table(SelfAttentionConfig(16)).values()][:2]
@@ -66,6 +69,24 @@ def parameter_table(config: SelfAttentionConfig) -> dict[str, Parameter]:
         if config.use_bias:
             rows.append(Parameter(f"{name}.bias", (channels_out,), "zeros"))
     rows.append(Parameter("gamma", (1,), "zeros"))
+    return {row.name: row for row in rows}
+
+
+def state_table(config: SelfAttentionConfig) -> dict[str, Parameter]:
+    """What a layer carries from step to step besides parameters: u and v of each projection with spectral norm.
+
+    In a dict of arrays and in a file it follows the parameters.
+
+    Example:
+        >>> list(state_table(SelfAttentionConfig(16)))
+        []
+        >>> [f"{p.name} {p.shape}" for p in state_table(SelfAttentionConfig(16, spectral_norm=True)).values()][:2]
+        ['query.u (2,)', 'query.v (16,)']
+    """
+    rows = []
+    for name, (channels_in, channels_out) in projections(config).items() if config.spectral_norm else ():
+        rows.append(Parameter(f"{name}.u", (channels_out,), "power_iteration"))
+        rows.append(Parameter(f"{name}.v", (channels_in,), "power_iteration"))
     return {row.name: row for row in rows}
 
 
@@ -85,7 +106,11 @@ def glorot_limit(channels_in: int, channels_out: int) -> float:
 def init_params(
     config: SelfAttentionConfig, seed: int, dtype: DTypeLike = np.float32
 ) -> dict[str, NDArray[Any]]:
-    """New parameters: Glorot-uniform kernels, zero biases, zero gamma.
+    """New parameters and state: Glorot-uniform kernels, zero biases, zero gamma.
+
+    With spectral norm, u and v of each projection come from 15 power iterations on the initial kernel
+    (`selfattn_core.spectral_norm.warmed_up`), which begin at a v of independent standard normal numbers. Kernels are
+    drawn first, so that they are the same with spectral norm and without.
 
     Args:
         config: the layer.
@@ -93,7 +118,7 @@ def init_params(
         dtype: of the arrays.
 
     Returns:
-        A new array for every name of `parameter_table(config)`.
+        A new array for every name of `parameter_table(config)`, then of `state_table(config)`.
 
     Example:
         >>> init_params(SelfAttentionConfig(16), seed=0)["gamma"]
@@ -107,7 +132,60 @@ def init_params(
         else:
             limit = glorot_limit(*row.shape)
             params[row.name] = generator.uniform(-limit, limit, row.shape).astype(dtype)
+    for name, (channels_in, _) in projections(config).items() if config.spectral_norm else ():
+        kernel = params[f"{name}.kernel"].astype(np.float64)
+        u, v = spectral_norm.warmed_up(kernel, generator.standard_normal(channels_in))
+        params |= {f"{name}.u": u.astype(dtype), f"{name}.v": v.astype(dtype)}
     return params
+
+
+def fold_spectral_norm(
+    config: SelfAttentionConfig, params: Mapping[str, Any]
+) -> tuple[SelfAttentionConfig, dict[str, NDArray[Any]]]:
+    """The same function without spectral norm: every kernel divided by the norm that its u and v estimate.
+
+    The output is that of the evaluation mode, but for the rounding of the kernels. Training cannot go on from it as
+    it would have, for the raw kernels and the state are gone.
+
+    Args:
+        config: the layer; one without spectral norm is returned as it is.
+        params: arrays by canonical name, u and v included; these are taken as they are, whatever their length.
+
+    Returns:
+        The config with `spectral_norm=False`, and its parameters: the division is in float64, the result in the
+        dtype of the arrays.
+
+    Raises:
+        ValueError: if the arrays do not fit the config, or a norm is zero or not finite; lists every problem.
+
+    Example:
+        >>> config = SelfAttentionConfig(16, spectral_norm=True)
+        >>> folded, params = fold_spectral_norm(config, init_params(config, seed=0))
+        >>> folded.spectral_norm, round(float(np.linalg.norm(params["value.kernel"], 2)), 1)
+        (False, 1.0)
+    """
+    arrays = check_params(config, params)
+    if not config.spectral_norm:
+        return config, arrays
+    problems = []
+    for name in projections(config):
+        kernel, u, v = (arrays[f"{name}.{part}"].astype(np.float64) for part in ("kernel", "u", "v"))
+        norm = spectral_norm.sigma(kernel, u, v)
+        if norm == 0:
+            problems.append(f"{name}: its norm vᵀ K u is 0")
+            continue
+        with np.errstate(over="ignore"):
+            folded = (kernel / norm).astype(arrays[f"{name}.kernel"].dtype)
+        if not np.isfinite(folded).all():
+            problems.append(f"{name}: its norm vᵀ K u = {norm:.3g} is too small to divide by")
+        arrays[f"{name}.kernel"] = folded
+    if problems:
+        raise ValueError(
+            f"spectral norm cannot be folded: {'; '.join(problems)}; expected kernels and vectors u, v that are not "
+            "zero: they may never have been initialised or loaded."
+        )
+    plain = replace(config, spectral_norm=False)
+    return plain, {name: arrays[name] for name in parameter_table(plain)}
 
 
 def is_floating(dtype: DTypeLike) -> bool:
@@ -137,7 +215,7 @@ def check_params(
         finite: whether NaN and infinity are problems.
 
     Returns:
-        A new dict in the order of the table, with gamma as (1,); the arrays are not copied.
+        A new dict in the order of `parameter_table`, then `state_table`, with gamma as (1,); the arrays are not copied.
 
     Raises:
         ValueError: naming every missing, extra, misshapen, non-floating and non-finite tensor at once.
@@ -151,7 +229,7 @@ def check_params(
           missing: query.bias (2,)
         ...
     """
-    table = parameter_table(config)
+    table = parameter_table(config) | state_table(config)
     problems = [f"missing: {row.name} {row.shape}" for row in table.values() if row.name not in params]
     problems += [f"unexpected: {name} {np.shape(params[name])}" for name in params if name not in table]
     arrays = {}

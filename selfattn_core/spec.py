@@ -18,8 +18,17 @@ b = 0; a config without an out projection has Wo = 1 and bo = 0.
 dropped (floor). Each window and channel has one winner, the first in row-major order where several are equal, and
 the whole gradient goes to it. A window that holds a NaN gives NaN. M = floor(H/p)·floor(W/p).
 
+With `spectral_norm` every W is not a parameter but the raw kernel K over its spectral norm, which a state of two
+vectors per projection, u (C_out,) and v (C_in,), estimates:
+
+    W = K / σ          σ = vᵀ K u
+
+That is the layer in evaluation, and all functions here compute it. A forward pass in training first moves the state
+by one power iteration (`power_iteration`), from the raw kernels alone, then does the same. u and v are constants to
+all derivatives; K in σ is not.
+
 Everything is computed in the dtype of the arguments, which must all have the same one. For 16-bit arguments the
-arithmetic is float32, and values are rounded to 16 bits where q, k, v, o and y are stored.
+arithmetic is float32, and values are rounded to 16 bits where q, k, v, o, y, K / σ, u and v are stored.
 
 First derivatives, for ḡ the gradient of y (weight gradients also sum over the batch):
 
@@ -27,6 +36,7 @@ First derivatives, for ḡ the gradient of y (weight gradients also sum over the
     dq = dS k          dk = scatter(dSᵀ q)                      dv = scatter(Aᵀ G)
     dWp = xᵀ dp        dbp = Σ dp       for p = query, key, value
     dWo = γ oᵀ ḡ       dbo = γ Σ ḡ      dγ = Σ ḡ∘z              dx = ḡ + dq Wqᵀ + dk Wkᵀ + dv Wvᵀ
+    dK = (dW − ⟨dW, W⟩ v uᵀ) / σ        with spectral norm, for each W; hence ⟨dK, K⟩ = 0
 
 where `scatter` sends the gradient of a pooled window to its winner and `gather` reads winners. The key bias adds a
 constant to each row of q kᵀ, so its gradient is zero; no output can tell whether it was loaded.
@@ -42,6 +52,11 @@ Second derivatives, for ẋ, Ẇ, ḃ and γ̇ the cotangents of dx, dW, db and 
     to Wo  γ̇ oᵀ ḡ + γ ȯᵀ ḡ   to bo  γ̇ Σ ḡ
     to Wp  ẋᵀ dp + xᵀ ddp    to bp  Σ ddp                   to x   Σ_p (ddp Wpᵀ + dp Ẇpᵀ)
 
+With spectral norm and K̇ the cotangent of dK, for each W, whose line above gives ddW:
+
+    Ẇ = (K̇ − ⟨K̇, v uᵀ⟩ W) / σ
+    to K   (ddW − (⟨ddW, W⟩ + ⟨Ẇ, dW⟩) v uᵀ − ⟨K̇, v uᵀ⟩ dK) / σ
+
 Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3 (equations 1 to 3), whose f is
 our key, g our query, h our value and v our out projection; the pooled form is that of the authors' code,
 github.com/brain-research/self-attention-gan. The derivatives are ours.
@@ -54,10 +69,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core import spectral_norm
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import check_params, is_floating, parameter_table, projections
 
-__all__ = ["attention_map", "forward", "magnitudes", "r1", "vjp", "vjp_of_vjp"]
+__all__ = ["attention_map", "forward", "magnitudes", "power_iteration", "r1", "vjp", "vjp_of_vjp"]
 
 Array = NDArray[Any]
 
@@ -67,7 +83,8 @@ def forward(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array) 
 
     Args:
         config: which layer.
-        params: arrays by canonical name, as `parameter_table(config)` lists them, in the dtype of `x`.
+        params: arrays by canonical name, as `parameter_table(config)` and, with spectral norm, `state_table(config)`
+            list them, in the dtype of `x`.
         x: feature maps (B, H, W, C).
 
     Returns:
@@ -116,7 +133,7 @@ def attention_map(config: SelfAttentionConfig, params: Mapping[str, Array], x: A
 
 
 def vjp(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array, dy: Array) -> dict[str, Array]:
-    """The gradient of sum(dy∘y) with respect to x and every parameter.
+    """The gradient of sum(dy∘y) with respect to x and every parameter; with spectral norm, the raw kernels.
 
     Args:
         config: as for `forward`.
@@ -212,6 +229,37 @@ def r1(
     return float(np.sum(dx * dx)), gradients
 
 
+def power_iteration(config: SelfAttentionConfig, params: Mapping[str, Array]) -> dict[str, Array]:
+    """What a forward pass in training does to the state, before it computes `forward` with the new one.
+
+    Args:
+        config: which layer; one without spectral norm has no state, and nothing changes.
+        params: as for `forward`.
+
+    Returns:
+        The same parameters, and new u and v for each projection: u = n(Kᵀ v), then v = n(K u), with
+        n(t) = t / max(‖t‖, 1e-12).
+
+    Raises:
+        ValueError: if shapes, names or dtypes do not fit.
+
+    Example:
+        >>> from selfattn_core import init_params
+        >>> config = SelfAttentionConfig(16, spectral_norm=True)
+        >>> params = init_params(config, seed=0)
+        >>> moved = power_iteration(config, params)
+        >>> [bool((moved[name] == params[name]).all()) for name in ("value.kernel", "value.v")]
+        [True, False]
+    """
+    moved = check_params(config, params, finite=False)
+    for name in projections(config) if config.spectral_norm else ():
+        kernel, v = moved[f"{name}.kernel"], moved[f"{name}.v"]
+        dtype = _arithmetic(kernel.dtype)
+        state = spectral_norm.power_iteration(kernel.astype(dtype), v.astype(dtype))
+        moved[f"{name}.u"], moved[f"{name}.v"] = (vector.astype(v.dtype) for vector in state)
+    return moved
+
+
 def magnitudes(
     config: SelfAttentionConfig,
     params: Mapping[str, Array],
@@ -278,9 +326,10 @@ class _Layer:
             )
         self.config = config
         self.dtype = x.dtype
-        self.arithmetic = np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
+        self.arithmetic = _arithmetic(x.dtype)
         self.shape = x.shape
         self.params = {name: array.astype(self.arithmetic) for name, array in arrays.items()}
+        self.kernels = {name: self._kernel(name) for name in projections(config)}
         self.gamma = self.params["gamma"]
         self.pool = _Pool(x.shape[1], x.shape[2], config.kv_pool)
         self.x = self.flatten(x)
@@ -318,7 +367,16 @@ class _Layer:
         return array.astype(self.arithmetic)
 
     def kernel(self, name: str) -> Array:
-        return self.params[f"{name}.kernel"]
+        return self.kernels[name].applied
+
+    def _kernel(self, name: str) -> "_Kernel":
+        kernel = self.params[f"{name}.kernel"]
+        if not self.config.spectral_norm:
+            return _Kernel(kernel)
+        u, v = self.params[f"{name}.u"], self.params[f"{name}.v"]
+        sigma = spectral_norm.sigma(kernel, u, v)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return _Normalised(self.store(kernel / sigma), np.outer(v, u), sigma)
 
     def project(self, name: str, rows: Array) -> Array:
         projected = rows @ self.kernel(name)
@@ -346,12 +404,19 @@ class _FirstOrder:
         }
         self.dx = self.g + sum(d @ _transpose(layer.kernel(name)) for name, d in self.projected.items())
 
+    def to_applied(self) -> dict[str, Array]:
+        """The gradient of each W."""
+        layer = self.layer
+        gradients = {name: _outer(layer.x, d) for name, d in self.projected.items()}
+        if layer.config.out_projection:
+            gradients["out"] = layer.gamma * _outer(layer.o, self.g)
+        return gradients
+
     def gradients(self) -> dict[str, Array]:
         layer = self.layer
-        gradients = {f"{name}.kernel": _outer(layer.x, d) for name, d in self.projected.items()}
+        gradients = {f"{name}.kernel": layer.kernels[name].back(dW) for name, dW in self.to_applied().items()}
         gradients |= {f"{name}.bias": _total(d) for name, d in self.projected.items()}
         if layer.config.out_projection:
-            gradients["out.kernel"] = layer.gamma * _outer(layer.o, self.g)
             gradients["out.bias"] = layer.gamma * _total(self.g)
         gradients["gamma"] = np.sum(self.g * layer.z).reshape(1)
         return _named(layer, {"x": layer.unflatten(self.dx)}, gradients)
@@ -374,7 +439,8 @@ class _SecondOrder:
 
         A, g, gamma = layer.A, first.g, layer.gamma
         self.dot_x = layer.flatten(cotangent("x"))
-        self.dot_kernel = {name: cotangent(f"{name}.kernel") for name in projections(layer.config)}
+        self.dot_raw = {name: cotangent(f"{name}.kernel") for name in layer.kernels}
+        self.dot_kernel = {name: kernel.along(self.dot_raw[name]) for name, kernel in layer.kernels.items()}
         self.dot_gamma = cotangent("gamma")
 
         def dot(name: str) -> Array:
@@ -416,16 +482,59 @@ class _SecondOrder:
             + first.projected[name] @ _transpose(self.dot_kernel[name])
             for name in self.projected
         )
-        gradients = {
-            f"{name}.kernel": _outer(self.dot_x, first.projected[name]) + _outer(layer.x, dd)
+        to_applied = {
+            name: _outer(self.dot_x, first.projected[name]) + _outer(layer.x, dd)
             for name, dd in self.projected.items()
+        }
+        if layer.config.out_projection:
+            to_applied["out"] = self.dot_gamma * _outer(layer.o, g) + gamma * _outer(self.dot_o, g)
+        dW = first.to_applied()
+        gradients = {
+            f"{name}.kernel": layer.kernels[name].back_twice(ddW, dW[name], self.dot_raw[name])
+            for name, ddW in to_applied.items()
         }
         gradients |= {f"{name}.bias": _total(dd) for name, dd in self.projected.items()}
         if layer.config.out_projection:
-            gradients["out.kernel"] = self.dot_gamma * _outer(layer.o, g) + gamma * _outer(self.dot_o, g)
             gradients["out.bias"] = self.dot_gamma * _total(g)
         gradients["gamma"] = np.sum(g * self.dot_z).reshape(1)
         return _named(layer, {"dy": layer.unflatten(to_dy), "x": layer.unflatten(to_x)}, gradients)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel W that is a parameter itself: `applied` is W, and what leads to or from W does so unchanged."""
+
+    applied: Array
+
+    def back(self, dW: Array) -> Array:
+        """The gradient of the parameter from that of W."""
+        return dW
+
+    def along(self, dot: Array) -> Array:
+        """Ẇ from the cotangent of the parameter's gradient."""
+        return dot
+
+    def back_twice(self, ddW: Array, dW: Array, dot: Array) -> Array:  # noqa: ARG002 - see _Normalised
+        """The second-order gradient of the parameter from that of W."""
+        return ddW
+
+
+@dataclass(frozen=True)
+class _Normalised(_Kernel):
+    """A kernel W = K / σ: `direction` is v uᵀ, the gradient of σ."""
+
+    direction: Array
+    sigma: Array
+
+    def back(self, dW: Array) -> Array:
+        return np.asarray((dW - np.sum(dW * self.applied) * self.direction) / self.sigma)
+
+    def along(self, dot: Array) -> Array:
+        return np.asarray((dot - np.sum(dot * self.direction) * self.applied) / self.sigma)
+
+    def back_twice(self, ddW: Array, dW: Array, dot: Array) -> Array:
+        shrink = np.sum(self.along(dot) * dW) * self.direction + np.sum(dot * self.direction) * self.back(dW)
+        return np.asarray(self.back(ddW) - shrink / self.sigma)
 
 
 @dataclass(frozen=True)
@@ -460,6 +569,11 @@ class _Pool:
         rows = np.zeros((batch, self.height * self.width, width), pooled.dtype)
         np.put_along_axis(rows, winners, pooled, axis=1)
         return rows
+
+
+def _arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype that arguments of this one are computed in."""
+    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
 
 
 def _softmax(scores: Array) -> Array:

@@ -1,8 +1,9 @@
 """The canonical file: one `.safetensors` file that every adapter reads and writes.
 
-Keys are canonical parameter names, `[block.]query.kernel` and so on; kernels are (C_in, C_out). The metadata holds
-`format` = "selfattn", `version` = "1", `source` (free text), and `config`: the JSON object of
-`SelfAttentionConfig.to_dict`, or, in a file of several blocks, a JSON object of such objects by block name.
+Keys are canonical names, `[block.]query.kernel` and so on; kernels are (C_in, C_out). With spectral norm they are the
+raw ones, and the state is there too: `query.u`, `query.v` and so on. The metadata holds `format` = "selfattn",
+`version` = "1", `source` (free text), and `config`: the JSON object of `SelfAttentionConfig.to_dict`, in which an
+absent option has its default, or, in a file of several blocks, a JSON object of such objects by block name.
 """
 
 import json
@@ -19,7 +20,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.params import check_params, parameter_table, widen
+from selfattn_core.params import check_params, parameter_table, state_table, widen
 
 __all__ = ["load", "save", "save_blocks", "write_atomically"]
 
@@ -156,7 +157,7 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
         name = _choose(path, list(configs), block)
         config = configs[name]
         prefix = f"{name}." if name else ""
-        table = parameter_table(config)
+        table = parameter_table(config) | state_table(config)
         shapes = {row.name: row.shape for row in table.values()}
         problems = []
         params: dict[str, Array] = {}

@@ -19,12 +19,16 @@ def test_defaults_are_the_flat_form():
         "out_projection": False,
         "use_bias": True,
         "kv_pool": 1,
+        "spectral_norm": False,
     }
 
 
 def test_pooled_is_the_official_form():
     config = SelfAttentionConfig.pooled(65)
     assert config == SelfAttentionConfig(65, 8, 32, out_projection=True, use_bias=False, kv_pool=2)
+    assert SelfAttentionConfig.pooled(65, spectral_norm=True) == dataclasses.replace(
+        config, spectral_norm=True
+    )
 
 
 def test_a_config_is_frozen_hashable_and_replaceable():
@@ -53,6 +57,7 @@ def test_a_config_is_frozen_hashable_and_replaceable():
         ({"channels": 8, "kv_pool": 0}, "kv_pool=0 must be a positive integer"),
         ({"channels": 8, "use_bias": 1}, "use_bias=1 must be True or False"),
         ({"channels": 8, "out_projection": None}, "out_projection=None must be True or False"),
+        ({"channels": 8, "spectral_norm": 1}, "spectral_norm=1 must be True or False"),
     ],
 )
 def test_a_bad_option_is_named_with_what_to_do(options, words):
@@ -73,8 +78,8 @@ def test_all_problems_are_reported_at_once():
 def test_options_are_checked_before_channels_are_known():
     check_options()
     check_options(qk_channels=3, value_channels=5, kv_pool=2)
-    with pytest.raises(ValueError, match=r"qk_channels=0 .*; kv_pool=-2"):
-        check_options(qk_channels=0, kv_pool=-2)
+    with pytest.raises(ValueError, match=r"qk_channels=0 .*; spectral_norm='yes' .*; kv_pool=-2"):
+        check_options(qk_channels=0, kv_pool=-2, spectral_norm="yes")
 
 
 def test_pooled_below_eight_channels_says_what_to_pass():
@@ -91,10 +96,16 @@ def test_numpy_integers_are_integers():
 widths = st.integers(1, 40)
 
 
-@given(widths, widths, widths, st.booleans(), st.booleans(), st.integers(1, 4))
-def test_a_config_survives_its_dict(channels, qk, value, out, bias, pool):
+@given(widths, widths, widths, st.booleans(), st.booleans(), st.integers(1, 4), st.booleans())
+def test_a_config_survives_its_dict(channels, qk, value, out, bias, pool, norm):
     config = SelfAttentionConfig(
-        channels, qk, value if out else channels, out_projection=out, use_bias=bias, kv_pool=pool
+        channels,
+        qk,
+        value if out else channels,
+        out_projection=out,
+        use_bias=bias,
+        kv_pool=pool,
+        spectral_norm=norm,
     )
     assert SelfAttentionConfig.from_dict(config.to_dict()) == config
     table = parameter_table(config)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec
+from selfattn_core.params import state_table
 
 FLAT = SelfAttentionConfig(11, 3)
 POOLED = SelfAttentionConfig(11, 3, 5, out_projection=True, use_bias=False, kv_pool=2)
@@ -17,6 +18,8 @@ CONFIGS = {
     "pooled with biases": dataclasses.replace(POOLED, use_bias=True),
     "pooled by 3": dataclasses.replace(POOLED, kv_pool=3, use_bias=True),
     "pooled without out projection": SelfAttentionConfig(11, 3, kv_pool=2),
+    "spectral norm": dataclasses.replace(FLAT, spectral_norm=True),
+    "spectral norm, pooled": dataclasses.replace(POOLED, use_bias=True, spectral_norm=True),
 }
 
 
@@ -33,8 +36,19 @@ def designed(config, seed=0, shape=(2, 5, 7), dtype=np.float64, gamma=0.7):
     params = {
         name: (value / np.sqrt(len(value)) if value.ndim == 2 else value) for name, value in params.items()
     }
-    params["gamma"] = np.array([gamma])
+    params["gamma"] = np.array([gamma], np.float64)
+    # One iteration away from random vectors: u and v are not yet singular vectors, and sigma is not small.
+    params |= {name: generator.standard_normal(row.shape) for name, row in state_table(config).items()}
+    params = spec.power_iteration(config, params)
     return {name: value.astype(dtype) for name, value in params.items()}, x, dy
+
+
+def split(config, params):
+    """The parameters, and the state, which is constant to every derivative."""
+    state = state_table(config)
+    return {n: a for n, a in params.items() if n not in state}, {
+        n: a for n, a in params.items() if n in state
+    }
 
 
 def assert_near(got, want, tolerance):
@@ -94,11 +108,13 @@ def numerical_gradient(function, arrays, step):
 def test_vjp_is_the_numerical_gradient(config):
     params, x, dy = designed(config, shape=(2, 3, 4))
 
+    trained, state = split(config, params)
+
     def scalar(arrays):
-        rest = {name: value for name, value in arrays.items() if name != "x"}
+        rest = state | {name: value for name, value in arrays.items() if name != "x"}
         return float(np.sum(dy * spec.forward(config, rest, arrays["x"])))
 
-    want = numerical_gradient(scalar, {"x": x} | params, 1e-6)
+    want = numerical_gradient(scalar, {"x": x} | trained, 1e-6)
     got = spec.vjp(config, params, x, dy)
     assert list(got) == list(want)
     scale = max(np.abs(value).max() for value in want.values())
@@ -109,14 +125,15 @@ def test_vjp_is_the_numerical_gradient(config):
 def test_second_order_is_the_numerical_gradient_of_the_first(config):
     params, x, dy = designed(config, shape=(2, 3, 4))
     other, dot_x, _ = designed(config, seed=1, shape=(2, 3, 4), gamma=-0.4)
-    cotangents = {"x": dot_x} | other
+    cotangents = {"x": dot_x} | split(config, other)[0]
+    trained, state = split(config, params)
 
     def scalar(arrays):
-        rest = {name: value for name, value in arrays.items() if name not in ("x", "dy")}
+        rest = state | {name: value for name, value in arrays.items() if name not in ("x", "dy")}
         first = spec.vjp(config, rest, arrays["x"], arrays["dy"])
         return float(sum(np.sum(cotangent * first[name]) for name, cotangent in cotangents.items()))
 
-    want = numerical_gradient(scalar, {"dy": dy, "x": x} | params, 1e-6)
+    want = numerical_gradient(scalar, {"dy": dy, "x": x} | trained, 1e-6)
     got = spec.vjp_of_vjp(config, params, x, dy, cotangents)
     assert list(got) == list(want)
     scale = max(np.abs(value).max() for value in want.values())
@@ -184,6 +201,7 @@ def test_gamma_zero_is_the_identity_bit_for_bit(config, dtype):
 
 def test_gradient_identities(config):
     """⟨Wq,dWq⟩+⟨bq,dbq⟩ = ⟨Wk,dWk⟩+⟨bk,dbk⟩, and the same between value, out projection and gamma."""
+    config = dataclasses.replace(config, spectral_norm=False)
     params, x, dy = designed(config)
     gradients = spec.vjp(config, params, x, dy)
 

@@ -1,5 +1,6 @@
 """The canonical file: round trips, every way in which a file can be wrong, and nothing lost while saving."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfattn_core import SelfAttentionConfig, init_params, load, save, save_blocks, weights
-from selfattn_core.params import parameter_table
+from selfattn_core.params import parameter_table, state_table
 
 CONFIG = SelfAttentionConfig(11, 3, 5, out_projection=True, kv_pool=2)
 
@@ -24,7 +25,7 @@ def random_params(config=CONFIG, dtype=np.float32, seed=0):
     generator = np.random.default_rng(seed)
     return {
         name: generator.standard_normal(row.shape).astype(dtype)
-        for name, row in parameter_table(config).items()
+        for name, row in (parameter_table(config) | state_table(config)).items()
     }
 
 
@@ -61,9 +62,11 @@ def test_round_trip_is_exact(tmp_path, dtype):
 
 
 @settings(max_examples=25, derandomize=True, deadline=None)
-@given(st.integers(1, 20), st.integers(1, 9), st.booleans(), st.booleans(), st.integers(1, 3))
-def test_every_config_round_trips(tmp_path_factory, channels, qk, out, bias, pool):
-    config = SelfAttentionConfig(channels, qk, out_projection=out, use_bias=bias, kv_pool=pool)
+@given(st.integers(1, 20), st.integers(1, 9), st.booleans(), st.booleans(), st.integers(1, 3), st.booleans())
+def test_every_config_round_trips(tmp_path_factory, channels, qk, out, bias, pool, norm):
+    config = SelfAttentionConfig(
+        channels, qk, out_projection=out, use_bias=bias, kv_pool=pool, spectral_norm=norm
+    )
     path = tmp_path_factory.mktemp("weights") / "layer.safetensors"
     save(path, config, random_params(config))
     back = load(path)
@@ -105,6 +108,30 @@ def test_the_file_is_as_documented(tmp_path):
         assert sorted(file.keys()) == sorted(parameter_table(CONFIG))
     assert json.loads(metadata.pop("config")) == CONFIG.to_dict()
     assert metadata == {"format": "selfattn", "version": "1", "source": "a test"}
+
+
+def test_spectral_norm_stores_raw_kernels_and_state(tmp_path):
+    config = dataclasses.replace(CONFIG, spectral_norm=True)
+    path = tmp_path / "gan.safetensors"
+    blocks = {"d": (config, random_params(config)), "g": (CONFIG, random_params(seed=1))}
+    save_blocks(path, blocks)
+    for name, (wanted, params) in blocks.items():
+        found, back = load(path, block=name)
+        assert found == wanted
+        assert_same(back, params)
+    assert {name: back.shape for name, back in load(path, block="d")[1].items() if name[-2:] in (".u", ".v")} == {
+        "query.u": (3,), "query.v": (11,), "key.u": (3,), "key.v": (11,),
+        "value.u": (5,), "value.v": (11,), "out.u": (11,), "out.v": (5,),
+    }  # fmt: skip
+
+
+def test_a_state_that_is_missing_or_unexpected_is_reported(tmp_path):
+    config = dataclasses.replace(CONFIG, spectral_norm=True)
+    with pytest.raises(ValueError, match=r"missing: query\.u \(3,\)\n  missing: query\.v \(11,\)"):
+        load(rewrite(tmp_path / "without.safetensors", config=json.dumps(config.to_dict())))
+    stateful = {name: array for name, array in random_params(config).items() if name.endswith(".u")}
+    with pytest.raises(ValueError, match=r"unexpected: out\.u \(11,\)"):
+        load(rewrite(tmp_path / "with.safetensors", lambda tensors: tensors.update(stateful)))
 
 
 def test_gamma_of_any_one_element_shape(tmp_path):

@@ -1,0 +1,85 @@
+"""Spectral norm of one kernel: the state u, v that estimates it, and what one step of training does to the state.
+
+Written for canonical kernels K (C_in, C_out), the transpose of the W (C_out, C_in) of PyTorch and of the paper:
+
+    u = n(Kᵀ v)       v = n(K u)       σ = vᵀ K u       n(t) = t / max(‖t‖, 1e-12)
+
+The first two, in this order, are one power iteration, without gradient; of the old state they read only v. σ is the
+norm as u and v estimate it, from below once v has been through an iteration. A kernel of zeros has σ = 0 and gives NaN.
+
+Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018, algorithm 1, whose ũ is u
+and ṽ is v; the order of the two halves, eps and the warm-up are those of
+`torch.nn.utils.parametrizations.spectral_norm`.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["EPS", "WARM_UP", "power_iteration", "sigma", "warmed_up"]
+
+Array = NDArray[Any]
+
+EPS = 1e-12
+"""Vectors that are shorter than this are divided by it instead of by their norm."""
+
+WARM_UP = 15
+"""Power iterations on the initial kernel that the state of a new layer has been through."""
+
+
+def power_iteration(kernel: Array, v: Array) -> tuple[Array, Array]:
+    """The state after one more power iteration.
+
+    Args:
+        kernel: (C_in, C_out).
+        v: (C_in,), of the state before.
+
+    Returns:
+        u (C_out,) and v (C_in,), in the dtype of the arguments.
+
+    Example:
+        >>> power_iteration(np.diag([2.0, 0.0]), np.array([0.6, 0.8]))
+        (array([1., 0.]), array([1., 0.]))
+    """
+    u = _normalised(v @ kernel)
+    return u, _normalised(kernel @ u)
+
+
+def warmed_up(kernel: Array, v: Array) -> tuple[Array, Array]:
+    """The state of a new layer: `WARM_UP` power iterations from a random v.
+
+    Args:
+        kernel: (C_in, C_out), as initialised.
+        v: (C_in,), standard normal; its length does not matter.
+
+    Returns:
+        u (C_out,) and v (C_in,).
+
+    Example:
+        >>> u, v = warmed_up(np.diag([2.0, 1.0]), np.array([0.6, 0.8]))
+        >>> round(sigma(np.diag([2.0, 1.0]), u, v).item(), 6)
+        2.0
+    """
+    for _ in range(WARM_UP):
+        u, v = power_iteration(kernel, v)
+    return u, v
+
+
+def sigma(kernel: Array, u: Array, v: Array) -> Array:
+    """vᵀ K u, the spectral norm as the state estimates it.
+
+    Args:
+        kernel: (C_in, C_out).
+        u: (C_out,).
+        v: (C_in,).
+
+    Example:
+        >>> sigma(np.diag([2.0, 1.0]), np.array([1.0, 0.0]), np.array([1.0, 0.0])).item()
+        2.0
+    """
+    return np.asarray(v @ kernel @ u)
+
+
+def _normalised(vector: Array) -> Array:
+    return np.asarray(vector / np.maximum(np.sqrt(vector @ vector), EPS))
