@@ -103,6 +103,8 @@ class FlaxBackend:
 
 def _nnx(config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str) -> Model:
     layer = weights.from_canonical(config, params, param_dtype=dtype)
+    # The specification is the function in evaluation.
+    layer.eval()
     graph, state = nnx.split(layer)
 
     def attention(state: Any, x: jax.Array) -> jax.Array:
@@ -122,13 +124,19 @@ def _linen(config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str)
     module, variables = linen.from_canonical(config, params, param_dtype=dtype)
 
     def attention(params: Any, x: jax.Array) -> jax.Array:
-        _, sown = module.apply({"params": params}, x, sow_weights=True, mutable=["intermediates"])
+        _, sown = module.apply(
+            variables | {"params": params},
+            x,
+            sow_weights=True,
+            use_running_average=True,
+            mutable=["intermediates"],
+        )
         return sown["intermediates"]["attention_weights"][0]
 
     return Model(
         config,
         variables["params"],
-        lambda params, x: module.apply({"params": params}, x),
+        lambda params, x: module.apply(variables | {"params": params}, x, use_running_average=True),
         attention,
         lambda: linen.to_canonical(module, variables),
     )

@@ -5,6 +5,7 @@ Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, se
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY
+from functools import partial
 from typing import Any, Self
 
 import flax.linen as nn
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 import selfattn_core
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.config import check_options
-from selfattn_core.params import check_params, projections
+from selfattn_core.params import check_params, projections, state_table
 from selfattn_core.weights import PathLike
 from selfattn_flax.maps import unflatten
 from selfattn_flax.nnx import KERNEL_INIT, ZEROS_INIT, pool, residual, rows
+from selfattn_flax.spectral_norm import LinenSpectralConv
 from selfattn_flax.weights import to_numpy, to_tree
 from selfattn_ops.blocks import check_block_size
 from selfattn_ops.jax import attend, attend_with_map
@@ -42,7 +44,8 @@ class SelfAttention2D(nn.Module):
     Unlike `nn.MultiHeadDotProductAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value
     differ. The children `query`, `key`, `value` (and `out`) are plain 1×1 `nn.Conv`; the paper's f is `key` and its g
     is `query`, much PyTorch code has them the other way round, and the paper's h is `value`. The parameters are the
-    tree of `selfattn_flax.SelfAttention2D`.
+    tree of `selfattn_flax.SelfAttention2D`. With `spectral_norm` the children are
+    `selfattn_flax.spectral_norm.LinenSpectralConv`, which apply their raw kernel over its spectral norm.
 
     | array | shape |
     |---|---|
@@ -55,6 +58,9 @@ class SelfAttention2D(nn.Module):
         out_projection: whether `out` takes A v from Dv back to C channels; needed where Dv differs from C.
         use_bias: whether the projections have biases.
         kv_pool: side of the max-pooling window over key and value; 1 is none.
+        spectral_norm: whether the kernels are divided by their spectral norms. The collection "batch_stats" then holds
+            the estimate of the norms, and `use_running_average` must be given, as for `nn.BatchNorm`: False, with
+            `mutable=["batch_stats"]`, improves the estimate by one power iteration; True changes nothing.
         block_size: query positions attended from at a time; None chooses by size. Changes memory, not the result.
         dtype: of the computation and of y; by default promoted from x and the parameters. Whatever it is, the softmax
             and the residual are computed in at least float32.
@@ -63,6 +69,8 @@ class SelfAttention2D(nn.Module):
         kernel_init: of the kernels.
         bias_init: of the biases.
         gamma_init: of gamma.
+        use_running_average: with `spectral_norm`, whether the layer is in evaluation (True) or in training (False);
+            here, or when it is called.
 
     Raises:
         ValueError: if the options do not make a layer, or (when called) the input's shape does not fit.
@@ -85,6 +93,7 @@ class SelfAttention2D(nn.Module):
     out_projection: bool = False
     use_bias: bool = True
     kv_pool: int = 1
+    spectral_norm: bool = False
     block_size: int | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -92,6 +101,7 @@ class SelfAttention2D(nn.Module):
     kernel_init: Initializer = KERNEL_INIT
     bias_init: Initializer = ZEROS_INIT
     gamma_init: Initializer = ZEROS_INIT
+    use_running_average: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse options that no number of channels could mend."""
@@ -101,6 +111,7 @@ class SelfAttention2D(nn.Module):
             out_projection=self.out_projection,
             use_bias=self.use_bias,
             kv_pool=self.kv_pool,
+            spectral_norm=self.spectral_norm,
         )
         check_block_size(self.block_size)
         super().__post_init__()
@@ -117,6 +128,7 @@ class SelfAttention2D(nn.Module):
         kernel_init: Initializer = KERNEL_INIT,
         bias_init: Initializer = ZEROS_INIT,
         gamma_init: Initializer = ZEROS_INIT,
+        use_running_average: bool | None = None,
         name: str | None = None,
     ) -> Self:
         """A new module of this config; its channels follow from the input all the same."""
@@ -126,6 +138,7 @@ class SelfAttention2D(nn.Module):
             out_projection=config.out_projection,
             use_bias=config.use_bias,
             kv_pool=config.kv_pool,
+            spectral_norm=config.spectral_norm,
             block_size=block_size,
             dtype=dtype,
             param_dtype=param_dtype,
@@ -133,6 +146,7 @@ class SelfAttention2D(nn.Module):
             kernel_init=kernel_init,
             bias_init=bias_init,
             gamma_init=gamma_init,
+            use_running_average=use_running_average,
             name=name,
         )
 
@@ -151,12 +165,15 @@ class SelfAttention2D(nn.Module):
         return _config(self, _channels(self.get_variable("params", "query")))
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, sow_weights: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, sow_weights: bool = False, use_running_average: bool | None = None
+    ) -> jax.Array:
         """The output; on request the map is sown, which takes N·M numbers of memory.
 
         Args:
             x: (…, H, W, C).
             sow_weights: whether to sow A as "attention_weights" into the collection "intermediates".
+            use_running_average: as in the constructor, where it is not given there; ignored without `spectral_norm`.
         """
         x = jnp.asarray(x)
         config = self.config if self.has_variable("params", "query") else self._inferred(x.shape)
@@ -167,8 +184,12 @@ class SelfAttention2D(nn.Module):
             dtype=x.dtype,
             floating=jnp.issubdtype(x.dtype, jnp.floating),
         )
+        conv = nn.Conv
+        if self.spectral_norm:
+            evaluates = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+            conv = partial(LinenSpectralConv, use_running_average=evaluates)
         convs = {
-            name: nn.Conv(
+            name: conv(
                 channels,
                 (1, 1),
                 use_bias=self.use_bias,
@@ -232,15 +253,15 @@ def attention_grid(module: SelfAttention2D, variables: Mapping[str, Any], x: jax
 
 
 def to_canonical(module: SelfAttention2D, variables: Mapping[str, Any]) -> dict[str, Array]:
-    """The layer's weights as new, contiguous numpy arrays by canonical name.
+    """The layer's weights, and with spectral norm its state, as new, contiguous numpy arrays by canonical name.
 
     Args:
         module: the layer, bound or not.
-        variables: its variables, {"params": {"query": …, …}}, with or without partitioning metadata; bfloat16 is
-            widened to float32, which is exact.
+        variables: its variables, {"params": {"query": …, …}} and with spectral norm {"batch_stats": …}, with or
+            without partitioning metadata; bfloat16 is widened to float32, which is exact.
 
     Returns:
-        Kernels (C_in, C_out), biases (C_out,), gamma (1,).
+        Kernels (C_in, C_out), biases (C_out,), gamma (1,); with spectral norm the kernels are the raw ones.
 
     Raises:
         ValueError: if the variables are not those of this module; lists every problem.
@@ -295,7 +316,12 @@ def from_canonical(
         precision=precision,
         name=name,
     )
-    return module, {"params": tree}
+    flat = traverse_util.flatten_dict(tree, sep=".")
+    state = {name: flat.pop(name) for name in state_table(config)}
+    variables = {"params": flat, "batch_stats": state} if state else {"params": flat}
+    return module, {
+        collection: traverse_util.unflatten_dict(arrays, sep=".") for collection, arrays in variables.items()
+    }
 
 
 def load(
@@ -378,6 +404,7 @@ def _config(module: SelfAttention2D, channels: int) -> SelfAttentionConfig:
         out_projection=module.out_projection,
         use_bias=module.use_bias,
         kv_pool=module.kv_pool,
+        spectral_norm=module.spectral_norm,
     )
 
 
@@ -389,7 +416,10 @@ def _channels(query: Mapping[str, Any]) -> int:
 def _weights(
     module: SelfAttention2D, variables: Mapping[str, Any]
 ) -> tuple[SelfAttentionConfig, dict[str, Array]]:
-    flat = traverse_util.flatten_dict(nn.meta.unbox(variables).get("params", {}), sep=".")
+    unboxed = nn.meta.unbox(variables)
+    flat = traverse_util.flatten_dict(unboxed.get("params", {}), sep=".")
+    if module.spectral_norm:
+        flat |= traverse_util.flatten_dict(unboxed.get("batch_stats", {}), sep=".")
     arrays = {name: to_numpy(array) for name, array in flat.items()}
     if "query.kernel" not in arrays or arrays["query.kernel"].ndim != 2:
         raise ValueError(

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.params import projections
+from selfattn_flax.spectral_norm import NNXSpectralConv
 from selfattn_ops.blocks import check_block_size
 from selfattn_ops.jax import attend, attend_with_map
 
@@ -30,7 +31,8 @@ class SelfAttention2D(nnx.Module):
 
     Unlike `nnx.MultiHeadAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value differ. The
     children `query`, `key`, `value` (and `out`) are plain 1×1 `nnx.Conv`; the paper's f is `key` and its g is
-    `query`, much PyTorch code has them the other way round, and the paper's h is `value`.
+    `query`, much PyTorch code has them the other way round, and the paper's h is `value`. With `spectral_norm` they are
+    `selfattn_flax.spectral_norm.NNXSpectralConv`, which apply their raw kernel over its spectral norm.
 
     | array | shape |
     |---|---|
@@ -44,6 +46,9 @@ class SelfAttention2D(nnx.Module):
         out_projection: whether `out` takes A v from Dv back to C channels; needed where Dv differs from C.
         use_bias: whether the projections have biases.
         kv_pool: side of the max-pooling window over key and value; 1 is none.
+        spectral_norm: whether the kernels are divided by their spectral norms. A call in training mode improves the
+            estimate of the norms by one power iteration, which is kept in `nnx.BatchStat` variables; one in evaluation
+            mode changes nothing. As with `nnx.BatchNorm`, a new layer is in training mode: see `train` and `eval`.
         block_size: query positions attended from at a time; None chooses by size. Changes memory, not the result.
         dtype: of the computation and of y; by default promoted from x and the parameters. Whatever it is, the softmax
             and the residual are computed in at least float32.
@@ -77,6 +82,7 @@ class SelfAttention2D(nnx.Module):
         out_projection: bool = False,
         use_bias: bool = True,
         kv_pool: int = 1,
+        spectral_norm: bool = False,
         block_size: int | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -93,13 +99,14 @@ class SelfAttention2D(nnx.Module):
             out_projection=out_projection,
             use_bias=use_bias,
             kv_pool=kv_pool,
+            spectral_norm=spectral_norm,
         )
         self.block_size = check_block_size(block_size)
         self.dtype = dtype
-        for name, (channels_in, channels_out) in projections(self.config).items():
-            conv = nnx.Conv(
-                channels_in,
-                channels_out,
+        conv = NNXSpectralConv if spectral_norm else nnx.Conv
+        for name, widths in projections(self.config).items():
+            child = conv(
+                *widths,
                 (1, 1),
                 use_bias=use_bias,
                 dtype=dtype,
@@ -109,7 +116,7 @@ class SelfAttention2D(nnx.Module):
                 bias_init=bias_init,
                 rngs=rngs,
             )
-            setattr(self, name, conv)
+            setattr(self, name, child)
         self.gamma = nnx.Param(gamma_init(rngs.params(), (1,), param_dtype))
 
     @classmethod
@@ -134,6 +141,7 @@ class SelfAttention2D(nnx.Module):
             out_projection=config.out_projection,
             use_bias=config.use_bias,
             kv_pool=config.kv_pool,
+            spectral_norm=config.spectral_norm,
             block_size=block_size,
             dtype=dtype,
             param_dtype=param_dtype,

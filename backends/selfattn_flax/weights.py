@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.params import check_params, widen
+from selfattn_core.params import check_params, state_table, widen
 from selfattn_core.weights import PathLike
 from selfattn_flax.nnx import SelfAttention2D
 
@@ -20,19 +20,19 @@ Array = NDArray[Any]
 
 
 def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
-    """The layer's weights as new, contiguous numpy arrays by canonical name.
+    """The layer's weights, and with spectral norm its state, as new, contiguous numpy arrays by canonical name.
 
     Args:
         layer: on any device; bfloat16 is widened to float32, which is exact.
 
     Returns:
-        Kernels (C_in, C_out), biases (C_out,), gamma (1,).
+        Kernels (C_in, C_out), biases (C_out,), gamma (1,); with spectral norm the kernels are the raw ones.
 
     Example:
         >>> to_canonical(SelfAttention2D(16, rngs=nnx.Rngs(0)))["query.kernel"].shape
         (16, 2)
     """
-    names = parameter_table(layer.config)
+    names = parameter_table(layer.config) | state_table(layer.config)
     return {name: to_numpy(_parameter(layer, name)[...]) for name in names}
 
 
@@ -147,7 +147,7 @@ def to_numpy(parameter: jax.Array) -> Array:
 def to_tree(
     config: SelfAttentionConfig, params: Mapping[str, Array], param_dtype: DTypeLike | None
 ) -> dict[str, Any]:
-    """Canonical arrays as the tree of parameters that NNX and Linen have alike.
+    """Canonical arrays as the tree that NNX has, and Linen too, but for the state, which it keeps apart.
 
     Args:
         config: which layer.
@@ -155,7 +155,8 @@ def to_tree(
         param_dtype: of the parameters; None keeps that of the arrays.
 
     Returns:
-        {"query": {"kernel": (1, 1, C, Dk), "bias": (Dk,)}, …, "gamma": (1,)}, new arrays.
+        {"query": {"kernel": (1, 1, C, Dk), "bias": (Dk,)}, …, "gamma": (1,)}, new arrays; with spectral norm, "u" (Dk,)
+        and "v" (C,) stand beside each kernel.
 
     Raises:
         ValueError: if the arrays do not fit the config (lists every problem), or float64 is wanted and JAX has none.

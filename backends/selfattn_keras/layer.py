@@ -16,6 +16,7 @@ from keras import ops
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.config import check_options
 from selfattn_core.params import projections
+from selfattn_keras.spectral_norm import SpectralConv2D
 from selfattn_ops.blocks import check_block_size
 
 # Tensors of the backend, symbolic or not; Keras has no common type for them.
@@ -48,7 +49,8 @@ class SelfAttention2D(keras.layers.Layer):
     Unlike `keras.layers.MultiHeadAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value
     differ. The children `query`, `key`, `value` (and `out`) are plain 1×1 `Conv2D`; the paper's f is `key` and its g
     is `query`, much PyTorch code has them the other way round, and the paper's h is `value`. They are channels-last in
-    both data formats, and have the same weights in both.
+    both data formats, and have the same weights in both. With `spectral_norm` they are
+    `selfattn_keras.spectral_norm.SpectralConv2D`, which apply their raw kernel over its spectral norm.
 
     | array | shape |
     |---|---|
@@ -61,6 +63,8 @@ class SelfAttention2D(keras.layers.Layer):
         out_projection: whether `out` takes A v from Dv back to C channels; needed where Dv differs from C.
         use_bias: whether the projections have biases.
         kv_pool: side of the max-pooling window over key and value; 1 is none.
+        spectral_norm: whether the kernels are divided by their spectral norms. A call with `training=True` improves the
+            estimate of the norms by one power iteration; any other call changes nothing.
         block_size: query positions attended from at a time; None chooses by size. Changes memory, not the result.
         data_format: "channels_last" or "channels_first"; by default that of the Keras configuration.
         kernel_initializer: of the projections. Every projection has its own copy, and where there is a seed, its own
@@ -97,6 +101,7 @@ class SelfAttention2D(keras.layers.Layer):
         out_projection: bool = False,
         use_bias: bool = True,
         kv_pool: int = 1,
+        spectral_norm: bool = False,
         block_size: int | None = None,
         data_format: str | None = None,
         kernel_initializer: Any = "glorot_uniform",
@@ -112,7 +117,12 @@ class SelfAttention2D(keras.layers.Layer):
     ) -> None:
         super().__init__(**kwargs)
         check_options(
-            qk_channels, value_channels, out_projection=out_projection, use_bias=use_bias, kv_pool=kv_pool
+            qk_channels,
+            value_channels,
+            out_projection=out_projection,
+            use_bias=use_bias,
+            kv_pool=kv_pool,
+            spectral_norm=spectral_norm,
         )
         data_format = keras.config.image_data_format() if data_format is None else data_format
         if data_format not in ("channels_last", "channels_first"):
@@ -125,6 +135,7 @@ class SelfAttention2D(keras.layers.Layer):
         self.out_projection = out_projection
         self.use_bias = use_bias
         self.kv_pool = kv_pool
+        self.spectral_norm = spectral_norm
         self.block_size = check_block_size(block_size)
         self.data_format = data_format
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -167,6 +178,7 @@ class SelfAttention2D(keras.layers.Layer):
             out_projection=config.out_projection,
             use_bias=config.use_bias,
             kv_pool=config.kv_pool,
+            spectral_norm=config.spectral_norm,
             block_size=block_size,
             data_format=data_format,
             kernel_initializer=kernel_initializer,
@@ -201,8 +213,9 @@ class SelfAttention2D(keras.layers.Layer):
         """Create the projections and gamma for the channels of this input."""
         config = self._config_for(input_shape)
         config.check_input(input_shape, layout=self._layout, layer="SelfAttention2D")
+        conv2d = SpectralConv2D if self.spectral_norm else keras.layers.Conv2D
         for name, (channels_in, channels_out) in projections(config).items():
-            conv = keras.layers.Conv2D(
+            conv = conv2d(
                 channels_out,
                 1,
                 data_format="channels_last",
@@ -237,28 +250,29 @@ class SelfAttention2D(keras.layers.Layer):
             self._check(x)
         return super().__call__(x, *args, **kwargs)
 
-    def call(self, x: Tensor, *, return_attention_scores: bool = False) -> Any:
+    def call(self, x: Tensor, *, return_attention_scores: bool = False, training: bool | None = None) -> Any:
         """The output, and the map if asked for, which takes N·M numbers of memory.
 
         Args:
             x: (B, H, W, C) or (B, C, H, W), as `data_format` says.
             return_attention_scores: whether to return (y, A) instead of y.
+            training: whether this is a step of training, which matters to spectral norm alone.
         """
         self._check(x)
         # TensorFlow's CPU has no channels-first convolution for every dtype, and Keras adds the bias of one to the wrong
         # axis where W equals the number of channels. To a 1×1 kernel the two formats are one.
         maps = x if self.data_format == "channels_last" else ops.transpose(x, (0, 2, 3, 1))  # (B, H, W, C)
         batch, height, width = ops.shape(maps)[:3]
-        query = _rows(_apply(self.query, maps))  # (B, N, Dk)
-        key = _rows(_pool(_apply(self.key, maps), self.kv_pool))  # (B, M, Dk)
-        value = _rows(_pool(_apply(self.value, maps), self.kv_pool))  # (B, M, Dv)
+        query = _rows(_apply(self.query, maps, training))  # (B, N, Dk)
+        key = _rows(_pool(_apply(self.key, maps, training), self.kv_pool))  # (B, M, Dk)
+        value = _rows(_pool(_apply(self.value, maps, training), self.kv_pool))  # (B, M, Dv)
         if return_attention_scores:
             attended, attention = _ops.attend_with_map(query, key, value, block_size=self.block_size)
         else:
             attended = _ops.attend(query, key, value, block_size=self.block_size)  # (B, N, Dv)
         attended = ops.reshape(attended, (batch, height, width, value.shape[-1]))  # (B, H, W, Dv)
         if self.out_projection:
-            attended = _apply(self.out, attended)  # (B, H, W, C)
+            attended = _apply(self.out, attended, training)  # (B, H, W, C)
         arithmetic = "float64" if self.compute_dtype == "float64" else "float32"
         gamma, attended, maps = (ops.cast(term, arithmetic) for term in (self.gamma, attended, maps))
         y = ops.cast(gamma * attended + maps, self.compute_dtype)  # (B, H, W, C)
@@ -269,7 +283,13 @@ class SelfAttention2D(keras.layers.Layer):
         """The shape of y, which is that of x."""
         return tuple(input_shape)
 
-    def compute_output_spec(self, x: Tensor, *, return_attention_scores: bool = False) -> Any:
+    def compute_output_spec(
+        self,
+        x: Tensor,
+        *,
+        return_attention_scores: bool = False,
+        training: bool | None = None,  # noqa: ARG002 - shapes are the same
+    ) -> Any:
         """Shapes and dtypes of what `call` returns; sizes that are not known yet stay None."""
         self._check(x)
         y = keras.KerasTensor(x.shape, dtype=self.compute_dtype)
@@ -286,7 +306,14 @@ class SelfAttention2D(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """Every argument of the constructor, as `from_config` takes them."""
         config: dict[str, Any] = super().get_config()
-        for name in ("qk_channels", "value_channels", "out_projection", "use_bias", "kv_pool"):
+        for name in (
+            "qk_channels",
+            "value_channels",
+            "out_projection",
+            "use_bias",
+            "kv_pool",
+            "spectral_norm",
+        ):
             config[name] = getattr(self, name)
         config |= {"block_size": self.block_size, "data_format": self.data_format}
         for name in ("kernel", "bias", "gamma"):
@@ -311,6 +338,7 @@ class SelfAttention2D(keras.layers.Layer):
             out_projection=self.out_projection,
             use_bias=self.use_bias,
             kv_pool=self.kv_pool,
+            spectral_norm=self.spectral_norm,
         )
 
     def _check(self, x: Tensor) -> None:
@@ -356,11 +384,13 @@ def _rows(maps: Tensor) -> Tensor:
     return ops.reshape(maps, (batch, height * width, channels))
 
 
-def _apply(child: Any, maps: Tensor) -> Tensor:
+def _apply(child: Any, maps: Tensor, training: bool | None) -> Tensor:
     """What the child gives, which for an empty batch on TensorFlow would have the shape of the child's input."""
+    # Handed on, since Keras' own context knows it in `__call__`, but not in `stateless_call`.
+    mode = {} if training is None else {"training": training}
     if keras.backend.backend() == "tensorflow" and maps.shape[0] == 0:
-        return child(ops.pad(maps, ((0, 1), (0, 0), (0, 0), (0, 0))))[:0]
-    return child(maps)
+        return child(ops.pad(maps, ((0, 1), (0, 0), (0, 0), (0, 0))), **mode)[:0]
+    return child(maps, **mode)
 
 
 def _own(option: Any, child: str) -> Any:

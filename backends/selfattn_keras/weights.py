@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.params import check_params, widen
+from selfattn_core.params import check_params, state_table, widen
 from selfattn_core.weights import PathLike
 from selfattn_keras.layer import SelfAttention2D
 
@@ -18,13 +18,13 @@ Array = NDArray[Any]
 
 
 def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
-    """The layer's weights as new, contiguous numpy arrays by canonical name.
+    """The layer's weights, and with spectral norm its state, as new, contiguous numpy arrays by canonical name.
 
     Args:
         layer: built, on any device; bfloat16 is widened to float32, which is exact.
 
     Returns:
-        Kernels (C_in, C_out), biases (C_out,), gamma (1,).
+        Kernels (C_in, C_out), biases (C_out,), gamma (1,); with spectral norm the kernels are the raw ones.
 
     Raises:
         ValueError: if the layer is not built yet.
@@ -34,7 +34,7 @@ def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
         (16, 2)
     """
     params = {}
-    for row in parameter_table(layer.config).values():
+    for row in (parameter_table(layer.config) | state_table(layer.config)).values():
         array = widen(keras.ops.convert_to_numpy(variable(layer, row.name)))
         params[row.name] = np.array(array.reshape(row.shape), order="C")
     return params

@@ -37,7 +37,8 @@ class TorchBackend:
     ) -> Model:
         """The layer, and the memory format its inputs come in."""
         memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-        return from_canonical(config, params, dtype=getattr(torch, dtype)), memory_format
+        # The specification is the function in evaluation.
+        return from_canonical(config, params, dtype=getattr(torch, dtype)).eval(), memory_format
 
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""

@@ -14,6 +14,7 @@ from selfattn_ops.blocks import check_block_size
 from selfattn_ops.torch import attend, attend_with_map
 from selfattn_torch.migrate import accept_older
 from selfattn_torch.projection import Projection, project
+from selfattn_torch.spectral_norm import SpectralConv2d
 
 
 class SelfAttention2d(nn.Module):
@@ -25,7 +26,8 @@ class SelfAttention2d(nn.Module):
 
     Unlike `nn.MultiheadAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value differ. The
     children `query`, `key`, `value` (and `out`) are plain 1×1 `nn.Conv2d`; the paper's f is `key` and its g is
-    `query`, much PyTorch code has them the other way round, and the paper's h is `value`.
+    `query`, much PyTorch code has them the other way round, and the paper's h is `value`. With `spectral_norm` they are
+    `selfattn_torch.spectral_norm.SpectralConv2d`, which apply their raw weight over its spectral norm.
 
     | array | shape |
     |---|---|
@@ -39,6 +41,8 @@ class SelfAttention2d(nn.Module):
         out_projection: whether `out` takes A v from Dv back to C channels; needed where Dv differs from C.
         bias: whether the projections have biases.
         kv_pool: side of the max-pooling window over key and value; 1 is none.
+        spectral_norm: whether the kernels are divided by their spectral norms. A forward pass in training mode improves
+            the estimate of the norms by one power iteration; one in evaluation mode changes nothing.
         block_size: query positions attended from at a time; None chooses by size. Changes memory, not the result.
         device: of the parameters.
         dtype: of the parameters.
@@ -68,6 +72,7 @@ class SelfAttention2d(nn.Module):
         out_projection: bool = False,
         bias: bool = True,
         kv_pool: int = 1,
+        spectral_norm: bool = False,
         block_size: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -80,12 +85,12 @@ class SelfAttention2d(nn.Module):
             out_projection=out_projection,
             use_bias=bias,
             kv_pool=kv_pool,
+            spectral_norm=spectral_norm,
         )
         self.block_size = check_block_size(block_size)
-        for name, (channels_in, channels_out) in projections(self.config).items():
-            self.add_module(
-                name, Projection(channels_in, channels_out, 1, bias=bias, device=device, dtype=dtype)
-            )
+        conv = SpectralConv2d if spectral_norm else Projection
+        for name, widths in projections(self.config).items():
+            self.add_module(name, conv(*widths, 1, bias=bias, device=device, dtype=dtype))
         self.gamma = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
         self.register_load_state_dict_pre_hook(accept_older)
 
@@ -106,13 +111,14 @@ class SelfAttention2d(nn.Module):
             out_projection=config.out_projection,
             bias=config.use_bias,
             kv_pool=config.kv_pool,
+            spectral_norm=config.spectral_norm,
             block_size=block_size,
             device=device,
             dtype=dtype,
         )
 
     def reset_parameters(self) -> None:
-        """Draw new parameters: Glorot-uniform kernels, zero biases, zero gamma."""
+        """Draw new parameters: Glorot-uniform kernels, zero biases, zero gamma; and the state of spectral norm."""
         for name in projections(self.config):
             self.get_submodule(name).reset_parameters()
         nn.init.zeros_(self.gamma)

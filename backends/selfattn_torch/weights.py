@@ -1,6 +1,7 @@
 """Weights of the PyTorch layer to and from canonical arrays and files."""
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -10,22 +11,23 @@ from torch import nn
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.params import check_params, projections
+from selfattn_core.params import check_params, projections, state_table
 from selfattn_core.weights import PathLike
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.projection import Projection
+from selfattn_torch.spectral_norm import SpectralConv2d
 
 Array = NDArray[Any]
 
 
 def to_canonical(layer: SelfAttention2d) -> dict[str, Array]:
-    """The layer's weights as new, contiguous numpy arrays by canonical name.
+    """The layer's weights, and with spectral norm its state, as new, contiguous numpy arrays by canonical name.
 
     Args:
         layer: on any device; bfloat16 is widened to float32, which is exact.
 
     Returns:
-        Kernels (C_in, C_out), biases (C_out,), gamma (1,).
+        Kernels (C_in, C_out), biases (C_out,), gamma (1,); with spectral norm the kernels are the raw ones.
 
     Raises:
         ValueError: if a projection is not a plain convolution: its kernel is then not what the layer computes with.
@@ -36,13 +38,13 @@ def to_canonical(layer: SelfAttention2d) -> dict[str, Array]:
     """
     _check_plain(layer)
     params = {}
-    for row in parameter_table(layer.config).values():
-        tensor = _parameter(layer, row.name).detach().cpu()
+    for name in parameter_table(layer.config) | state_table(layer.config):
+        tensor = attrgetter(name.replace("kernel", "weight"))(layer).detach().cpu()
         if tensor.dtype == torch.bfloat16:
             tensor = tensor.float()
-        if row.name.endswith("kernel"):
+        if name.endswith("kernel"):
             tensor = tensor[:, :, 0, 0].T
-        params[row.name] = np.array(tensor.numpy(), order="C")
+        params[name] = np.array(tensor.numpy(), order="C")
     return params
 
 
@@ -138,23 +140,19 @@ def save(layer: SelfAttention2d, path: PathLike, *, overwrite: bool = False, sou
 def _check_plain(layer: SelfAttention2d) -> None:
     """Refuse to take for the layer's kernel what a parametrization, an adapter or a hook makes another one of."""
     problems = []
+    expected = (SpectralConv2d,) if layer.config.spectral_norm else (Projection, nn.Conv2d)
     for name in projections(layer.config):
         child = layer.get_submodule(name)
-        if type(child) not in (Projection, nn.Conv2d):
+        if type(child) not in expected:
             problems.append(f"{name} is a {type(child).__name__}")
         elif "weight" not in dict(child.named_parameters(recurse=False)):
             problems.append(f"the weight of {name} is computed by a hook")
     if problems:
         raise ValueError(
-            f"SelfAttention2d: got a layer of which {', '.join(problems)}; expected plain convolutions, whose weights are "
-            "what they compute with: merge an adapter into its base, and take parametrizations and hooks off, for example "
+            f"SelfAttention2d: got a layer of which {', '.join(problems)}; expected the convolutions it was made with, "
+            "or plain ones, whose weights are what they compute with: merge an adapter into its base, and take parametrizations and hooks off, for example "
             'torch.nn.utils.parametrize.remove_parametrizations(layer.query, "weight").'
         )
-
-
-def _parameter(layer: SelfAttention2d, name: str) -> torch.Tensor:
-    tensor: torch.Tensor = layer.get_parameter(name.replace("kernel", "weight"))
-    return tensor
 
 
 def _tensor(array: Array) -> torch.Tensor:

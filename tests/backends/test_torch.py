@@ -135,7 +135,7 @@ def test_block_size_changes_nothing_but_memory():
 
 def test_repr_says_what_it_is():
     assert repr(SelfAttention2d(16, kv_pool=2)).splitlines()[1].strip() == (
-        "16, qk_channels=2, value_channels=16, out_projection=False, kv_pool=2, bias=True"
+        "16, qk_channels=2, value_channels=16, out_projection=False, kv_pool=2, spectral_norm=False, bias=True"
     )
 
 

@@ -1,0 +1,187 @@
+"""1×1 convolutions divided by their spectral norm, for NNX and for Linen; the numerics are `selfattn_core.spectral_norm`'s.
+
+Both apply kernel / sigma, sigma = vᵀ K u, where K is `kernel` as (C_in, C_out). `kernel` is the raw kernel, which is what
+is trained. A call with `use_running_average=False` first moves u and v by one power iteration, one with True does not;
+both are constants to the gradient, which goes through K in sigma. Unlike Flax's own two `SpectralNorm` they leave the raw
+kernel as it is, and iterate nothing in evaluation.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.linen.dtypes import promote_dtype
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+from selfattn_core.spectral_norm import EPS, WARM_UP
+
+__all__ = ["LinenSpectralConv", "NNXSpectralConv"]
+
+_GLOROT: Initializer = jax.nn.initializers.glorot_uniform()
+
+
+class NNXSpectralConv(nnx.Conv):
+    """A 1×1 `nnx.Conv` with spectral norm; u (C_out,) and v (C_in,) are `nnx.BatchStat`, as the state of `nnx.BatchNorm`.
+
+    It begins in training mode; `train()`, `eval()` and `nnx.view(…, use_running_average=True)` change that.
+
+    Args:
+        in_features: C_in.
+        out_features: C_out.
+        kernel_size: (1, 1); there for the sake of the signature of `nnx.Conv`.
+        use_bias: whether there is a bias.
+        dtype: of the computation; by default promoted from the inputs and the parameters.
+        param_dtype: of the parameters and the state.
+        precision: of the product of inputs and kernel.
+        kernel_init: of the kernel.
+        bias_init: of the bias.
+        rngs: where the initial parameters and the initial v come from.
+
+    Example:
+        >>> conv = NNXSpectralConv(6, 3, rngs=nnx.Rngs(0))
+        >>> for _ in range(100):
+        ...     y = conv(jnp.ones((1, 2, 2, 6)))
+        >>> conv.eval()
+        >>> round(float(jnp.linalg.norm(conv.normalised_kernel()[0, 0], 2)), 3)
+        1.0
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: tuple[int, int] = (1, 1),
+        *,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        kernel_init: Initializer = _GLOROT,
+        bias_init: Initializer = jax.nn.initializers.zeros,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            rngs=rngs,
+        )
+        u = _initial_u(rngs.params(), self.kernel[...])
+        self.u = nnx.BatchStat(u)
+        self.v = nnx.BatchStat(_following_v(self.kernel[...], u))
+        self.use_running_average = False
+
+    def normalised_kernel(self) -> jax.Array:
+        """The kernel that is applied, (1, 1, C_in, C_out); in training mode, after one power iteration."""
+        kernel = self.kernel[...]
+        if not self.use_running_average:
+            self.u[...], self.v[...] = _power_iteration(kernel, self.v[...])
+        return _normalised(kernel, self.u[...], self.v[...])
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """The convolution of the inputs (…, C_in)."""
+        bias = None if self.bias is None else self.bias[...]
+        return _apply(inputs, self.normalised_kernel(), bias, self.dtype, self.precision)
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `nnx.view` calls."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+class LinenSpectralConv(nn.Conv):
+    """A 1×1 `nn.Conv` with spectral norm; u (C_out,) and v (C_in,) are in the collection "batch_stats", as for `nn.BatchNorm`.
+
+    Args:
+        use_running_average: False moves u and v first, except in initialisation, which only makes them. The other
+            fields are those of `nn.Conv`.
+
+    Example:
+        >>> x = jnp.ones((1, 2, 2, 6))
+        >>> conv = LinenSpectralConv(3, (1, 1), use_running_average=False)
+        >>> variables = conv.init(jax.random.key(0), x)
+        >>> y, moved = conv.apply(variables, x, mutable=["batch_stats"])
+        >>> sorted(moved["batch_stats"])
+        ['u', 'v']
+    """
+
+    use_running_average: bool = True
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """The convolution of the inputs (…, C_in)."""
+        widths = (inputs.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, (1, 1, *widths), self.param_dtype)
+        bias = self.param("bias", self.bias_init, widths[1:], self.param_dtype) if self.use_bias else None
+        u = self.variable("batch_stats", "u", lambda: _initial_u(self.make_rng("params"), kernel))
+        v = self.variable("batch_stats", "v", lambda: _following_v(kernel, u.value))
+        if not (self.use_running_average or self.is_initializing()):
+            u.value, v.value = _power_iteration(kernel, v.value)
+        return _apply(inputs, _normalised(kernel, u.value, v.value), bias, self.dtype, self.precision)
+
+
+def _initial_u(key: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The u of a new layer: from power iterations on its kernel that begin at a standard normal v."""
+    matrix = _matrix(kernel)
+    v = jax.random.normal(key, matrix.shape[:1], matrix.dtype)
+    u = jax.lax.fori_loop(0, WARM_UP - 1, lambda _, u: _forth(matrix, _back(matrix, u)), _forth(matrix, v))
+    return u.astype(kernel.dtype)
+
+
+def _following_v(kernel: jax.Array, u: jax.Array) -> jax.Array:
+    """The v that belongs to an initial u."""
+    matrix = _matrix(kernel)
+    return _back(matrix, u.astype(matrix.dtype)).astype(u.dtype)
+
+
+def _power_iteration(kernel: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The state after one more power iteration."""
+    matrix = jax.lax.stop_gradient(_matrix(kernel))
+    u = _forth(matrix, v.astype(matrix.dtype))
+    return u.astype(v.dtype), _back(matrix, u).astype(v.dtype)
+
+
+def _normalised(kernel: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+    """The kernel over sigma."""
+    matrix = _matrix(kernel)
+    u, v = (jax.lax.stop_gradient(vector.astype(matrix.dtype)) for vector in (u, v))
+    sigma = jnp.sum(matrix * v[:, None] * u)
+    return (matrix / sigma).astype(kernel.dtype)[None, None]
+
+
+def _matrix(kernel: jax.Array) -> jax.Array:
+    """K, (C_in, C_out), in at least float32."""
+    return kernel[0, 0].astype(jnp.promote_types(kernel.dtype, jnp.float32))
+
+
+# Products and sums: a matrix product may be rounded on an accelerator.
+def _forth(matrix: jax.Array, v: jax.Array) -> jax.Array:
+    return _unit(jnp.sum(matrix * v[:, None], 0))
+
+
+def _back(matrix: jax.Array, u: jax.Array) -> jax.Array:
+    return _unit(jnp.sum(matrix * u, 1))
+
+
+def _unit(vector: jax.Array) -> jax.Array:
+    return vector / jnp.maximum(jnp.sqrt(jnp.sum(vector**2)), EPS)
+
+
+def _apply(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    dtype: DTypeLike | None,
+    precision: jax.lax.PrecisionLike,
+) -> jax.Array:
+    """What `Conv` does with a 1×1 kernel."""
+    inputs, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=dtype)
+    outputs = jnp.matmul(inputs, kernel[0, 0], precision=precision)
+    return outputs if bias is None else outputs + bias

@@ -1,0 +1,290 @@
+"""Spectral norm in the Keras layer: state and mode, through Keras' machinery, against the specification."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec
+from selfattn_core.params import fold_spectral_norm, projections, state_table
+from selfattn_keras import SelfAttention2D, from_canonical, load, save, to_canonical
+from selfattn_keras.spectral_norm import SpectralConv2D
+from selfattn_keras.weights import variable
+
+FRAMEWORK = keras.backend.backend()
+CONFIG = SelfAttentionConfig(11, 3, 5, out_projection=True, kv_pool=2, spectral_norm=True)
+# float64 exists in JAX only where the process asked for it, which this one has not.
+DTYPE = "float32" if FRAMEWORK == "jax" else "float64"
+EPS = float(np.finfo(DTYPE).eps)
+
+
+def designed(dtype=DTYPE, config=CONFIG):
+    """Canonical parameters with a state that is far from converged, and x (B, H, W, C)."""
+    generator = np.random.default_rng(2)
+    params = {name: generator.standard_normal(row.shape) for name, row in init_params(config, seed=0).items()}
+    params = {name: array.astype(dtype) for name, array in spec.power_iteration(config, params).items()}
+    return params, generator.standard_normal((2, 5, 7, config.channels)).astype(dtype)
+
+
+def wide(arrays):
+    return {name: array.astype(np.float64) for name, array in arrays.items()}
+
+
+def assert_near(got, want, ulps=256):
+    assert got.shape == want.shape
+    assert np.abs(np.float64(got) - want).max() <= ulps * EPS * np.abs(want).max()
+
+
+def assert_state(layer, want):
+    got = to_canonical(layer)
+    for name in state_table(layer.config):
+        assert_near(got[name], want[name], 32)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_a_training_call_moves_the_state_once_and_others_do_not(data_format):
+    params, x = designed()
+    layer = from_canonical(CONFIG, params, data_format=data_format)
+    maps = x if data_format == "channels_last" else x.transpose(0, 3, 1, 2)
+
+    def forward(**mode):
+        y = ops.convert_to_numpy(layer(maps, **mode))
+        return y if data_format == "channels_last" else y.transpose(0, 2, 3, 1)
+
+    exact, wide_x = wide(params), np.float64(x)
+    for mode in ({}, {"training": False}):
+        assert_near(forward(**mode), spec.forward(CONFIG, exact, wide_x))
+        assert all(np.array_equal(to_canonical(layer)[name], array) for name, array in params.items())
+    moved = spec.power_iteration(CONFIG, exact)
+    assert_near(forward(training=True), spec.forward(CONFIG, moved, wide_x))
+    assert_state(layer, moved)
+    _, attention = layer(maps, return_attention_scores=True)
+    assert_near(ops.convert_to_numpy(attention), spec.attention_map(CONFIG, moved, wide_x))
+    assert_state(layer, moved)
+    np.testing.assert_array_equal(to_canonical(layer)["query.kernel"], params["query.kernel"])
+
+
+def test_the_state_is_saved_but_not_trained():
+    layer = from_canonical(CONFIG, designed()[0])
+    assert {each.path.removeprefix(layer.name + "/") for each in layer.non_trainable_variables} == {
+        name.replace(".", "/") for name in state_table(CONFIG)
+    }
+    assert {each.path.removeprefix(layer.name + "/") for each in layer.trainable_variables} == {
+        name.replace(".", "/") for name in parameter_table(CONFIG)
+    }
+    assert all(isinstance(getattr(layer, name), SpectralConv2D) for name in projections(CONFIG))
+
+
+def _steps(layer, run):
+    """One descent per step, written with the framework's own derivatives: both terms share one forward pass."""
+    names = list(parameter_table(run.config))
+    variables = [variable(layer, name) for name in names]
+    if FRAMEWORK == "tensorflow":
+        import tensorflow as tf
+
+        @tf.function
+        def step(x, w):
+            with tf.GradientTape() as outer:
+                with tf.GradientTape() as inner:
+                    inner.watch(x)
+                    loss = tf.reduce_sum(w * layer(x, training=True))
+                dx = inner.gradient(loss, x)
+                total = loss + run.penalty * tf.reduce_sum(tf.square(dx))
+            sources = [each.value for each in variables]
+            for each, gradient in zip(
+                variables, outer.gradient(total, sources, unconnected_gradients="zero"), strict=True
+            ):
+                each.assign(each.value - run.rate * gradient)
+
+        for x, w in run.steps:
+            step(tf.constant(x), tf.constant(w))
+    elif FRAMEWORK == "torch":
+        import torch
+
+        for x, w in run.steps:
+            maps = torch.from_numpy(x).requires_grad_()
+            loss = (torch.from_numpy(w) * layer(maps, training=True)).sum()
+            (dx,) = torch.autograd.grad(loss, maps, create_graph=True)
+            total = loss + run.penalty * dx.square().sum()
+            sources = [each.value for each in variables]
+            for each, gradient in zip(variables, torch.autograd.grad(total, sources), strict=True):
+                each.assign(each.value.detach() - run.rate * gradient)
+    else:
+        import jax
+
+        def losses(trainable, state, x, w):
+            def scalar(x):
+                y, moved = layer.stateless_call(trainable, state, x, training=True)
+                return ops.sum(w * y), moved
+
+            (loss, moved), dx = jax.value_and_grad(scalar, has_aux=True)(x)
+            return loss + run.penalty * ops.sum(dx * dx), moved
+
+        @jax.jit
+        def step(trainable, state, x, w):
+            gradients, moved = jax.grad(losses, has_aux=True)(trainable, state, x, w)
+            return [each - run.rate * by for each, by in zip(trainable, gradients, strict=True)], moved
+
+        trainable, state = (
+            [each.value for each in variables]
+            for variables in (layer.trainable_variables, layer.non_trainable_variables)
+        )
+        for x, w in run.steps:
+            trainable, state = step(trainable, state, x, w)
+        for each, value in zip(
+            layer.trainable_variables + layer.non_trainable_variables, trainable + state, strict=True
+        ):
+            each.assign(value)
+
+
+def test_training_follows_the_specification(training_run):
+    run = training_run(DTYPE)
+    layer = from_canonical(run.config, run.start)
+    _steps(layer, run)
+    run.check(to_canonical(layer))
+
+
+def model_of(**options):
+    return keras.Sequential(
+        [
+            keras.Input((None, None, 11)),
+            SelfAttention2D(3, spectral_norm=True, name="attention", **options),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(1),
+        ]
+    )
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_fit_moves_the_state_and_predict_does_not(jit_compile):
+    if jit_compile and FRAMEWORK == "torch":
+        pytest.skip("Keras compiles nothing on torch's CPU without a C++ compiler to be found")
+    model = model_of()
+    layer = model.get_layer("attention")
+    layer.gamma.assign([0.5])
+    generator = np.random.default_rng(0)
+    x, y = generator.standard_normal((6, 3, 4, 11)), generator.standard_normal((6, 1))
+    model.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse", jit_compile=jit_compile)
+    before = to_canonical(layer)
+    model.predict(x, verbose=0)
+    assert all(np.array_equal(to_canonical(layer)[name], before[name]) for name in before)
+    model.fit(x, y, batch_size=3, epochs=2, verbose=0)
+    after = to_canonical(layer)
+    assert all(
+        not np.array_equal(after[name], before[name]) for name in ("query.v", "value.u", "value.kernel")
+    )
+    model.evaluate(x, y, verbose=0)
+    assert all(np.array_equal(to_canonical(layer)[name], after[name]) for name in after)
+    # The state that fit leaves is that of the kernel before the last step.
+    assert np.linalg.norm(after["value.kernel"], 2) < 1.2 * _sigma(after, "value")
+
+
+def _sigma(params, name):
+    return params[f"{name}.v"] @ params[f"{name}.kernel"] @ params[f"{name}.u"]
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_native_files_carry_the_state(tmp_path, suffix):
+    model = model_of(use_bias=False)
+    layer = model.get_layer("attention")
+    layer.gamma.assign([0.5])
+    x = np.random.default_rng(1).standard_normal((2, 5, 3, 11)).astype("float32")
+    model(x, training=True)
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".keras":
+        model.save(path)
+        back = keras.saving.load_model(path)
+    else:
+        model.save_weights(path)
+        back = model_of(use_bias=False)
+        back.load_weights(path)
+    for name, array in to_canonical(layer).items():
+        np.testing.assert_array_equal(to_canonical(back.get_layer("attention"))[name], array)
+    np.testing.assert_array_equal(back.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+@pytest.mark.parametrize("dtype", sorted({DTYPE, "float32", "float16"}))
+def test_canonical_arrays_and_files_carry_the_state(tmp_path, dtype):
+    params, _ = designed(dtype)
+    save(from_canonical(CONFIG, params), tmp_path / "layer.safetensors")
+    layer = load(tmp_path / "layer.safetensors")
+    assert layer.config == CONFIG
+    assert layer.get_config()["spectral_norm"] is True
+    got = to_canonical(layer)
+    assert list(got) == list(params)
+    assert all(got[name].tobytes() == array.tobytes() for name, array in params.items())
+
+
+def test_a_new_layer_has_been_warmed_up():
+    layer = SelfAttention2D.from_spec(
+        SelfAttentionConfig(64, spectral_norm=True),
+        kernel_initializer=keras.initializers.GlorotUniform(seed=3),
+    )
+    params = to_canonical(layer)
+    for name in projections(layer.config):
+        ratio = _sigma(params, name) / np.linalg.norm(params[f"{name}.kernel"], 2)
+        assert 0.9 < ratio < 1.00001
+        for part in ("u", "v"):
+            np.testing.assert_allclose(np.linalg.norm(params[f"{name}.{part}"]), 1, rtol=1e-5)
+    again = SelfAttention2D.from_spec(
+        layer.config, kernel_initializer=keras.initializers.GlorotUniform(seed=3)
+    )
+    assert all(np.array_equal(to_canonical(again)[name], array) for name, array in params.items())
+
+
+def test_a_child_is_the_projection_that_the_layer_applies():
+    params, x = designed()
+    layer = from_canonical(CONFIG, params)
+    _, folded = fold_spectral_norm(CONFIG, params)
+    assert_near(ops.convert_to_numpy(layer.value(x)), x @ folded["value.kernel"] + folded["value.bias"], 64)
+
+
+def test_mixed_precision_keeps_the_norm_in_float32():
+    params, x = designed("float32")
+    layer = from_canonical(CONFIG, params, dtype="mixed_bfloat16")
+    y = layer(x, training=True)
+    assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
+    moved = spec.power_iteration(CONFIG, wide(params))
+    for name in state_table(CONFIG):
+        np.testing.assert_allclose(to_canonical(layer)[name], moved[name], atol=1e-5)
+    want = spec.forward(CONFIG, moved, np.float64(x))
+    assert (
+        np.abs(np.float64(ops.convert_to_numpy(ops.cast(y, "float32"))) - want).max()
+        < 0.05 * np.abs(want).max()
+    )
+
+
+@pytest.mark.parametrize("outer", ["train", "eval"])
+def test_other_calls_before_the_gradient_do_not_disturb_it(outer):
+    """On torch and TensorFlow, whose variables change in place."""
+    if FRAMEWORK == "jax":
+        pytest.skip("arrays of JAX do not change")
+    params, x = designed()
+    layer, twin = from_canonical(CONFIG, params), from_canonical(CONFIG, params)
+
+    def gradient(layer, between):
+        kernel = variable(layer, "query.kernel")
+        if FRAMEWORK == "torch":
+            import torch
+
+            y = layer(x, training=outer == "train")
+            between()
+            (found,) = torch.autograd.grad(y.sum(), kernel.value)
+            return found.numpy()
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            y = layer(x, training=outer == "train")
+            between()
+            total = tf.reduce_sum(y)
+        return tape.gradient(total, kernel.value).numpy()
+
+    want = gradient(twin, lambda: None)
+    np.testing.assert_array_equal(gradient(layer, lambda: layer(x[::-1].copy(), training=True)), want)
+
+
+def test_the_option_is_checked_and_kept():
+    with pytest.raises(ValueError, match="spectral_norm=1 must be True or False"):
+        SelfAttention2D(spectral_norm=1)
+    layer = SelfAttention2D(3, spectral_norm=True)
+    assert SelfAttention2D.from_config(layer.get_config()).spectral_norm is True
