@@ -229,7 +229,7 @@ def attention_grid(module: SelfAttention2D, variables: Mapping[str, Any], x: jax
     """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
 
     Args:
-        module: the layer, not bound.
+        module: the layer, not bound; it is taken in evaluation.
         variables: its variables.
         x: (…, H, W, C).
 
@@ -247,6 +247,7 @@ def attention_grid(module: SelfAttention2D, variables: Mapping[str, Any], x: jax
         >>> attention_grid(module, module.init(jax.random.key(0), x), x).shape
         (3, 5, 8, 2, 4)
     """
+    module = module.clone(use_running_average=True)
     _, sown = module.apply(variables, x, sow_weights=True, mutable=["intermediates"])
     attention = sown["intermediates"]["attention_weights"][0]
     return unflatten(module.bind(variables).config, attention, jnp.shape(x))

@@ -14,7 +14,7 @@ def attention_grid(layer: SelfAttention2D, x: jax.Array) -> jax.Array:
     """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
 
     Args:
-        layer: the layer; nothing stays sown in it.
+        layer: called as it is, in training or evaluation mode; nothing stays sown in it.
         x: (…, H, W, C).
 
     Returns:

@@ -149,8 +149,8 @@ def _check_plain(layer: SelfAttention2d) -> None:
             problems.append(f"the weight of {name} is computed by a hook")
     if problems:
         raise ValueError(
-            f"SelfAttention2d: got a layer of which {', '.join(problems)}; expected the convolutions it was made with, "
-            "or plain ones, whose weights are what they compute with: merge an adapter into its base, and take parametrizations and hooks off, for example "
+            f"SelfAttention2d: got a layer of which {', '.join(problems)}; expected plain convolutions, whose weights are "
+            "what they compute with: merge an adapter into its base, and take parametrizations and hooks off, for example "
             'torch.nn.utils.parametrize.remove_parametrizations(layer.query, "weight").'
         )
 

@@ -64,11 +64,17 @@ def test_ids_are_unique_and_every_family_is_there():
 def test_cases_are_frozen():
     """Ids, layers and sizes are what reports of different versions are compared by."""
     listing = "\n".join(
-        f"{case.id} {case.family} {tuple(case.config.to_dict().values())} {case.shape} "
+        f"{case.id} {case.family} {_options(case.config)} {case.shape} "
         f"gamma {case.gamma} logits {case.logits} {'constant ' if case.constant else ''}: {case.title}"
         for case in CASES
     )
     assert listing + "\n" == (HERE / "golden_cases.txt").read_text(encoding="utf-8")
+
+
+def _options(config):
+    """The values of a config; that of spectral_norm, an option younger than the first cases, only where it is True."""
+    values = tuple(config.to_dict().values())
+    return values if config.spectral_norm else values[:-1]
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def assert_right(case, y):
 def test_the_signature_is_frozen():
     expected = (
         "(in_channels: int, qk_channels: int | None = None, value_channels: int | None = None, *, "
-        "out_projection: bool = False, bias: bool = True, kv_pool: int = 1, block_size: int | None = None, "
-        "device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> None"
+        "out_projection: bool = False, bias: bool = True, kv_pool: int = 1, spectral_norm: bool = False, "
+        "block_size: int | None = None, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> None"
     )
     assert str(inspect.signature(SelfAttention2d)) == expected
 

@@ -31,7 +31,8 @@ def moved(config, seed=0):
 def test_signature():
     expected = (
         "(qk_channels: int | None = None, value_channels: int | None = None, *, out_projection: bool = False, "
-        "use_bias: bool = True, kv_pool: int = 1, block_size: int | None = None, data_format: str | None = None, "
+        "use_bias: bool = True, kv_pool: int = 1, spectral_norm: bool = False, block_size: int | None = None, "
+        "data_format: str | None = None, "
         "kernel_initializer: Any = 'glorot_uniform', bias_initializer: Any = 'zeros', gamma_initializer: Any = 'zeros', "
         "kernel_regularizer: Any = None, bias_regularizer: Any = None, gamma_regularizer: Any = None, "
         "kernel_constraint: Any = None, bias_constraint: Any = None, gamma_constraint: Any = None, **kwargs: Any)"
@@ -46,7 +47,7 @@ def test_signature():
         "save",
         "to_canonical",
     ]
-    layer_options = list(inspect.signature(SelfAttention2D).parameters)[5:]
+    layer_options = list(inspect.signature(SelfAttention2D).parameters)[6:]
     assert list(inspect.signature(SelfAttention2D.from_spec).parameters) == ["config", *layer_options]
 
 
@@ -56,6 +57,7 @@ EVERY_OPTION = {
     "out_projection": True,
     "use_bias": False,
     "kv_pool": 2,
+    "spectral_norm": True,
     "block_size": 6,
     "data_format": "channels_first",
     "kernel_initializer": keras.initializers.HeNormal(seed=3),
