@@ -99,7 +99,7 @@ def test_options_reach_the_children_and_gamma():
     layer = SelfAttention2D(**EVERY_OPTION | {"use_bias": True, "trainable": True})
     layer.build((None, 11, 6, 6))
     for child in (layer.query, layer.key, layer.value, layer.out):
-        assert type(child) is keras.layers.Conv2D
+        assert isinstance(child, keras.layers.Conv2D)
         assert child.dtype_policy == layer.dtype_policy
         assert child.kernel_regularizer.l2 == np.float32(0.125)
         assert child.bias_regularizer.l1 == np.float32(0.25)
