@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from selfattn_core import __version__
+from selfattn_core.porting import commands
 
 __all__ = ["main"]
 
@@ -21,6 +22,11 @@ MISSING = 3
 @click.version_option(__version__, prog_name="selfattn")
 def main() -> None:
     """SAGAN-style 2-D self-attention: one function in PyTorch, Keras and Flax, proven equal."""
+
+
+main.add_command(commands.inspect)
+main.add_command(commands.port)
+main.add_command(commands.dialects)
 
 
 @main.command()

@@ -1,7 +1,19 @@
-"""Weights in from other people's checkpoints, and out to them, exactly or with a refusal that explains."""
+"""Weights from other people's checkpoints, and into other frameworks' files: exactly, or a refusal that explains."""
 
 from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.inspecting import InspectReport, inspect
+from selfattn_core.porting.port import load, port
 from selfattn_core.porting.readers import TensorInfo, Tensors, open_tensors
-from selfattn_core.porting.writers import write_tensors
+from selfattn_core.porting.report import PortReport
 
-__all__ = ["PortError", "TensorInfo", "Tensors", "open_tensors", "write_tensors"]
+__all__ = [
+    "InspectReport",
+    "PortError",
+    "PortReport",
+    "TensorInfo",
+    "Tensors",
+    "inspect",
+    "load",
+    "open_tensors",
+    "port",
+]

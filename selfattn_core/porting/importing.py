@@ -268,8 +268,6 @@ class _Planner:
         for role, found in match.projections.items():
             if text := self._form_assumption(found):
                 add(Assumption("", f"{role}: {text}"))
-        for text in dialect.caveats:
-            add(Assumption("", text))
 
     def _form_assumption(self, found: Projection) -> str:
         form = found.form
@@ -414,7 +412,7 @@ class _Importer:
         norm, shift = self._batch_norm(role)
         if norm is not None:
             factor = norm
-            sources += list(self.match.batch_norm.values())
+            sources += [key for part, key in self.match.batch_norm.items() if part in ("weight", "var")]
             steps.append("× batch norm's factor of each channel")
         self._put(
             f"{role}.kernel", cast(matrix, self.dtype, divisor=divisor, factor=factor), tuple(sources), steps

@@ -1,0 +1,181 @@
+"""The `port`, `inspect` and `dialects` commands."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["dialects", "inspect", "port"]
+
+CHECK_FAILED = 1
+BAD_INPUT = 2
+MISSING = 3
+T = TypeVar("T")
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--from",
+    "own",
+    metavar="FILE.toml",
+    multiple=True,
+    help="A dialect of your own, to be considered too; may be repeated.",
+)
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--json", "json_file", metavar="FILE", help="Write all of it as JSON; - is standard output.")
+def inspect(file: Path, own: tuple[str, ...], tensors: bool, json_file: str | None) -> None:
+    """The attention blocks in a checkpoint, the dialects that fit them, and why others do not.
+
+    FILE is a checkpoint of a layer or of a whole network, in any format that can be read. No values are read.
+    """
+    from selfattn_core.porting.inspecting import inspect as run
+
+    report = _guarded(lambda: run(file, dialects=own))
+    text = report.to_text()
+    if tensors:
+        rows = "\n".join(f"  {key} {shape} {dtype}" for key, (shape, dtype) in report.tensors.items())
+        text = f"{text}\ntensors\n{rows}"
+    click.echo(text, err=json_file == "-")
+    if json_file:
+        _write_json(json_file, report.to_dict())
+
+
+@click.command()
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--from",
+    "dialect",
+    metavar="DIALECT|FILE.toml",
+    help="What SRC is; `selfattn dialects` lists them. Needed unless SRC is canonical.",
+)
+@click.option(
+    "--prefix", multiple=True, help="Which block of a whole network, with * for any text; may be repeated."
+)
+@click.option("--to", default="canonical", show_default=True, metavar="DIALECT", help="What DST becomes.")
+@click.option(
+    "--set",
+    "settings",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="What SRC does not say, for example use_scale=false.",
+)
+@click.option(
+    "--check",
+    metavar="IO.npz",
+    type=click.Path(path_type=Path),
+    help="x and y of the source's layer, to be compared.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["float16", "float32", "float64"]), help="By default the source's."
+)
+@click.option("--keep-spectral-norm", is_flag=True, help="Keep raw kernels with u and v instead of dividing.")
+@click.option(
+    "--allow-unused", is_flag=True, help="Go on although tensors under the prefix are read by nothing."
+)
+@click.option("--dry-run", is_flag=True, help="Do everything but write.")
+@click.option("--force", is_flag=True, help="Replace DST if it exists.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - is standard output.")
+def port(
+    source: Path,
+    target: Path,
+    dialect: str | None,
+    prefix: tuple[str, ...],
+    to: str,
+    settings: tuple[str, ...],
+    check: Path | None,
+    dtype: str | None,
+    keep_spectral_norm: bool,
+    allow_unused: bool,
+    dry_run: bool,
+    force: bool,
+    json_file: str | None,
+) -> None:
+    """Bring attention weights from SRC, anybody's checkpoint, into DST, whose suffix chooses the format.
+
+    What was done to every tensor is reported. Exit code 1 means that a check failed, 2 a refusal; nothing is written then.
+    """
+    from selfattn_core.porting.port import port as run
+
+    given = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not (name and equals and value):
+            raise click.UsageError(f"--set {setting}: expected NAME=VALUE, for example use_scale=false.")
+        given[name] = value
+    if json_file not in (None, "-") and not Path(str(json_file)).parent.is_dir():
+        raise click.UsageError(f"--json {json_file}: there is no folder {Path(str(json_file)).parent}.")
+    report = _guarded(
+        lambda: run(
+            source,
+            target,
+            dialect=dialect,
+            prefix=prefix or None,
+            to=to,
+            settings=given,
+            check=check,
+            dtype=dtype,
+            keep_spectral_norm=keep_spectral_norm,
+            strict=not allow_unused,
+            dry_run=dry_run,
+            overwrite=force,
+        )
+    )
+    click.echo(report.to_text(), err=json_file == "-")
+    if json_file:
+        _write_json(json_file, report.to_dict())
+    if not report.passed:
+        sys.exit(CHECK_FAILED)
+
+
+@click.command()
+@click.argument("name", required=False)
+def dialects(name: str | None) -> None:
+    """The known implementations; with NAME, one as a TOML file to start your own from."""
+    from selfattn_core.porting.dialects import dialect, dialect_names
+
+    if name:
+        click.echo(_guarded(lambda: dialect(name)).text, nl=False)
+        return
+    for known in dialect_names():
+        found = dialect(known)
+        click.echo(f"{known:<21} {'refused: ' if found.refused else ''}{found.title}")
+        roles = ", ".join(f"{role} = {path}" for role, path in found.variants[0].roles.items())
+        detail = found.reason if found.refused else f"{roles}; {found.source}"
+        click.echo(f"{'':<21} {detail}")
+
+
+def _guarded(run: Callable[[], T]) -> T:
+    """A mistake of the user's becomes one paragraph and an exit code."""
+    from selfattn_core.porting.errors import PortError
+
+    try:
+        return run()
+    except PortError as error:
+        raise _Failure(str(error), BAD_INPUT) from error
+    except OSError as error:
+        raise _Failure(str(error), BAD_INPUT) from error
+    except ModuleNotFoundError as error:
+        if "pip install" not in str(error):
+            raise
+        raise _Failure(str(error), MISSING) from error
+
+
+class _Failure(click.ClickException):
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc]
+
+
+def _write_json(target: str, content: dict[str, Any]) -> None:
+    from selfattn_core.weights import write_atomically
+
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    if target == "-":
+        click.echo(text)
+        return
+    _guarded(lambda: write_atomically(Path(target), f"{text}\n".encode(), overwrite=True))

@@ -1,0 +1,196 @@
+"""What a checkpoint holds: its attention blocks, the dialects that fit each, and why others do not."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from selfattn_core.porting.dialects import Dialect, dialect, dialect_names
+from selfattn_core.porting.finding import index_of, shown
+from selfattn_core.porting.importing import plan
+from selfattn_core.porting.matching import KeyIndex, match, prefixes
+from selfattn_core.porting.readers import Tensors, open_tensors
+from selfattn_core.porting.report import listed
+from selfattn_core.porting.settings import settings_of
+
+__all__ = ["BlockFound", "Fit", "InspectReport", "candidates", "inspect"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one dialect fits a block.
+
+    Args:
+        dialect: its name.
+        title: what it is.
+        verdict: "fits"; "refused", if it fits and cannot be ported; "almost", if keys or shapes stand in the way.
+        variant: of the dialect.
+        config: the layer that it would become, None where the shapes give none.
+        reasons: for "refused" and "almost", why.
+        assumptions: what a port would assume.
+        notes: what a person must know to choose.
+    """
+
+    dialect: str
+    title: str
+    verdict: Literal["fits", "refused", "almost"]
+    variant: str
+    config: dict[str, int | bool] | None
+    reasons: tuple[str, ...]
+    assumptions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockFound:
+    """An attention block.
+
+    Args:
+        prefix: before its keys, in the file's own spelling.
+        tensors: how many there are under it.
+        fits: the dialects that have names for its query, key and value.
+    """
+
+    prefix: str
+    tensors: int
+    fits: tuple[Fit, ...]
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """A checkpoint.
+
+    Args:
+        path: of the file.
+        format: its container.
+        metadata: what it says of itself.
+        tensors: shape and dtype by key.
+        parameters: numbers in all of them.
+        blocks: attention blocks, in the order of their prefixes.
+    """
+
+    path: str
+    format: str
+    metadata: dict[str, str]
+    tensors: dict[str, tuple[tuple[int, ...], str]]
+    parameters: int
+    blocks: tuple[BlockFound, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        return {"format_of_this": "selfattn inspection", "version": 1, **asdict(self)}
+
+    def to_text(self) -> str:
+        """What a person wants to know."""
+        lines = [f"{self.path}: {self.format}, {len(self.tensors)} tensors, {self.parameters:,} numbers"]
+        if not self.blocks:
+            lines.append(
+                "No attention block that a dialect has names for. `selfattn dialects` lists them; a TOML file describes another."
+            )
+        for block in self.blocks:
+            lines.append(f"block {block.prefix or 'at the top of the file'}, {block.tensors} tensors")
+            for fit in block.fits:
+                lines += _fit_lines(fit)
+        if any(fit.verdict == "fits" for block in self.blocks for fit in block.fits):
+            lines.append(
+                "Equal keys do not mean equal functions: choose the dialect of the code that wrote the file, and give it to "
+                "`selfattn port` with --from."
+            )
+        return "\n".join(lines)
+
+
+def _fit_lines(fit: Fit) -> list[str]:
+    variant = f", {fit.variant}" if fit.variant else ""
+    lines = [f"  {fit.verdict:<7} {fit.dialect}: {fit.title}{variant}"]
+    if fit.config:
+        lines.append("          " + ", ".join(f"{name}={value}" for name, value in fit.config.items()))
+    lines += [f"          {reason}" for reason in fit.reasons]
+    lines += [f"          assumes {text}" for text in fit.assumptions]
+    return lines + [f"          note: {text}" for text in fit.notes]
+
+
+def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> InspectReport:
+    """What a checkpoint holds; no values are read.
+
+    Args:
+        path: a checkpoint, of a whole network or of the layer alone.
+        dialects: TOML files of your own, to be considered with the built-in ones.
+
+    Raises:
+        PortError: if the file, or one of the dialects, cannot be read.
+        ModuleNotFoundError: if the format's own library is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from selfattn_core import SelfAttentionConfig, init_params, save
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = SelfAttentionConfig(16)
+        ...     save(f"{folder}/a.safetensors", config, init_params(config, seed=0))
+        ...     [(fit.dialect, fit.verdict) for fit in inspect(f"{folder}/a.safetensors").blocks[0].fits]
+        [('canonical', 'fits')]
+    """
+    with open_tensors(path) as tensors:
+        blocks = _blocks(tensors, dialects)
+        return InspectReport(
+            str(path),
+            tensors.container,
+            dict(tensors.metadata),
+            {key: (info.shape, info.dtype) for key, info in tensors.items()},
+            sum(math.prod(info.shape) for info in tensors.values()),
+            tuple(blocks),
+        )
+
+
+def candidates(tensors: Tensors) -> list[str]:
+    """The dialects that fit a block of the file, refused ones included."""
+    fits = [fit for block in _blocks(tensors, ()) for fit in block.fits if fit.verdict != "almost"]
+    return list(dict.fromkeys(f"{fit.dialect}{' (refused)' * (fit.verdict == 'refused')}" for fit in fits))
+
+
+def _blocks(tensors: Tensors, own: Sequence[str]) -> list[BlockFound]:
+    index = index_of(tensors)
+    places: dict[str, list[Fit]] = {}
+    for name in (*own, *dialect_names()):
+        chosen = dialect(name)
+        for prefix in prefixes(chosen, index):
+            places.setdefault(prefix, []).append(_fit(chosen, index, prefix, tensors))
+    order = {"fits": 0, "refused": 1, "almost": 2}
+    return [
+        BlockFound(
+            shown(prefix, index),
+            len(index.under(prefix)),
+            tuple(sorted(fits, key=lambda fit: order[fit.verdict])),
+        )
+        for prefix, fits in sorted(places.items())
+    ]
+
+
+def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit:
+    found = match(chosen, index, prefix)
+    planned = plan(found, tensors, settings_of(chosen, {}))
+    config = planned.config.to_dict() if planned.config else None
+    reasons = [telltale.reason for telltale in found.telltales]
+    if found.missing:
+        reasons.append(f"missing: {listed(found.missing)}")
+    if found.unused:
+        reasons.append(f"unused: {listed(found.unused)}")
+    # A gamma to be given is an assumption, not a misfit.
+    given = [text for text in planned.problems if text.startswith("gamma is not in the file")]
+    reasons += [text for text in planned.problems if text not in given]
+    name, title, variant = chosen.name, chosen.title, found.variant.name
+    if reasons:
+        return Fit(name, title, "almost", variant, config, tuple(reasons))
+    if chosen.refused:
+        return Fit(
+            name,
+            title,
+            "refused",
+            variant,
+            None,
+            (chosen.reason, f"instead: {chosen.instead}"),
+            (),
+            chosen.caveats,
+        )
+    assumed = (*given, *(str(one) for one in planned.assumptions))
+    return Fit(name, title, "fits", variant, config, (), assumed, chosen.caveats)

@@ -1,0 +1,482 @@
+"""A port from one file to another, verified before anything is written."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.porting.checking import check_framework, check_output, read_io
+from selfattn_core.porting.dialects import Dialect, dialect
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.exporting import Exported, export_block, separator
+from selfattn_core.porting.finding import Found, find_blocks, index_of
+from selfattn_core.porting.importing import Imported, checksum, import_block, plan
+from selfattn_core.porting.inspecting import candidates
+from selfattn_core.porting.matching import match, normal
+from selfattn_core.porting.readers import Tensors, open_tensors
+from selfattn_core.porting.report import BlockReport, Check, PortReport, TensorReport
+from selfattn_core.porting.settings import Settings, settings_of
+from selfattn_core.porting.writers import write_tensors
+from selfattn_core.weights import FORMAT, VERSION
+
+__all__ = ["load", "port"]
+
+Array = NDArray[Any]
+PathLike = str | os.PathLike[str]
+DTYPES = ("float16", "float32", "float64")
+
+
+def port(
+    source: PathLike,
+    target: PathLike,
+    *,
+    dialect: str | None = None,
+    prefix: str | Sequence[str] | None = None,
+    to: str = "canonical",
+    settings: Mapping[str, str | bool | float] | None = None,
+    check: PathLike | None = None,
+    dtype: str | None = None,
+    keep_spectral_norm: bool = False,
+    strict: bool = True,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> PortReport:
+    """Bring attention weights from one file into another.
+
+    Nothing is written unless every check that ran has passed.
+
+    Args:
+        source: a checkpoint, of a whole network or of the layer alone.
+        target: where to; its suffix chooses the format.
+        dialect: what the source is: a built-in name or a `.toml` file. Only a canonical file says so itself.
+        prefix: which block, or several, with * for any text; by default the only one.
+        to: dialect of the target.
+        settings: what the source does not say, by name, for example {"use_scale": False}.
+        check: an `.npz` with x and y, an input of the source's layer and its output, in its layout.
+        dtype: "float16", "float32" or "float64"; by default the source's.
+        keep_spectral_norm: keep raw kernels with u and v where both sides have them, instead of dividing.
+        strict: whether keys under a block's prefix that nothing reads are an error.
+        dry_run: do everything but write.
+        overwrite: whether an existing target may be replaced.
+
+    Returns:
+        What was done; `passed` is False, and nothing was written, if a check failed.
+
+    Raises:
+        PortError: if it cannot be done, with every reason; nothing was written.
+        ModuleNotFoundError: if a format's own library is not installed.
+
+    Example:
+        >>> from selfattn_core import SelfAttentionConfig, init_params, save
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = SelfAttentionConfig(16)
+        ...     save(f"{folder}/a.safetensors", config, init_params(config, seed=0))
+        ...     report = port(f"{folder}/a.safetensors", f"{folder}/b.npz", to="heykeetae")
+        ...     report.passed, report.blocks[0].tensors[0].target
+        (True, 'query_conv.weight')
+    """
+    return _Port(
+        Path(source),
+        Path(target),
+        to,
+        _Options(check, dtype, keep_spectral_norm, strict, dry_run, overwrite),
+    ).run(dialect, [prefix] if isinstance(prefix, str) else prefix, settings or {})
+
+
+def load(
+    path: PathLike,
+    *,
+    dialect: str | None = None,
+    prefix: str | None = None,
+    settings: Mapping[str, str | bool | float] | None = None,
+    dtype: str | None = None,
+    keep_spectral_norm: bool = False,
+) -> tuple[SelfAttentionConfig, dict[str, Array]]:
+    """One block of a checkpoint as a config and canonical parameters.
+
+    Args:
+        path: a checkpoint.
+        dialect: as in `port`.
+        prefix: which block; by default the only one.
+        settings: as in `port`.
+        dtype: as in `port`.
+        keep_spectral_norm: as in `port`.
+
+    Raises:
+        PortError: as `port`.
+
+    Example:
+        >>> import numpy as np
+        >>> arrays = {f"attn.{n}.weight": np.ones((2, 16, 1, 1)) for n in ("theta", "phi")}
+        >>> arrays |= {"attn.g.weight": np.ones((8, 16, 1, 1)), "attn.o.weight": np.ones((16, 8, 1, 1))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/gan.npz", **arrays, **{"attn.gamma": np.ones(())})
+        ...     load(f"{folder}/gan.npz", dialect="biggan")[0].kv_pool
+        2
+    """
+    _check_dtype(dtype)
+    with open_tensors(path) as tensors:
+        chosen = _source_dialect(tensors, dialect)
+        found = _found(tensors, chosen, settings or {}, None if prefix is None else [prefix], strict=True)
+        if len(found) > 1:
+            names = ", ".join(block.prefix for block in found)
+            raise PortError(f"{path}: {prefix!r} names {len(found)} blocks: {names}; name one.")
+        block = import_block(found[0].plan, tensors.read, dtype=dtype, keep_spectral_norm=keep_spectral_norm)
+    return block.config, dict(block.params)
+
+
+@dataclass(frozen=True)
+class _Options:
+    check: PathLike | None
+    dtype: str | None
+    keep_spectral_norm: bool
+    strict: bool
+    dry_run: bool
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block on its way."""
+
+    found: Found
+    name: str
+    config: SelfAttentionConfig
+    imported: Imported
+    exported: Exported
+
+
+class _Port:
+    def __init__(self, source: Path, target: Path, to: str, options: _Options) -> None:
+        _check_dtype(options.dtype)
+        self.source, self.target, self.options = source, target, options
+        self.to = _dialect(to)
+        if self.to.refused:
+            raise PortError(
+                f"{self.to.name} cannot be written: {self.to.reason}. Instead: {self.to.instead}."
+            )
+        self.container = _container(target, self.to)
+        if not options.overwrite and target.exists():
+            raise PortError(
+                f"{target}: exists already and was left as it is; to replace it, pass --force (in Python overwrite=True)."
+            )
+        if not target.parent.is_dir():
+            raise PortError(f"{target}: there is no folder {target.parent}; nothing was written.")
+
+    def run(
+        self,
+        source_dialect: str | None,
+        prefix: Sequence[str] | None,
+        settings: Mapping[str, str | bool | float],
+    ) -> PortReport:
+        with open_tensors(self.source) as tensors:
+            chosen = _source_dialect(tensors, source_dialect)
+            found = _found(tensors, chosen, settings, prefix, strict=self.options.strict)
+            blocks = [self._block(one, tensors, alone=len(found) == 1) for one in found]
+            checks = [*self._check_source(chosen, blocks), *self._check_round_trip(blocks)]
+            report = PortReport(
+                str(self.source),
+                tensors.container,
+                f"{chosen.name}: {chosen.title}",
+                str(self.target),
+                self.container,
+                f"{self.to.name}: {self.to.title}",
+                len(tensors) - _used(blocks, tensors),
+                tuple(_block_report(block) for block in blocks),
+                tuple(checks),
+            )
+        layers = {block.name: (block.config, block.imported.params) for block in blocks}
+        report = replace(report, checks=(*report.checks, *check_framework(self.to.name, layers)))
+        if not report.passed or self.options.dry_run:
+            return report
+        report = replace(report, written=True)
+        self._write(self.target, blocks, report, overwrite=self.options.overwrite)
+        return report
+
+    def _block(self, found: Found, tensors: Tensors, *, alone: bool) -> _Block:
+        try:
+            imported = import_block(
+                found.plan,
+                tensors.read,
+                dtype=self.options.dtype,
+                keep_spectral_norm=self.options.keep_spectral_norm,
+            )
+        except PortError as error:
+            raise PortError(
+                f"{self.source}: {f'block {found.prefix}: ' if found.prefix else ''}{error}"
+            ) from error
+        name = "" if alone else normal(found.prefix).replace("/", ".")
+        if not alone and not name:
+            name = "block"
+        sep = separator(self.to)
+        prefix = name.replace(".", sep) + sep if name else ""
+        exported = export_block(self.to, imported.config, imported.params, prefix=prefix)
+        return _Block(found, name, imported.config, imported, exported)
+
+    def _check_source(self, chosen: Dialect, blocks: list[_Block]) -> list[Check]:
+        if self.options.check is None:
+            return [
+                Check("source's own output", "not run", "not asked for; --check io.npz with its x and y does")
+            ]
+        if len(blocks) > 1:
+            raise PortError(
+                f"--check: x and y are of one block, and {len(blocks)} are ported: name one with --prefix."
+            )
+        (block,) = blocks
+        path = Path(self.options.check)
+        x, y = read_io(path, chosen.layout, open_tensors)
+        try:
+            block.config.check_input(x.shape, layer=str(path))
+        except ValueError as error:
+            raise PortError(f"{error}") from error
+        return [check_output("source's own output", block.config, block.imported.params, x, y)]
+
+    def _check_round_trip(self, blocks: list[_Block]) -> list[Check]:
+        """Write to a folder of our own, read back, compare the bits, and import what was read."""
+        name = "round trip"
+        with tempfile.TemporaryDirectory() as folder:
+            trial = Path(folder) / self.target.name
+            self._write(trial, blocks, None, overwrite=False)
+            with open_tensors(trial) as tensors:
+                wrong = [
+                    key
+                    for block in blocks
+                    for key, array in block.exported.tensors.items()
+                    if not _same(tensors, key, array)
+                ]
+                held = sum(len(block.exported.tensors) for block in blocks)
+                if wrong or len(tensors) != held:
+                    return [
+                        Check(
+                            name,
+                            "failed",
+                            f"{len(wrong)} of {held} tensors came back changed: {', '.join(wrong)}",
+                        )
+                    ]
+                return [
+                    Check(name, "passed", f"{held} tensors written, read back and compared bit for bit"),
+                    *(self._check_reimport(block, tensors) for block in blocks),
+                ]
+
+    def _check_reimport(self, block: _Block, tensors: Tensors) -> Check:
+        """What the target's dialect reads from the target is the same layer."""
+        name = f"read back as {self.to.name}{f', {block.name}' if block.name else ''}"
+        given: dict[str, str | bool | float] = {}
+        if not self.to.kv_pool_stored:
+            given["kv_pool"] = block.config.kv_pool
+        if not self.to.gamma_saved and not self.to.gamma_keys:
+            given["gamma"] = float(block.imported.params["gamma"][0])
+        settings = settings_of(self.to, given)
+        index = index_of(tensors)
+        prefix = f"{normal(block.name)}/" if block.name else ""
+        planned = plan(match(self.to, index, prefix, averaged=settings.ema), tensors, settings)
+        if planned.problems or planned.match.missing:
+            return Check(name, "failed", "; ".join((*planned.problems, *planned.match.missing)))
+        again = import_block(planned, tensors.read, keep_spectral_norm=block.config.spectral_norm)
+        if planned.match.unused or _plain(block.exported):
+            same = again.config == block.config and all(
+                again.params[key].tobytes() == array.tobytes() for key, array in block.imported.params.items()
+            )
+            return Check(
+                name, "passed" if same else "failed", "the same config and bits" if same else "other tensors"
+            )
+        x = np.random.Generator(np.random.PCG64(1)).standard_normal(
+            (2, 2 * block.config.kv_pool + 1, 3 * block.config.kv_pool, block.config.channels)
+        )
+        from selfattn_core import spec
+
+        y = spec.forward(
+            again.config, {key: array.astype(np.float64) for key, array in again.params.items()}, x
+        )
+        return check_output(name, block.config, block.imported.params, x, y)
+
+    def _write(self, path: Path, blocks: list[_Block], report: PortReport | None, *, overwrite: bool) -> None:
+        tensors = {key: array for block in blocks for key, array in block.exported.tensors.items()}
+        source = f"{self.source.name} ({report.source_dialect})" if report else ""
+        metadata = {"source": source}
+        if self.to.name == "canonical":
+            configs = {block.name: block.config.to_dict() for block in blocks}
+            whole: object = configs.get("", configs)
+            metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(whole), **metadata}
+        if report:
+            metadata["port"] = json.dumps(report.to_dict(), ensure_ascii=False)
+        write_tensors(path, tensors, container=self.container, metadata=metadata, overwrite=overwrite)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise PortError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+
+
+def _dialect(name: str) -> Dialect:
+    return dialect(name)
+
+
+_SUFFIXES = {
+    ".safetensors": "safetensors",
+    ".npz": "npz",
+    ".pt": "torch",
+    ".pth": "torch",
+    ".bin": "torch",
+    ".h5": "keras",
+}
+
+
+def _container(target: Path, to: Dialect) -> str:
+    """The format that the target's name asks for."""
+    container = _SUFFIXES.get(target.suffix, "" if target.suffix else "orbax")
+    if target.suffix == ".orbax":
+        container = "orbax"
+    if not container:
+        raise PortError(
+            f"{target}: {target.suffix} cannot be written; expected {', '.join(_SUFFIXES)}, or a folder without suffix for Orbax."
+        )
+    if container in ("keras", "orbax") and separator(to) != "/":
+        better = "keras" if container == "keras" else "flax"
+        raise PortError(
+            f"{target}: a file of {'Keras' if container == 'keras' else 'Orbax'} has no keys like those of {to.name}; say "
+            f"--to {better}, or name a .safetensors file."
+        )
+    if container == "torch" and to.name == "canonical":
+        raise PortError(
+            f"{target}: the canonical form is a .safetensors or .npz file; for a state dict of ours say --to torch."
+        )
+    return container
+
+
+def _source_dialect(tensors: Tensors, name: str | None) -> Dialect:
+    if name is not None:
+        return dialect(name)
+    if tensors.metadata.get("format") == FORMAT:
+        return dialect("canonical")
+    found = candidates(tensors)
+    fits = (
+        f"its keys fit {', '.join(found)}"
+        if found
+        else "its keys fit none of them; `selfattn inspect` says why"
+    )
+    raise PortError(
+        f"{tensors.path}: say with --from which dialect it is: {fits}. Equal keys do not mean equal functions: what wrote "
+        "the file decides."
+    )
+
+
+def _found(
+    tensors: Tensors,
+    chosen: Dialect,
+    given: Mapping[str, str | bool | float],
+    prefix: Sequence[str] | None,
+    *,
+    strict: bool,
+) -> list[Found]:
+    settings = settings_of(chosen, given)
+    configs = _canonical_configs(tensors, chosen)
+    if configs is None:
+        return find_blocks(tensors, chosen, settings, prefix=prefix, strict=strict)
+    found = find_blocks(
+        tensors, chosen, settings, prefix=[""] if "" in configs and prefix is None else prefix, strict=strict
+    )
+    return [_with_config(tensors, one, configs, settings) for one in found]
+
+
+def _canonical_configs(tensors: Tensors, chosen: Dialect) -> dict[str, SelfAttentionConfig] | None:
+    """The configs in the metadata of a canonical file; None for a file without."""
+    if chosen.name != "canonical" or tensors.metadata.get("format") != FORMAT:
+        return None
+    if tensors.metadata.get("version") != VERSION:
+        raise PortError(
+            f"{tensors.path}: is of version {tensors.metadata.get('version')!r}; this selfattn reads {VERSION!r}: upgrade it."
+        )
+    try:
+        options = json.loads(tensors.metadata.get("config", ""))
+        several = bool(options) and all(isinstance(value, dict) for value in options.values())
+        return {
+            name: SelfAttentionConfig.from_dict(value)
+            for name, value in (options if several else {"": options}).items()
+        }
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise PortError(f"{tensors.path}: the config in its metadata cannot be read: {error}") from error
+
+
+def _with_config(
+    tensors: Tensors, found: Found, configs: Mapping[str, SelfAttentionConfig], settings: Settings
+) -> Found:
+    """A block of a canonical file, whose pooling the config says."""
+    name = normal(found.prefix).replace("/", ".")
+    config = configs.get(name)
+    if config is None:
+        raise PortError(f"{tensors.path}: its metadata has no config of block {name!r}.")
+    if settings.kv_pool not in (None, config.kv_pool):
+        raise PortError(
+            f"{tensors.path}: its metadata says kv_pool = {config.kv_pool}, so --set kv_pool={settings.kv_pool} would contradict it."
+        )
+    planned = plan(found.plan.match, tensors, replace(settings, kv_pool=config.kv_pool))
+    shapes = planned.config
+    if shapes is None or _replace_norm(shapes, config) != config:
+        raise PortError(f"{tensors.path}: its tensors make {shapes}, its metadata says {config}.")
+    assumptions = tuple(one for one in planned.assumptions if one.setting != "kv_pool")
+    return Found(found.prefix, replace(planned, assumptions=assumptions))
+
+
+def _replace_norm(shapes: SelfAttentionConfig, config: SelfAttentionConfig) -> SelfAttentionConfig:
+    """The config of the shapes with the other's spectral norm, which the import folds or keeps."""
+    return SelfAttentionConfig.from_dict(shapes.to_dict() | {"spectral_norm": config.spectral_norm})
+
+
+def _plain(exported: Exported) -> bool:
+    """Whether no number was changed on the way out."""
+    return not any("÷" in step or "×" in step for steps in exported.steps.values() for step in steps)
+
+
+def _same(tensors: Tensors, key: str, array: Array) -> bool:
+    if key not in tensors:
+        return False
+    back = tensors.read(key)
+    return back.dtype == array.dtype and back.shape == array.shape and back.tobytes() == array.tobytes()
+
+
+def _used(blocks: list[_Block], tensors: Tensors) -> int:
+    index = index_of(tensors)
+    return sum(len(index.under(block.found.plan.match.prefix)) for block in blocks)
+
+
+def _block_report(block: _Block) -> BlockReport:
+    origins, planned = block.imported.origins, block.found.plan
+    lines = []
+    for key, array in block.exported.tensors.items():
+        names = block.exported.made_of[key]
+        came = [origins[name] for name in names if name in origins]
+        sources = tuple(dict.fromkeys(source for origin in came for source in origin.sources))
+        first = came[0] if came else None
+        steps = (*(first.steps if first else ()), *block.exported.steps[key])
+        lines.append(
+            TensorReport(
+                sources,
+                first.shape if first and sources else (),
+                first.dtype if first and sources else "",
+                names,
+                steps,
+                key,
+                array.shape,
+                str(array.dtype),
+                checksum(array),
+            )
+        )
+    return BlockReport(
+        block.found.prefix,
+        block.name,
+        planned.match.variant.name,
+        block.config.to_dict(),
+        tuple(lines),
+        tuple(str(one) for one in planned.assumptions),
+        (*planned.match.dialect.caveats, *block.exported.notes),
+        planned.match.ignored,
+        planned.match.unused,
+    )

@@ -1,0 +1,665 @@
+"""A port from file to file: the numbers, the report, what is verified, and what is refused with nothing written."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import selfattn_core
+from selfattn_core import SelfAttentionConfig, spec
+from selfattn_core.porting import PortError, checking, load, open_tensors, port
+from selfattn_core.porting.dialects import dialect, dialect_names
+from tests.porting.checkpoints import io_file, output, written
+from tests.porting.originals import ORIGINALS, C
+
+
+def outcomes(report):
+    return {check.name: check.outcome for check in report.checks}
+
+
+def error_of(config, params, original):
+    x, y = output(original)
+    wide = {key: value.astype(np.float64) for key, value in params.items()}
+    return np.abs(spec.forward(config, wide, x) - y).max() / max(1, np.abs(y - x).max())
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_from_file_to_file(name, tmp_path):
+    path, original = written(tmp_path, name)
+    target = tmp_path / "out.safetensors"
+    io = io_file(tmp_path, original)
+    report = port(path, target, dialect=original.dialect, settings=original.settings, check=io)
+    assert outcomes(report)["source's own output"] == "passed"
+    assert report.passed
+    assert report.written
+    config, params = selfattn_core.load(target)
+    assert {value.dtype for value in params.values()} == {np.dtype("float32")}
+    # Rounded once to float32.
+    assert error_of(config, params, original) < 30 * np.finfo(np.float32).eps
+    wide = load(path, dialect=original.dialect, settings=original.settings, dtype="float64")
+    assert error_of(*wide, original) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_the_dtype_of_the_target(dtype, tmp_path):
+    path, original = written(tmp_path, "biggan, ajbrock")
+    report = port(path, tmp_path / "out.safetensors", dialect="biggan", dtype=dtype)
+    config, params = selfattn_core.load(tmp_path / "out.safetensors")
+    assert {str(value.dtype) for value in params.values()} == {dtype}
+    assert error_of(config, params, original) < (
+        1e-12 if dtype == "float64" else 30 * np.finfo(np.float16).eps
+    )
+    assert any(f"float32 → {dtype}" in tensor.steps[-1] for tensor in report.blocks[0].tensors)
+
+
+def test_without_arithmetic_the_bits_stay(tmp_path):
+    path, original = written(tmp_path, "pytorch-advanced, plain")
+    config, params = load(path, dialect="pytorch-advanced")
+    assert config == SelfAttentionConfig(C)
+    kernel = original.tensors["net.attn.key_conv.weight"]
+    assert params["query.kernel"].tobytes() == np.ascontiguousarray(kernel[:, :, 0, 0].T).tobytes()
+    assert params["key.bias"].tobytes() == original.tensors["net.attn.query_conv.bias"].tobytes()
+
+
+def test_the_report_is_whole(tmp_path):
+    path, original = written(tmp_path, "timm")
+    target = tmp_path / "out.safetensors"
+    report = port(path, target, dialect="timm")
+    (block,) = report.blocks
+    (out,) = (tensor for tensor in block.tensors if tensor.target == "out.kernel")
+    prefix = original.prefix
+    assert out.sources == (f"{prefix}z.weight", f"{prefix}norm.weight", f"{prefix}norm.running_var")
+    assert (out.source_shape, out.source_dtype) == ((C, 8, 1, 1), "float32")
+    assert (out.shape, out.dtype) == ((8, C), "float32")
+    (query,) = (tensor for tensor in block.tensors if tensor.target == "query.bias")
+    assert query.steps == (f"× {C**-0.5:.6g}, the scale of the scores",)
+    assert block.ignored == (f"{prefix}norm.num_batches_tracked",)
+    assert any("use_scale = true" in text and "--set use_scale" in text for text in block.assumptions)
+    assert any("bn_eps = 1e-05" in text for text in block.assumptions)
+    with open_tensors(target) as tensors:
+        for tensor in block.tensors:
+            from selfattn_core.porting.importing import checksum
+
+            assert tensor.sha256 == checksum(tensors.read(tensor.target))
+        stored = json.loads(tensors.metadata["port"])
+    assert stored["blocks"] == json.loads(json.dumps(report.to_dict()))["blocks"]
+    assert stored["format"] == "selfattn port report"
+    text = report.to_text()
+    for part in (
+        "timm",
+        "z.weight",
+        "× batch norm's factor",
+        "assumed: use_scale",
+        "not run  source's own output",
+        "written",
+    ):
+        assert part in text
+    assert outcomes(report) == {
+        "source's own output": "not run",
+        "round trip": "passed",
+        "read back as canonical": "passed",
+        "target's layer": "not run",
+    }
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    path, _ = written(tmp_path, "heykeetae, plain")
+    report = port(path, tmp_path / "out.safetensors", dialect="heykeetae", dry_run=True)
+    assert report.passed
+    assert not report.written
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name]
+
+
+# ---- what a name does not tell
+
+
+def test_the_obvious_mapping_of_a_trap_fails_its_check(tmp_path):
+    """Same keys, another meaning: only the source's own output tells, and it does."""
+    swapped = dialect("torch").text.replace('query = "query"', 'query = "key"', 1)
+    mine = tmp_path / "swapped.toml"
+    mine.write_text(swapped.replace('key = "key"', 'key = "query"', 1), encoding="utf-8")
+    for name, obvious in (
+        ("pytorch-advanced, plain", "heykeetae"),
+        ("heykeetae, plain", "pytorch-advanced"),
+        ("torch, plain", str(mine)),
+    ):
+        path, original = written(tmp_path, name)
+        target = tmp_path / "out.safetensors"
+        report = port(path, target, dialect=obvious, check=io_file(tmp_path, original))
+        assert outcomes(report)["source's own output"] == "failed"
+        assert not report.passed
+        assert not report.written
+        assert not target.exists()
+
+
+def test_sigma_is_the_gain_and_the_logged_singular_value_is_not_used(tmp_path):
+    path, original = written(tmp_path, "biggan, ajbrock")
+    first = load(path, dialect="biggan")[1]
+    for key in original.tensors:
+        if key.endswith("sv0"):
+            original.tensors[key] = original.tensors[key] * 3
+    np.savez(path, **original.tensors)
+    assert all((load(path, dialect="biggan")[1][key] == value).all() for key, value in first.items())
+
+
+def test_without_a_dialect_candidates_are_listed_and_nothing_is_guessed(tmp_path):
+    path, _ = written(tmp_path, "heykeetae, plain")
+    with pytest.raises(PortError) as caught:
+        port(path, tmp_path / "out.safetensors")
+    for name in ("--from", "heykeetae", "danet", "pytorch-advanced", "heykeetae-2018-06-08 (refused)"):
+        assert name in str(caught.value)
+    path, _ = written(tmp_path, "torch, plain")
+    with pytest.raises(PortError) as caught:
+        port(path, tmp_path / "out.safetensors")
+    assert "its keys fit torch, torchgan (refused)." in str(caught.value)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_old_hook_and_rosinality_differ_on_the_same_keys(tmp_path):
+    """A'' takes the stored weight, G divides weight_orig: the dialect decides, not the keys."""
+    path, original = written(tmp_path, "rosinality, rosinality")
+    flat = {key: value[..., None] if value.ndim == 3 else value for key, value in original.tensors.items()}
+    np.savez(path, **flat)
+    old = load(path, dialect="torch")[1]
+    weight = flat["net.attn.value.weight"][:, :, 0, 0].T
+    assert (old["value.kernel"] == weight).all()
+    assert (
+        np.abs(
+            load(written(tmp_path, "rosinality, rosinality")[0], dialect="rosinality")[1]["value.kernel"]
+            - weight
+        ).max()
+        > 0.1
+    )
+
+
+@pytest.mark.parametrize("name", ["torchgan", "heykeetae-2018-06-08", "taming", "diffusers", "ashpy"])
+def test_what_cannot_be_expressed_is_refused_with_a_reason_and_a_way(name, tmp_path):
+    path, _ = written(tmp_path, "heykeetae, plain")
+    for arguments in ({"dialect": name}, {"dialect": "heykeetae", "to": name}):
+        with pytest.raises(PortError) as caught:
+            port(path, tmp_path / "out.safetensors", **arguments)
+        assert dialect(name).reason in str(caught.value)
+        assert dialect(name).instead in str(caught.value)
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def spoiled(name, tmp_path, change):
+    path, original = written(tmp_path, name)
+    change(SimpleNamespace(t=original.tensors, prefix=original.prefix))
+    np.savez(path, **original.tensors)
+    return path, original
+
+
+def refusal(path, tmp_path, **options):
+    with pytest.raises(PortError) as caught:
+        port(path, tmp_path / "out.safetensors", **options)
+    assert not (tmp_path / "out.safetensors").exists()
+    return str(caught.value)
+
+
+def put(key, value):
+    def change(file):
+        file.t[file.prefix + key] = value
+
+    return change
+
+
+def drop(*keys):
+    def change(file):
+        for key in keys:
+            del file.t[file.prefix + key]
+
+    return change
+
+
+NAN = np.full((C,), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("heykeetae, plain", drop("gamma"), "missing: gamma"),
+        ("heykeetae, plain", drop("query_conv.bias", "value_conv.weight"), "missing: value_conv/weight"),
+        ("fgh, gamma never saved", lambda _: None, "--set gamma=VALUE"),
+        ("heykeetae, plain", put("gamma", np.ones((5, 1, 1, 1), np.float32)), "a gain per sample"),
+        ("heykeetae, plain", put("norm.weight", np.ones(C, np.float32)), "unused: net.attn.norm.weight"),
+        ("biggan, plain", put("theta.bias", np.ones(3, np.float32)), "unused: blocks.3.1.theta.bias"),
+        ("heykeetae, plain", put("value_conv.bias", NAN), "net.attn.value_conv.bias holds NaN or infinity"),
+        (
+            "heykeetae, plain",
+            put("query_conv.weight", np.ones((3, C, 3, 3), np.float32)),
+            "expected a 1×1 kernel",
+        ),
+        (
+            "heykeetae, plain",
+            put("key_conv.weight", np.ones((4, C, 1, 1), np.float32)),
+            "the key, goes from 24 to 4",
+        ),
+        ("heykeetae, plain", put("value_conv.weight", np.ones((5, C, 1, 1), np.float32)), "they are added"),
+        ("heykeetae, plain", put("query_conv.bias", np.ones(4, np.float32)), "expected (3,)"),
+        (
+            "heykeetae, plain",
+            put("query_conv.weight", np.ones((3, C, 1, 1), np.int64)),
+            "should be floating point",
+        ),
+        ("biggan, ajbrock", put("theta.u0", np.ones((1, 4), np.float32)), "expected 3 elements"),
+        ("biggan, ajbrock", put("theta.weight", np.zeros((3, C, 1, 1), np.float32)), "its spectral norm"),
+        ("studiogan, hook", put("conv1x1_g.weight_v", np.ones(5, np.float32)), "expected 24"),
+        ("sagan-tf", drop("sn_conv_g/u"), "missing: sn_conv_g/u"),
+        ("timm", put("norm.running_var", np.full(C, -1, np.float32)), "a variance that is not positive"),
+        ("timm", drop("norm.running_var"), "missing: norm/running_var"),
+        ("mmcv", put("concat_project.conv.weight", np.ones(3, np.float32)), "the mode is concatenation"),
+        (
+            "mmcv",
+            drop("theta.conv.weight", "theta.conv.bias", "phi.conv.weight", "phi.conv.bias"),
+            "the mode is gaussian",
+        ),
+        (
+            "nonlocal, pooled",
+            drop("theta.weight", "theta.bias", "phi.0.weight", "phi.0.bias"),
+            "the mode is gaussian",
+        ),
+        (
+            "compare-gan, auto, averaged",
+            drop("conv2d_g/kernel/ExponentialMovingAverage"),
+            "missing: conv2d_g/kernel",
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit(name, change, message, tmp_path):
+    path, original = spoiled(name, tmp_path, change)
+    said = refusal(path, tmp_path, dialect=original.dialect)
+    assert message in said
+    assert str(path) in said
+
+
+def test_every_problem_is_said_at_once(tmp_path):
+    def change(file):
+        put("query_conv.bias", np.ones(4, np.float32))(file)
+        put("gamma", np.ones(2, np.float32))(file)
+        put("key_conv.weight", np.ones((4, C, 1, 1), np.float32))(file)
+
+    path, _ = spoiled("heykeetae, plain", tmp_path, change)
+    said = refusal(path, tmp_path, dialect="heykeetae")
+    assert "the key, goes from" in said
+    assert "expected one element" in said
+
+
+def test_files_of_taki0112_and_of_its_unused_layer_are_not_confused(tmp_path):
+    path, _ = written(tmp_path, "taki0112-out")
+    assert "value_channels is 24, and taki0112 makes 12" in refusal(path, tmp_path, dialect="taki0112")
+    path, _ = written(tmp_path, "taki0112")
+    assert "value_channels is 12, and taki0112-out makes 24" in refusal(
+        path, tmp_path, dialect="taki0112-out"
+    )
+
+
+def test_a_copy_with_other_widths_is_read_and_said_to_be_one(tmp_path):
+    make = np.random.Generator(np.random.PCG64(0))
+    tensors = {f"{n}_conv.weight": make.standard_normal((5, C, 1, 1)) for n in ("query", "key")}
+    tensors |= {"value_conv.weight": make.standard_normal((C, C, 1, 1)), "gamma": np.ones(1)}
+    tensors |= {
+        f"{n}_conv.bias": make.standard_normal(k) for n, k in (("query", 5), ("key", 5), ("value", C))
+    }
+    np.savez(tmp_path / "a.npz", **tensors)
+    report = port(tmp_path / "a.npz", tmp_path / "o.safetensors", dialect="heykeetae")
+    assert report.blocks[0].config["qk_channels"] == 5
+    assert any(
+        "qk_channels is 5, where the original makes 3" in text for text in report.blocks[0].assumptions
+    )
+
+
+def test_unused_tensors_can_be_allowed(tmp_path):
+    path, _ = spoiled("heykeetae, plain", tmp_path, put("norm.weight", np.ones(C, np.float32)))
+    report = port(path, tmp_path / "o.safetensors", dialect="heykeetae", strict=False)
+    assert report.blocks[0].unused == ("net.attn.norm.weight",)
+
+
+def test_settings_change_what_is_assumed(tmp_path):
+    path, original = written(tmp_path, "mmcv, use_scale=False")
+    io = io_file(tmp_path, original)
+    target = tmp_path / "o.safetensors"
+    assert not port(path, target, dialect="mmcv", check=io).passed
+    assert port(path, target, dialect="mmcv", settings={"use_scale": "false"}, check=io).passed
+    path, original = written(tmp_path, "compare-gan, auto, averaged")
+    plain = load(path, dialect="compare-gan", settings={"ema": "false"})[1]
+    assert plain["gamma"] == np.float32(0.7)
+    assert load(path, dialect="compare-gan")[1]["gamma"] == np.float32(0.7 * 1.2)
+    path, _ = written(tmp_path, "biggan-v1, wrapper")
+    one, other = (load(path, dialect="biggan-v1", settings={"sn_eps": eps})[1] for eps in (1e-4, 1e-12))
+    assert np.abs(one["out.kernel"] - other["out.kernel"]).max() > 1e-4
+    path, _ = written(tmp_path, "timm")
+    one, other = (load(path, dialect="timm", settings={"bn_eps": eps})[1] for eps in (1e-5, 1e-3))
+    assert np.abs(one["out.kernel"] - other["out.kernel"]).max() > 1e-5
+    path, _ = written(tmp_path, "heykeetae, plain")
+    assert "it has none" in refusal(path, tmp_path, dialect="heykeetae", settings={"gamma": 1.0})
+    path, _ = written(tmp_path, "fgh, plain")
+    assert "would contradict it" in refusal(path, tmp_path, dialect="fgh", settings={"gamma": 1.0})
+
+
+def test_what_does_not_fit_into_16_bits_is_refused(tmp_path):
+    path, _ = spoiled("heykeetae, plain", tmp_path, put("value_conv.bias", np.full(C, 1e6, np.float32)))
+    said = refusal(path, tmp_path, dialect="heykeetae", dtype="float16")
+    assert "value.bias is not finite after float32 → float16" in said
+
+
+def test_keys_that_cannot_be_told_apart(tmp_path):
+    path, original = written(tmp_path, "heykeetae, plain")
+    np.savez(path, **original.tensors, **{"net/attn/gamma": np.ones(1)})
+    assert "cannot be told apart: net.attn.gamma and net/attn/gamma" in refusal(
+        path, tmp_path, dialect="heykeetae"
+    )
+
+
+# ---- several blocks
+
+
+@pytest.fixture
+def network(tmp_path):
+    """Two heykeetae blocks in a whole network, whose own convolutions are not to be seen."""
+    _, original = written(tmp_path, "heykeetae, plain")
+    local = {key.removeprefix(original.prefix): value for key, value in original.tensors.items()}
+    tensors = {f"attn1.{key}": value for key, value in local.items()}
+    tensors |= {f"attn2.{key}": value * 2 for key, value in local.items()}
+    tensors |= {"conv1.weight": np.ones((4, 3, 3, 3), np.float32), "attn10": np.ones(1, np.float32)}
+    path = tmp_path / "network.npz"
+    np.savez(path, **tensors)
+    return path
+
+
+def test_several_blocks_need_a_name(network, tmp_path):
+    assert "holds 2 blocks that look like heykeetae: attn1., attn2." in refusal(
+        network, tmp_path, dialect="heykeetae"
+    )
+    said = refusal(network, tmp_path, dialect="heykeetae", prefix="attn3")
+    assert "has no block 'attn3'" in said
+    assert "attn1., attn2." in said
+    for spelled in ("attn2", "attn2.", "attn2/"):
+        assert load(network, dialect="heykeetae", prefix=spelled)[1]["gamma"] == np.float32(1.4)
+
+
+def test_several_blocks_into_one_file(network, tmp_path):
+    target = tmp_path / "o.safetensors"
+    report = port(network, target, dialect="heykeetae", prefix="attn*")
+    assert [block.block for block in report.blocks] == ["attn1", "attn2"]
+    assert report.tensors_elsewhere == 2
+    assert selfattn_core.load(target, block="attn1")[1]["gamma"] == np.float32(0.7)
+    assert selfattn_core.load(target, block="attn2")[1]["gamma"] == np.float32(1.4)
+    again = port(target, tmp_path / "o.npz", to="torch", prefix=["attn1", "attn2"])
+    assert "attn2.query.weight" in [tensor.target for tensor in again.blocks[1].tensors]
+    assert load(tmp_path / "o.npz", dialect="torch", prefix="attn2")[1]["gamma"] == np.float32(1.4)
+    with pytest.raises(PortError, match="names 2 blocks"):
+        load(network, dialect="heykeetae", prefix="*")
+    with pytest.raises(PortError, match="are of one block"):
+        port(network, tmp_path / "p.npz", dialect="heykeetae", prefix="*", check=network)
+
+
+# ---- the canonical file as a source
+
+
+def test_a_canonical_file_says_itself_what_it_is(tmp_path):
+    config = SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=3)
+    params = {name: value + 0.25 for name, value in selfattn_core.init_params(config, 0).items()}
+    selfattn_core.save(tmp_path / "a.safetensors", config, params)
+    found, arrays = load(tmp_path / "a.safetensors")
+    assert found == config
+    assert all(arrays[name].tobytes() == value.tobytes() for name, value in params.items())
+    with pytest.raises(PortError, match="would contradict it"):
+        load(tmp_path / "a.safetensors", settings={"kv_pool": 2})
+    report = port(tmp_path / "a.safetensors", tmp_path / "b.npz")
+    again = load(tmp_path / "b.npz")
+    assert again[0] == config
+    assert all(again[1][name].tobytes() == value.tobytes() for name, value in arrays.items())
+    assert not any("kv_pool" in text for text in report.blocks[0].assumptions)
+
+
+def with_norm(seed=0):
+    config = SelfAttentionConfig(12, 3, 5, out_projection=True, spectral_norm=True)
+    params = selfattn_core.init_params(config, seed)
+    params["gamma"] += 0.7
+    params["out.bias"] += 0.3
+    return config, params
+
+
+def test_spectral_norm_is_folded_unless_it_is_kept(tmp_path):
+    config, params = with_norm()
+    selfattn_core.save(tmp_path / "a.safetensors", config, params)
+    kept = load(tmp_path / "a.safetensors", keep_spectral_norm=True)
+    assert kept[0] == config
+    assert all(kept[1][name].tobytes() == value.tobytes() for name, value in params.items())
+    folded = load(tmp_path / "a.safetensors", dtype="float64")
+    assert not folded[0].spectral_norm
+    x = np.random.Generator(np.random.PCG64(1)).standard_normal((2, 3, 5, 12))
+    want = spec.forward(config, {name: value.astype(np.float64) for name, value in params.items()}, x)
+    np.testing.assert_allclose(spec.forward(*folded, x), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "studiogan, hook",
+        "studiogan, parametrization",
+        "biggan, ajbrock",
+        "biggan-v1, wrapper",
+        "sagan-tf",
+        "tfgan",
+        "compare-gan, auto",
+        "taki0112",
+        "rosinality, rosinality",
+        "biggan-tfhub",
+    ],
+)
+def test_kept_state_gives_the_original_output(name, tmp_path):
+    path, original = written(tmp_path, name, "float64")
+    config, params = load(path, dialect=original.dialect, keep_spectral_norm=True)
+    assert config.spectral_norm
+    assert error_of(config, params, original) < 1e-12
+    assert params["query.u"].shape == (config.qk_channels,)
+    assert params["query.v"].shape == (config.channels,)
+
+
+def test_kept_state_goes_through_other_files(tmp_path):
+    path, original = written(tmp_path, "studiogan, hook")
+    report = port(path, tmp_path / "a.safetensors", dialect="studiogan", keep_spectral_norm=True)
+    assert report.blocks[0].config["spectral_norm"]
+    first = selfattn_core.load(tmp_path / "a.safetensors")
+    port(tmp_path / "a.safetensors", tmp_path / "b.npz", to="studiogan", keep_spectral_norm=True)
+    with open_tensors(tmp_path / "b.npz") as tensors:
+        for key in tensors:
+            want = original.tensors[f"{original.prefix}{key}"]
+            np.testing.assert_array_equal(tensors.read(key).reshape(want.shape), want)
+    assert first[0].kv_pool == 2
+
+
+def test_state_that_is_not_there_cannot_be_kept(tmp_path):
+    for name, message in (
+        ("studiogan, plain", "has no state of it in the file"),
+        ("heykeetae, old hook", "has no state of it in the file"),
+        ("timm", "the scale of the scores would be lost"),
+    ):
+        path, original = written(tmp_path, name)
+        assert message in refusal(path, tmp_path, dialect=original.dialect, keep_spectral_norm=True)
+    path, _ = written(tmp_path, "studiogan, hook")
+    said = refusal(path, tmp_path, dialect="studiogan", keep_spectral_norm=True, to="biggan")
+    assert "it has no place for u and v" in said
+
+
+# ---- checks that fail
+
+
+def test_a_wrong_output_fails_and_nothing_is_written(tmp_path):
+    path, original = written(tmp_path, "fastai, hook")
+    target = tmp_path / "o.safetensors"
+    target.write_bytes(b"precious")
+    io = io_file(tmp_path, original, spoil=1e-3)
+    report = port(path, target, dialect="fastai", check=io, overwrite=True)
+    assert outcomes(report)["source's own output"] == "failed"
+    assert not report.passed
+    assert not report.written
+    assert target.read_bytes() == b"precious"
+
+
+def test_an_output_that_shows_nothing_is_no_proof(tmp_path):
+    """At gamma 0 the layer is the identity, whatever was ported."""
+    path, original = spoiled("heykeetae, plain", tmp_path, put("gamma", np.zeros(1, np.float32)))
+    report = port(
+        path, tmp_path / "o.safetensors", dialect="pytorch-advanced", check=io_file(tmp_path, original)
+    )
+    assert outcomes(report)["source's own output"] == "not run"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros((2, C, 4, 6), np.float32)}, "lacks y"),
+        (
+            {"x": np.zeros((2, C, 4)), "y": np.zeros((2, C, 4))},
+            "expected two floating-point arrays of one shape",
+        ),
+        (
+            {"x": np.zeros((2, C, 4, 6), int), "y": np.zeros((2, C, 4, 6))},
+            "expected two floating-point arrays",
+        ),
+        ({"x": np.zeros((2, 4, 6, C)), "y": np.zeros((2, 4, 6, C))}, "channels should be 24"),
+    ],
+)
+def test_an_io_file_that_is_none(arrays, message, tmp_path):
+    path, _ = written(tmp_path, "heykeetae, plain")
+    np.savez(tmp_path / "io.npz", **arrays)
+    assert message in refusal(path, tmp_path, dialect="heykeetae", check=tmp_path / "io.npz")
+
+
+def test_a_target_that_comes_back_changed_fails(tmp_path, monkeypatch):
+    from selfattn_core.porting import writers
+
+    path, _ = written(tmp_path, "heykeetae, plain")
+    right = writers._npz
+
+    def wrong(tensors, metadata):
+        return right(tensors | {"gamma": tensors["gamma"] + 1}, metadata)
+
+    monkeypatch.setitem(writers._BYTES, "npz", wrong)
+    report = port(path, tmp_path / "o.npz", dialect="heykeetae")
+    assert outcomes(report)["round trip"] == "failed"
+    assert not (tmp_path / "o.npz").exists()
+
+
+WRONG = """
+import numpy as np
+from selfattn_core import spec
+
+class Backend:
+    name = "toy"
+    def versions(self): return {}
+    def claims(self): return frozenset({"forward"})
+    def layouts(self): return ("channels_last",)
+    def build(self, config, params, dtype, layout): return config, dict(params)
+    def forward(self, model, x):
+        config, params = model
+        if FAULT == "swap":
+            params |= {f"{a}.{p}": model[1][f"{b}.{p}"] for a, b in (("query", "key"), ("key", "query")) for p in ("kernel", "bias")}
+        if FAULT == "raise":
+            raise RuntimeError("no such device")
+        if FAULT == "identity":
+            return x
+        return spec.forward(config, params, x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"), [("", "passed"), ("swap", "failed"), ("raise", "failed"), ("identity", "failed")]
+)
+@pytest.mark.parametrize("gamma", [0.7, 0.0])
+def test_a_framework_whose_layer_is_wrong_fails(fault, outcome, gamma, tmp_path, monkeypatch):
+    from selfattn_core.conformance.backend import Registered
+
+    (tmp_path / "toy_layer.py").write_text(WRONG.replace("FAULT", repr(fault)), encoding="utf-8")
+    import os
+
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    }
+    monkeypatch.setattr(
+        checking, "REGISTRY", {"torch": Registered("toy_layer:Backend", (), "torch", environment)}
+    )
+    path, _ = spoiled("heykeetae, plain", tmp_path, put("gamma", np.full(1, gamma, np.float32)))
+    report = port(path, tmp_path / "o.npz", dialect="heykeetae", to="torch")
+    assert outcomes(report)["torch's layer"] == outcome
+    assert (tmp_path / "o.npz").exists() == (outcome == "passed")
+
+
+def test_a_framework_that_is_not_installed_is_listed(tmp_path, monkeypatch):
+    from selfattn_core.conformance.backend import Registered
+
+    monkeypatch.setattr(checking, "REGISTRY", {"torch": Registered("x:y", ("no_such_module",), "torch")})
+    path, _ = written(tmp_path, "heykeetae, plain")
+    report = port(path, tmp_path / "o.npz", dialect="heykeetae", to="torch")
+    assert report.written
+    (check,) = (check for check in report.checks if check.name == "target's layer")
+    assert check.outcome == "not run"
+    assert "pip install 'selfattn[torch]'" in check.detail
+
+
+# ---- targets
+
+
+def test_a_target_that_exists_is_left_alone(tmp_path):
+    path, _ = written(tmp_path, "heykeetae, plain")
+    target = tmp_path / "o.safetensors"
+    target.write_bytes(b"precious")
+    with pytest.raises(PortError, match="--force"):
+        port(path, target, dialect="heykeetae")
+    assert target.read_bytes() == b"precious"
+    assert port(path, target, dialect="heykeetae", overwrite=True).written
+    assert selfattn_core.load(target)[0] == SelfAttentionConfig(C)
+
+
+@pytest.mark.parametrize(
+    ("target", "to", "message"),
+    [
+        ("o.onnx", "canonical", ".onnx cannot be written"),
+        ("o.weights.h5", "canonical", "say --to keras"),
+        ("o", "torch", "say --to flax"),
+        ("o.pt", "canonical", "say --to torch"),
+        ("absent/o.npz", "torch", "there is no folder"),
+        ("o.npz", "nosuch", "dialect 'nosuch' is unknown"),
+    ],
+)
+def test_targets_that_cannot_be(target, to, message, tmp_path):
+    path, _ = written(tmp_path, "heykeetae, plain")
+    with pytest.raises(PortError, match=message):
+        port(path, tmp_path / target, dialect="heykeetae", to=to)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unknown_dtype(tmp_path):
+    path, _ = written(tmp_path, "heykeetae, plain")
+    assert "dtype 'int8'" in refusal(path, tmp_path, dialect="heykeetae", dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "target"),
+    [
+        ("biggan, ajbrock", "torch", "o.pt"),
+        ("biggan, ajbrock", "keras", "o.weights.h5"),
+        ("taki0112", "flax", "o"),
+    ],
+)
+def test_into_a_framework(name, to, target, tmp_path):
+    """The written file is the layer of the framework, which computes what the original does."""
+    path, original = written(tmp_path, name)
+    report = port(path, tmp_path / target, dialect=original.dialect, to=to, check=io_file(tmp_path, original))
+    found = outcomes(report)
+    assert "failed" not in found.values()
+    assert [outcome for check, outcome in found.items() if check.endswith("'s layer")] == ["passed"] * (
+        1 + (to == "flax")
+    )
+    config, params = load(tmp_path / target, dialect=to, settings={"kv_pool": 2})
+    assert error_of(config, params, original) < 30 * np.finfo(np.float32).eps
+
+
+def test_every_dialect_can_be_a_source_or_says_why_not():
+    assert {name for name in dialect_names() if not dialect(name).refused} == {
+        b().dialect for b in ORIGINALS.values()
+    }
