@@ -1,9 +1,11 @@
 """The blocks of a file that a dialect describes, or everything that stands in the way, at once."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.importing import Plan, plan
@@ -11,8 +13,9 @@ from selfattn_core.porting.matching import KeyIndex, Match, match, normal, prefi
 from selfattn_core.porting.readers import Tensors
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.settings import Settings
+from selfattn_core.weights import FORMAT, VERSION
 
-__all__ = ["Found", "find_blocks", "index_of", "shown"]
+__all__ = ["Found", "canonical_configs", "find_blocks", "index_of", "shown"]
 
 
 @dataclass(frozen=True)
@@ -150,3 +153,26 @@ def _mismatch(found: Match, *, strict: bool) -> list[str]:
             "not, pass --allow-unused"
         )
     return reasons
+
+
+def canonical_configs(tensors: Tensors, chosen: Dialect) -> dict[str, SelfAttentionConfig] | None:
+    """The configs in the metadata of a canonical file, by block; None for any other file.
+
+    Raises:
+        PortError: if the file is of a newer version, or its config cannot be read.
+    """
+    if chosen.name != "canonical" or tensors.metadata.get("format") != FORMAT:
+        return None
+    if tensors.metadata.get("version") != VERSION:
+        raise PortError(
+            f"{tensors.path}: is of version {tensors.metadata.get('version')!r}; this selfattn reads {VERSION!r}: upgrade it."
+        )
+    try:
+        options = json.loads(tensors.metadata.get("config", ""))
+        several = bool(options) and all(isinstance(value, dict) for value in options.values())
+        return {
+            name: SelfAttentionConfig.from_dict(value)
+            for name, value in (options if several else {"": options}).items()
+        }
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise PortError(f"{tensors.path}: the config in its metadata cannot be read: {error}") from error

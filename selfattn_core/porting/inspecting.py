@@ -3,11 +3,11 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from selfattn_core.porting.dialects import Dialect, dialect, dialect_names
-from selfattn_core.porting.finding import index_of, shown
+from selfattn_core.porting.finding import canonical_configs, index_of, shown
 from selfattn_core.porting.importing import plan
 from selfattn_core.porting.matching import KeyIndex, match, prefixes
 from selfattn_core.porting.readers import Tensors, open_tensors
@@ -168,7 +168,12 @@ def _blocks(tensors: Tensors, own: Sequence[str]) -> list[BlockFound]:
 
 def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit:
     found = match(chosen, index, prefix)
-    planned = plan(found, tensors, settings_of(chosen, {}))
+    settings = settings_of(chosen, {})
+    configs = canonical_configs(tensors, chosen) or {}
+    own = configs.get(prefix.rstrip("/").replace("/", "."))
+    if own:
+        settings = replace(settings, kv_pool=own.kv_pool)
+    planned = plan(found, tensors, settings)
     config = planned.config.to_dict() if planned.config else None
     reasons = [telltale.reason for telltale in found.telltales]
     if found.missing:
@@ -192,5 +197,5 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
             (),
             chosen.caveats,
         )
-    assumed = (*given, *(str(one) for one in planned.assumptions))
+    assumed = (*given, *(str(one) for one in planned.assumptions if not (own and one.setting == "kv_pool")))
     return Fit(name, title, "fits", variant, config, (), assumed, chosen.caveats)

@@ -16,7 +16,7 @@ from selfattn_core.porting.checking import check_framework, check_output, read_i
 from selfattn_core.porting.dialects import Dialect, dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.exporting import Exported, export_block, separator
-from selfattn_core.porting.finding import Found, find_blocks, index_of
+from selfattn_core.porting.finding import Found, canonical_configs, find_blocks, index_of
 from selfattn_core.porting.importing import Imported, checksum, import_block, plan
 from selfattn_core.porting.inspecting import candidates
 from selfattn_core.porting.matching import match, normal
@@ -377,32 +377,13 @@ def _found(
     strict: bool,
 ) -> list[Found]:
     settings = settings_of(chosen, given)
-    configs = _canonical_configs(tensors, chosen)
+    configs = canonical_configs(tensors, chosen)
     if configs is None:
         return find_blocks(tensors, chosen, settings, prefix=prefix, strict=strict)
     found = find_blocks(
         tensors, chosen, settings, prefix=[""] if "" in configs and prefix is None else prefix, strict=strict
     )
     return [_with_config(tensors, one, configs, settings) for one in found]
-
-
-def _canonical_configs(tensors: Tensors, chosen: Dialect) -> dict[str, SelfAttentionConfig] | None:
-    """The configs in the metadata of a canonical file; None for a file without."""
-    if chosen.name != "canonical" or tensors.metadata.get("format") != FORMAT:
-        return None
-    if tensors.metadata.get("version") != VERSION:
-        raise PortError(
-            f"{tensors.path}: is of version {tensors.metadata.get('version')!r}; this selfattn reads {VERSION!r}: upgrade it."
-        )
-    try:
-        options = json.loads(tensors.metadata.get("config", ""))
-        several = bool(options) and all(isinstance(value, dict) for value in options.values())
-        return {
-            name: SelfAttentionConfig.from_dict(value)
-            for name, value in (options if several else {"": options}).items()
-        }
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise PortError(f"{tensors.path}: the config in its metadata cannot be read: {error}") from error
 
 
 def _with_config(

@@ -1,0 +1,135 @@
+"""`selfattn port`, `inspect` and `dialects` as a user runs them."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import selfattn_core
+from selfattn_core.cli import main
+from selfattn_core.porting.dialects import dialect_names
+from tests.porting.checkpoints import io_file, written
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments):
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return command
+
+
+def test_from_a_listing_to_a_file(run, tmp_path):
+    path, original = written(tmp_path, "mmcv, use_scale=False")
+    found = run("inspect", path.name)
+    assert found.exit_code == 0
+    assert "mmcv" in found.output
+    assert "use_scale" in found.output
+    io = io_file(tmp_path, original)
+    done = run("port", path.name, "o.safetensors", "--from", "mmcv", "--check", io.name)
+    assert done.exit_code == 1
+    assert "failed   source's own output" in done.output
+    assert not (tmp_path / "o.safetensors").exists()
+    done = run(
+        "port", path.name, "o.safetensors", "--from", "mmcv", "--check", io.name, "--set", "use_scale=false"
+    )
+    assert done.exit_code == 0, done.output
+    assert "passed   source's own output" in done.output
+    assert "as canonical: selfattn's own file, kernels (C_in, C_out): written" in done.output
+    assert selfattn_core.load(tmp_path / "o.safetensors")[0].out_projection
+
+
+def test_json(run, tmp_path):
+    path, _ = written(tmp_path, "biggan, ajbrock")
+    found = run("inspect", path.name, "--json", "-")
+    assert json.loads(found.stdout)["blocks"][0]["prefix"] == "blocks.3.1."
+    assert "fits    biggan" in found.stderr
+    done = run("port", path.name, "o.npz", "--from", "biggan", "--json", "report.json", "--dry-run")
+    assert done.exit_code == 0
+    content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert content["written"] is False
+    assert content["blocks"][0]["tensors"][0]["roles"] == ["query.kernel"]
+    done = run("port", path.name, "o.npz", "--from", "biggan", "--json", "absent/report.json")
+    assert done.exit_code == 2
+    assert not (tmp_path / "o.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("port", "a.npz", "o.npz"), "say with --from which dialect it is"),
+        (("port", "a.npz", "o.npz", "--from", "torchgan"), "the softmax runs over the output positions"),
+        (("port", "a.npz", "o.npz", "--from", "heykeeta"), "did you mean heykeetae"),
+        (("port", "a.npz", "o.npz", "--from", "absent.toml"), "cannot be read as a dialect"),
+        (("port", "a.npz", "o.npz", "--from", "biggan", "--set", "sn_eps"), "expected NAME=VALUE"),
+        (("port", "a.npz", "o.npz", "--from", "biggan", "--set", "eps=1"), "eps is no setting of it"),
+        (("port", "a.npz", "o.npz", "--from", "biggan", "--prefix", "x"), "has no block 'x'"),
+        (("port", "absent.npz", "o.npz", "--from", "biggan"), "absent.npz: no such file"),
+        (("port", "a.npz", "a.npz", "--from", "biggan"), "exists already"),
+        (("port", "a.npz", "o.npz", "--from", "biggan", "--dtype", "int8"), "int8"),
+        (("inspect", "absent.npz"), "absent.npz: no such file"),
+        (("inspect", "a.npz", "--from", "biggn"), "is unknown"),
+        (("dialects", "biggn"), "did you mean biggan"),
+    ],
+)
+def test_a_mistake_is_one_paragraph_and_exit_code_2(run, tmp_path, arguments, message):
+    path, _ = written(tmp_path, "biggan, ajbrock")
+    path.rename("a.npz")
+    before = (tmp_path / "a.npz").read_bytes()
+    done = run(*arguments)
+    assert done.exit_code == 2, done.output
+    assert message in done.output
+    assert "Traceback" not in done.output
+    assert isinstance(done.exception, SystemExit)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
+    assert (tmp_path / "a.npz").read_bytes() == before
+
+
+def test_what_is_not_installed_is_exit_code_3(run, tmp_path, monkeypatch):
+    from selfattn_core.porting import writers
+
+    path, _ = written(tmp_path, "heykeetae, plain")
+
+    def absent(*arguments):
+        raise ModuleNotFoundError(
+            "selfattn_core.porting needs torch, which is not installed: pip install 'selfattn[torch]'"
+        )
+
+    monkeypatch.setitem(writers._BYTES, "torch", absent)
+    done = run("port", path.name, "o.pt", "--from", "heykeetae", "--to", "torch")
+    assert done.exit_code == 3
+    assert "pip install 'selfattn[torch]'" in done.output
+
+
+def test_dialects_lists_and_prints_what_is_accepted_back(run, tmp_path):
+    listing = run("dialects")
+    assert listing.exit_code == 0
+    for name in dialect_names():
+        assert f"\n{name} " in f"\n{listing.output}"
+    assert "refused: torchgan" in listing.output
+    (tmp_path / "mine.toml").write_text(run("dialects", "studiogan").output, encoding="utf-8")
+    path, _ = written(tmp_path, "studiogan, hook")
+    done = run("port", path.name, "o.safetensors", "--from", "mine.toml")
+    assert done.exit_code == 0, done.output
+
+
+def test_all_blocks_of_a_network(run, tmp_path):
+    _, original = written(tmp_path, "heykeetae, plain")
+    local = {key.removeprefix(original.prefix): value for key, value in original.tensors.items()}
+    np.savez(tmp_path / "n.npz", **{f"attn{n}.{key}": value for n in (1, 2) for key, value in local.items()})
+    done = run(
+        "port", "n.npz", "o.safetensors", "--from", "heykeetae", "--prefix", "attn1.", "--prefix", "attn2."
+    )
+    assert done.exit_code == 0, done.output
+    assert selfattn_core.load(tmp_path / "o.safetensors", block="attn2")[1]["gamma"].shape == (1,)
+    done = run("port", "n.npz", "p.safetensors", "--from", "heykeetae", "--prefix", "attn*")
+    assert done.exit_code == 0
+    assert run("inspect", "o.safetensors").output.count("fits    canonical") == 2
+
+
+def test_tensors_can_be_listed(run, tmp_path):
+    path, _ = written(tmp_path, "biggan, ajbrock")
+    assert "blocks.3.1.theta.u0 (1, 3) float32" in run("inspect", path.name, "--tensors").output
