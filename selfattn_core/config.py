@@ -221,7 +221,7 @@ class SelfAttentionConfig:
             raise ValueError(f"{self._received(sizes, layer, layouts)}: {'; '.join(problems)}.")
 
     def _received(self, sizes: tuple[int | None, ...], layer: str, layouts: Sequence[str]) -> str:
-        # Written only where there is a problem: a compiler that traces the check would otherwise pin every size.
+        # Only where there is a problem: the check runs at every call.
         wanted = " or ".join(self._describe(axes) for axes in layouts)
         return f"{layer}: got input of shape {sizes}; expected {wanted}"
 

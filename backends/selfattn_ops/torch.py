@@ -29,7 +29,7 @@ def attend(
     """Softmax over keys of q kᵀ, times v; no 1/sqrt(d).
 
     Memory is linear in N in the forward pass and in first and second derivatives; third derivatives are exact
-    and take (…, N, M). Forward mode, `torch.func` and `vmap` work. 16-bit operands have their logits, softmax and
+    and take (…, N, M). Forward mode, `torch.func`, `vmap` and batched gradients work. 16-bit operands have their logits, softmax and
     derivatives in float32. Autocast does not change what is computed: the operands' dtype decides.
 
     `torch.compile` sees two opaque operators whatever the number of blocks. Standard operators in one block, and
@@ -387,7 +387,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_AttendBackward.apply(*ctx.saved_tensors, grad, ctx.block_size), None
+        return *_applied(_AttendBackward, *ctx.saved_tensors, grad, ctx.block_size), None
 
     @staticmethod
     def jvp(ctx: Any, *dots: torch.Tensor) -> torch.Tensor:
@@ -415,7 +415,7 @@ class _AttendBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dots: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_AttendSecond.apply(*ctx.saved_tensors, *dots, None, ctx.block_size), None
+        return *_applied(_AttendSecond, *ctx.saved_tensors, *dots, None, ctx.block_size), None
 
     @staticmethod
     def jvp(ctx: Any, *dots: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -446,8 +446,8 @@ class _AttendTangent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *dots = ctx.saved_tensors
-        to_operands = _AttendSecond.apply(q, k, v, grad, *dots, None, ctx.block_size)[:3]
-        return *to_operands, *_AttendBackward.apply(q, k, v, grad, ctx.block_size), None
+        to_operands = _applied(_AttendSecond, q, k, v, grad, *dots, None, ctx.block_size)[:3]
+        return *to_operands, *_applied(_AttendBackward, q, k, v, grad, ctx.block_size), None
 
     @staticmethod
     def jvp(ctx: Any, *dots: torch.Tensor) -> torch.Tensor:
@@ -493,6 +493,32 @@ class _AttendSecond(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         return _folded(_AttendSecond, info, in_dims, inputs)
+
+
+def _applied(function: Any, *inputs: Any) -> Any:
+    """`function.apply` from within a derivative, which may be one of a batch.
+
+    `torch.autograd.grad(is_grads_batched=True)` batches gradients in a way of its own, older than `torch.func`, of
+    which `apply` does not know: the batch is taken off here, and put on again.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1  # noqa: SLF001
+    torch._C._vmapmode_decrement_nesting()  # noqa: SLF001
+    if level == 0:
+        return function.apply(*inputs)
+    *tensors, block_size = inputs
+    bare = [
+        # A tensor without the batch is expanded to the size given, 1, and so to that of the others below.
+        None if tensor is None else torch._remove_batch_dim(tensor, level, 1, 0)  # noqa: SLF001
+        for tensor in tensors
+    ]
+    size = max(tensor.shape[0] for tensor in bare if tensor is not None)
+    folded = [
+        tensor if tensor is None else tensor.expand(size, *tensor.shape[1:]).flatten(0, 1) for tensor in bare
+    ]
+    return tuple(
+        torch._add_batch_dim(output.unflatten(0, (size, -1)), 0, level)  # noqa: SLF001
+        for output in function.apply(*folded, block_size)
+    )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...]) -> None:

@@ -11,7 +11,7 @@ def attention_grid(layer: SelfAttention2d, x: torch.Tensor) -> torch.Tensor:
     """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
 
     Args:
-        layer: called as it is, in training or evaluation mode.
+        layer: called as it is: with spectral norm in training mode, this is one more power iteration.
         x: (B, C, H, W) or (C, H, W).
 
     Returns:

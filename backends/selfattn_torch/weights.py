@@ -30,7 +30,8 @@ def to_canonical(layer: SelfAttention2d) -> dict[str, Array]:
         Kernels (C_in, C_out), biases (C_out,), gamma (1,); with spectral norm the kernels are the raw ones.
 
     Raises:
-        ValueError: if a projection is not a plain convolution: its kernel is then not what the layer computes with.
+        ValueError: if a projection is not a plain convolution, whose kernel is what the layer computes with, or is
+            sharded.
 
     Example:
         >>> to_canonical(SelfAttention2d(16))["query.kernel"].shape
@@ -138,9 +139,11 @@ def save(layer: SelfAttention2d, path: PathLike, *, overwrite: bool = False, sou
 
 
 def _check_plain(layer: SelfAttention2d) -> None:
-    """Refuse to take for the layer's kernel what a parametrization, an adapter or a hook makes another one of."""
+    """Refuse to take for the layer's kernel a part of it, or what something else makes another one of."""
     problems = []
     expected = (SpectralConv2d,) if layer.config.spectral_norm else (Projection, nn.Conv2d)
+    if any(hasattr(parameter, "full_tensor") for parameter in layer.parameters()):
+        problems.append("the parameters are sharded")
     for name in projections(layer.config):
         child = layer.get_submodule(name)
         if type(child) not in expected:
@@ -149,9 +152,10 @@ def _check_plain(layer: SelfAttention2d) -> None:
             problems.append(f"the weight of {name} is computed by a hook")
     if problems:
         raise ValueError(
-            f"SelfAttention2d: got a layer of which {', '.join(problems)}; expected plain convolutions, whose weights are "
-            "what they compute with: merge an adapter into its base, and take parametrizations and hooks off, for example "
-            'torch.nn.utils.parametrize.remove_parametrizations(layer.query, "weight").'
+            f"SelfAttention2d: got a layer of which {', '.join(problems)}; expected plain convolutions, whose whole weights "
+            "are what they compute with: merge an adapter into its base, take parametrizations and hooks off, for example "
+            'with torch.nn.utils.parametrize.remove_parametrizations(layer.query, "weight"), and gather shards into a '
+            "layer that is not sharded."
         )
 
 

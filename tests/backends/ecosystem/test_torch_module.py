@@ -180,7 +180,7 @@ def test_autocast(case, dtype):
         y, attention = layer(x, need_weights=True)
         again = layer(x)
         narrow = layer(x.to(dtype))
-    # The residual is x's own dtype, the map that of autocast, with a softmax of at least float32 behind it.
+    # The residual keeps the dtype of x, where a module in the dtype of autocast rounds it; the rest is that module's.
     assert (y.dtype, again.dtype, attention.dtype, narrow.dtype) == (
         torch.float32,
         torch.float32,
@@ -190,9 +190,9 @@ def test_autocast(case, dtype):
     size = (exact - x).abs().max()
     eps = torch.finfo(dtype).eps
     assert torch.equal(y, again)
-    # Logits of standard deviation 3 and a size up to 16 are rounded nowhere but at q and k.
-    assert (y - exact).abs().max() <= 32 * eps * size
-    assert (attention.float().sum(-1) - 1).abs().max() <= 4 * eps
+    assert (y - exact).abs().max() <= 4 * eps * size
+    cast = copy.deepcopy(layer).to(dtype)
+    assert torch.equal(attention, cast(x.to(dtype), need_weights=True)[1])
 
 
 @BOTH
@@ -211,7 +211,7 @@ def test_training_under_autocast(case, dtype):
         rounded = step()
     for parameter, got, want in zip(layer.parameters(), rounded, exact, strict=True):
         assert got.dtype == parameter.dtype == torch.float32
-        assert (got - want).abs().max() <= 64 * torch.finfo(dtype).eps * max(w.abs().max() for w in exact)
+        assert (got - want).abs().max() <= 16 * torch.finfo(dtype).eps * max(w.abs().max() for w in exact)
 
 
 @BOTH
