@@ -47,6 +47,11 @@ def maps_of(size, channels, seed=1):
     return torch.randn(batch, channels, height, width, generator=generator)
 
 
+def assert_close(got, want):
+    """Equal but for rounding, since an exported layer computes its projections one by one."""
+    assert (got - want).abs().max() <= 16 * torch.finfo(torch.float32).eps * want.abs().max()
+
+
 @BOTH
 def test_one_compilation_serves_every_size_forward_and_backward(layer_of):
     layer, x, _, _ = designed(f"SA-VJP-{layer_of}")
@@ -71,7 +76,7 @@ def test_sizes_found_to_vary_are_compiled_for_once(layer_of):
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for size in SIZES:
         maps = maps_of(size, x.shape[1])
-        torch.testing.assert_close(compiled(maps), layer(maps))
+        assert_close(compiled(maps), layer(maps))
     assert counter.frame_count == 2
 
 
@@ -82,7 +87,7 @@ def test_the_map_and_unbatched_input_compile_too(layer_of):
     y, attention = compiled(x, need_weights=True)
     verdict = judge("map", attention.detach().numpy(), expect(case, "float32")["map"], "float32")
     assert verdict.passed, verdict.message
-    torch.testing.assert_close(compiled(x[0]), y[0])
+    assert_close(compiled(x[0]), y[0])
 
 
 def test_a_compiled_layer_refuses_what_does_not_fit():
@@ -144,7 +149,7 @@ def test_an_exported_layer_is_saved_loaded_and_equal_at_any_size(layer_of):
     twin = program.module()
     for size in SIZES:
         maps = maps_of(size, x.shape[1])
-        assert torch.equal(twin(maps), layer(maps))
+        assert_close(twin(maps), layer(maps))
 
 
 @BOTH
@@ -153,7 +158,7 @@ def test_the_map_is_exported_if_it_is_asked_for_then(layer_of):
     twin = exported(layer, x, need_weights=True).module()
     maps = maps_of(SIZES[1], x.shape[1])
     for got, want in zip(twin(maps, need_weights=True), layer(maps, need_weights=True), strict=True):
-        assert torch.equal(got, want)
+        assert_close(got, want)
 
 
 def test_the_map_of_a_layer_exported_without_it_is_refused():

@@ -48,15 +48,11 @@ def test_gradients_are_those_of_one_process(results, way, blocks):
 
 # Where torch can do it one day, these fail, and the guide may promise more.
 def test_a_penalty_outside_the_sharded_root_raises(results):
-    assert results["FSDP2, penalty outside"].startswith(
-        "RuntimeError: The tensor has a non-zero number of elements"
-    )
+    assert results["FSDP2, penalty outside"].startswith("RuntimeError")
 
 
 def test_a_penalty_across_groups_of_shards_raises_or_loses_gradients(results):
-    assert results["FSDP2, nested, freed"].startswith(
-        "RuntimeError: The tensor has a non-zero number of elements"
-    )
+    assert results["FSDP2, nested, freed"].startswith("RuntimeError")
     for blocks in ("", ", in blocks"):
         assert results[f"FSDP2, nested, kept{blocks}"].endswith("parameters without a gradient")
 
