@@ -21,8 +21,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## train in PyTorch on real images, run in Keras and Flax, compare
 	$(BIN)/python -m examples.digits
 
+# Two processes, a file of tests in one of them; the files of the slow folder come first.
 test: check  ## check, then every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)  ## format, lint, types
 	$(BIN)/ruff format --check .
