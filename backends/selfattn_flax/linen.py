@@ -24,6 +24,7 @@ from selfattn_core.params import check_params, projections, state_table
 from selfattn_core.weights import PathLike
 from selfattn_flax.maps import unflatten
 from selfattn_flax.nnx import KERNEL_INIT, ZEROS_INIT, pool, residual, rows
+from selfattn_flax.pointwise import pointwise
 from selfattn_flax.spectral_norm import LinenSpectralConv
 from selfattn_flax.weights import to_numpy, to_tree
 from selfattn_ops.blocks import check_block_size
@@ -184,7 +185,7 @@ class SelfAttention2D(nn.Module):
             dtype=x.dtype,
             floating=jnp.issubdtype(x.dtype, jnp.floating),
         )
-        conv = nn.Conv
+        conv = partial(nn.Conv, conv_general_dilated=pointwise)
         if self.spectral_norm:
             evaluates = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
             conv = partial(LinenSpectralConv, use_running_average=evaluates)

@@ -3,6 +3,7 @@
 Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3.
 """
 
+from functools import partial
 from typing import Self
 
 import jax
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.params import projections
+from selfattn_flax.pointwise import pointwise
 from selfattn_flax.spectral_norm import NNXSpectralConv
 from selfattn_ops.blocks import check_block_size
 from selfattn_ops.jax import attend, attend_with_map
@@ -103,7 +105,7 @@ class SelfAttention2D(nnx.Module):
         )
         self.block_size = check_block_size(block_size)
         self.dtype = dtype
-        conv = NNXSpectralConv if spectral_norm else nnx.Conv
+        conv = NNXSpectralConv if spectral_norm else partial(nnx.Conv, conv_general_dilated=pointwise)
         for name, widths in projections(self.config).items():
             child = conv(
                 *widths,

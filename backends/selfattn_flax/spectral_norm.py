@@ -15,6 +15,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from selfattn_core.spectral_norm import EPS, WARM_UP
+from selfattn_flax.pointwise import pointwise
 
 __all__ = ["LinenSpectralConv", "NNXSpectralConv"]
 
@@ -183,5 +184,5 @@ def _apply(
 ) -> jax.Array:
     """What `Conv` does with a 1×1 kernel."""
     inputs, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=dtype)
-    outputs = jnp.matmul(inputs, kernel[0, 0], precision=precision)
+    outputs = pointwise(inputs, kernel, (1, 1), "VALID", precision=precision)
     return outputs if bias is None else outputs + bias
