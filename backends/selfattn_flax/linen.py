@@ -21,6 +21,7 @@ import selfattn_core
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.config import check_options
 from selfattn_core.params import check_params, projections, state_table
+from selfattn_core.porting.anything import load_any
 from selfattn_core.weights import PathLike
 from selfattn_flax.maps import unflatten
 from selfattn_flax.nnx import KERNEL_INIT, ZEROS_INIT, pool, residual, rows
@@ -330,17 +331,23 @@ def load(
     path: PathLike,
     *,
     block: str | None = None,
+    dialect: str | None = None,
+    prefix: str | None = None,
+    settings: Mapping[str, str | bool | float] | None = None,
     block_size: int | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
     name: str | None = None,
 ) -> tuple[SelfAttention2D, dict[str, Any]]:
-    """A module and variables from a canonical file, whichever framework wrote it.
+    """A module and variables from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
 
     Args:
-        path: the `.safetensors` file.
-        block: which layer of a file that holds several.
+        path: a canonical `.safetensors` file, or with `dialect` a checkpoint in any format that `selfattn inspect` reads.
+        block: which layer of a canonical file that holds several.
+        dialect: what another file is, as `selfattn dialects` lists them, or a `.toml` file of your own.
+        prefix: which block of such a file, where it has several.
+        settings: what such a file does not say, for example {"use_scale": False}.
         block_size: as in `SelfAttention2D`.
         dtype: of the computation, as in `SelfAttention2D`.
         param_dtype: of the parameters; by default the file's.
@@ -348,11 +355,11 @@ def load(
         name: of the module.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a whole and fitting canonical file (lists every problem), or holds float64 while JAX
+        FileNotFoundError: if there is no such canonical file.
+        ValueError: if it is not a whole and fitting file of its kind (lists every problem), or holds float64 while JAX
             has no float64.
     """
-    config, params = selfattn_core.load(path, block=block)
+    config, params = load_any(path, block=block, dialect=dialect, prefix=prefix, settings=settings)
     return from_canonical(
         config,
         params,

@@ -12,6 +12,7 @@ from torch import nn
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
 from selfattn_core.params import check_params, projections, state_table
+from selfattn_core.porting.anything import load_any
 from selfattn_core.weights import PathLike
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.projection import Projection
@@ -92,24 +93,30 @@ def load(
     path: PathLike,
     *,
     block: str | None = None,
+    dialect: str | None = None,
+    prefix: str | None = None,
+    settings: Mapping[str, str | bool | float] | None = None,
     block_size: int | None = None,
     device: torch.device | str | int | None = None,
     dtype: torch.dtype | None = None,
 ) -> SelfAttention2d:
-    """A layer from a canonical file, whichever framework wrote it.
+    """A layer from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
 
     Args:
-        path: the `.safetensors` file.
-        block: which layer of a file that holds several.
+        path: a canonical `.safetensors` file, or with `dialect` a checkpoint in any format that `selfattn inspect` reads.
+        block: which layer of a canonical file that holds several.
+        dialect: what another file is, as `selfattn dialects` lists them, or a `.toml` file of your own.
+        prefix: which block of such a file, where it has several.
+        settings: what such a file does not say, for example {"use_scale": False}.
         block_size: as in `SelfAttention2d`.
         device: of the parameters; by default the CPU.
         dtype: of the parameters; by default the file's.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a whole and fitting canonical file; lists every problem.
+        FileNotFoundError: if there is no such canonical file.
+        ValueError: if it is not a whole and fitting file of its kind; lists every problem.
     """
-    config, params = selfattn_core.load(path, block=block)
+    config, params = load_any(path, block=block, dialect=dialect, prefix=prefix, settings=settings)
     return from_canonical(config, params, block_size=block_size, device=device, dtype=dtype)
 
 

@@ -202,7 +202,7 @@ def _write_orbax(
 
 # Characters, of which one can take four bytes.
 _ATTRIBUTE = 15_000
-_KERAS_ORDER = {"kernel": "0", "bias": "1", "gamma": "0"}
+_KERAS_ORDER = {"kernel": "0", "bias": "1", "gamma": "0", "u": "u", "v": "v"}
 _BYTES: dict[str, Callable[[Mapping[str, Array], Mapping[str, str]], bytes]] = {
     "safetensors": _safetensors,
     "npz": _npz,

@@ -472,6 +472,32 @@ def test_kept_state_goes_through_other_files(tmp_path):
     assert first[0].kv_pool == 2
 
 
+def test_kept_state_is_where_each_framework_has_it(tmp_path, monkeypatch):
+    """Keras' file by names, NNX beside the kernel, Linen in a collection of its own."""
+    monkeypatch.setattr(checking, "BACKENDS", {})
+    config, params = with_norm()
+    selfattn_core.save(tmp_path / "a.safetensors", config, params)
+
+    def same(path, name):
+        found, arrays = load(path, dialect=name, keep_spectral_norm=True)
+        assert found == config
+        assert all(arrays[key].tobytes() == value.tobytes() for key, value in params.items())
+
+    for name, target in (("torch", "o.pt"), ("keras", "o.weights.h5"), ("flax", "o.npz")):
+        port(tmp_path / "a.safetensors", tmp_path / target, to=name, keep_spectral_norm=True)
+        same(tmp_path / target, name)
+    with np.load(tmp_path / "o.npz") as arrays:
+        linen = {
+            f"{'batch_stats' if key[-2:] in ('/u', '/v') else 'params'}/net/attn/{key}": arrays[key]
+            for key in arrays.files
+            if not key.startswith("__")
+        }
+    np.savez(tmp_path / "linen.npz", **linen)
+    same(tmp_path / "linen.npz", "flax")
+    with open_tensors(tmp_path / "o.weights.h5") as tensors:
+        assert "query/u" in tensors
+
+
 def test_state_that_is_not_there_cannot_be_kept(tmp_path):
     for name, message in (
         ("studiogan, plain", "has no state of it in the file"),

@@ -129,11 +129,13 @@ def _named(file: Hdf5) -> Iterator[tuple[str, Dataset]]:
             keys[len(layer)] for keys in groups if len(keys) > len(layer) and keys[: len(layer)] == layer
         }
         path = [own.get(layer[: length + 1], part) for length, part in enumerate(layer)]
-        order = sorted(held, key=lambda name: (len(name), name))
+        # Our spectral norm keeps its state under names, beside the numbers of the convolution.
+        for name in (name for name in held if not name.isdecimal()):
+            yield "/".join((*path, name)), held[name]
+        order = sorted((name for name in held if name.isdecimal()), key=lambda name: (len(name), name))
         roles = _roles(layer[-1] if layer else "", [held[name].info.shape for name in order], children)
         for name, role in zip(order, roles, strict=True):
-            known = role if name.isdecimal() and role else f"vars/{name}" if name.isdecimal() else name
-            yield "/".join((*path, known)), held[name]
+            yield "/".join((*path, role or f"vars/{name}")), held[name]
 
 
 def _own_names(file: Hdf5) -> dict[Keys, str]:
