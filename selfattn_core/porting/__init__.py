@@ -5,6 +5,7 @@ from selfattn_core.porting.inspecting import InspectReport, inspect
 from selfattn_core.porting.port import load, port
 from selfattn_core.porting.readers import TensorInfo, Tensors, open_tensors
 from selfattn_core.porting.report import PortReport
+from selfattn_core.porting.writers import write_tensors
 
 __all__ = [
     "InspectReport",
@@ -16,4 +17,5 @@ __all__ = [
     "load",
     "open_tensors",
     "port",
+    "write_tensors",
 ]
