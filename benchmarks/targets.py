@@ -24,6 +24,7 @@ class Target:
         bound: the number to reach.
         at_least: whether more is better.
         unit: after the number.
+        share: of the matmul rate that we reach where this is measured, for a speed; it says whether more is to be had.
     """
 
     row: str
@@ -32,6 +33,7 @@ class Target:
     bound: float
     at_least: bool
     unit: str = " ×"
+    share: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class Finding:
     Args:
         target: the target.
         value: what was measured; None if nothing was.
+        share: of the matmul rate that we reached there; None where that says nothing, or was not measured.
     """
 
     target: Target
     value: float | None
+    share: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -64,7 +68,11 @@ class Finding:
 def evaluate(results: Results) -> list[Finding]:
     """Every target of the frameworks that the results have."""
     return [
-        Finding(target, target.measured(results, target.framework))
+        Finding(
+            target,
+            target.measured(results, target.framework),
+            target.share(results, target.framework) if target.share else None,
+        )
         for target in TARGETS
         if target.framework in results["frameworks"]
     ]
@@ -143,12 +151,18 @@ def _of_the_fastest(results: Results, framework: str) -> float | None:
 
 
 def _rows(
-    row: str, measured: Measured, bounds: Sequence[float], *, at_least: bool, unit: str = " ×"
+    row: str,
+    measured: Measured,
+    bounds: Sequence[float],
+    *,
+    at_least: bool,
+    unit: str = " ×",
+    share: Measured | None = None,
 ) -> list[Target]:
     """One row of the table: a bound each for torch, JAX and TensorFlow."""
     frameworks = ("torch", "jax", "tensorflow")
     return [
-        Target(row, framework, measured, bound, at_least, unit)
+        Target(row, framework, measured, bound, at_least, unit, share)
         for framework, bound in zip(frameworks, bounds, strict=True)
     ]
 
@@ -159,24 +173,28 @@ TARGETS: tuple[Target, ...] = (
         _faster_than("dense", "forward", 64, 64),
         (3.5, 1.6, 1.0),
         at_least=True,
+        share=_share_of_matmul("forward", 64, 64),
     ),
     *_rows(
         "forward, C = 256 at 64×64: faster than dense",
         _faster_than("dense", "forward", 256, 64),
         (1.8, 1.3, 1.0),
         at_least=True,
+        share=_share_of_matmul("forward", 256, 64),
     ),
     *_rows(
         "forward, C = 512 at 64×64: faster than dense",
         _faster_than("dense", "forward", 512, 64),
         (1.25, 1.05, 1.0),
         at_least=True,
+        share=_share_of_matmul("forward", 512, 64),
     ),
     *_rows(
         "forward and backward, C = 64 at 128×128: faster than dense",
         _faster_than("dense", "train", 64, 128),
         (4.5, 1.5, 1.0),
         at_least=True,
+        share=_share_of_matmul("train", 64, 128),
     ),
     Target(
         "forward and backward, C = 64 at 128×128: faster than SDPA",
@@ -184,12 +202,14 @@ TARGETS: tuple[Target, ...] = (
         _faster_than("sdpa", "train", 64, 128),
         3.5,
         at_least=True,
+        share=_share_of_matmul("train", 64, 128),
     ),
     *_rows(
         "forward and backward, C = 512 at 64×64: faster than dense",
         _faster_than("dense", "train", 512, 64),
         (1.4, 1.05, 1.0),
         at_least=True,
+        share=_share_of_matmul("train", 512, 64),
     ),
     Target(
         "forward and backward, C = 512 at 64×64: faster than SDPA",
@@ -197,6 +217,7 @@ TARGETS: tuple[Target, ...] = (
         _faster_than("sdpa", "train", 512, 64),
         1.4,
         at_least=True,
+        share=_share_of_matmul("train", 512, 64),
     ),
     *_rows(
         "R1 step, C = 64 at 64×64: time of dense",

@@ -179,6 +179,17 @@ def test_the_page_has_every_table_and_says_what_is_missing():
         assert not line.startswith("|") or line.endswith("|")
 
 
+def test_a_missed_speed_is_shown_beside_the_matmul_rate():
+    results = invented()
+    page = markdown(results, {})
+    missed = [line for line in page.splitlines() if line.startswith("| forward, C = 64 at 64×64: faster")]
+    # All implementations of the invented results take equally long, the ceilings too.
+    assert missed == [
+        "| forward, C = 64 at 64×64: faster than dense | 1 × (≥ 3.5) **missed**, at 1.00 of the matmul rate "
+        "| 1 × (≥ 1.6) **missed**, at 1.00 of the matmul rate | 1 × (≥ 1) |"
+    ]
+
+
 def test_a_page_of_one_framework_and_no_numbers():
     results = invented("toy", ("jax",))
     results["frameworks"]["jax"]["cells"] = []
