@@ -1,0 +1,48 @@
+"""Whether networks that were moved to another framework give the same images and scores."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from examples.gan.files import Samples
+
+__all__ = ["Agreement", "compare"]
+
+ALLOWED = 64.0
+"""Units in the last place of float32 of the largest number; the networks add thousands of products."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The largest differences, in units in the last place of the largest number.
+
+    Args:
+        images: of all pixels.
+        scores: of the discriminator; None where there is none.
+    """
+
+    images: float
+    scores: float | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both are rounding errors."""
+        return all(difference <= ALLOWED for difference in (self.images, self.scores or 0.0))
+
+    def __str__(self) -> str:
+        scores = "" if self.scores is None else f", of a score {self.scores:.1f}"
+        return (
+            f"largest difference of a pixel {self.images:.1f}{scores} units in the last place of float32 "
+            f"(allowed: {ALLOWED:g}): {'the same' if self.agrees else 'NOT the same'}"
+        )
+
+
+def compare(got: Samples, want: Samples) -> Agreement:
+    """How far an answer is from the one that the checkpoint came with."""
+    return Agreement(_difference(got.images, want.images), _difference(got.scores, want.scores))
+
+
+def _difference(got: np.ndarray, want: np.ndarray) -> float:
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return float("inf")
+    return float(np.abs(got - want).max() / (np.finfo(np.float32).eps * np.abs(want).max()))

@@ -1,0 +1,94 @@
+"""Export the generator of a GAN checkpoint as a SavedModel, load it in a process without selfattn, compare the images.
+
+Run as `python -m examples.gan_keras`, after `python -m examples.gan_torch`. Exit codes: 0 the same images, 1 other images, 2
+there is no checkpoint, 3 something is not installed, 130 interrupted.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from examples.gan import agreement, files
+from selfattn_core.installed import missing_modules
+
+FAILED = 1
+BAD_INPUT = 2
+MISSING = 3
+INTERRUPTED = 130
+
+_ROOT = Path(__file__).parents[2]
+
+
+def main() -> int:
+    """Run the example; returns the exit code."""
+    arguments = _arguments()
+    if missing := missing_modules(["keras", "tensorflow"]):
+        print(f"This example needs {', '.join(missing)}: pip install 'selfattn[keras]'", file=sys.stderr)
+        return MISSING
+    folder: Path = arguments.folder
+    if not (folder / files.ATTENTION).exists():
+        print(f"There is no checkpoint in {folder}: run python -m examples.gan_torch first.", file=sys.stderr)
+        return BAD_INPUT
+    # A SavedModel is TensorFlow's, and Keras takes its backend when it is first imported.
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    from examples.gan_keras import generator
+
+    start = time.monotonic()
+    wanted = files.load_samples(folder)
+    if arguments.quick:
+        wanted = files.Samples(*(values[::20] for values in vars(wanted).values()))
+    model = generator.load(folder)
+    images = model.predict([wanted.latents, wanted.labels], verbose=0)
+    in_keras = agreement.compare(files.Samples(wanted.latents, wanted.labels, images, wanted.scores), wanted)
+    print(f"1. The generator of {folder}, in Keras:\n   {in_keras}", flush=True)
+
+    saved = folder / "served"
+    model.export(saved, format="tf_saved_model", verbose=False)
+    print(f"2. Exported to {saved}.", flush=True)
+
+    served = _ask(saved, wanted, folder)
+    in_service = agreement.compare(
+        files.Samples(wanted.latents, wanted.labels, served, wanted.scores), wanted
+    )
+    print(f"3. Loaded in a process with TensorFlow alone:\n   {in_service}", flush=True)
+    if not (in_keras.agrees and in_service.agrees):
+        print("FAILED: these are not the images of the checkpoint.", file=sys.stderr)
+        return FAILED
+    print(f"The same {len(served)} images from all three ({time.monotonic() - start:.0f} s).")
+    return 0
+
+
+def _ask(saved: Path, wanted: files.Samples, folder: Path) -> np.ndarray:
+    """The images of the SavedModel, from a process of its own."""
+    request, answer = folder / "request.npz", folder / "answer.npy"
+    np.savez(request, latents=wanted.latents, labels=wanted.labels)
+    # The answer of an earlier run must not stand in for one that does not come.
+    answer.unlink(missing_ok=True)
+    paths = [str(path.resolve()) for path in (saved, request, answer)]
+    subprocess.run([sys.executable, "-m", "examples.gan_keras.serve", *paths], cwd=_ROOT, check=True)
+    return np.load(answer)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.gan_keras", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer images")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/gan"), help="with the checkpoint (default: %(default)s)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        code = INTERRUPTED
+    sys.exit(code)
