@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check format conform bench fuzz wheel clean
+.PHONY: help demo test check format conform bench docs fuzz wheel clean
 help:  ## what the targets do
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -43,6 +43,9 @@ bench: $(INSTALLED)  ## time and memory, written to benchmarks/results
 
 fuzz: $(INSTALLED)  ## 20,000 damaged files for each reader of checkpoints
 	KERAS_BACKEND=tensorflow $(BIN)/python -m tests.porting.fuzz
+
+docs: $(INSTALLED)  ## build the site into build/site
+	$(BIN)/python -m mkdocs build --strict
 
 wheel: $(INSTALLED)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

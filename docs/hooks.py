@@ -1,0 +1,68 @@
+"""What pages take from elsewhere when the site is built: the command's help, the dialects, the measurements."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+from mkdocs.structure.files import File
+
+from selfattn_core.cli import main
+from selfattn_core.porting.dialects import ROLES, dialect, dialect_names
+
+_ROOT = Path(__file__).parents[1]
+_RESULTS = _ROOT / "benchmarks" / "results"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the plots of the measurements to the site."""
+    for plot in sorted(_RESULTS.glob("*.svg")) + sorted(_RESULTS.glob("*.png")):
+        files.append(File.generated(config, f"results/{plot.name}", content=plot.read_bytes()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Put the generated parts where the pages ask for them."""
+    markdown = markdown.replace("<!-- command -->", command_help())
+    markdown = markdown.replace("<!-- dialects -->", dialect_table())
+    return markdown.replace("<!-- benchmarks -->", measurements())
+
+
+def command_help() -> str:
+    """The help of every subcommand, as the command prints it."""
+    context = click.Context(main, info_name="selfattn")
+    parts = []
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        if command is None:
+            continue
+        text = command.get_help(click.Context(command, info_name=name, parent=context))
+        parts.append(f"## selfattn {name}\n\n```text\n{text}\n```\n")
+    return "\n".join(parts)
+
+
+def dialect_table() -> str:
+    """Every dialect, those that are refused with the reason."""
+    lines = ["| dialect | whose | query, key, value, out | what to know |", "|---|---|---|---|"]
+    for name in dialect_names():
+        known = dialect(name)
+        roles = known.variants[0].roles
+        names = ", ".join(f"`{roles[role]}`" if role in roles else "–" for role in ROLES)
+        notes = (
+            [f"**Refused**: {known.reason}. Instead: {known.instead}"] if known.refused else [*known.caveats]
+        )
+        notes += ["keys and values pooled 2×2"] if known.variants[0].kv_pool == 2 else []
+        cells = [f"`{name}`", known.title, names, "; ".join(notes)]
+        cells = [cell.replace("|", "\\|") for cell in cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def measurements() -> str:
+    """The committed measurements, with their headings one level down."""
+    pages = sorted(_RESULTS.glob("*.md"))
+    if not pages:
+        return "No measurements are kept in this checkout: run `make bench`."
+    text = "\n\n".join(page.read_text(encoding="utf-8") for page in pages)
+    text = re.sub(r"^(#+ )", r"##\1", text, flags=re.M)
+    return re.sub(r"\]\(([^)/]+\.(?:svg|png))\)", r"](results/\1)", text)

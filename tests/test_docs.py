@@ -1,0 +1,145 @@
+"""The pages of the site: every code block runs as a reader would run it, commands and targets exist, the site builds.
+
+Blocks are run each with names of its own, those of one framework in one process.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from selfattn_core.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path for folder in ("docs", "examples") for path in (ROOT / folder).rglob("*.md"))
+
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
+IMPORTS = {"torch": "torch", "keras": "keras", "flax": "flax", "jax": "flax", "tensorflow": "keras"}
+
+RUNNER = """
+import json, os, sys, tempfile, traceback
+failures = {}
+for place, code in json.load(sys.stdin):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            exec(compile(code, place, "exec"), {"__name__": "__main__"})
+        except BaseException:
+            failures[place] = traceback.format_exc()
+        os.chdir(tempfile.gettempdir())
+sys.stderr.flush()
+print("\\n" + json.dumps(failures))
+"""
+
+
+def fenced(language: str) -> list[tuple[str, str]]:
+    """Place and text of every block in a language."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in FENCE.finditer(text):
+            if match[1] == language:
+                line = text.count("\n", 0, match.start()) + 2
+                found.append((f"{page.relative_to(ROOT)}:{line}", match[2]))
+    return found
+
+
+def framework(code: str) -> str:
+    """Which process a block is run in."""
+    imported = re.findall(r"^\s*(?:import|from) (?:selfattn_)?(\w+)", code, re.M)
+    return " ".join(sorted({IMPORTS[name] for name in imported if name in IMPORTS}))
+
+
+BLOCKS = fenced("python")
+GROUPS = {
+    name: [block for block in BLOCKS if framework(block[1]) == name]
+    for name in map(framework, dict(BLOCKS).values())
+}
+
+
+def failures(blocks: list[tuple[str, str]], **environment: str) -> dict[str, str]:
+    result = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(blocks),
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("group", [name for name in GROUPS if name != "keras"])
+def test_the_blocks_run(group):
+    assert not failures(GROUPS[group])
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_the_blocks_of_keras_run(backend):
+    own = [block for block in GROUPS["keras"] if backend == "tensorflow" or "tensorflow" not in block[1]]
+    assert own
+    assert not failures(own, KERAS_BACKEND=backend)
+
+
+def test_every_framework_has_blocks():
+    assert {"torch", "keras", "flax", ""} <= set(GROUPS)
+
+
+def test_a_block_that_does_not_run_is_noticed():
+    assert list(failures([("a:1", "x = 1"), ("b:2", "assert x"), ("c:3", "import sys; sys.exit(0)")])) == [
+        "b:2",
+        "c:3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "text"), fenced("sh"), ids=lambda value: value[:40].strip() if "docs" in value else ""
+)
+def test_commands_and_their_options_exist(place, text):
+    for line in text.splitlines():
+        words = line.partition("#")[0].split()
+        if words[:1] == ["selfattn"] and len(words) > 1:
+            command = main.get_command(click.Context(main), words[1])
+            assert command is not None, f"{place}: there is no selfattn {words[1]}"
+            options = {option for parameter in command.params for option in parameter.opts}
+            used = {word.partition("=")[0] for word in words if word.startswith("--")}
+            assert used <= options, f"{place}: selfattn {words[1]} has no {used - options}"
+        if words[:1] == ["make"]:
+            assert words[1] in targets(), f"{place}: there is no make {words[1]}"
+        if words[:2] == ["python", "-m"]:
+            path = ROOT / words[2].replace(".", "/")
+            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), (
+                f"{place}: no {words[2]}"
+            )
+
+
+def targets() -> set[str]:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return set(re.findall(r"^([a-z-]+):", makefile, re.M))
+
+
+def test_targets_that_pages_name_exist():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert {"bench"} <= set(re.findall(r"`make ([a-z-]+)`", text)) <= targets()
+
+
+def test_every_page_is_in_the_navigation_and_the_site_builds_without_a_warning(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        # Material prints a notice about its maintenance, which is none of this project's.
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    reference = (tmp_path / "reference" / "torch.html").read_text(encoding="utf-8")
+    assert 'id="selfattn_torch.SelfAttention2d"' in reference
+    assert "selfattn attend" in (tmp_path / "reference" / "command.html").read_text(encoding="utf-8")
