@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -50,17 +50,38 @@ def backends() -> None:
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the random inputs."
 )
 @click.option(
+    "--level",
+    default="deploy",
+    show_default=True,
+    type=click.Choice(["core", "training", "gan", "deploy"]),
+    help="How far to go; each level holds those before it.",
+)
+@click.option(
+    "--self-test",
+    is_flag=True,
+    help="Run the kit on broken implementations instead, and say which case catches each.",
+)
+@click.option(
     "--json", "json_file", metavar="FILE", help="Write every verdict as JSON; - is standard output."
 )
-def conform(names: tuple[str, ...], seed: int, json_file: str | None) -> None:
+def conform(
+    names: tuple[str, ...],
+    seed: int,
+    level: Literal["core", "training", "gan", "deploy"],
+    self_test: bool,
+    json_file: str | None,
+) -> None:
     """Compare backends with the numpy specification, in units of the noise floor.
 
     BACKEND is a name that `selfattn backends` lists, or module:object for your own. Without one, all are checked.
     """
     from selfattn_core.conformance.backend import REGISTRY
     from selfattn_core.conformance.report import as_json, as_table
-    from selfattn_core.conformance.runner import run_backend
+    from selfattn_core.conformance.runner import run_backends
 
+    if self_test:
+        _self_test(seed)
+        return
     unknown = [name for name in names if name not in REGISTRY and ":" not in name]
     if unknown:
         raise click.UsageError(
@@ -70,10 +91,9 @@ def conform(names: tuple[str, ...], seed: int, json_file: str | None) -> None:
         # Before minutes of checking whose report could not be kept.
         raise click.UsageError(f"--json {json_file}: there is no folder {Path(json_file).parent}.")
     chosen = list(dict.fromkeys(names)) or list(REGISTRY)
-    reports = []
-    for name in chosen:
-        click.echo(f"{name} …", err=True)
-        reports.append(run_backend(name, seed=seed))
+    reports = run_backends(
+        chosen, seed=seed, level=level, tell=lambda name, words: click.echo(f"{name}: {words}", err=True)
+    )
     click.echo(as_table(reports), err=json_file == "-")
     if json_file:
         _write_json(json_file, as_json(reports, seed))
@@ -194,6 +214,15 @@ def attend(
             f"{found.statistics.mean_distance[position]:.1f} positions."
         )
     click.echo(f"written: {out}")
+
+
+def _self_test(seed: int) -> None:
+    from selfattn_core.conformance import selftest
+
+    kills = selftest.self_test(seed=seed)
+    click.echo(selftest.as_table(kills))
+    if any(kill.outcome is None for kill in kills):
+        sys.exit(CHECK_FAILED)
 
 
 def _write_json(target: str, content: dict[str, Any]) -> None:

@@ -266,7 +266,7 @@ def magnitudes(
     x: Array,
     dy: Array | None = None,
     *,
-    second: bool = False,
+    cotangents: Mapping[str, Array] | None = None,
 ) -> dict[str, float]:
     """The sizes that rounding errors are in proportion to.
 
@@ -278,8 +278,9 @@ def magnitudes(
         config: as for `forward`.
         params: as for `forward`.
         x: feature maps (B, H, W, C).
-        dy: ḡ for `vjp`, w for `r1`; without it only the logits are measured.
-        second: whether the gradients of `r1` are meant, instead of those of `vjp`.
+        dy: ḡ; without it only the logits are measured.
+        cotangents: as for `vjp_of_vjp`, if its gradients are meant instead of those of `vjp`; those of `r1` are
+            {"x": 2 dx}.
 
     Returns:
         {"logits": the largest absolute entry of q kᵀ}, and for each bias and for gamma the sum of absolute terms, the
@@ -299,12 +300,13 @@ def magnitudes(
     order: _FirstOrder | _SecondOrder
     order = first = _FirstOrder(layer, dy)
     z = layer.z
-    if second:
-        order = _SecondOrder(layer, first, {"x": layer.unflatten(2 * first.dx)})
-        z = order.dot_z
+    gain = layer.gamma
+    if cotangents is not None:
+        order = second = _SecondOrder(layer, first, cotangents)
+        z, gain = second.dot_z, second.dot_gamma
     terms = dict(order.projected)
     if config.out_projection:
-        terms["out"] = np.zeros_like(z) if second else layer.gamma * first.g
+        terms["out"] = gain * first.g
     if config.use_bias:
         found |= {
             f"{name}.bias": float(np.abs(d).sum(axis=(0, 1)).max(initial=0)) for name, d in terms.items()

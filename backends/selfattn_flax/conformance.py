@@ -1,49 +1,78 @@
 """The two Flax layers as backends of the conformance kit."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, traverse_util
+from flax import linen as nn
+from flax import nnx, serialization, traverse_util
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.params import widen
 from selfattn_flax import linen, weights
+from selfattn_flax.nnx import SelfAttention2D
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
+class Kind:
+    """One of Flax's two layers, as pure functions of a tree of parameters.
+
+    Args:
+        build: (config, canonical arrays, dtype) to (what is static, parameters, state).
+        new: (config, seed) to the same, of a new layer.
+        apply: (static, parameters, state, x) to y, in evaluation.
+        attention: (static, parameters, state, x) to A.
+        export: (static, parameters, state) to canonical arrays.
+    """
+
+    build: Callable[[SelfAttentionConfig, Mapping[str, Array], str], tuple[Any, Any, Any]]
+    new: Callable[[SelfAttentionConfig, int], tuple[Any, Any, Any]]
+    apply: Callable[[Any, Any, Any, jax.Array], jax.Array]
+    attention: Callable[[Any, Any, Any, jax.Array], jax.Array]
+    export: Callable[[Any, Any, Any], dict[str, Array]]
+
+
+@dataclass(frozen=True)
 class Model:
-    """A layer as Flax's transforms see it.
+    """A layer.
 
     Args:
         config: which layer.
-        params: the tree of its parameters.
-        apply: (params, x) to y.
-        attention: (params, x) to A.
-        export: the weights as the adapter exports them.
+        dtype: of its parameters.
+        static: what is not an array.
+        tree: its parameters.
+        state: what else it holds.
+        compiled: whether `forward` is compiled; derivatives always are.
     """
 
     config: SelfAttentionConfig
-    params: Any
-    apply: Callable[[Any, jax.Array], jax.Array]
-    attention: Callable[[Any, jax.Array], jax.Array]
-    export: Callable[[], dict[str, Array]]
+    dtype: DTypeLike
+    static: Any
+    tree: Any
+    state: Any
+    compiled: bool = False
+
+    def given(self, x: Array) -> jax.Array:
+        """(B, H, W, C) as the layer takes it."""
+        return jnp.asarray(x, self.dtype)
 
 
 class FlaxBackend:
-    """One of Flax's two layers, as a pure function of a tree of parameters."""
+    """One of Flax's two layers."""
 
-    def __init__(
-        self, name: str, build: Callable[[SelfAttentionConfig, Mapping[str, Array], str], Model]
-    ) -> None:
+    def __init__(self, name: str, kind: Kind) -> None:
         self.name = name
-        self._build = build
+        self.kind = kind
 
     def versions(self) -> Mapping[str, str]:
         """The versions of flax, jax and jaxlib."""
@@ -51,11 +80,29 @@ class FlaxBackend:
 
     def claims(self) -> frozenset[str]:
         """Everything the kit asks for."""
-        return frozenset({"forward", "map", "vjp", "r1", "params"})
+        return frozenset(
+            {
+                "forward",
+                "map",
+                "vjp",
+                "params",
+                "init",
+                "r1",
+                "mixed",
+                "compiled",
+                "saved",
+                "per_sample",
+                "memory",
+            }
+        )
 
     def layouts(self) -> tuple[str, ...]:
         """Flax has one."""
         return ("channels_last",)
+
+    def dtypes(self) -> tuple[str, ...]:
+        """All that the kit knows."""
+        return ("float32", "float64", "bfloat16", "float16")
 
     def build(
         self,
@@ -65,90 +112,207 @@ class FlaxBackend:
         layout: str,  # noqa: ARG002 - the protocol's, and there is but one
     ) -> Model:
         """The layer; float64 needs a process in which JAX has it (JAX_ENABLE_X64=1)."""
-        return self._build(config, params, dtype)
+        return Model(config, dtype, *self.kind.build(config, params, dtype))
 
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
-        return np.array(model.apply(model.params, jnp.asarray(x)))
+        apply = _forward if model.compiled else _eager
+        return _array(apply(self.kind, model.static, model.tree, model.state, model.given(x)))
 
     def attention_map(self, model: Model, x: Array) -> Array:
         """The map A."""
-        return np.array(model.attention(model.params, jnp.asarray(x)))
+        return _array(_attention(self.kind, model.static, model.tree, model.state, model.given(x)))
 
     def vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode."""
-
-        @jax.jit
-        def gradients(params: Any, x: jax.Array, dy: jax.Array) -> tuple[Any, jax.Array]:
-            _, pull = jax.vjp(model.apply, params, x)
-            return pull(dy)
-
-        return _gradients(model, *gradients(model.params, jnp.asarray(x), jnp.asarray(dy)))
-
-    def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
-        """The penalty by reverse mode over reverse mode."""
-
-        def penalty(params: Any, x: jax.Array) -> jax.Array:
-            dx = jax.grad(lambda x: jnp.sum(jnp.asarray(w) * model.apply(params, x)))(x)
-            return jnp.sum(dx**2)
-
-        derivative = jax.jit(jax.value_and_grad(penalty, (0, 1)))
-        value, gradients = derivative(model.params, jnp.asarray(x))
-        return float(value), _gradients(model, *gradients)
+        return _named(
+            model, *_vjp(self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy))
+        )
 
     def params(self, model: Model) -> Mapping[str, Array]:
         """The weights as the adapter exports them."""
-        return model.export()
+        return self.kind.export(model.static, model.tree, model.state)
+
+    def initial(self, config: SelfAttentionConfig, seed: int) -> Mapping[str, Array]:
+        """A new layer."""
+        return self.kind.export(*self.kind.new(config, seed))
+
+    def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
+        """The penalty by reverse mode over reverse mode."""
+        value, gradients = _r1(
+            self.kind, model.static, model.tree, model.state, model.given(x), model.given(w)
+        )
+        return float(value), _named(model, *gradients)
+
+    def vjp_of_vjp(
+        self, model: Model, x: Array, dy: Array, cotangents: Mapping[str, Array]
+    ) -> Mapping[str, Array]:
+        """Second derivatives by reverse mode over reverse mode."""
+        given = (_like(model, cotangents), model.given(cotangents["x"]))
+        tree, by_x, by_dy = _second(
+            self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy), given
+        )
+        return {"dy": _array(by_dy)} | _named(model, tree, by_x)
+
+    def compiled(self, model: Model) -> Model:
+        """By `jax.jit`."""
+        return replace(model, compiled=True)
+
+    def saved(self, model: Model, folder: str) -> Model:
+        """By Flax's own serialization of the trees."""
+        path = Path(folder) / "layer.msgpack"
+        trees = (model.tree, model.state)
+        leaves = dict(enumerate(jax.tree.leaves(jax.device_get(trees))))
+        path.write_bytes(serialization.to_bytes(leaves))
+        found = serialization.from_bytes(leaves, path.read_bytes())
+        loaded = [jnp.asarray(found[index]) for index in sorted(found)]
+        tree, state = jax.tree.unflatten(jax.tree.structure(trees), loaded)
+        return replace(model, tree=tree, state=state)
+
+    def per_sample_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
+        """`jax.vmap` over the gradient."""
+        gradients = _per_sample(
+            self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy)
+        )
+        return _named(model, *gradients)
 
 
-def _nnx(config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str) -> Model:
-    layer = weights.from_canonical(config, params, param_dtype=dtype)
+# Compiled as a whole: operation by operation takes many times as long at these sizes. Layers of one config are static in
+# the same way, so that each function is compiled once for each size.
+_static = partial(jax.jit, static_argnums=(0, 1))
+
+
+def _eager(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Array:
+    return kind.apply(static, tree, state, x)
+
+
+_forward = _static(_eager)
+
+
+@_static
+def _attention(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Array:
+    return kind.attention(static, tree, state, x)
+
+
+def _first(
+    kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array
+) -> tuple[Any, jax.Array]:
+    _, pull = jax.vjp(lambda tree, x: kind.apply(static, tree, state, x), tree, x)
+    return pull(dy)
+
+
+_vjp = _static(_first)
+
+
+@_static
+def _r1(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, w: jax.Array) -> Any:
+    def penalty(tree: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(jax.grad(lambda x: jnp.sum(w * kind.apply(static, tree, state, x)))(x) ** 2)
+
+    return jax.value_and_grad(penalty, (0, 1))(tree, x)
+
+
+@_static
+def _second(
+    kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array, cotangents: Any
+) -> Any:
+    _, pull = jax.vjp(lambda tree, x, dy: _first(kind, static, tree, state, x, dy), tree, x, dy)
+    return pull(cotangents)
+
+
+@_static
+def _per_sample(
+    kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array
+) -> tuple[Any, jax.Array]:
+    return jax.vmap(partial(_first, kind, static), (None, None, 0, 0))(tree, state, x, dy)
+
+
+def _nnx_build(config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str) -> tuple[Any, Any, Any]:
+    return _nnx_split(weights.from_canonical(config, params, param_dtype=dtype))
+
+
+def _nnx_new(config: SelfAttentionConfig, seed: int) -> tuple[Any, Any, Any]:
+    return _nnx_split(SelfAttention2D.from_config(config, rngs=nnx.Rngs(seed)))
+
+
+def _nnx_split(layer: SelfAttention2D) -> tuple[Any, Any, Any]:
     # The specification is the function in evaluation.
     layer.eval()
-    graph, state = nnx.split(layer)
+    return nnx.split(layer, nnx.Param, ...)
 
-    def attention(state: Any, x: jax.Array) -> jax.Array:
-        _, sown = nnx.capture(nnx.merge(graph, state), nnx.Intermediate)(x, sow_weights=True)
-        return sown["attention_weights"][0]
 
-    return Model(
-        config,
-        state,
-        lambda state, x: nnx.merge(graph, state)(x),
-        attention,
-        lambda: weights.to_canonical(layer),
+def _nnx_apply(static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Array:
+    return nnx.merge(static, tree, state)(x)
+
+
+def _nnx_attention(static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Array:
+    _, sown = nnx.capture(nnx.merge(static, tree, state), nnx.Intermediate)(x, sow_weights=True)
+    return sown["attention_weights"][0]
+
+
+def _nnx_export(static: Any, tree: Any, state: Any) -> dict[str, Array]:
+    return weights.to_canonical(nnx.merge(static, tree, state))
+
+
+def _linen_build(
+    config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str
+) -> tuple[Any, Any, Any]:
+    return _linen_split(*linen.from_canonical(config, params, param_dtype=dtype))
+
+
+def _linen_new(config: SelfAttentionConfig, seed: int) -> tuple[Any, Any, Any]:
+    module = linen.SelfAttention2D.from_config(config)
+    x = jnp.zeros((config.kv_pool, config.kv_pool, config.channels))
+    return _linen_split(module, module.init(jax.random.key(seed), x))
+
+
+def _linen_split(module: nn.Module, variables: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    state = {name: collection for name, collection in variables.items() if name != "params"}
+    return module, variables["params"], state
+
+
+def _linen_apply(static: nn.Module, tree: Any, state: Any, x: jax.Array) -> jax.Array:
+    return static.apply({"params": tree, **state}, x, use_running_average=True)
+
+
+def _linen_attention(static: nn.Module, tree: Any, state: Any, x: jax.Array) -> jax.Array:
+    _, sown = static.apply(
+        {"params": tree, **state}, x, sow_weights=True, use_running_average=True, mutable=["intermediates"]
     )
+    return sown["intermediates"]["attention_weights"][0]
 
 
-def _linen(config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str) -> Model:
-    module, variables = linen.from_canonical(config, params, param_dtype=dtype)
-
-    def attention(params: Any, x: jax.Array) -> jax.Array:
-        _, sown = module.apply(
-            variables | {"params": params},
-            x,
-            sow_weights=True,
-            use_running_average=True,
-            mutable=["intermediates"],
-        )
-        return sown["intermediates"]["attention_weights"][0]
-
-    return Model(
-        config,
-        variables["params"],
-        lambda params, x: module.apply(variables | {"params": params}, x, use_running_average=True),
-        attention,
-        lambda: linen.to_canonical(module, variables),
-    )
+def _linen_export(static: nn.Module, tree: Any, state: Any) -> dict[str, Array]:
+    return linen.to_canonical(static, {"params": tree, **state})
 
 
-nnx_backend = FlaxBackend("flax-nnx", _nnx)
-linen_backend = FlaxBackend("flax-linen", _linen)
+nnx_backend = FlaxBackend("flax-nnx", Kind(_nnx_build, _nnx_new, _nnx_apply, _nnx_attention, _nnx_export))
+linen_backend = FlaxBackend(
+    "flax-linen", Kind(_linen_build, _linen_new, _linen_apply, _linen_attention, _linen_export)
+)
 
 
-def _gradients(model: Model, by_params: Any, by_x: jax.Array) -> dict[str, Array]:
-    tree = nnx.to_pure_dict(by_params) if isinstance(by_params, nnx.State) else by_params
-    flat = traverse_util.flatten_dict(tree, sep=".")
-    return {"x": np.array(by_x)} | {
-        name: weights.to_numpy(flat[name]) for name in parameter_table(model.config)
+def _array(array: jax.Array) -> Array:
+    """A new array; bfloat16 is widened."""
+    return np.array(widen(np.asarray(array)))
+
+
+def _like(model: Model, arrays: Mapping[str, Array]) -> Any:
+    """Arrays of canonical names and shapes as a tree like the model's."""
+    shaped = {
+        name: arrays[name][None, None] if name.endswith("kernel") else arrays[name]
+        for name in parameter_table(model.config)
     }
+    leaves = jax.tree.leaves(traverse_util.unflatten_dict(shaped, sep="."))
+    structure = jax.tree.structure(model.tree)
+    return jax.tree.unflatten(structure, [jnp.asarray(leaf, model.dtype) for leaf in leaves])
+
+
+def _named(model: Model, by_tree: Any, by_x: jax.Array) -> dict[str, Array]:
+    tree = nnx.to_pure_dict(by_tree) if isinstance(by_tree, nnx.State) else by_tree
+    flat = traverse_util.flatten_dict(tree, sep=".")
+    named = {"x": _array(by_x)}
+    for name in parameter_table(model.config):
+        array = _array(flat[name])
+        named[name] = array[..., 0, 0, :, :] if name.endswith("kernel") else array
+    return named

@@ -1,7 +1,10 @@
 """The Keras layer as a backend of the conformance kit, on the framework that Keras runs on."""
 
 import importlib
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -9,12 +12,66 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.params import widen
 from selfattn_keras.layer import SelfAttention2D, Tensor
 from selfattn_keras.weights import from_canonical, to_canonical, variable
 
 Array = NDArray[Any]
 
 _FRAMEWORK = keras.backend.backend()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A layer, and how functions of it are called.
+
+    Args:
+        layer: the layer.
+        compiled: whether they are compiled.
+    """
+
+    layer: SelfAttention2D
+    compiled: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The canonical names of its parameters."""
+        return list(parameter_table(self.layer.config))
+
+    @property
+    def values(self) -> list[Tensor]:
+        """Its parameters, in that order."""
+        return [variable(self.layer, name).value for name in self.names]
+
+    def given(self, x: Array) -> Tensor:
+        """(B, H, W, C) as the layer takes it."""
+        maps = x if self.layer.data_format == "channels_last" else x.transpose(0, 3, 1, 2)
+        return keras.ops.convert_to_tensor(np.array(maps, order="C"), dtype=self.layer.compute_dtype)
+
+    def like(self, name: str, array: Array) -> Tensor:
+        """An array of canonical shape in the shape of the framework's own."""
+        if name == "x":
+            return self.given(array)
+        own = np.array(array, order="C").reshape(variable(self.layer, name).shape)
+        return keras.ops.convert_to_tensor(own, dtype=self.layer.variable_dtype)
+
+    def maps(self, maps: Tensor) -> Array:
+        """What the layer gives, as (B, H, W, C)."""
+        array = _array(maps)
+        return (
+            array
+            if self.layer.data_format == "channels_last"
+            else np.array(array.transpose(0, 2, 3, 1), order="C")
+        )
+
+    def named(self, gradients: list[Tensor]) -> dict[str, Array]:
+        """The gradients of x and of the parameters."""
+        rows = parameter_table(self.layer.config).values()
+        parameters = {
+            row.name: _array(gradient).reshape(row.shape)
+            for row, gradient in zip(rows, gradients[1:], strict=True)
+        }
+        return {"x": self.maps(gradients[0])} | parameters
 
 
 class KerasBackend:
@@ -28,132 +85,212 @@ class KerasBackend:
         return {"keras": keras.__version__, _FRAMEWORK: framework.__version__}
 
     def claims(self) -> frozenset[str]:
-        """Everything the kit asks for."""
-        return frozenset({"forward", "map", "vjp", "r1", "params"})
+        """What Keras offers on this framework: it compiles nothing on torch, and has no gradients per sample but JAX's."""
+        everywhere = {"forward", "map", "vjp", "params", "init", "r1", "mixed", "saved", "memory"}
+        own = {"tensorflow": {"compiled"}, "jax": {"compiled", "per_sample"}}
+        return frozenset(everywhere | own.get(_FRAMEWORK, set()))
 
     def layouts(self) -> tuple[str, ...]:
         """Both data formats."""
         return ("channels_last", "channels_first")
 
+    def dtypes(self) -> tuple[str, ...]:
+        """All that the kit knows."""
+        return ("float32", "float64", "bfloat16", "float16")
+
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
-    ) -> SelfAttention2D:
+    ) -> Model:
         """The layer, with the dtype policy of that name."""
-        return from_canonical(config, params, data_format=layout, dtype=dtype)
+        return Model(from_canonical(config, params, data_format=layout, dtype=dtype))
 
-    def forward(self, model: SelfAttention2D, x: Array) -> Array:
+    def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
-        return _to_numpy(model(_to_native(x, model)), model)
+        return model.maps(_forward(model, model.given(x)))
 
-    def attention_map(self, model: SelfAttention2D, x: Array) -> Array:
+    def attention_map(self, model: Model, x: Array) -> Array:
         """The map A."""
-        _, attention = model(_to_native(x, model), return_attention_scores=True)
-        return np.array(keras.ops.convert_to_numpy(attention))
+        return _array(model.layer(model.given(x), return_attention_scores=True)[1])
 
-    def vjp(self, model: SelfAttention2D, x: Array, dy: Array) -> Mapping[str, Array]:
+    def vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode."""
-        return _named(model, _vjp(model, _variables(model), _to_native(x, model), _to_native(dy, model)))
+        return model.named(_vjp(model, model.given(x), model.given(dy)))
 
-    def r1(self, model: SelfAttention2D, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
-        """The penalty by reverse mode over reverse mode."""
-        penalty, gradients = _r1(model, _variables(model), _to_native(x, model), _to_native(w, model))
-        return float(penalty), _named(model, gradients)
-
-    def params(self, model: SelfAttention2D) -> Mapping[str, Array]:
+    def params(self, model: Model) -> Mapping[str, Array]:
         """The weights as the adapter exports them."""
-        return to_canonical(model)
+        return to_canonical(model.layer)
+
+    def initial(self, config: SelfAttentionConfig, seed: int) -> Mapping[str, Array]:
+        """A new layer; initializers without a seed of their own draw one from Python's random state."""
+        state = random.getstate()
+        try:
+            random.seed(seed)
+            return to_canonical(SelfAttention2D.from_spec(config))
+        finally:
+            random.setstate(state)
+
+    def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
+        """The penalty by reverse mode over reverse mode."""
+        penalty, gradients = _r1(model, model.given(x), model.given(w))
+        return float(penalty), model.named(gradients)
+
+    def vjp_of_vjp(
+        self, model: Model, x: Array, dy: Array, cotangents: Mapping[str, Array]
+    ) -> Mapping[str, Array]:
+        """Second derivatives by reverse mode over reverse mode."""
+        given = [model.like(name, cotangents[name]) for name in ("x", *model.names)]
+        by_dy, *gradients = _vjp_of_vjp(model, model.given(x), model.given(dy), given)
+        return {"dy": model.maps(by_dy)} | model.named(gradients)
+
+    def compiled(self, model: Model) -> Model:
+        """By XLA."""
+        return replace(model, compiled=True)
+
+    def saved(self, model: Model, folder: str) -> Model:
+        """By way of a model in a `.keras` file."""
+        channels = model.layer.config.channels
+        sizes = (
+            (None, None, channels) if model.layer.data_format == "channels_last" else (channels, None, None)
+        )
+        path = Path(folder) / "model.keras"
+        whole = keras.Sequential([keras.Input(sizes, dtype=model.layer.compute_dtype), model.layer])
+        whole.save(path)
+        return replace(model, layer=keras.saving.load_model(path).layers[-1])
+
+    def per_sample_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
+        """`jax.vmap` over the gradient."""
+        by_x, *gradients = _per_sample(model, model.given(x), model.given(dy))
+        found = {"x": model.maps(by_x)}
+        for row, gradient in zip(parameter_table(model.layer.config).values(), gradients, strict=True):
+            found[row.name] = _array(gradient).reshape(x.shape[0], *row.shape)
+        return found
 
 
 backend = KerasBackend()
 
 
-def _variables(model: SelfAttention2D) -> list[Any]:
-    return [variable(model, name) for name in parameter_table(model.config)]
+def _array(tensor: Tensor) -> Array:
+    """A new array; bfloat16 is widened."""
+    return np.array(widen(np.asarray(keras.ops.convert_to_numpy(tensor))))
 
 
-def _named(model: SelfAttention2D, gradients: list[Tensor]) -> dict[str, Array]:
-    named = {"x": _to_numpy(gradients[0], model)}
-    for row, gradient in zip(parameter_table(model.config).values(), gradients[1:], strict=True):
-        named[row.name] = np.array(keras.ops.convert_to_numpy(gradient)).reshape(row.shape)
-    return named
-
-
-def _to_native(x: Array, model: SelfAttention2D) -> Tensor:
-    maps = x if model.data_format == "channels_last" else x.transpose(0, 3, 1, 2)
-    return keras.ops.convert_to_tensor(np.array(maps, order="C"))
-
-
-def _to_numpy(maps: Tensor, model: SelfAttention2D) -> Array:
-    array = np.array(keras.ops.convert_to_numpy(maps))
-    return array if model.data_format == "channels_last" else np.array(array.transpose(0, 2, 3, 1), order="C")
-
-
-# `_vjp` gives the gradients of sum(dy∘y) for x and each variable, `_r1` the penalty ‖d sum(w∘y)/dx‖² and its gradients.
-# A variable that the penalty does not depend on has a gradient of zero.
+# `_vjp` gives the gradients of sum(dy∘y) for x and each parameter, `_r1` the penalty ‖d sum(w∘y)/dx‖² and its gradients,
+# `_vjp_of_vjp` those of sum(cotangent∘gradient) for dy, x and each parameter. What the result does not depend on has a
+# gradient of zero.
 
 if _FRAMEWORK == "tensorflow":
     import tensorflow as tf
 
-    def _vjp(model: SelfAttention2D, variables: list[Any], x: Tensor, dy: Tensor) -> list[Tensor]:
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = model(x)
-        sources = [x, *(each.value for each in variables)]
-        gradients: list[Tensor] = tape.gradient(y, sources, dy, unconnected_gradients="zero")
-        return gradients
+    def _as_claimed(model: Model, function: Callable[..., Any]) -> Callable[..., Any]:
+        return tf.function(function, jit_compile=True) if model.compiled else function
 
-    def _r1(
-        model: SelfAttention2D, variables: list[Any], x: Tensor, w: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _forward(model: Model, x: Tensor) -> Tensor:
+        return _as_claimed(model, model.layer)(x)
+
+    def _vjp(model: Model, x: Tensor, dy: Tensor) -> list[Tensor]:
+        def gradients(x: Tensor, dy: Tensor) -> list[Tensor]:
+            sources = [x, *model.values]
+            with tf.GradientTape() as tape:
+                tape.watch(sources)
+                y = model.layer(x)
+            found: list[Tensor] = tape.gradient(y, sources, dy, unconnected_gradients="zero")
+            return found
+
+        found: list[Tensor] = _as_claimed(model, gradients)(x, dy)
+        return found
+
+    def _r1(model: Model, x: Tensor, w: Tensor) -> tuple[Tensor, list[Tensor]]:
+        sources = [x, *model.values]
         with tf.GradientTape() as outer:
-            outer.watch(x)
+            outer.watch(sources)
             with tf.GradientTape() as inner:
                 inner.watch(x)
-                y = model(x)
+                y = model.layer(x)
             penalty = tf.reduce_sum(tf.square(inner.gradient(y, x, w)))
-        sources = [x, *(each.value for each in variables)]
         return penalty, outer.gradient(penalty, sources, unconnected_gradients="zero")
+
+    def _vjp_of_vjp(model: Model, x: Tensor, dy: Tensor, cotangents: list[Tensor]) -> list[Tensor]:
+        sources = [x, *model.values]
+        with tf.GradientTape() as outer:
+            outer.watch([dy, *sources])
+            gradients = _vjp(model, x, dy)
+            total = tf.add_n([tf.reduce_sum(c * g) for c, g in zip(cotangents, gradients, strict=True)])
+        found: list[Tensor] = outer.gradient(total, [dy, *sources], unconnected_gradients="zero")
+        return found
 
 elif _FRAMEWORK == "jax":
     import jax
 
-    def _call(model: SelfAttention2D, variables: list[Any], x: Tensor, *values: Tensor) -> Tensor:
-        given = {each.path: value for each, value in zip(variables, values, strict=True)}
-        return model.stateless_call([given[each.path] for each in model.trainable_variables], [], x)[0]
+    def _call(model: Model, x: Tensor, *values: Tensor) -> Tensor:
+        given = {
+            variable(model.layer, name).path: value for name, value in zip(model.names, values, strict=True)
+        }
+        return model.layer.stateless_call(
+            [given[each.path] for each in model.layer.trainable_variables], [], x
+        )[0]
 
-    def _vjp(model: SelfAttention2D, variables: list[Any], x: Tensor, dy: Tensor) -> list[Tensor]:
-        values = [each.value for each in variables]
+    def _forward(model: Model, x: Tensor) -> Tensor:
+        return (
+            jax.jit(lambda *given: _call(model, *given))(x, *model.values)
+            if model.compiled
+            else model.layer(x)
+        )
 
-        def gradients(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            _, pullback = jax.vjp(lambda *inputs: _call(model, variables, *inputs), *inputs)
-            return tuple(pullback(dy))
+    def _gradients(model: Model, dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        _, pullback = jax.vjp(lambda *inputs: _call(model, *inputs), *inputs)
+        return tuple(pullback(dy))
 
+    def _vjp(model: Model, x: Tensor, dy: Tensor) -> list[Tensor]:
         # Compiled as a whole: operation by operation takes many times as long at these sizes.
-        return list(jax.jit(gradients)(dy, x, *values))
+        return list(jax.jit(lambda *given: _gradients(model, *given))(dy, x, *model.values))
 
-    def _r1(
-        model: SelfAttention2D, variables: list[Any], x: Tensor, w: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        values = [each.value for each in variables]
+    def _r1(model: Model, x: Tensor, w: Tensor) -> tuple[Tensor, list[Tensor]]:
+        values = model.values
 
         def penalty(x: Tensor, *values: Tensor) -> Tensor:
-            dx = jax.grad(lambda x: (w * _call(model, variables, x, *values)).sum())(x)
+            dx = jax.grad(lambda x: (w * _call(model, x, *values)).sum())(x)
             return (dx * dx).sum()
 
         value, gradients = jax.jit(jax.value_and_grad(penalty, range(1 + len(values))))(x, *values)
         return value, list(gradients)
 
+    def _vjp_of_vjp(model: Model, x: Tensor, dy: Tensor, cotangents: list[Tensor]) -> list[Tensor]:
+        def second(cotangents: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+            _, pullback = jax.vjp(lambda *inputs: _gradients(model, *inputs), *inputs)
+            return tuple(pullback(cotangents))
+
+        return list(jax.jit(second)(tuple(cotangents), dy, x, *model.values))
+
+    def _per_sample(model: Model, x: Tensor, dy: Tensor) -> list[Tensor]:
+        def one(x: Tensor, dy: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            by_x, *by_values = _gradients(model, dy[None], x[None], *values)
+            return by_x[0], *by_values
+
+        values = model.values
+        return list(jax.jit(jax.vmap(one, (0, 0, *[None] * len(values))))(x, dy, *values))
+
 else:
     import torch
 
-    def _vjp(model: SelfAttention2D, variables: list[Any], x: Tensor, dy: Tensor) -> list[Tensor]:
-        sources = [x.requires_grad_(), *(each.value for each in variables)]
-        return list(torch.autograd.grad(model(x), sources, dy, materialize_grads=True))
+    def _forward(model: Model, x: Tensor) -> Tensor:
+        return model.layer(x)
 
-    def _r1(
-        model: SelfAttention2D, variables: list[Any], x: Tensor, w: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        sources = [x.requires_grad_(), *(each.value for each in variables)]
-        (dx,) = torch.autograd.grad(model(x), x, w, create_graph=True)
+    def _sources(model: Model, x: Tensor) -> list[Tensor]:
+        return [x.requires_grad_(), *model.values]
+
+    def _vjp(model: Model, x: Tensor, dy: Tensor) -> list[Tensor]:
+        sources = _sources(model, x)
+        return list(torch.autograd.grad(model.layer(x), sources, dy, materialize_grads=True))
+
+    def _r1(model: Model, x: Tensor, w: Tensor) -> tuple[Tensor, list[Tensor]]:
+        sources = _sources(model, x)
+        (dx,) = torch.autograd.grad(model.layer(x), x, w, create_graph=True)
         penalty = dx.square().sum()
         return penalty.detach(), list(torch.autograd.grad(penalty, sources, materialize_grads=True))
+
+    def _vjp_of_vjp(model: Model, x: Tensor, dy: Tensor, cotangents: list[Tensor]) -> list[Tensor]:
+        sources = _sources(model, x)
+        dy.requires_grad_()
+        first = torch.autograd.grad(model.layer(x), sources, dy, create_graph=True, materialize_grads=True)
+        total = torch.stack([(c * g).sum() for c, g in zip(cotangents, first, strict=True)]).sum()
+        return list(torch.autograd.grad(total, [dy, *sources], materialize_grads=True))

@@ -1,6 +1,8 @@
 """The PyTorch layer as a backend of the conformance kit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,37 @@ from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.weights import from_canonical, to_canonical
 
 Array = NDArray[Any]
-Model = tuple[SelfAttention2d, torch.memory_format]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A layer, and how it is called.
+
+    Args:
+        layer: the layer.
+        call: the layer, or its compiled form.
+        memory_format: that its inputs come in.
+    """
+
+    layer: SelfAttention2d
+    call: Callable[..., Any]
+    memory_format: torch.memory_format
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.layer.gamma.dtype
+
+    def given(self, x: Array) -> torch.Tensor:
+        """(B, H, W, C) as the layer takes it."""
+        maps = torch.from_numpy(np.array(x)).to(self.dtype).permute(0, 3, 1, 2)
+        return maps.contiguous(memory_format=self.memory_format)
+
+    def inputs(self, x: Array) -> dict[str, torch.Tensor]:
+        """What derivatives are taken by: x, and the parameters by canonical name."""
+        names = parameter_table(self.layer.config)
+        parameters = {name: self.layer.get_parameter(name.replace("kernel", "weight")) for name in names}
+        return {"x": self.given(x).requires_grad_()} | parameters
 
 
 class TorchBackend:
@@ -26,11 +58,29 @@ class TorchBackend:
 
     def claims(self) -> frozenset[str]:
         """Everything the kit asks for."""
-        return frozenset({"forward", "map", "vjp", "r1", "params"})
+        return frozenset(
+            {
+                "forward",
+                "map",
+                "vjp",
+                "params",
+                "init",
+                "r1",
+                "mixed",
+                "compiled",
+                "saved",
+                "per_sample",
+                "memory",
+            }
+        )
 
     def layouts(self) -> tuple[str, ...]:
         """Both memory formats."""
         return ("channels_first", "channels_last")
+
+    def dtypes(self) -> tuple[str, ...]:
+        """All that the kit knows."""
+        return ("float32", "float64", "bfloat16", "float16")
 
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
@@ -38,69 +88,119 @@ class TorchBackend:
         """The layer, and the memory format its inputs come in."""
         memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
         # The specification is the function in evaluation.
-        return from_canonical(config, params, dtype=getattr(torch, dtype)).eval(), memory_format
+        layer = from_canonical(config, params, dtype=getattr(torch, dtype)).eval()
+        return Model(layer, layer, memory_format)
 
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
         with torch.no_grad():
-            return _to_numpy(model[0](_to_torch(x, model)))
+            return _maps(model.call(model.given(x)))
 
     def attention_map(self, model: Model, x: Array) -> Array:
         """The map A."""
         with torch.no_grad():
-            attention: Array = model[0](_to_torch(x, model), need_weights=True)[1].numpy()
-        return attention
+            return _array(model.call(model.given(x), need_weights=True)[1])
 
     def vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode."""
-        inputs = self._inputs(model, x)
-        y = model[0](inputs["x"])
-        return _gradients(y, inputs, _to_torch(dy, model))
-
-    def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
-        """The penalty by double backward."""
-        inputs = self._inputs(model, x)
-        y = model[0](inputs["x"])
-        (dx,) = torch.autograd.grad(y, inputs["x"], _to_torch(w, model), create_graph=True)
-        penalty = dx.square().sum()
-        return penalty.item(), _gradients(penalty, inputs, None)
+        inputs = model.inputs(x)
+        return _gradients(model.call(inputs["x"]), inputs, model.given(dy))
 
     def params(self, model: Model) -> Mapping[str, Array]:
         """The weights as the adapter exports them."""
-        return to_canonical(model[0])
+        return to_canonical(model.layer)
 
-    def _inputs(self, model: Model, x: Array) -> dict[str, torch.Tensor]:
-        layer = model[0]
-        names = parameter_table(layer.config)
-        inputs = {name: layer.get_parameter(name.replace("kernel", "weight")) for name in names}
-        return {"x": _to_torch(x, model).requires_grad_()} | inputs
+    def initial(self, config: SelfAttentionConfig, seed: int) -> Mapping[str, Array]:
+        """A new layer."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return to_canonical(SelfAttention2d.from_config(config))
+
+    def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
+        """The penalty by double backward."""
+        inputs = model.inputs(x)
+        y = model.call(inputs["x"])
+        (dx,) = torch.autograd.grad(y, inputs["x"], model.given(w), create_graph=True)
+        penalty = dx.square().sum()
+        return penalty.item(), _gradients(penalty, inputs, None)
+
+    def vjp_of_vjp(
+        self, model: Model, x: Array, dy: Array, cotangents: Mapping[str, Array]
+    ) -> Mapping[str, Array]:
+        """Second derivatives by double backward."""
+        inputs = model.inputs(x)
+        cotangent = model.given(dy).requires_grad_()
+        y = model.call(inputs["x"])
+        first = torch.autograd.grad(
+            y, list(inputs.values()), cotangent, create_graph=True, materialize_grads=True
+        )
+        terms = [
+            (gradient * _like(gradient, name, cotangents[name])).sum()
+            for name, gradient in zip(inputs, first, strict=True)
+        ]
+        return _gradients(torch.stack(terms).sum(), {"dy": cotangent} | inputs, None)
+
+    def compiled(self, model: Model) -> Model:
+        """By `torch.compile`, as one graph."""
+        return replace(model, call=torch.compile(model.layer, fullgraph=True))
+
+    def saved(self, model: Model, folder: str) -> Model:
+        """By `torch.save` of the state dict."""
+        path = Path(folder) / "layer.pt"
+        torch.save(model.layer.state_dict(), path)
+        layer = SelfAttention2d.from_config(model.layer.config, dtype=model.dtype)
+        layer.load_state_dict(torch.load(path, weights_only=True))
+        return replace(model, layer=layer.eval(), call=layer)
+
+    def per_sample_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
+        """`torch.func.vmap` over the gradient."""
+        names = list(parameter_table(model.layer.config))
+        parameters = {key: tensor.detach() for key, tensor in model.layer.named_parameters()}
+
+        def inner(x: torch.Tensor, parameters: dict[str, torch.Tensor], dy: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = torch.func.functional_call(model.layer, parameters, (x,))
+            return (y * dy).sum()
+
+        gradient = torch.func.vmap(torch.func.grad(inner, argnums=(0, 1)), in_dims=(0, None, 0))
+        by_x, by_parameters = gradient(model.given(x), parameters, model.given(dy))
+        found = {"x": _maps(by_x)}
+        for name in names:
+            tensor = by_parameters[name.replace("kernel", "weight")]
+            found[name] = _array(tensor[..., 0, 0].mT if name.endswith("kernel") else tensor)
+        return found
 
 
 backend = TorchBackend()
 
 
-def _to_torch(x: Array, model: Model) -> torch.Tensor:
-    maps = torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)
-    return maps.contiguous(memory_format=model[1])
+def _array(tensor: torch.Tensor) -> Array:
+    """A new array; bfloat16 is widened."""
+    wide = tensor.detach()
+    wide = wide.float() if wide.dtype == torch.bfloat16 else wide
+    return np.array(wide.numpy(), order="C")
 
 
-def _to_numpy(maps: torch.Tensor) -> Array:
-    return np.ascontiguousarray(maps.detach().permute(0, 2, 3, 1).numpy())
+def _maps(maps: torch.Tensor) -> Array:
+    """(B, C, H, W) as (B, H, W, C)."""
+    return _array(maps.permute(0, 2, 3, 1))
+
+
+def _like(tensor: torch.Tensor, name: str, array: Array) -> torch.Tensor:
+    """An array of canonical shape in the shape of the framework's own."""
+    given = torch.from_numpy(np.array(array)).to(tensor.dtype)
+    if name == "x":
+        return given.permute(0, 3, 1, 2)
+    return (given.mT if name.endswith("kernel") else given).reshape(tensor.shape)
 
 
 def _gradients(
     output: torch.Tensor, inputs: dict[str, torch.Tensor], cotangent: torch.Tensor | None
 ) -> dict[str, Array]:
-    # A layer whose penalty does not depend on a bias has no gradient there, which is a gradient of zero.
-    found = torch.autograd.grad(
-        output, list(inputs.values()), cotangent, allow_unused=True, materialize_grads=True
-    )
-    gradients = {}
-    for name, gradient in zip(inputs, found, strict=True):
-        if name == "x":
-            gradients[name] = _to_numpy(gradient)
-        elif name.endswith("kernel"):
-            gradients[name] = np.ascontiguousarray(gradient[:, :, 0, 0].T.numpy())
+    grads = torch.autograd.grad(output, list(inputs.values()), cotangent, materialize_grads=True)
+    found = {}
+    for name, gradient in zip(inputs, grads, strict=True):
+        if name in ("x", "dy"):
+            found[name] = _maps(gradient)
         else:
-            gradients[name] = gradient.numpy()
-    return gradients
+            found[name] = _array(gradient[:, :, 0, 0].mT if name.endswith("kernel") else gradient)
+    return found

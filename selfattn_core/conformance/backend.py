@@ -3,16 +3,27 @@
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases import CASES, DTYPES, Ability
 
-__all__ = ["REGISTRY", "Ability", "Backend", "Layout", "Registered", "resolve"]
+__all__ = [
+    "ABILITIES",
+    "METHODS",
+    "REGISTRY",
+    "Ability",
+    "Backend",
+    "Layout",
+    "Registered",
+    "dtypes_of",
+    "expected_failures_of",
+    "resolve",
+]
 
 Array = NDArray[Any]
-Ability = Literal["forward", "map", "vjp", "r1", "params"]
 Layout = Literal["channels_last", "channels_first"]
 
 
@@ -20,9 +31,13 @@ Layout = Literal["channels_last", "channels_first"]
 class Backend(Protocol):
     """One implementation of the layer, spoken to in numpy arrays and canonical names.
 
+    `name`, `versions`, `claims`, `layouts` and `build` are asked of every backend; of the rest, a backend has the
+    methods of the abilities that it claims, and of `dtypes` and `expected_failures` those that it wants. Abilities that
+    are not claimed are never called, and the report lists them as unclaimed.
+
     Arrays are channels-last, (B, H, W, C), whatever the framework's own layout is: the backend transposes. A `model`
-    is whatever `build` returns; the kit only hands it back. Abilities that are not claimed are never called, and the
-    report lists them as unclaimed.
+    is whatever `build` returns; the kit only hands it back. A 16-bit dtype travels as float32 arrays whose values the
+    format holds: the backend casts on the way in, and may widen on the way out.
     """
 
     name: str
@@ -31,13 +46,22 @@ class Backend(Protocol):
         """Versions of the libraries underneath, for the report."""
 
     def claims(self) -> frozenset[str]:
-        """Which of the abilities "forward", "map", "vjp", "r1" and "params" this backend has."""
+        """Which of the abilities of `ABILITIES` this backend has."""
 
     def layouts(self) -> tuple[str, ...]:
         """Which of "channels_last" and "channels_first" it computes in."""
 
+    def dtypes(self) -> tuple[str, ...]:
+        """Which of "float32", "float64", "bfloat16" and "float16" it computes in; without this method the first two."""
+
+    def expected_failures(self) -> Mapping[str, tuple[str, str]]:
+        """Known failures: {"SA-FWD-001", or …"/float32", or …"/float32/channels_last": (reason, link)}.
+
+        One that passes is reported as a failure: it is to be taken out.
+        """
+
     def build(self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str) -> Any:
-        """A layer with these weights, computing in `dtype` ("float32" or "float64") and `layout`."""
+        """A layer with these weights, computing in `dtype` and `layout`."""
 
     def forward(self, model: Any, x: Array) -> Array:
         """Y (B, H, W, C)."""
@@ -48,11 +72,46 @@ class Backend(Protocol):
     def vjp(self, model: Any, x: Array, dy: Array) -> Mapping[str, Array]:
         """The gradient of sum(dy∘y): {"x": …, canonical name: …}."""
 
+    def params(self, model: Any) -> Mapping[str, Array]:
+        """The layer's weights by canonical name."""
+
+    def initial(self, config: SelfAttentionConfig, seed: int) -> Mapping[str, Array]:
+        """The float32 weights of a new layer, by canonical name, drawn by the framework from this seed."""
+
     def r1(self, model: Any, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
         """‖d sum(w∘y)/dx‖² and its gradient {"x": …, canonical name: …}."""
 
-    def params(self, model: Any) -> Mapping[str, Array]:
-        """The layer's weights by canonical name."""
+    def vjp_of_vjp(
+        self, model: Any, x: Array, dy: Array, cotangents: Mapping[str, Array]
+    ) -> Mapping[str, Array]:
+        """The gradient of Σ sum(cotangent∘vjp(…)[name]): {"dy": …, "x": …, canonical name: …}."""
+
+    def compiled(self, model: Any) -> Any:
+        """The model in compiled form; `forward` and `vjp` take it in place of the model."""
+
+    def saved(self, model: Any, folder: str) -> Any:
+        """A new model, from a file of the framework's own that the model was saved to, in this empty folder."""
+
+    def per_sample_vjp(self, model: Any, x: Array, dy: Array) -> Mapping[str, Array]:
+        """The gradient of sum(dy∘y) of each sample: {"x": (B, H, W, C), canonical name: (B, …)}."""
+
+
+METHODS: Mapping[Ability, str] = {
+    "forward": "forward",
+    "map": "attention_map",
+    "vjp": "vjp",
+    "params": "params",
+    "init": "initial",
+    "r1": "r1",
+    "mixed": "vjp_of_vjp",
+    "compiled": "compiled",
+    "saved": "saved",
+    "per_sample": "per_sample_vjp",
+    "memory": "forward",
+}
+"""The method of each ability; "memory" claims no more than that `forward`, and what else there is, stays linear."""
+
+ABILITIES: tuple[Ability, ...] = tuple(METHODS)
 
 
 @dataclass(frozen=True)
@@ -117,24 +176,61 @@ def resolve(target: str) -> Backend:
     candidate: Any = found
     if callable(candidate) and (isinstance(candidate, type) or not hasattr(candidate, "build")):
         candidate = candidate()
-    missing = [name for name in _ALWAYS if not hasattr(candidate, name)]
-    missing += [
-        _METHOD[claim] for claim in _claims(candidate) if not hasattr(candidate, _METHOD.get(claim, claim))
-    ]
-    if missing:
+    problems = _problems(candidate)
+    if problems:
         raise ValueError(
-            f"backend {target!r}: lacks {', '.join(missing)}; the protocol is selfattn_core.conformance.Backend."
+            f"backend {target!r}: {'; '.join(problems)}; the protocol is selfattn_core.conformance.Backend."
         )
     backend: Backend = candidate
     return backend
 
 
+def dtypes_of(backend: Backend) -> tuple[str, ...]:
+    """What a backend computes in; float32 and float64 if it does not say."""
+    return tuple(backend.dtypes()) if hasattr(backend, "dtypes") else ("float32", "float64")
+
+
+def expected_failures_of(backend: Backend) -> dict[str, tuple[str, str]]:
+    """What a backend expects to fail, with reason and link; nothing if it does not say."""
+    return dict(backend.expected_failures()) if hasattr(backend, "expected_failures") else {}
+
+
 _ALWAYS = ("name", "versions", "claims", "layouts", "build")
-_METHOD = {"forward": "forward", "map": "attention_map", "vjp": "vjp", "r1": "r1", "params": "params"}
 
 
-def _claims(candidate: Any) -> list[str]:
+def _problems(candidate: Any) -> list[str]:
+    missing = [name for name in _ALWAYS if not hasattr(candidate, name)]
     claims = sorted(candidate.claims()) if hasattr(candidate, "claims") else []
-    if unknown := [claim for claim in claims if claim not in _METHOD]:
-        raise ValueError(f"backend claims {', '.join(unknown)}; the abilities are {', '.join(_METHOD)}.")
-    return claims
+    known = [claim for claim in claims if claim in METHODS]
+    missing += [method for claim in known if not hasattr(candidate, method := METHODS[claim])]
+    problems = [f"lacks {', '.join(dict.fromkeys(missing))}"] if missing else []
+    layouts = list(candidate.layouts()) if hasattr(candidate, "layouts") else []
+    for kind, received, choices in (
+        ("claims", claims, ABILITIES),
+        ("layouts", layouts, get_args(Layout)),
+        ("dtypes", list(dtypes_of(candidate)), DTYPES),
+    ):
+        if strange := [name for name in received if name not in choices]:
+            problems.append(f"{kind} {', '.join(map(str, strange))}, where there are {', '.join(choices)}")
+    if not layouts and "layouts" not in missing:
+        problems.append("has no layouts, where one of channels_last and channels_first is needed")
+    return problems + _expectation_problems(candidate)
+
+
+def _expectation_problems(candidate: Any) -> list[str]:
+    problems = []
+    ids = {case.id for case in CASES}
+    for key, why in expected_failures_of(candidate).items():
+        if key.partition("/")[0] not in ids:
+            problems.append(f"expects {key} to fail, which is no case")
+        if not _is_reason(why):
+            problems.append(f"expects {key} to fail for {why!r}, where (reason, link) is needed")
+    return problems
+
+
+def _is_reason(why: object) -> bool:
+    return (
+        isinstance(why, tuple | list)
+        and len(why) == 2
+        and all(isinstance(part, str) and part for part in why)
+    )

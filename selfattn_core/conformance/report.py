@@ -7,30 +7,37 @@ from typing import Any
 import numpy as np
 
 from selfattn_core.conformance.cases import FAMILIES
-from selfattn_core.conformance.runner import BackendReport, Outcome
-from selfattn_core.conformance.tolerance import FACTOR
+from selfattn_core.conformance.outcome import Outcome
+from selfattn_core.conformance.runner import BackendReport
+from selfattn_core.conformance.tolerance import FACTOR, FACTORS
 
 __all__ = ["as_json", "as_table"]
 
 SCHEMA = 1
-_TITLES = {"forward": "forward", "map": "map", "vjp": "gradients", "r1": "R1 penalty", "params": "parameters"}
 
 
 def as_table(reports: Sequence[BackendReport]) -> str:
-    """Backend × case family: the worst error in noise floors and the case that gave it.
+    """Case family × backend: the worst error in noise floors and the case that gave it.
 
     Args:
         reports: one for each backend.
     """
-    header = ["backend", *(_TITLES[family] for family in FAMILIES)]
-    rows = [[report.name, *(_cell(report, family) for family in FAMILIES)] for report in reports]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    families = [family for family in FAMILIES if any(_outcomes(report, family) for report in reports)]
+    rows = [["", *(report.name for report in reports)]]
+    rows += [[family, *(_cell(report, family) for report in reports)] for family in families]
+    rows.append(["conformant", *(report.level or "-" for report in reports)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    lines += ["", f"Numbers are errors as multiples of the noise floor; up to {FACTOR:g} × passes. Versions:"]
+    lines += [
+        "",
+        (
+            f"Numbers are errors as multiples of the noise floor; up to {FACTOR:g} × passes, "
+            f"{FACTORS['float16']:g} × in 16 bits. Versions:"
+        ),
+    ]
     for report in reports:
         versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
         lines.append(f"  {report.name}: {versions or '-'}")
@@ -60,6 +67,11 @@ def as_json(reports: Sequence[BackendReport], seed: int) -> dict[str, Any]:
             {
                 "name": report.name,
                 "passed": report.passed,
+                "level": report.level,
+                "claims": list(report.claims),
+                "layouts": list(report.layouts),
+                "dtypes": list(report.dtypes),
+                "seconds": round(report.seconds, 2),
                 "versions": dict(report.versions),
                 "missing": list(report.missing),
                 "error": report.error,
@@ -80,25 +92,34 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
         "layout": run.layout,
         "status": outcome.status,
         "message": outcome.message,
+        "seconds": outcome.seconds,
+        "reason": outcome.reason,
+        "link": outcome.link,
         # JSON has no infinity: a comparison that could not be made has no ratio.
         "ratios": {v.quantity: v.ratio if np.isfinite(v.ratio) else None for v in outcome.verdicts},
     }
 
 
+def _outcomes(report: BackendReport, family: str) -> list[Outcome]:
+    return [outcome for outcome in report.outcomes if outcome.run.case.family == family]
+
+
 def _cell(report: BackendReport, family: str) -> str:
-    if report.missing:
-        return "missing"
-    if report.error:
-        return "error"
-    outcomes = [outcome for outcome in report.outcomes if outcome.run.case.family == family]
+    if report.missing or report.error:
+        return "missing" if report.missing else "error"
+    outcomes = _outcomes(report, family)
     claimed = [outcome for outcome in outcomes if outcome.status != "unclaimed"]
     if not claimed:
         return "unclaimed"
-    bad = [outcome for outcome in claimed if outcome.status != "pass"]
+    bad = [outcome for outcome in claimed if outcome.status in ("fail", "error")]
     if bad:
         return f"{len(bad)} of {len(claimed)} FAILED"
-    if family == "params":
-        return "bit for bit"
+    expected = [outcome for outcome in claimed if outcome.status == "expected-failure"]
+    if expected:
+        return f"{len(expected)} of {len(claimed)} fail as expected"
+    exact = {"params": "bit for bit", "init": "passed", "memory": "passed"}
+    if family in exact:
+        return exact[family]
     worst = max(claimed, key=lambda outcome: outcome.ratio)
     return f"{worst.ratio:.2f} × ({worst.run.case.id})"
 

@@ -5,26 +5,27 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.conformance.backend import REGISTRY, Registered
-from selfattn_core.conformance.cases import CASES, DTYPES, Case, inputs
-from selfattn_core.conformance.tolerance import Expectation, Verdict, expect, judge
+from selfattn_core.conformance.cases import LEVELS, WHERE_CLAIMED, Level, through
+from selfattn_core.conformance.compare import compare
+from selfattn_core.conformance.outcome import Outcome
+from selfattn_core.conformance.runs import Run, all_runs, chosen_layout, is_claimed
 from selfattn_core.installed import missing_modules
 
-__all__ = ["BackendReport", "Outcome", "Run", "compare", "run_backend"]
+__all__ = ["BackendReport", "Outcome", "Run", "all_runs", "compare", "run_backend", "run_backends"]
 
 Array = NDArray[Any]
-Status = Literal["pass", "fail", "error", "unclaimed"]
-
-LAYOUTS = ("channels_last", "channels_first")
 
 _ENVIRONMENT: Mapping[str, str] = {
     # float64 needs x64 in JAX, and full float32 products need the reduced formats of accelerators off. They are set
@@ -35,37 +36,9 @@ _ENVIRONMENT: Mapping[str, str] = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 
-
-@dataclass(frozen=True)
-class Run:
-    """One case in one dtype and layout."""
-
-    case: Case
-    dtype: str
-    layout: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a run.
-
-    Args:
-        run: which.
-        status: "error" is a crash, an exception or a timeout; "unclaimed" an ability or layout that the backend
-            does not have.
-        verdicts: one for each quantity that was compared.
-        message: why it is not a pass.
-    """
-
-    run: Run
-    status: Status
-    verdicts: tuple[Verdict, ...] = ()
-    message: str = ""
-
-    @property
-    def ratio(self) -> float:
-        """The worst error in noise floors."""
-        return max((verdict.ratio for verdict in self.verdicts), default=0.0)
+_STARTUP_SECONDS = 300.0
+_MOST_PROCESSES = 12
+_LOOK_AGAIN_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -75,47 +48,66 @@ class BackendReport:
     Args:
         name: as it was asked for.
         versions: of the libraries underneath.
-        outcomes: one for each run; empty if it did not start.
+        claims: the abilities that it claims.
+        layouts: that it computes in.
+        dtypes: that it computes in.
+        outcomes: one for each run, in order; empty if it did not start.
         missing: modules that are not installed.
         extra: the extra of this library that installs them.
         error: why it did not start.
+        seconds: that it took.
     """
 
     name: str
     versions: Mapping[str, str] = field(default_factory=dict)
+    claims: tuple[str, ...] = ()
+    layouts: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
     missing: tuple[str, ...] = ()
     extra: str = ""
     error: str = ""
+    seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
-        """Whether it started, answered everything that it claims, and every answer was right."""
+        """Whether it started, answered everything that it claims, and every answer was right or its failure expected."""
         answered = [outcome for outcome in self.outcomes if outcome.status != "unclaimed"]
-        return not self.error and bool(answered) and all(outcome.status == "pass" for outcome in answered)
+        right = ("pass", "expected-failure")
+        return not self.error and bool(answered) and all(outcome.status in right for outcome in answered)
 
+    def conformant(self, level: Level) -> bool:
+        """Whether it is conformant at a level.
 
-def all_runs(cases: Iterable[Case] = CASES) -> list[Run]:
-    """Every case in every dtype and layout; a table of parameters has no layout."""
-    return [
-        Run(case, dtype, layout)
-        for case in cases
-        for dtype in DTYPES
-        for layout in LAYOUTS
-        if case.family != "params" or layout == LAYOUTS[0]
-    ]
+        That is: every case of the level, and of those below it, was run and passed in at least one dtype and layout,
+        and none of their runs failed, be it expected or not. What a backend does not claim it is not conformant in.
+        """
+        families = set(through(level)) - set(WHERE_CLAIMED)
+        asked = [outcome for outcome in self.outcomes if outcome.run.case.family in families]
+        passed = {outcome.run.case.id for outcome in asked if outcome.status == "pass"}
+        bad = any(outcome.status not in ("pass", "unclaimed") for outcome in asked)
+        ran = {outcome.run.case.family for outcome in asked}
+        return ran == families and not bad and passed == {outcome.run.case.id for outcome in asked}
+
+    @property
+    def level(self) -> Level | None:
+        """The highest level that it is conformant at."""
+        reached = [level for level in LEVELS if self.conformant(level)]
+        return reached[-1] if reached else None
 
 
 def run_backend(
-    name: str, *, seed: int = 0, runs: Sequence[Run] | None = None, timeout: float = 900.0
+    name: str, *, seed: int = 0, runs: Sequence[Run] | None = None, timeout: float = 120.0
 ) -> BackendReport:
     """Start a backend in its own process, ask it everything and compare.
+
+    A run that hangs or takes the process down is an error in that run, and the runs after it are asked of a new process.
 
     Args:
         name: one of `REGISTRY`, or "module:object" for another one.
         seed: of the inputs.
         runs: which; by default all.
-        timeout: seconds after which the process is ended, and what it has not answered is an error.
+        timeout: seconds that one run may take.
 
     Raises:
         ValueError: if the name is neither.
@@ -128,123 +120,199 @@ def run_backend(
     missing = missing_modules(registered.requires)
     if missing:
         return BackendReport(name, missing=tuple(missing), extra=registered.extra)
-    runs = all_runs() if runs is None else runs
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="selfattn-conform-") as scratch:
-        folder = Path(scratch)
-        ending = _work(registered, folder, runs, seed, timeout)
-        return _read(name, folder, runs, seed, ending)
+        session = _Session(registered, Path(scratch), all_runs() if runs is None else runs, seed, timeout)
+        report = session.report(name)
+    return replace(report, seconds=time.monotonic() - began)
 
 
-def compare(run: Run, found: Mapping[str, Array], seed: int = 0) -> Outcome:
-    """Judge the answers of one run.
+def run_backends(
+    names: Sequence[str],
+    *,
+    seed: int = 0,
+    level: Level = "deploy",
+    timeout: float = 120.0,
+    tell: Callable[[str, str], None] = lambda _, __: None,
+) -> list[BackendReport]:
+    """Run several backends, two at a time where there is more than one core.
 
     Args:
-        run: which.
-        found: array by quantity.
+        names: as for `run_backend`.
         seed: of the inputs.
+        level: how far to go.
+        timeout: seconds that one run may take.
+        tell: called with a name and what is happening to it, from another thread.
+
+    Returns:
+        One report for each name, in their order.
     """
-    if run.case.family == "params":
-        return _compare_bits(run, found, inputs(run.case, run.dtype, seed).params)
-    wanted = _expectations(run.case, run.dtype, seed)
-    if problem := _names(found, wanted):
-        return Outcome(run, "fail", (), problem)
-    verdicts = tuple(judge(name, np.asarray(found[name]), wanted[name], run.dtype) for name in wanted)
-    messages = [verdict.message for verdict in verdicts if not verdict.passed]
-    return Outcome(run, "fail" if messages else "pass", verdicts, "; ".join(messages))
+    runs = all_runs(level=level)
+
+    def one(name: str) -> BackendReport:
+        report = run_backend(name, seed=seed, runs=runs, timeout=timeout)
+        tell(name, _summary(report))
+        return report
+
+    with ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 1 else 1) as pool:
+        return list(pool.map(one, names))
 
 
-@cache
-def _expectations(case: Case, dtype: str, seed: int) -> Mapping[str, Expectation]:
-    return expect(case, dtype, seed)
+def _summary(report: BackendReport) -> str:
+    if report.missing:
+        return f"{', '.join(report.missing)} not installed"
+    if report.error:
+        return "did not start"
+    counts = Counter(outcome.status for outcome in report.outcomes)
+    return ", ".join(f"{count} {status}" for status, count in counts.items()) + f" in {report.seconds:.0f} s"
 
 
-def _compare_bits(run: Run, found: Mapping[str, Array], wanted: Mapping[str, Array]) -> Outcome:
-    if problem := _names(found, wanted):
-        return Outcome(run, "fail", (), problem)
-    verdicts = []
-    for name, want in wanted.items():
-        got = np.asarray(found[name])
-        same = got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
-        message = (
-            ""
-            if same
-            else f"{name}: {got.dtype} {got.shape} is not bit for bit the {want.dtype} {want.shape} put in"
+class _Session:
+    """The processes of one backend, one after the other until every run has an answer or an end."""
+
+    def __init__(
+        self, registered: Registered, folder: Path, runs: Sequence[Run], seed: int, timeout: float
+    ) -> None:
+        self.registered, self.folder, self.seed, self.timeout = registered, folder, seed, timeout
+        self.runs = runs
+        self.events: dict[int, dict[str, Any]] = {}
+        self.ready: dict[str, Any] | None = None
+        self.failure = ""
+
+    def report(self, name: str) -> BackendReport:
+        """Start processes until all is answered, and compare."""
+        for number in range(_MOST_PROCESSES):
+            if not (pending := self.pending()):
+                break
+            if not self.work(number, pending):
+                break
+        if self.ready is None:
+            return BackendReport(name, error=self.failure)
+        return BackendReport(
+            name,
+            self.ready["versions"],
+            tuple(self.ready["claims"]),
+            tuple(self.ready["layouts"]),
+            tuple(self.ready["dtypes"]),
+            tuple(self.outcome(index) for index in range(len(self.runs))),
         )
-        verdicts.append(Verdict(name, 0.0 if same else np.inf, 0.0 if same else np.inf, same, message))
-    messages = [verdict.message for verdict in verdicts if not verdict.passed]
-    return Outcome(run, "fail" if messages else "pass", tuple(verdicts), "; ".join(messages))
 
+    def pending(self) -> list[int]:
+        """Runs that have no end yet."""
+        waiting = [index for index in range(len(self.runs)) if index not in self.events]
+        if self.ready is None:
+            return waiting
+        return [index for index in waiting if self.claimed(self.runs[index])]
 
-def _names(found: Mapping[str, object], wanted: Mapping[str, object]) -> str:
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted]
-    parts = [f"missing {', '.join(missing)}"] if missing else []
-    parts += [f"unexpected {', '.join(extra)}"] if extra else []
-    return "; ".join(parts)
+    def claimed(self, run: Run) -> bool:
+        ready = self.ready or {}
+        return is_claimed(run, ready["claims"], ready["layouts"], ready["dtypes"])
 
+    def work(self, number: int, pending: list[int]) -> bool:
+        """One process, to its end; whether another one would be of use."""
+        progress = self.folder / f"progress-{number}.jsonl"
+        output = self.folder / f"output-{number}.txt"
+        ending = self.watch(self.start(number, pending, progress, output), progress)
+        lines = _lines(progress)
+        ready = next((line for line in lines if line["event"] == "ready"), None)
+        self.ready = self.ready or ready
+        if ready is None:
+            failed = next((line["error"] for line in lines if line["event"] == "failed"), "")
+            self.failure = failed.strip() or f"{ending or 'it did not start'}: {_tail(output)}"
+            return False
+        ended = {line["run"]: line for line in lines if "run" in line}
+        for index, event in ended.items():
+            if event["event"] == "started":
+                words = f"{ending or 'the process ended early'} in this case: {_tail(output)}"
+                self.events[index] = {"event": "raised", "error": words}
+            else:
+                self.events[index] = event
+        self.failure = ending or "the process ended early"
+        return bool(ended)
 
-def _work(registered: Registered, folder: Path, runs: Sequence[Run], seed: int, timeout: float) -> str:
-    """Run the worker to its end; says how it ended if not by itself."""
-    job = {
-        "target": registered.target,
-        "folder": str(folder),
-        "seed": seed,
-        "runs": [{"case": run.case.id, "dtype": run.dtype, "layout": run.layout} for run in runs],
-    }
-    job_file = folder / "job.json"
-    job_file.write_text(json.dumps(job), encoding="utf-8")
-    with (folder / "output.txt").open("wb") as output:
-        try:
-            process = subprocess.run(
+    def start(self, number: int, pending: list[int], progress: Path, output: Path) -> subprocess.Popen[bytes]:
+        """A worker for these runs."""
+        runs = [
+            {"index": index, "case": run.case.id, "dtype": run.dtype, "layout": run.layout}
+            for index, run in ((index, self.runs[index]) for index in pending)
+        ]
+        job = {
+            "target": self.registered.target,
+            "folder": str(self.folder),
+            "progress": str(progress),
+            "seed": self.seed,
+            "runs": runs,
+        }
+        job_file = self.folder / f"job-{number}.json"
+        job_file.write_text(json.dumps(job), encoding="utf-8")
+        with output.open("wb") as stream:
+            return subprocess.Popen(
                 [sys.executable, "-m", "selfattn_core.conformance.worker", str(job_file)],
-                env={**os.environ, **_ENVIRONMENT, **registered.environment},
+                env={**os.environ, **_ENVIRONMENT, **self.registered.environment},
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=stream,
                 stderr=subprocess.STDOUT,
-                timeout=timeout,
-                check=False,
             )
-        except subprocess.TimeoutExpired:
-            return f"the process was ended after {timeout:g} s"
-    code = process.returncode
-    if code == 0:
-        return ""
-    return f"the process died by signal {-code}" if code < 0 else f"the process exited with code {code}"
 
+    def watch(self, process: subprocess.Popen[bytes], progress: Path) -> str:
+        """Wait until the process ends, or end it where it stands still; says how it ended if not by itself."""
+        size, since = -1, time.monotonic()
+        try:
+            while process.poll() is None:
+                now = time.monotonic()
+                grown = progress.stat().st_size if progress.exists() else 0
+                if grown != size:
+                    size, since = grown, now
+                limit = self.timeout if size > 0 else _STARTUP_SECONDS
+                if now - since > limit:
+                    return f"the process was ended after {limit:g} s"
+                time.sleep(_LOOK_AGAIN_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+        code = process.returncode
+        if code == 0:
+            return ""
+        return f"the process died by signal {-code}" if code < 0 else f"the process exited with code {code}"
 
-def _read(name: str, folder: Path, runs: Sequence[Run], seed: int, ending: str) -> BackendReport:
-    lines = list(_lines(folder / "progress.jsonl"))
-    ready = next((line for line in lines if line["event"] == "ready"), None)
-    if ready is None:
-        failed = next((line["error"] for line in lines if line["event"] == "failed"), "")
-        return BackendReport(name, error=failed.strip() or f"{ending or 'it did not start'}: {_tail(folder)}")
-    events = {line["run"]: line for line in lines if "run" in line}
-    outcomes = []
-    for index, run in enumerate(runs):
-        event = events.get(index, {"event": "unreached"})
-        if run.case.family not in ready["claims"] or run.layout not in ready["layouts"]:
-            outcomes.append(Outcome(run, "unclaimed"))
-        elif event["event"] == "answered":
-            with np.load(folder / f"{index}.npz") as file:
-                outcomes.append(compare(run, dict(zip(event["names"], file.values(), strict=True)), seed))
+    def outcome(self, index: int) -> Outcome:
+        """What came of a run, and whether that was expected."""
+        run = self.runs[index]
+        if not self.claimed(run):
+            return Outcome(run, "unclaimed")
+        run = replace(run, layout=chosen_layout(run, (self.ready or {})["layouts"]))
+        event = self.events.get(index, {"event": "unreached"})
+        if event["event"] == "answered":
+            with np.load(self.folder / f"{index}.npz") as file:
+                found = compare(run, dict(zip(event["names"], file.values(), strict=True)), self.seed)
+        elif event["event"] == "malformed":
+            found = Outcome(run, "fail", (), event["error"])
         elif event["event"] == "raised":
-            outcomes.append(Outcome(run, "error", (), event["error"].strip()))
-        elif event["event"] == "started":
-            outcomes.append(
-                Outcome(run, "error", (), f"{ending or 'it ended'} in this case: {_tail(folder)}")
-            )
+            found = Outcome(run, "error", (), event["error"].strip())
         else:
-            outcomes.append(Outcome(run, "error", (), f"not reached: {ending or 'the process ended early'}"))
-    return BackendReport(name, ready["versions"], tuple(outcomes))
+            found = Outcome(run, "error", (), f"not reached: {self.failure}")
+        return self.as_expected(replace(found, seconds=event.get("seconds", 0.0)))
+
+    def as_expected(self, outcome: Outcome) -> Outcome:
+        expected: Mapping[str, list[str]] = (self.ready or {}).get("expected_failures", {})
+        for key, (reason, link) in expected.items():
+            if outcome.run.is_named(key):
+                if outcome.status != "pass":
+                    return replace(outcome, status="expected-failure", reason=reason, link=link)
+                stale = f"passes, and was expected to fail ({reason}; {link}): take {key} out of expected_failures"
+                return replace(outcome, status="fail", message=stale, reason=reason, link=link)
+        return outcome
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that a process may have died writing."""
+    if not path.exists():
+        return []
+    written = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in written]
 
 
-def _tail(folder: Path) -> str:
+def _tail(path: Path) -> str:
     """The last that the process printed."""
-    text = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip()
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
     return " | ".join(text.splitlines()[-3:]) or "it printed nothing"

@@ -1,9 +1,9 @@
 """One policy for every comparison: the error beside the noise floor of the same arithmetic on the same input.
 
 The floor of a quantity is the error of the numpy spec, run in the dtype under test, against the spec in float64, plus
-a few ulp, since that error is one draw and can be small by luck. A comparison passes if the error is at most `FACTOR`
-floors, and at most a hard cap in ulp so that a noisy spec cannot hide a bug. float64 takes the spec's error in
-float32 times 2⁻²⁹, the ratio of the two epsilons.
+a few ulp, since that error is one draw and can be small by luck. A comparison passes if the error is at most `FACTORS`
+floors, and at most a hard cap in ulp so that a noisy spec cannot hide a bug. Two dtypes borrow the error of another,
+times the ratio of the epsilons: float64 has nothing wider to be compared with, and numpy has no bfloat16.
 
 An ulp here is eps times the largest wanted value, and grows with the logits beyond 8, as the softmax's own error
 does. Gradients of biases and of gamma are sums that cancel: their ulp is eps times the sum of their absolute terms
@@ -18,21 +18,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.cases import Case, Inputs, inputs
+from selfattn_core.conformance.reference import Reference
 
-__all__ = ["ALLOWANCES", "CAPS", "FACTOR", "Expectation", "Verdict", "expect", "judge"]
+__all__ = ["ALLOWANCES", "CAPS", "EPS", "FACTOR", "FACTORS", "Expectation", "Verdict", "expect", "judge"]
 
 Array = NDArray[Any]
 
 FACTOR = 8.0
-"""Noise floors that an error may reach."""
+"""Noise floors that an error may reach in float32 and float64."""
+
+FACTORS: Mapping[str, float] = {"float32": FACTOR, "float64": FACTOR, "bfloat16": 4.0, "float16": 4.0}
+"""The same by dtype: in 16 bits the roundings that the spec does too are nearly all of the error."""
 
 ALLOWANCES: Mapping[str, float] = {"forward": 1.0, "map": 2.0, "vjp": 2.0, "r1": 8.0}
-"""Ulp that are added to the error of the spec to make the floor, by family."""
+"""Ulp that are added to the error of the spec to make the floor, by kind of quantity."""
 
 CAPS: Mapping[str, float] = {"forward": 16.0, "map": 16.0, "vjp": 128.0, "r1": 512.0}
-"""Ulp that an error may reach, by family."""
+"""Ulp that an error may reach, by kind of quantity."""
 
+EPS: Mapping[str, float] = {
+    "float64": 2.0**-52,
+    "float32": 2.0**-23,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+}
+"""The distance from 1 to the next number."""
+
+_NOISE = {"float64": "float32", "float32": "float32", "float16": "float16", "bfloat16": "float16"}
 _ORDINARY_LOGITS = 8.0
 
 
@@ -41,7 +55,7 @@ class Expectation:
     """What one quantity of a case should be.
 
     Args:
-        want: the spec in float64.
+        want: the spec in float64; NaN where NaN is right.
         floor: the noise floor, absolute.
         cap: the largest error, absolute.
     """
@@ -58,7 +72,7 @@ class Verdict:
     Args:
         quantity: "y", "map", "r1", "x" or a canonical parameter name.
         error: the largest absolute difference; infinite where a finite value was wanted and none came.
-        ratio: error in noise floors.
+        ratio: error in noise floors; of what is not compared with one, 0 if it is right and infinite if it is not.
         passed: whether it is within the policy.
         message: why not; empty if it passed.
     """
@@ -70,46 +84,38 @@ class Verdict:
     message: str = ""
 
 
-def quantities(case: Case, given: Inputs) -> dict[str, Array]:
-    """What the spec says to a case, in the dtype of the input."""
-    if case.family == "forward":
-        return {"y": spec.forward(case.config, given.params, given.x)}
-    if case.family == "map":
-        return {"map": spec.attention_map(case.config, given.params, given.x)}
-    if case.family == "vjp":
-        return spec.vjp(case.config, given.params, given.x, given.dy)
-    if case.family == "r1":
-        value, gradients = spec.r1(case.config, given.params, given.x, given.dy)
-        return {"r1": np.array(value)} | gradients
-    return dict(given.params)
+def quantities(case: Case, given: Inputs, dtype: str) -> dict[str, Array]:
+    """What the spec says to a case in a dtype that numpy has."""
+    # Overflow and NaN are what some cases are about.
+    with np.errstate(all="ignore"):
+        return dict(answers(Reference(), case, given, dtype, "channels_last"))
 
 
 def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
     """What each quantity of a case should be, and how far from it an error may be.
 
     Args:
-        case: of any family but "params", which is compared bit for bit.
-        dtype: "float32" or "float64".
+        case: of any family whose quantities are compared with the noise floor.
+        dtype: one of `EPS`.
         seed: as for `inputs`.
     """
     given = inputs(case, dtype, seed)
-    wide = _cast(given, "float64")
-    want = quantities(case, wide)
-    noisy = inputs(case, "float32", seed)
-    reference = want if dtype == "float32" else quantities(case, _cast(noisy, "float64"))
-    noise = quantities(case, noisy)
-    ratio = float(np.finfo(dtype).eps / np.finfo("float32").eps)
-    second = case.family == "r1"
-    dy = wide.dy if case.family in ("vjp", "r1") else None
-    magnitudes = spec.magnitudes(case.config, wide.params, wide.x, dy, second=second)
-    growth = max(1.0, magnitudes.pop("logits") / _ORDINARY_LOGITS)
+    wide = _cast(given)
+    want = quantities(case, wide, "float64")
+    other = _NOISE[dtype]
+    noisy = given if other == dtype else inputs(case, other, seed)
+    reference = want if other == dtype else quantities(case, _cast(noisy), "float64")
+    noise = quantities(case, noisy, other)
+    ratio = EPS[dtype] / EPS[other]
+    sums, growth = _sizes(case, wide)
     expectations = {}
     for name, value in want.items():
-        scale = magnitudes.get(name, float(np.abs(value).max(initial=0)))
-        ulp = float(np.finfo(dtype).eps) * scale * growth
-        error = float(np.abs(noise[name] - reference[name]).max(initial=0)) * ratio
-        floor = error + ALLOWANCES[case.family] * ulp
-        expectations[name] = Expectation(value, floor, CAPS[case.family] * ulp)
+        kind = _kind(case, name)
+        scale = sums.get(name, _largest(value))
+        ulp = EPS[dtype] * scale * growth
+        with np.errstate(invalid="ignore"):
+            error = _largest(noise[name].astype(np.float64) - reference[name]) * ratio
+        expectations[name] = Expectation(value, error + ALLOWANCES[kind] * ulp, CAPS[kind] * ulp)
     return expectations
 
 
@@ -120,22 +126,29 @@ def judge(quantity: str, got: Array, expectation: Expectation, dtype: str) -> Ve
         quantity: its name, for the message.
         got: the backend's answer.
         expectation: from `expect`.
-        dtype: that the answer should have.
+        dtype: that the answer should have; for 16 bits float32 is right too, if the values are those of the format.
     """
     want = expectation.want
     if got.shape != want.shape:
         return _unusable(quantity, f"shape {got.shape}, expected {want.shape}")
-    if str(got.dtype) != dtype and quantity != "r1":
+    half = dtype in ("bfloat16", "float16")
+    if str(got.dtype) != dtype and quantity != "r1" and not (half and got.dtype == np.float32):
         return _unusable(quantity, f"dtype {got.dtype}, expected {dtype}")
-    difference = np.abs(got.astype(np.float64) - want)
-    if not np.isfinite(difference).all():
+    answer = got.astype(np.float64)
+    if half and not _held(answer, dtype):
+        return _unusable(quantity, f"values that {dtype} does not hold: it is computed in something wider")
+    finite = np.isfinite(want)
+    if not np.isfinite(answer[finite]).all():
         return _unusable(quantity, "NaN or infinity where a number was expected")
-    error = float(difference.max(initial=0))
+    if np.isfinite(answer[~finite]).any():
+        return _unusable(quantity, "a number where NaN was expected")
+    error = _largest(answer[finite] - want[finite])
     ratio = 0.0 if error == 0 else error / expectation.floor if expectation.floor else np.inf
     message = ""
-    if ratio > FACTOR:
+    if ratio > FACTORS[dtype]:
         message = (
-            f"{quantity}: error {error:.2g} is {ratio:.3g} × the noise floor, at most {FACTOR:g} × is allowed"
+            f"{quantity}: error {error:.2g} is {ratio:.3g} × the noise floor, "
+            f"at most {FACTORS[dtype]:g} × is allowed"
         )
     elif error > expectation.cap:
         message = f"{quantity}: error {error:.2g} is above the hard cap of {expectation.cap:.2g}"
@@ -146,6 +159,61 @@ def _unusable(quantity: str, received: str) -> Verdict:
     return Verdict(quantity, np.inf, np.inf, False, f"{quantity}: got {received}")
 
 
-def _cast(given: Inputs, dtype: str) -> Inputs:
-    params = {name: value.astype(dtype) for name, value in given.params.items()}
-    return Inputs(params, given.x.astype(dtype), given.dy.astype(dtype))
+def _kind(case: Case, quantity: str) -> str:
+    """Which allowance and cap a quantity has."""
+    if case.family in ("r1", "mixed"):
+        return "r1"
+    if quantity == "map":
+        return "map"
+    return "forward" if quantity.partition(" ")[0] == "y" or quantity in ("again", "rebuilt") else "vjp"
+
+
+def _sizes(case: Case, wide: Inputs) -> tuple[dict[str, float], float]:
+    """The sums of absolute terms by quantity, and by how much the logits let errors grow."""
+    samples = [slice(None)]
+    if case.family == "per_sample":
+        samples = [slice(b, b + 1) for b in range(wide.x.shape[0])]
+    sums: dict[str, float] = {}
+    for each in samples:
+        x, dy = wide.x[each], wide.dy[each]
+        derivative = case.family in ("vjp", "r1", "mixed", "per_sample") or case.of == "vjp"
+        cotangents: Mapping[str, Array] | None = None
+        if case.family == "mixed":
+            cotangents = wide.cotangents
+        elif case.family == "r1":
+            cotangents = {"x": 2 * spec.vjp(case.config, wide.params, x, dy)["x"]}
+        found = spec.magnitudes(
+            case.config, wide.params, x, dy if derivative else None, cotangents=cotangents
+        )
+        sums = {name: max(value, sums.get(name, 0.0)) for name, value in found.items()}
+    return sums, max(1.0, sums.pop("logits") / _ORDINARY_LOGITS)
+
+
+def _largest(values: Array) -> float:
+    """The largest finite absolute value."""
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0))
+
+
+def _held(values: Array, dtype: str) -> bool:
+    """Whether a 16-bit format holds these values exactly."""
+    finite = values[np.isfinite(values)]
+    if dtype == "float16":
+        return bool((finite.astype(np.float16).astype(np.float64) == finite).all())
+    narrow = finite.astype(np.float32)
+    low = np.ascontiguousarray(narrow).view(np.uint32) & 0xFFFF
+    return bool((narrow.astype(np.float64) == finite).all() and not low.any())
+
+
+def _cast(given: Inputs) -> Inputs:
+    """The same values in float64."""
+
+    def wide(array: Array) -> Array:
+        return array.astype(np.float64)
+
+    return Inputs(
+        {name: wide(value) for name, value in given.params.items()},
+        wide(given.x),
+        wide(given.dy),
+        wide(given.other),
+        {name: wide(value) for name, value in given.cotangents.items()},
+    )

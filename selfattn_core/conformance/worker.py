@@ -3,39 +3,48 @@
 Started by the runner as `python -m selfattn_core.conformance.worker JOB.json`, after the environment that a backend
 needs has been set. What it prints is only kept for the report of a failure.
 
-The folder receives `progress.jsonl`, one line when the backend is up, one before each run and one after it, so that a
-crash names the run that it happened in, and `<index>.npz` with the answers of that run.
+The folder receives `progress-<k>.jsonl` for the k-th process of a backend, one line when the backend is up, one before
+each run and one after it, so that a crash names the run that it happened in, and `<index>.npz` with the answers of
+that run.
 """
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from selfattn_core.conformance.backend import Backend, resolve
-from selfattn_core.conformance.cases import CASES, Case, Inputs, inputs
+from selfattn_core.conformance.answers import answers
+from selfattn_core.conformance.backend import dtypes_of, expected_failures_of, resolve
+from selfattn_core.conformance.cases import CASES, inputs
+from selfattn_core.conformance.runs import Run, chosen_layout, is_claimed
+from selfattn_core.params import widen
 
-Array = NDArray[Any]
+__all__ = ["main", "malformed"]
 
 
-def answers(backend: Backend, case: Case, given: Inputs, dtype: str, layout: str) -> Mapping[str, Array]:
-    """What a backend says to a case, by quantity."""
-    model = backend.build(case.config, given.params, dtype, layout)
-    if case.family == "forward":
-        return {"y": backend.forward(model, given.x)}
-    if case.family == "map":
-        return {"map": backend.attention_map(model, given.x)}
-    if case.family == "vjp":
-        return backend.vjp(model, given.x, given.dy)
-    if case.family == "r1":
-        value, gradients = backend.r1(model, given.x, given.dy)
-        return {"r1": np.array(value, np.float64), **gradients}
-    return backend.params(model)
+def malformed(found: Any) -> str:
+    """What makes an answer unfit to be compared, by its types; empty if nothing does.
+
+    Example:
+        >>> malformed({"y": [1.0]})
+        'y: got list, expected a numpy array of numbers'
+    """
+    if not isinstance(found, Mapping):
+        return f"got {type(found).__name__}, expected a mapping of names to numpy arrays"
+    problems = []
+    for name, value in found.items():
+        if not isinstance(name, str):
+            problems.append(f"got the name {name!r}, expected a string")
+        if not isinstance(value, np.ndarray | np.generic):
+            problems.append(f"{name}: got {type(value).__name__}, expected a numpy array of numbers")
+        elif widen(np.asarray(value)).dtype.kind not in "fiubc":
+            problems.append(f"{name}: got an array of dtype {value.dtype}, expected numbers")
+    return "; ".join(problems)
 
 
 def main(job_file: str) -> None:
@@ -43,7 +52,7 @@ def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     folder = Path(job["folder"])
     cases = {case.id: case for case in CASES}
-    with (folder / "progress.jsonl").open("w", encoding="utf-8") as progress:
+    with Path(job["progress"]).open("w", encoding="utf-8") as progress:
 
         def tell(**line: object) -> None:
             progress.write(json.dumps(line) + "\n")
@@ -51,27 +60,36 @@ def main(job_file: str) -> None:
 
         try:
             backend = resolve(job["target"])
+            claims, layouts, dtypes = set(backend.claims()), list(backend.layouts()), dtypes_of(backend)
             tell(
                 event="ready",
-                name=backend.name,
-                versions=dict(backend.versions()),
-                claims=sorted(backend.claims()),
-                layouts=list(backend.layouts()),
+                name=str(backend.name),
+                versions={str(name): str(version) for name, version in backend.versions().items()},
+                claims=sorted(claims),
+                layouts=layouts,
+                dtypes=list(dtypes),
+                expected_failures={key: list(why) for key, why in expected_failures_of(backend).items()},
             )
         except Exception:
             tell(event="failed", error=traceback.format_exc(limit=-3))
             return
-        for index, run in enumerate(job["runs"]):
-            case = cases[run["case"]]
-            if case.family not in backend.claims() or run["layout"] not in backend.layouts():
+        for asked in job["runs"]:
+            run = Run(cases[asked["case"]], asked["dtype"], asked["layout"])
+            if not is_claimed(run, claims, layouts, dtypes):
                 continue
+            index = asked["index"]
             tell(event="started", run=index)
+            began = time.perf_counter()
             try:
-                given = inputs(case, run["dtype"], job["seed"])
-                found = answers(backend, case, given, run["dtype"], run["layout"])
-                arrays = [np.asarray(value) for value in found.values()]
+                given = inputs(run.case, run.dtype, job["seed"])
+                found = answers(backend, run.case, given, run.dtype, chosen_layout(run, layouts))
+                seconds = round(time.perf_counter() - began, 4)
+                if problem := malformed(found):
+                    tell(event="malformed", run=index, error=problem)
+                    continue
+                arrays = [widen(np.asarray(value)) for value in found.values()]
                 np.savez(folder / f"{index}.npz", *arrays, allow_pickle=False)
-                tell(event="answered", run=index, names=list(found))
+                tell(event="answered", run=index, names=list(found), seconds=seconds)
             except Exception:
                 tell(event="raised", run=index, error=traceback.format_exc(limit=-3))
         tell(event="finished")

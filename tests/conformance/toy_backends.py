@@ -1,6 +1,7 @@
-"""Backends for testing the kit: the numpy spec behind the protocol, and broken copies of it.
+"""Backends for testing the kit: the numpy spec behind the protocol, and copies that break the protocol.
 
-Named "module:Class" on the command line, like anybody's own backend.
+Named "module:Class" on the command line, like anybody's own backend. Wrong answers are the business of the mutants that
+ship with the kit.
 """
 
 import os
@@ -29,7 +30,8 @@ class Good:
         return config, {name: array.astype(dtype) for name, array in params.items()}
 
     def forward(self, model, x):
-        return spec.forward(*model, x)
+        with np.errstate(all="ignore"):
+            return spec.forward(*model, x)
 
     def attention_map(self, model, x):
         return spec.attention_map(*model, x)
@@ -44,102 +46,6 @@ class Good:
         return model[1]
 
 
-class Changed(Good):
-    """A backend that computes with changed weights."""
-
-    def change(self, params):
-        return params
-
-    def build(self, config, params, dtype, layout):
-        return config, params | self.change(params)
-
-    def params(self, model):
-        return model[1]
-
-
-class QueryKeyExchanged(Changed):
-    def change(self, params):
-        swap = {"query": "key", "key": "query"}
-        return {
-            name: params[f"{swap[name.split('.')[0]]}.{name.split('.')[1]}"]
-            for name in params
-            if name[:1] in "qk"
-        }
-
-
-class Scaled(Changed):
-    def change(self, params):
-        scale = params["query.kernel"].shape[1] ** -0.5
-        return {
-            name: (params[name] * scale).astype(params[name].dtype)
-            for name in params
-            if name.startswith("query")
-        }
-
-
-class WithoutKeyBias(Changed):
-    def change(self, params):
-        return {"key.bias": np.zeros_like(params["key.bias"])} if "key.bias" in params else {}
-
-
-class GammaDropped(Changed):
-    def change(self, params):
-        return {"gamma": np.ones_like(params["gamma"])}
-
-
-class SoftmaxOverQueries(Good):
-    def attention_map(self, model, x):
-        A = super().attention_map(model, x)
-        return A / np.maximum(A.sum(axis=1, keepdims=True), 1e-30)
-
-
-class MapTransposed(Good):
-    def attention_map(self, model, x):
-        A = super().attention_map(model, x)
-        return A.swapaxes(1, 2) if A.shape[1] == A.shape[2] else A
-
-
-class PositionsTransposed(Good):
-    def forward(self, model, x):
-        y = super().forward(model, x)
-        term = (y - x).reshape(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
-        return term.swapaxes(1, 2) + x
-
-
-class ResidualDropped(Good):
-    def forward(self, model, x):
-        return super().forward(model, x) - x
-
-
-class GradientWithoutRowSum(Good):
-    def vjp(self, model, x, dy):
-        gradients = super().vjp(model, x, dy)
-        return gradients | {
-            "query.kernel": gradients["query.kernel"] * gradients["query.kernel"].dtype.type(1.001)
-        }
-
-
-class NoGradientOfGamma(Good):
-    def vjp(self, model, x, dy):
-        gradients = super().vjp(model, x, dy)
-        return gradients | {"gamma": np.zeros_like(gradients["gamma"])}
-
-
-class FirstOrderPenalty(Good):
-    """The gradient of a penalty whose attention map is treated as a constant."""
-
-    def r1(self, model, x, w):
-        value, gradients = super().r1(model, x, w)
-        return value, gradients | {"query.kernel": np.zeros_like(gradients["query.kernel"])}
-
-
-class LowPrecision(Good):
-    def forward(self, model, x):
-        config, params = model
-        narrow = {name: array.astype(np.float16).astype(array.dtype) for name, array in params.items()}
-        return spec.forward(config, narrow, x)
-
-
 class WrongShape(Good):
     def forward(self, model, x):
         return super().forward(model, x)[:, :1]
@@ -150,9 +56,39 @@ class WrongDtype(Good):
         return super().forward(model, x).astype(np.float16)
 
 
+class Complex(Good):
+    def forward(self, model, x):
+        return super().forward(model, x).astype(np.complex64)
+
+
+class Integers(Good):
+    def forward(self, model, x):
+        return super().forward(model, x).astype(int)
+
+
 class NotANumber(Good):
     def forward(self, model, x):
         return super().forward(model, x) * np.nan
+
+
+class Objects(Good):
+    def forward(self, model, x):
+        return super().forward(model, x).astype(object)
+
+
+class Lists(Good):
+    def forward(self, model, x):
+        return super().forward(model, x).tolist()
+
+
+class Nothing(Good):
+    def forward(self, model, x):
+        return None
+
+
+class NoMapping(Good):
+    def vjp(self, model, x, dy):
+        return list(super().vjp(model, x, dy).values())
 
 
 class WrongNames(Good):
@@ -205,7 +141,36 @@ class InferenceOnly:
         return config, params
 
     def forward(self, model, x):
-        return spec.forward(*model, x)
+        with np.errstate(all="ignore"):
+            return spec.forward(*model, x)
+
+
+class Core(InferenceOnly):
+    def claims(self):
+        return frozenset({"forward", "map"})
+
+    def attention_map(self, model, x):
+        return spec.attention_map(*model, x)
+
+
+class SinglePrecision(Core):
+    def dtypes(self):
+        return ("float32",)
+
+
+class KnownFailure(NotANumber):
+    def expected_failures(self):
+        return {"SA-FWD-001": ("it divides by zero", "https://example.org/1")}
+
+
+class StaleFailure(Good):
+    def expected_failures(self):
+        return {"SA-FWD-001/float64": ("it divided by zero", "https://example.org/1")}
+
+
+class UnknownFailure(Good):
+    def expected_failures(self):
+        return {"SA-XYZ-001": ("no such case", "https://example.org/1"), "SA-FWD-001": "no link"}
 
 
 class Lacking(InferenceOnly):
@@ -216,3 +181,8 @@ class Lacking(InferenceOnly):
 class Boastful(InferenceOnly):
     def claims(self):
         return frozenset({"forward", "telepathy"})
+
+
+class Placeless(InferenceOnly):
+    def layouts(self):
+        return ()

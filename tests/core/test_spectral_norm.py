@@ -66,9 +66,9 @@ def test_the_function_is_that_of_the_folded_layer(config):
 def test_magnitudes_are_those_of_the_folded_layer(config):
     params, x, dy = designed(config)
     plain, folded = fold_spectral_norm(config, params)
-    for second in (False, True):
-        assert spec.magnitudes(config, params, x, dy, second=second) == spec.magnitudes(
-            plain, folded, x, dy, second=second
+    for cotangents in (None, {"x": x}):
+        assert spec.magnitudes(config, params, x, dy, cotangents=cotangents) == spec.magnitudes(
+            plain, folded, x, dy, cotangents=cotangents
         )
 
 

@@ -423,7 +423,7 @@ if FRAMEWORK == "tensorflow":
 
         config = CONFIGS[name]
         params, x, w = designed(config, dtype="float32")
-        model = backend.build(config, params, "float32", layout)
+        model = backend.build(config, params, "float32", layout).layer
         shape = [None, None, None, 11] if layout == "channels_last" else [None, 11, None, None]
         variables = [model.gamma.value, model.value.kernel.value]
 
@@ -455,7 +455,7 @@ if FRAMEWORK == "jax":
         import jax
 
         params, x, w = designed(POOLED, dtype="float32")
-        model = backend.build(POOLED, params, "float32", layout)
+        model = backend.build(POOLED, params, "float32", layout).layer
         native = (lambda a: a) if layout == "channels_last" else (lambda a: a.transpose(0, 3, 1, 2))
 
         @jax.jit

@@ -1,0 +1,156 @@
+"""What each family asks of a backend. The reference is asked the same, and its answers are what is expected."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.conformance.backend import Backend
+from selfattn_core.conformance.cases import Case, Family, Inputs
+from selfattn_core.conformance.memory import peak_growth
+
+__all__ = ["INITIAL_DRAWS", "answers"]
+
+Array = NDArray[Any]
+
+INITIAL_DRAWS = 4
+"""New layers that are drawn to look at the distribution of their weights; the last repeats the first."""
+
+
+def answers(backend: Backend, case: Case, given: Inputs, dtype: str, layout: str) -> Mapping[str, Any]:
+    """What a backend says to a case, by quantity.
+
+    Args:
+        backend: which claims what the case needs.
+        case: the case.
+        given: its input.
+        dtype: to compute in.
+        layout: to compute in.
+    """
+
+    def build() -> Any:
+        return backend.build(case.config, given.params, dtype, layout)
+
+    if case.family == "init":
+        seeds = [*range(1, INITIAL_DRAWS), 1]
+        return {
+            f"{draw}: {name}": array
+            for draw, seed in enumerate(seeds)
+            for name, array in backend.initial(case.config, seed).items()
+        }
+    if case.family == "determinism":
+        model = build()
+        return {
+            "y": backend.forward(model, given.x),
+            "again": backend.forward(model, given.x),
+            "rebuilt": backend.forward(build(), given.x),
+        }
+    return _ASK[case.family](backend, build(), case, given)
+
+
+def _value(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    of = case.of if case.family in ("dtype", "compiled") else case.family
+    if of == "map":
+        return {"map": backend.attention_map(model, given.x)}
+    if of == "vjp":
+        return backend.vjp(model, given.x, given.dy)
+    if of == "r1":
+        value, gradients = backend.r1(model, given.x, given.dy)
+        return {"r1": np.array(value, np.float64), **gradients}
+    return {"y": backend.forward(model, given.x)}
+
+
+def _mixed(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    return backend.vjp_of_vjp(model, given.x, given.dy, given.cotangents)
+
+
+def _sizes(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    return {
+        "y": backend.forward(model, given.x),
+        "y of the other size": backend.forward(model, given.other),
+        "y of another map": backend.forward(model, given.dy),
+        "y again": backend.forward(model, given.x),
+    }
+
+
+def _batch(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    exchanged = np.concatenate([given.other[:1] * given.x.dtype.type(50), given.x[1:]])
+    return {
+        "y of the rest": _array(backend.forward(model, exchanged))[1:],
+        "y of one alone": backend.forward(model, given.x[1:2]),
+    }
+
+
+def _permutation(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    batch, height, width, channels = given.x.shape
+    # Seven positions on, with the last six first: no symmetry of the map is one of these.
+    order = np.roll(np.arange(height * width)[::-1], 7)
+    permuted = given.x.reshape(batch, -1, channels)[:, order].reshape(given.x.shape)
+    y = _array(backend.forward(model, permuted))
+    back = y.reshape(batch, height * width, -1)[:, np.argsort(order)]
+    return {"y": back.reshape(y.shape)}
+
+
+def _nonfinite(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    x = given.x.copy()
+    if case.poison:
+        x[case.poison[0]] = case.poison[1]
+    return {"y": backend.forward(model, x)}
+
+
+def _params(backend: Backend, model: Any, _: Case, __: Inputs) -> Mapping[str, Any]:
+    return backend.params(model)
+
+
+def _compiled(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    return _value(backend, backend.compiled(model), case, given)
+
+
+def _saved(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="selfattn-saved-") as folder:
+        loaded = backend.saved(model, folder)
+        return {"y": backend.forward(loaded, given.x), **backend.params(loaded)}
+
+
+def _per_sample(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    return backend.per_sample_vjp(model, given.x, given.dy)
+
+
+def _memory(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    calls: Mapping[str, Callable[[Array, Array], Any]] = {
+        "forward": lambda x, _: backend.forward(model, x),
+        "vjp": lambda x, dy: backend.vjp(model, x, dy),
+        "r1": lambda x, dy: backend.r1(model, x, dy),
+    }
+    call = calls[case.of]
+    # What threads, libraries and compilers take once is no part of the case.
+    call(given.x[:, :8, :9], given.dy[:, :8, :9])
+    return {"bytes": np.array(peak_growth(lambda: call(given.x, given.dy)))}
+
+
+_ASK: Mapping[Family, Callable[[Backend, Any, Case, Inputs], Mapping[str, Any]]] = {
+    "forward": _value,
+    "map": _value,
+    "vjp": _value,
+    "r1": _value,
+    "dtype": _value,
+    "mixed": _mixed,
+    "sizes": _sizes,
+    "batch": _batch,
+    "permutation": _permutation,
+    "nonfinite": _nonfinite,
+    "params": _params,
+    "compiled": _compiled,
+    "saved": _saved,
+    "per_sample": _per_sample,
+    "memory": _memory,
+}
+
+
+def _array(answer: Any) -> Array:
+    """A part of an answer is taken of arrays only; what else it may be, is told by its type."""
+    if not isinstance(answer, np.ndarray):
+        raise TypeError(f"forward returned {type(answer).__name__}; expected a numpy array")
+    return answer

@@ -1,0 +1,89 @@
+"""Whether the weights of new layers are drawn as the table of parameters says."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.answers import INITIAL_DRAWS
+from selfattn_core.conformance.tolerance import Verdict
+from selfattn_core.params import Parameter, glorot_limit, parameter_table
+
+__all__ = ["distribution_verdicts"]
+
+Array = NDArray[Any]
+
+# Of sqrt(n) times the Kolmogorov-Smirnov statistic, and of a correlation in standard errors: a right backend is beyond
+# them once in 10⁹ draws.
+_LARGEST_DEPARTURE = 3.3
+_LARGEST_CORRELATION = 6.0
+
+
+def distribution_verdicts(config: SelfAttentionConfig, found: Mapping[str, Array]) -> list[Verdict]:
+    """One verdict for each parameter, and one for the independence of what was drawn.
+
+    Args:
+        config: of the layers.
+        found: "<draw>: <canonical name>" to array, the last draw with the seed of the first.
+    """
+    verdicts = [
+        _verdict(row.name, _problem(row, [found[f"{draw}: {row.name}"] for draw in range(INITIAL_DRAWS)]))
+        for row in parameter_table(config).values()
+    ]
+    queries = [found[f"{draw}: query.kernel"] for draw in range(INITIAL_DRAWS)]
+    key = found["0: key.kernel"]
+    fits = all(array.shape == key.shape and array.dtype == key.dtype for array in queries)
+    if fits and queries[0].size:
+        problems = [
+            words
+            for words, first, second in (
+                ("query and key of one layer are alike", queries[0], key),
+                ("layers of two seeds are alike", queries[0], queries[1]),
+            )
+            if _alike(first, second)
+        ]
+        if not np.array_equal(queries[0], queries[-1]):
+            problems.append("one seed gives two different layers")
+        verdicts.append(_verdict("independence", "; ".join(problems)))
+    return verdicts
+
+
+def _problem(row: Parameter, draws: list[Array]) -> str:
+    strange = [
+        f"{draw.dtype} {draw.shape}" for draw in draws if draw.shape != row.shape or draw.dtype != np.float32
+    ]
+    if strange:
+        return f"got {', '.join(dict.fromkeys(strange))}, expected float32 {row.shape}"
+    if row.initial == "zeros":
+        return "is not zero" if any(draw.any() for draw in draws) else ""
+    limit = glorot_limit(*row.shape)
+    # The last draw is the first again.
+    values = np.sort(np.concatenate([draw.ravel() for draw in draws[:-1]]).astype(np.float64))
+    if not np.isfinite(values).all():
+        return "is not finite"
+    # Glorot's interval, to the rounding of its ends.
+    beyond = float(np.abs(values).max()) / limit
+    if beyond > 1 + 2.0**-20:
+        return f"reaches {beyond:.3g} × the limit ±{limit:.3g} of Glorot's interval"
+    uniform = (values / limit + 1) / 2
+    steps = np.arange(values.size + 1) / values.size
+    departure = max((steps[1:] - uniform).max(), (uniform - steps[:-1]).max()) * np.sqrt(values.size)
+    if departure > _LARGEST_DEPARTURE:
+        return (
+            f"is not uniform on ±{limit:.3g}: the Kolmogorov-Smirnov statistic of {values.size} values is "
+            f"{departure:.3g} / √n, where {_LARGEST_DEPARTURE:g} is exceeded once in 10⁹"
+        )
+    return ""
+
+
+def _alike(first: Array, second: Array) -> bool:
+    one, two = (array.ravel().astype(np.float64) for array in (first, second))
+    scale = np.sqrt((one**2).sum() * (two**2).sum())
+    return bool(abs((one * two).sum()) > _LARGEST_CORRELATION / np.sqrt(one.size) * scale)
+
+
+def _verdict(name: str, problem: str) -> Verdict:
+    wrong = 0.0 if not problem else np.inf
+    return Verdict(name, wrong, wrong, not problem, f"{name}: {problem}" if problem else "")

@@ -1,0 +1,330 @@
+"""Mutants of what surrounds the function: state, layouts, dtypes, weights in and out, and what an engine makes of it."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases import Family
+from selfattn_core.conformance.mutants.mutant import Mutant
+from selfattn_core.conformance.reference import Model, Reference
+from selfattn_core.params import glorot_limit, init_params
+
+__all__ = ["MUTANTS"]
+
+Array = NDArray[Any]
+
+
+class NewProjections(Reference):
+    def forward(self, model: Model, x: Array) -> Array:
+        drawn = np.random.default_rng().normal(size=model.params["value.kernel"].shape)
+        kernel = drawn.astype(model.params["value.kernel"].dtype)
+        return super().forward(replace(model, params={**model.params, "value.kernel": kernel}), x)
+
+
+class Jitters(Reference):
+    def forward(self, model: Model, x: Array) -> Array:
+        y = super().forward(model, x)
+        return np.where(
+            np.random.default_rng().random(y.shape) < 0.5, y, np.nextafter(y, y.dtype.type(np.inf))
+        )
+
+
+class StateMoves(Reference):
+    """As one that iterates a spectral norm in evaluation too: every call starts from other weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def build(self, *arguments: Any) -> Model:
+        self.calls = 0
+        return super().build(*arguments)
+
+    def forward(self, model: Model, x: Array) -> Array:
+        self.calls += 1
+        kernel = model.params["query.kernel"] * (1 + self.calls * np.finfo(x.dtype).eps)
+        return super().forward(
+            replace(model, params={**model.params, "query.kernel": kernel.astype(x.dtype)}), x
+        )
+
+
+class SizeBakedIn(Reference):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, tuple[int, ...]] = {}
+
+    def forward(self, model: Model, x: Array) -> Array:
+        size = self.sizes.setdefault(id(model), x.shape[1:3])
+        return super().forward(model, np.resize(x, (x.shape[0], *size, x.shape[3])))
+
+
+class BatchBakedIn(SizeBakedIn):
+    def forward(self, model: Model, x: Array) -> Array:
+        (batch,) = self.sizes.setdefault(id(model), x.shape[:1])
+        return super(SizeBakedIn, self).forward(model, x[:batch])
+
+
+class RemembersByShape(Reference):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[tuple[int, ...], Array] = {}
+
+    def build(self, *arguments: Any) -> Model:
+        self.seen = {}
+        return super().build(*arguments)
+
+    def forward(self, model: Model, x: Array) -> Array:
+        return self.seen.setdefault(x.shape, super().forward(model, x))
+
+
+class CentredOverBatch(Reference):
+    def forward(self, model: Model, x: Array) -> Array:
+        if len(x) < 2:
+            return super().forward(model, x)
+        return super().forward(model, x - x.mean(axis=0) * x.dtype.type(1e-4))
+
+
+class NarrowsFloat64(Reference):
+    def forward(self, model: Model, x: Array) -> Array:
+        narrow = {name: array.astype(np.float32) for name, array in model.params.items()}
+        return super().forward(replace(model, params=narrow), x).astype(x.dtype)
+
+
+class ChannelsFirstReshaped(Reference):
+    def native(self, maps: Array, model: Model) -> Array:
+        if model.layout == "channels_last":
+            return super().native(maps, model)
+        batch, height, width, channels = maps.shape
+        return maps.reshape(batch, channels, height, width).astype(model.params["gamma"].dtype)
+
+
+class ChannelsFirstAsWidthHeight(Reference):
+    def canonical(self, maps: Array, model: Model) -> Array:
+        back = super().canonical(maps, model)
+        if model.layout == "channels_last":
+            return back
+        batch, height, width, channels = back.shape
+        return back.swapaxes(1, 2).reshape(batch, height, width, channels)
+
+
+class Exports(Reference):
+    """Weights that are right inside and wrong outside."""
+
+    def export(self, params: dict[str, Array]) -> dict[str, Array]:
+        return params
+
+    def params(self, model: Model) -> dict[str, Array]:
+        return self.export(dict(model.params))
+
+
+class KeyBiasLost(Exports):
+    def export(self, params: dict[str, Array]) -> dict[str, Array]:
+        return {name: 0 * array if name == "key.bias" else array for name, array in params.items()}
+
+
+class KernelsTransposed(Exports):
+    def export(self, params: dict[str, Array]) -> dict[str, Array]:
+        return {name: array.T for name, array in params.items()}
+
+
+class ForeignNames(Exports):
+    def export(self, params: dict[str, Array]) -> dict[str, Array]:
+        return {name.replace("kernel", "weight"): array for name, array in params.items()}
+
+
+class GammaPerSample(Exports):
+    def export(self, params: dict[str, Array]) -> dict[str, Array]:
+        return {
+            name: array.reshape(1, 1, 1, 1) if name == "gamma" else array for name, array in params.items()
+        }
+
+
+class GammaUnregistered(Exports):
+    def export(self, params: dict[str, Array]) -> dict[str, Array]:
+        return {name: array for name, array in params.items() if name != "gamma"}
+
+
+class HalfWeights(Exports):
+    def export(self, params: dict[str, Array]) -> dict[str, Array]:
+        return {name: array.astype(np.float16).astype(array.dtype) for name, array in params.items()}
+
+
+class Draws(Reference):
+    """New layers whose weights are drawn in another way."""
+
+    def changed(self, name: str, array: Array, generator: np.random.Generator) -> Array:
+        return array
+
+    def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
+        generator = np.random.default_rng(seed)
+        drawn = init_params(config, seed)
+        return {
+            name: self.changed(name, array, generator).astype(np.float32) for name, array in drawn.items()
+        }
+
+
+class GammaOne(Draws):
+    def changed(self, name: str, array: Array, generator: np.random.Generator) -> Array:
+        return array + 1 if name == "gamma" else array
+
+
+class BiasesDrawn(Draws):
+    def changed(self, name: str, array: Array, generator: np.random.Generator) -> Array:
+        return generator.uniform(-0.1, 0.1, array.shape) if name.endswith("bias") else array
+
+
+class HeUniform(Draws):
+    def changed(self, name: str, array: Array, generator: np.random.Generator) -> Array:
+        limit = (6 / array.shape[0]) ** 0.5
+        return generator.uniform(-limit, limit, array.shape) if name.endswith("kernel") else array
+
+
+class GlorotNormal(Draws):
+    def changed(self, name: str, array: Array, generator: np.random.Generator) -> Array:
+        spread = glorot_limit(*array.shape) / 3**0.5 if name.endswith("kernel") else 0
+        return generator.normal(0, spread, array.shape) if name.endswith("kernel") else array
+
+
+class TorchDefault(Draws):
+    """U(±1/sqrt(C_in)), which is what a 1×1 Conv2d of PyTorch starts from."""
+
+    def changed(self, name: str, array: Array, generator: np.random.Generator) -> Array:
+        limit = array.shape[0] ** -0.5
+        return generator.uniform(-limit, limit, array.shape) if name.endswith("kernel") else array
+
+
+class OneSeedForAll(Draws):
+    """Every projection drawn from a fresh generator of the same seed."""
+
+    def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
+        drawn = super().initial(config, seed)
+        return drawn | {"key.kernel": drawn["query.kernel"].copy()}
+
+
+class SeedIgnored(Draws):
+    def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
+        return super().initial(config, 0)
+
+
+class SeedlessDraws(Draws):
+    def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
+        return super().initial(config, int(np.random.default_rng().integers(2**31)))
+
+
+class SavesWithoutGamma(Reference):
+    def saved(self, model: Model, folder: str) -> Model:
+        loaded = super().saved(model, folder)
+        return replace(loaded, params={**loaded.params, "gamma": 0 * loaded.params["gamma"]})
+
+
+class SavesHalf(Reference):
+    def saved(self, model: Model, folder: str) -> Model:
+        loaded = super().saved(model, folder)
+        params = {name: array.astype(np.float16).astype(array.dtype) for name, array in loaded.params.items()}
+        return replace(loaded, params=params)
+
+
+class SavesNothing(Reference):
+    def saved(self, model: Model, folder: str) -> Model:
+        dtype = model.params["gamma"].dtype
+        return replace(model, params=init_params(model.config, 0, dtype))
+
+
+class CompiledInHalf(Reference):
+    def compiled(self, model: Model) -> Model:
+        params = {name: array.astype(np.float16).astype(array.dtype) for name, array in model.params.items()}
+        return replace(model, params=params)
+
+
+class CompiledWithoutKeyBackward(Reference):
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_compiled = False
+
+    def build(self, *arguments: Any) -> Model:
+        self.is_compiled = False
+        return super().build(*arguments)
+
+    def compiled(self, model: Model) -> Model:
+        self.is_compiled = True
+        return model
+
+    def vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        gradients = super().vjp(model, x, dy)
+        return gradients | {"key.kernel": 0 * gradients["key.kernel"]} if self.is_compiled else gradients
+
+
+class PerSampleMean(Reference):
+    def per_sample_vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        whole = self.vjp(model, x, dy)
+        batch = len(x)
+        repeated = {name: np.stack([array / batch] * batch) for name, array in whole.items() if name != "x"}
+        return {"x": whole["x"]} | repeated
+
+
+class ParametersDetached(Reference):
+    """Gradients of a layer of which only what is registered as a parameter has any."""
+
+    def vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        return {name: array for name, array in super().vjp(model, x, dy).items() if name != "gamma"}
+
+
+class Dense(Reference):
+    """Claims linear memory, and has an N×N map like the spec."""
+
+    def claims(self) -> frozenset[str]:
+        return super().claims() | {"memory"}
+
+
+def _named(name: str, backend: type[Reference]) -> Any:
+    def make() -> Reference:
+        made = backend()
+        made.name = name
+        return made
+
+    return make
+
+
+_KERAS = "keras.layers.SpectralNormalization and most spectral norms of peers"
+
+_TABLE: tuple[tuple[str, Family, type[Reference], str], ...] = (
+    ("projections created anew at every call", "determinism", NewProjections, "keras copies of PAM"),
+    ("last bit is random", "determinism", Jitters, ""),
+    ("state moves in evaluation", "determinism", StateMoves, _KERAS),
+    ("map size baked in", "sizes", SizeBakedIn, "heykeetae/Self-Attention-GAN#12, #49"),
+    ("batch size baked in", "sizes", BatchBakedIn, "taki0112/Self-Attention-GAN-Tensorflow#28"),
+    ("answer remembered by the input's shape", "sizes", RemembersByShape, ""),
+    ("input centred over the batch", "batch", CentredOverBatch, ""),
+    ("float64 computed in float32", "forward", NarrowsFloat64, "JAX without x64"),
+    ("channels-first by a reshape", "forward", ChannelsFirstReshaped, ""),
+    ("channels-first as (B, C, W, H)", "forward", ChannelsFirstAsWidthHeight, ""),
+    ("key bias not exported", "params", KeyBiasLost, ""),
+    ("kernels exported transposed", "params", KernelsTransposed, ""),
+    ("parameters under other names", "params", ForeignNames, ""),
+    ("gamma of shape (1, 1, 1, 1)", "params", GammaPerSample, "heykeetae/Self-Attention-GAN#1"),
+    ("gamma not a parameter", "params", GammaUnregistered, "the published f/g/h layer for PyTorch"),
+    ("weights exported in 16 bits", "params", HalfWeights, ""),
+    ("gamma starts at one", "init", GammaOne, ""),
+    ("biases drawn", "init", BiasesDrawn, "torch.nn.Conv2d"),
+    ("He-uniform kernels", "init", HeUniform, ""),
+    ("Glorot-normal kernels", "init", GlorotNormal, ""),
+    ("torch's default kernels", "init", TorchDefault, "torch.nn.Conv2d"),
+    ("query and key start equal", "init", OneSeedForAll, "one seeded initializer for all Keras children"),
+    ("seed ignored", "init", SeedIgnored, ""),
+    ("a new draw for one seed", "init", SeedlessDraws, ""),
+    ("gamma not saved", "saved", SavesWithoutGamma, "gamma as a plain tensor or an untracked variable"),
+    ("saved in 16 bits", "saved", SavesHalf, ""),
+    ("nothing saved", "saved", SavesNothing, ""),
+    ("compiled in 16 bits", "compiled", CompiledInHalf, ""),
+    ("compiled without the key's backward", "compiled", CompiledWithoutKeyBackward, ""),
+    ("mean gradient for each sample", "per_sample", PerSampleMean, ""),
+    ("gamma has no gradient", "vjp", ParametersDetached, "the published f/g/h layer for PyTorch"),
+    ("N×N array where none was asked for", "memory", Dense, "every published layer"),
+)
+
+MUTANTS: tuple[Mutant, ...] = tuple(
+    Mutant(name, family, _named(name, backend), seen_in) for name, family, backend, seen_in in _TABLE
+)

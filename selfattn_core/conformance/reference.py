@@ -1,0 +1,147 @@
+"""The spec behind the protocol of the kit: what says the right answer to every case, and what broken copies are made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core import spec
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.params import init_params
+
+__all__ = ["Model", "Reference"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A layer of the reference.
+
+    Args:
+        config: which layer.
+        params: its weights, in the dtype that it computes in.
+        layout: of the maps that it is given.
+    """
+
+    config: SelfAttentionConfig
+    params: Mapping[str, Array]
+    layout: str
+
+
+class Reference:
+    """The spec as a backend, in every ability but linear memory; bfloat16 is not a dtype of numpy.
+
+    Args:
+        function: `selfattn_core.spec`, or a module with the same functions.
+
+    Example:
+        >>> config = SelfAttentionConfig(8)
+        >>> reference = Reference()
+        >>> model = reference.build(config, init_params(config, seed=0), "float32", "channels_last")
+        >>> reference.forward(model, np.ones((2, 3, 5, 8), np.float32)).shape
+        (2, 3, 5, 8)
+    """
+
+    name = "spec"
+
+    def __init__(self, function: ModuleType = spec) -> None:
+        self.function = function
+
+    def versions(self) -> Mapping[str, str]:
+        """The version of numpy."""
+        return {"numpy": np.__version__}
+
+    def claims(self) -> frozenset[str]:
+        """Everything but "memory"."""
+        names = ("forward", "map", "vjp", "params", "init", "r1", "mixed", "compiled", "saved", "per_sample")
+        return frozenset(names)
+
+    def layouts(self) -> tuple[str, ...]:
+        """Both."""
+        return ("channels_last", "channels_first")
+
+    def dtypes(self) -> tuple[str, ...]:
+        """What numpy has."""
+        return ("float32", "float64", "float16")
+
+    def expected_failures(self) -> Mapping[str, tuple[str, str]]:
+        """None."""
+        return {}
+
+    def build(
+        self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
+    ) -> Model:
+        """The weights, cast."""
+        return Model(config, {name: array.astype(dtype) for name, array in params.items()}, layout)
+
+    def native(self, maps: Array, model: Model) -> Array:
+        """The maps in the layout and dtype that the model is given them in."""
+        maps = maps.astype(model.params["gamma"].dtype)
+        return maps if model.layout == "channels_last" else np.moveaxis(maps, 3, 1)
+
+    def canonical(self, maps: Array, model: Model) -> Array:
+        """Back to channels-last."""
+        return maps if model.layout == "channels_last" else np.moveaxis(maps, 1, 3)
+
+    def arguments(self, model: Model, *maps: Array) -> tuple[Any, ...]:
+        """What a function of the spec is called with."""
+        given = (self.canonical(self.native(each, model), model) for each in maps)
+        return (model.config, model.params, *given)
+
+    def forward(self, model: Model, x: Array) -> Array:
+        """The output y."""
+        y: Array = self.function.forward(*self.arguments(model, x))
+        return y
+
+    def attention_map(self, model: Model, x: Array) -> Array:
+        """The map A."""
+        attention: Array = self.function.attention_map(*self.arguments(model, x))
+        return attention
+
+    def vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        """First derivatives."""
+        gradients: dict[str, Array] = self.function.vjp(*self.arguments(model, x, dy))
+        return gradients
+
+    def params(self, model: Model) -> dict[str, Array]:
+        """The weights that were put in."""
+        return dict(model.params)
+
+    def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
+        """New weights."""
+        return init_params(config, seed)
+
+    def r1(self, model: Model, x: Array, w: Array) -> tuple[float, dict[str, Array]]:
+        """The penalty and its gradient."""
+        penalty: tuple[float, dict[str, Array]] = self.function.r1(*self.arguments(model, x, w))
+        return penalty
+
+    def vjp_of_vjp(
+        self, model: Model, x: Array, dy: Array, cotangents: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Second derivatives."""
+        given = {name: array.astype(model.params["gamma"].dtype) for name, array in cotangents.items()}
+        gradients: dict[str, Array] = self.function.vjp_of_vjp(*self.arguments(model, x, dy), given)
+        return gradients
+
+    def compiled(self, model: Model) -> Model:
+        """Numpy has no other form."""
+        return model
+
+    def saved(self, model: Model, folder: str) -> Model:
+        """By way of numpy's own file."""
+        path = Path(folder) / "weights.npz"
+        np.savez(path, **dict(model.params))  # type: ignore[arg-type]
+        with np.load(path) as file:
+            return Model(model.config, dict(file), model.layout)
+
+    def per_sample_vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        """The derivatives of one sample after the other."""
+        each = [self.vjp(model, x[b : b + 1], dy[b : b + 1]) for b in range(x.shape[0])]
+        gathered = {name: np.stack([gradients[name] for gradients in each]) for name in each[0]}
+        return gathered | {"x": gathered["x"][:, 0]}

@@ -1,0 +1,127 @@
+"""The kit on broken implementations: each has to be caught by the cases that are there for it."""
+
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from selfattn_core.conformance.answers import answers
+from selfattn_core.conformance.backend import Backend, dtypes_of
+from selfattn_core.conformance.cases import Family, inputs
+from selfattn_core.conformance.compare import compare
+from selfattn_core.conformance.mutants import MUTANTS, Mutant
+from selfattn_core.conformance.outcome import Outcome
+from selfattn_core.conformance.runs import Run, all_runs, is_claimed
+from selfattn_core.conformance.worker import malformed
+
+__all__ = ["Kill", "as_table", "judge_in_process", "self_test"]
+
+# More positions do not show a numpy mutant more than few do, and take a hundred times as long.
+_MOST_POSITIONS = 100
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What became of a mutant.
+
+    Args:
+        mutant: which.
+        outcome: the run that saw it best: of those that failed, the one with the largest finite error, or else the
+            first; None if it survived.
+        failed: how many runs of its family did not pass.
+        asked: how many there were.
+    """
+
+    mutant: Mutant
+    outcome: Outcome | None
+    failed: int
+    asked: int
+
+    @property
+    def multiple(self) -> float:
+        """The largest error in noise floors; infinite if what came could not be compared with one."""
+        return 0.0 if self.outcome is None else self.outcome.ratio
+
+
+def self_test(
+    mutants: Iterable[Mutant] | None = None, *, seed: int = 0, tell: Callable[[Kill], None] = lambda _: None
+) -> list[Kill]:
+    """Run every mutant on the cases of its family, in this process.
+
+    Args:
+        mutants: which; by default all that ship with the kit.
+        seed: of the inputs.
+        tell: called with each result as it comes.
+    """
+    kills = []
+    for mutant in MUTANTS if mutants is None else mutants:
+        backend = mutant.make()
+        runs = [run for run in small_runs() if run.case.family == mutant.family]
+        kills.append(kill := _kill(mutant, list(judge_in_process(backend, runs, seed))))
+        tell(kill)
+    return kills
+
+
+def small_runs(families: Sequence[Family] | None = None) -> list[Run]:
+    """The runs that take no time in numpy, and those about memory.
+
+    Args:
+        families: which; by default all.
+    """
+    return [
+        run
+        for run in all_runs()
+        if (families is None or run.case.family in families)
+        and (run.case.shape[1] * run.case.shape[2] <= _MOST_POSITIONS or run.case.family == "memory")
+    ]
+
+
+def judge_in_process(backend: Backend, runs: Iterable[Run], seed: int = 0) -> Iterable[Outcome]:
+    """The outcomes of the runs that a backend claims, without a process of its own: for numpy, which shares this one.
+
+    Args:
+        backend: which.
+        runs: which.
+        seed: of the inputs.
+    """
+    claims, layouts, dtypes = backend.claims(), backend.layouts(), dtypes_of(backend)
+    for run in runs:
+        if not is_claimed(run, claims, layouts, dtypes):
+            continue
+        layout = run.layout if run.layout in layouts else layouts[0]
+        try:
+            with np.errstate(all="ignore"):
+                found = answers(backend, run.case, inputs(run.case, run.dtype, seed), run.dtype, layout)
+        except Exception:
+            yield Outcome(run, "error", (), traceback.format_exc(limit=-1).strip())
+            continue
+        problem = malformed(found)
+        yield Outcome(run, "fail", (), problem) if problem else compare(run, found, seed)
+
+
+def as_table(kills: Sequence[Kill]) -> str:
+    """One line for each mutant: what caught it, and by how much.
+
+    Args:
+        kills: from `self_test`.
+    """
+    rows = [["mutant", "caught by", "noise floors", "runs", "seen in"]]
+    for kill in kills:
+        caught = kill.outcome.run.id if kill.outcome else "SURVIVED"
+        size = "-" if kill.multiple in (0.0, np.inf) else f"{kill.multiple:.2g} ×"
+        rows.append([kill.mutant.name, caught, size, f"{kill.failed}/{kill.asked}", kill.mutant.seen_in])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    killed = sum(kill.outcome is not None for kill in kills)
+    return "\n".join([*lines, "", f"{killed} of {len(kills)} mutants caught."])
+
+
+def _kill(mutant: Mutant, outcomes: list[Outcome]) -> Kill:
+    bad = [outcome for outcome in outcomes if outcome.status != "pass"]
+    compared = [outcome for outcome in bad if 0 < outcome.ratio < np.inf]
+    best = max(compared, key=lambda outcome: outcome.ratio) if compared else next(iter(bad), None)
+    return Kill(mutant, best, len(bad), len(outcomes))

@@ -1,0 +1,75 @@
+"""Every broken implementation that ships with the kit is caught by the family that is there for it."""
+
+import numpy as np
+import pytest
+
+from selfattn_core.conformance import selftest
+from selfattn_core.conformance.cases import FAMILIES
+from selfattn_core.conformance.mutants import MUTANTS, Mutant, edited
+from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.selftest import as_table, self_test
+
+
+@pytest.fixture(scope="module")
+def kills():
+    return self_test()
+
+
+def test_all_are_caught(kills):
+    assert [kill.mutant.name for kill in kills if kill.outcome is None] == []
+    assert len(kills) == len(MUTANTS) == len({mutant.name for mutant in MUTANTS}) >= 40
+    assert f"{len(MUTANTS)} of {len(MUTANTS)} mutants caught." in as_table(kills)
+
+
+def test_errors_are_far_beyond_what_passes(kills):
+    """A mutant that is caught by a hair is caught by luck."""
+    finite = [kill for kill in kills if 0 < kill.multiple < np.inf]
+    assert len(finite) > len(kills) / 2
+    close = {kill.mutant.name for kill in finite if kill.multiple < 16}
+    # In 16 bits a floor is as high as the error of one more rounding is large.
+    assert close <= {"logits in 16 bits"}
+
+
+def test_every_family_has_one():
+    assert {mutant.family for mutant in MUTANTS} == set(FAMILIES)
+
+
+def test_the_unedited_spec_survives():
+    (kill,) = self_test([edited("no edit", "forward", ("layer.gamma * layer.z", "layer.gamma * layer.z"))])
+    assert kill.outcome is None
+    assert kill.failed == 0 < kill.asked
+    assert "SURVIVED" in as_table([kill])
+
+
+def test_a_backend_of_linear_memory_is_not_caught():
+    class Frugal(Reference):
+        def claims(self):
+            return frozenset({"memory", "forward"})
+
+        def forward(self, model, x):
+            return x + model.params["gamma"]
+
+    (kill,) = self_test([Mutant("frugal", "memory", Frugal)])
+    assert kill.outcome is None
+
+
+def test_an_edit_that_fits_no_longer_is_told():
+    mutant = edited("stale", "forward", ("no such text", ""))
+    with pytest.raises(ValueError, match="'no such text' stands 0 times in the spec"):
+        self_test([mutant])
+
+
+def test_the_command_fails_if_one_survives(monkeypatch):
+    from click.testing import CliRunner
+
+    from selfattn_core.cli import main
+
+    survivor = edited("no edit", "forward", ("layer.gamma * layer.z", "layer.gamma * layer.z"))
+    monkeypatch.setattr(selftest, "MUTANTS", (survivor, MUTANTS[0]))
+    result = CliRunner().invoke(main, ["conform", "--self-test"])
+    assert result.exit_code == 1
+    assert "SURVIVED" in result.output
+    monkeypatch.setattr(selftest, "MUTANTS", MUTANTS[:2])
+    result = CliRunner().invoke(main, ["conform", "--self-test"])
+    assert result.exit_code == 0
+    assert "2 of 2 mutants caught." in result.output
