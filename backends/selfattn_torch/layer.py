@@ -29,6 +29,10 @@ class SelfAttention2d(nn.Module):
     `query`, much PyTorch code has them the other way round, and the paper's h is `value`. With `spectral_norm` they are
     `selfattn_torch.spectral_norm.SpectralConv2d`, which apply their raw weight over its spectral norm.
 
+    One `torch.compile(fullgraph=True, dynamic=True)` serves all sizes; a gradient penalty then takes its inner gradient
+    inside the compiled region, as `selfattn_ops.torch.attend` says. An exported layer has the map if it was exported
+    with `need_weights=True`. Under FSDP2 a penalty belongs in the `forward` of the one module that is sharded.
+
     | array | shape |
     |---|---|
     | x, y | (B, C, H, W) or (C, H, W) |

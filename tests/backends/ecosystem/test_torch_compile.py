@@ -164,8 +164,20 @@ def test_the_map_is_exported_if_it_is_asked_for_then(layer_of):
 def test_the_map_of_a_layer_exported_without_it_is_refused():
     layer, x, _, _ = designed("SA-FWD-001")
     twin = exported(layer, x).module()
-    with pytest.raises(Exception, match="need_weights"):
+    with pytest.raises(ValueError, match="need_weights"):
         twin(x, need_weights=True)
+    with pytest.raises(ValueError, match="same number"):
+        twin(x, True)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@BOTH
+def test_a_traced_layer_is_equal_at_any_size(layer_of):
+    layer, x, _, _ = designed(f"SA-FWD-{layer_of}")
+    traced = torch.jit.trace(layer, (x,))
+    for size in SIZES:
+        maps = maps_of(size, x.shape[1])
+        assert_close(traced(maps), layer(maps))
 
 
 @BOTH

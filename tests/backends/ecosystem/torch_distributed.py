@@ -24,11 +24,18 @@ WORLD = 2
 class Critic(nn.Module):
     """A discriminator with attention in the middle, whose forward can give the R1 penalty too."""
 
-    def __init__(self, block_size: int | None) -> None:
+    def __init__(self, block_size: int | None, *, spectral_norm: bool) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 16, 3, padding=1)
-        self.attention = SelfAttention2d(16, 3, 5, out_projection=True, kv_pool=2, block_size=block_size)
+        self.attention = SelfAttention2d(
+            16, 3, 5, out_projection=True, kv_pool=2, spectral_norm=spectral_norm, block_size=block_size
+        )
         self.last = nn.Conv2d(16, 1, 1)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, 0.1, 0.4)
+        for child in self.attention.children():
+            if spectral_norm:
+                child.reset_state()
 
     def forward(
         self, x: torch.Tensor, *, penalise: bool = False
@@ -65,17 +72,23 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def main(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     torch.manual_seed(0)
-    critics = {block_size: Critic(block_size).double() for block_size in (None, 8)}
-    for parameter in critics[None].parameters():
-        nn.init.normal_(parameter, 0.1, 0.4)
-    critics[8].load_state_dict(critics[None].state_dict())
+    plain = Critic(None, spectral_norm=False).double()
+    critics = {
+        "": plain,
+        ", in blocks": Critic(8, spectral_norm=False).double(),
+        ", spectral norm": Critic(8, spectral_norm=True).double(),
+    }
     x = torch.randn(2 * WORLD, 3, 5, 7, dtype=torch.float64)
-    alone = copy.deepcopy(critics[None])
-    outside(alone, x)
-    wanted = [parameter.grad for parameter in alone.parameters()]
     mine = x[2 * rank : 2 * rank + 2]
 
-    def difference(model: nn.Module, step: Callable[[nn.Module, torch.Tensor], None]) -> float | str:
+    def difference(
+        critic: Critic,
+        distributed: Callable[[Critic], nn.Module],
+        step: Callable[[nn.Module, torch.Tensor], None],
+    ) -> float | str:
+        alone, model = copy.deepcopy(critic), distributed(copy.deepcopy(critic))
+        outside(alone, x)
+        wanted = [parameter.grad for parameter in alone.parameters()]
         try:
             step(model, mine)
         except RuntimeError as error:
@@ -87,23 +100,24 @@ def main(rank: int, store: str) -> None:
         errors = [(one - other).abs().max() for one, other in zip(got, wanted, strict=True)]
         return (torch.stack(errors).max() / max(gradient.abs().max() for gradient in wanted)).item()
 
-    def sharded(critic: Critic, *, nested: bool = False, kept: bool = False) -> nn.Module:
-        critic = copy.deepcopy(critic)
-        if nested:
-            fully_shard(critic.attention, reshard_after_forward=not kept)
-            critic.attention.set_reshard_after_backward(not kept)
+    def kept(critic: Critic) -> nn.Module:
+        fully_shard(critic.attention, reshard_after_forward=False)
+        critic.attention.set_reshard_after_backward(False)
+        return fully_shard(critic)
+
+    def freed(critic: Critic) -> nn.Module:
+        fully_shard(critic.attention)
         return fully_shard(critic)
 
     results: dict[str, float | str] = {}
-    for block_size, critic in critics.items():
-        blocks = "" if block_size is None else ", in blocks"
-        results["DDP" + blocks] = difference(DistributedDataParallel(copy.deepcopy(critic)), outside)
-        results["FSDP2" + blocks] = difference(sharded(critic), inside)
-        results["FSDP2, nested, kept" + blocks] = difference(sharded(critic, nested=True, kept=True), inside)
-    results["FSDP2, nested, freed"] = difference(sharded(critics[None], nested=True), inside)
-    results["FSDP2, penalty outside"] = difference(sharded(critics[None]), outside)
+    for kind, critic in critics.items():
+        results["DDP" + kind] = difference(critic, DistributedDataParallel, outside)
+        results["FSDP2" + kind] = difference(critic, fully_shard, inside)
+    results["nested groups"] = difference(plain, freed, inside)
+    results["nested groups, kept"] = difference(plain, kept, inside)
+    results["penalty outside"] = difference(plain, fully_shard, outside)
     try:
-        to_canonical(sharded(critics[None]).attention)
+        to_canonical(fully_shard(copy.deepcopy(plain)).attention)
     except ValueError as error:
         results["export of shards"] = str(error)
     print(json.dumps(results))  # noqa: T201 - the answer
