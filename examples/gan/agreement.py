@@ -6,7 +6,7 @@ import numpy as np
 
 from examples.gan.files import Samples
 
-__all__ = ["Agreement", "compare"]
+__all__ = ["Agreement", "compare", "compare_images"]
 
 ALLOWED = 64.0
 """Units in the last place of float32 of the largest number; the networks add thousands of products."""
@@ -40,6 +40,11 @@ class Agreement:
 def compare(got: Samples, want: Samples) -> Agreement:
     """How far an answer is from the one that the checkpoint came with."""
     return Agreement(_difference(got.images, want.images), _difference(got.scores, want.scores))
+
+
+def compare_images(got: np.ndarray, want: Samples) -> Agreement:
+    """The same where there is no discriminator."""
+    return Agreement(_difference(got, want.images), None)
 
 
 def _difference(got: np.ndarray, want: np.ndarray) -> float:

@@ -36,6 +36,8 @@ def main() -> int:
         return BAD_INPUT
     # A SavedModel is TensorFlow's, and Keras takes its backend when it is first imported.
     os.environ["KERAS_BACKEND"] = "tensorflow"
+    # TensorFlow reports on the machine at length unless asked not to.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from examples.gan_keras import generator
 
     start = time.monotonic()
@@ -44,7 +46,7 @@ def main() -> int:
         wanted = files.Samples(*(values[::20] for values in vars(wanted).values()))
     model = generator.load(folder)
     images = model.predict([wanted.latents, wanted.labels], verbose=0)
-    in_keras = agreement.compare(files.Samples(wanted.latents, wanted.labels, images, wanted.scores), wanted)
+    in_keras = agreement.compare_images(images, wanted)
     print(f"1. The generator of {folder}, in Keras:\n   {in_keras}", flush=True)
 
     saved = folder / "served"
@@ -52,9 +54,7 @@ def main() -> int:
     print(f"2. Exported to {saved}.", flush=True)
 
     served = _ask(saved, wanted, folder)
-    in_service = agreement.compare(
-        files.Samples(wanted.latents, wanted.labels, served, wanted.scores), wanted
-    )
+    in_service = agreement.compare_images(served, wanted)
     print(f"3. Loaded in a process with TensorFlow alone:\n   {in_service}", flush=True)
     if not (in_keras.agrees and in_service.agrees):
         print("FAILED: these are not the images of the checkpoint.", file=sys.stderr)

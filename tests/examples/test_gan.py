@@ -116,6 +116,12 @@ def test_the_training_goes_on_in_flax(checkpoint):
         )
         assert not np.array_equal(before, after)
 
+    from examples.gan_torch import checkpoint as torch_checkpoint
+
+    want = files.load_samples(checkpoint / "flax")
+    back = torch_checkpoint.answer(*torch_checkpoint.load(checkpoint / "flax"), want.latents, want.labels)
+    assert agreement.compare(back, want).agrees
+
 
 def test_keras_serves_the_same_images(checkpoint):
     result = run("gan_keras", checkpoint)
