@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check format conform bench docs fuzz wheel clean
+.PHONY: help demo test check format conform bench docs fuzz test-peers wheel clean
 help:  ## what the targets do
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -47,8 +47,16 @@ fuzz: $(INSTALLED)  ## 20,000 damaged files for each reader of checkpoints
 docs: $(INSTALLED)  ## build the site into build/site
 	$(BIN)/python -m mkdocs build --strict
 
+# An environment of its own: packages of others must not change ours. Their own warnings are not ours to mend.
+test-peers:  ## port real layers of published packages, compare outputs and gradients
+	test -d .venv-peers || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	.venv-peers/bin/python -m pip install --quiet -c constraints.txt -r tests/peers/libraries.txt
+	.venv-peers/bin/python -m pip install --quiet --no-deps -r tests/peers/requirements.txt
+	PYTHONPATH=.:backends .venv-peers/bin/python -m pytest tests/peers/check_peers.py -o filterwarnings=default
+
 wheel: $(INSTALLED)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove the environment and everything built
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
