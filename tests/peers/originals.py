@@ -85,8 +85,9 @@ def _biggan() -> tuple[nn.Module, nn.Module]:
 
 def _mimicry() -> tuple[nn.Module, nn.Module]:
     prepare_torchvision()
-    # Its metrics, and nothing else of it, need TensorFlow.
-    sys.modules.setdefault("torch_mimicry.metrics", ModuleType("torch_mimicry.metrics"))
+    # As a whole it cannot be imported: its metrics need TensorFlow 1, its data sets a module that torch no longer has.
+    for part in ("metrics", "datasets"):
+        sys.modules.setdefault(f"torch_mimicry.{part}", ModuleType(f"torch_mimicry.{part}"))
     from torch_mimicry.nets.sagan.sagan_32 import SAGANGenerator32
 
     model = SAGANGenerator32(num_classes=3, ngf=24, nz=7)
