@@ -185,8 +185,10 @@ def test_a_missed_speed_is_shown_beside_the_matmul_rate():
     missed = [line for line in page.splitlines() if line.startswith("| forward, C = 64 at 64×64: faster")]
     # All implementations of the invented results take equally long, the ceilings too.
     assert missed == [
-        "| forward, C = 64 at 64×64: faster than dense | 1 × (≥ 3.5) **missed**, at 1.00 of the matmul rate "
-        "| 1 × (≥ 1.6) **missed**, at 1.00 of the matmul rate | 1 × (≥ 1) |"
+        (
+            "| forward, C = 64 at 64×64: faster than dense | 1 × (≥ 3.5) **missed**, at 1.00 of the matmul rate "
+            "| 1 × (≥ 1.6) **missed**, at 1.00 of the matmul rate | 1 × (≥ 1) |"
+        )
     ]
 
 
