@@ -45,7 +45,7 @@ fuzz: $(INSTALLED)  ## 20,000 damaged files for each reader of checkpoints
 	KERAS_BACKEND=tensorflow $(BIN)/python -m tests.porting.fuzz
 
 docs: $(INSTALLED)  ## build the site into build/site
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # An environment of its own: packages of others must not change ours. Their own warnings are not ours to mend.
 test-peers:  ## port real layers of published packages, compare outputs and gradients
