@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -139,16 +140,22 @@ def test_a_large_group_of_the_oldest_version(tmp_path):
     assert got["layers/layer_2999/vars/0"].tolist() == [2999.0] * 3
 
 
-def test_tensorflow(samples):
+def test_tensorflow(samples, tmp_path):
     scoped = {f"generator/attention/{name.replace('.', '/')}": array for name, array in WANT.items()}
     want = scoped | {"step": np.array(3), "narrow": np.array([[1.5, -2.25, 3.0]], np.float32)}
     for name in (
         "model.ckpt-7",
         "model.ckpt-7.index",
+        "model.ckpt-7.meta",
         "model.ckpt-7.data-00000-of-00001",
         "",
     ):
         assert_same(contents(samples / "saver" / name), want)
+    # As a SavedModel has it, which is what TensorFlow Hub hands out.
+    for path in (samples / "saver").glob("model.ckpt-7.*"):
+        (tmp_path / "variables").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "variables" / path.name.replace("model.ckpt-7", "variables"))
+    assert_same(contents(tmp_path), want)
     graph = contents(samples / "graph")
     assert graph["attention/kernel"].tobytes() == WANT["query.weight"].tobytes()
 

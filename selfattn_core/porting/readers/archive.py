@@ -186,7 +186,7 @@ def _problem(member: zipfile.ZipInfo) -> str:
         not name
         or path.is_absolute()
         or ".." in path.parts
-        or ":" in path.parts[:1]
+        or name[1:2] == ":"
         or "\0" in member.orig_filename
     ):
         return "is a path that leads out of the archive"

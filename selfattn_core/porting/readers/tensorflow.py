@@ -62,7 +62,7 @@ def checkpoint_prefix(path: Path) -> Path | None:
     """
     if path.is_dir():
         return _prefix_in(path)
-    name = re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", path.name)
+    name = re.sub(r"\.(index|meta|data-\d{5}-of-\d{5})$", "", path.name)
     prefix = path.with_name(name) if name else path
     return prefix if _beside(prefix, ".index").is_file() else None
 

@@ -55,6 +55,7 @@ def write_npz(folder: Path, trace: Path) -> dict[str, tuple[Path, str]]:
     case("leads out", "a path that leads out of the archive", good, ("../../escaped.npy", good[1]))
     case("absolute", "a path that leads out of the archive", good, ("/etc/escaped.npy", good[1]))
     case("windows path", "a path that leads out of the archive", good, ("..\\escaped.npy", good[1]))
+    case("drive", "a path that leads out of the archive", good, ("C:escaped.npy", good[1]))
     case("member twice", "is in the archive twice", good, good)
     zeros = npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (2097152, 32)}", bytes(2**29))
     case("bomb", "a zip bomb, or store it uncompressed", ("w.npy", zeros), compress=zipfile.ZIP_DEFLATED)

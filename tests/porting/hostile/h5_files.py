@@ -18,14 +18,16 @@ def write(folder: Path) -> dict[str, tuple[Path, str]]:
     raw = folder / "secret.bin"
     raw.write_bytes(bytes(60))
 
-    def case(name: str, words: str) -> h5py.File:
+    def case(name: str, words: str, libver: str = "earliest") -> h5py.File:
         path = folder / f"{name}.weights.h5"
         cases[f"h5 {name}"] = (path, words)
-        file = h5py.File(path, "w")
+        file = h5py.File(path, "w", libver=(libver, "latest"))
         file["query/vars/0"] = WEIGHTS
         return file
 
     with case("soft link", "query/vars/1: is a soft link; links are not followed") as file:
+        file["query/vars/1"] = h5py.SoftLink("/query/vars/0")
+    with case("newest soft link", "query/vars/1: is a soft link; links are not followed", "latest") as file:
         file["query/vars/1"] = h5py.SoftLink("/query/vars/0")
     with case("external link", "query/vars/1: is an external link, to another file") as file:
         file["query/vars/1"] = h5py.ExternalLink(str(secret), "/secret")
