@@ -133,11 +133,11 @@ def test_hdf5_of_every_version_is_what_h5py_wrote(tmp_path, libver):
 def test_a_large_group_of_the_oldest_version(tmp_path):
     """Its table of names is a tree of several levels."""
     with h5py.File(tmp_path / "many.h5", "w") as file:
-        for number in range(3000):
+        for number in range(1000):
             file[f"layers/layer_{number}/vars/0"] = np.full(1 + number % 3, number, np.float32)
     got = contents(tmp_path / "many.h5")
-    assert len(got) == 3000
-    assert got["layers/layer_2999/vars/0"].tolist() == [2999.0] * 3
+    assert len(got) == 1000
+    assert got["layers/layer_999/vars/0"].tolist() == [999.0]
 
 
 def test_tensorflow(samples, tmp_path):
