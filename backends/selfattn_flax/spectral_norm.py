@@ -144,7 +144,7 @@ def _following_v(kernel: jax.Array, u: jax.Array) -> jax.Array:
 
 def _power_iteration(kernel: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The state after one more power iteration."""
-    matrix = jax.lax.stop_gradient(_matrix(kernel))
+    matrix = _matrix(kernel)
     u = _forth(matrix, v.astype(matrix.dtype))
     return u.astype(v.dtype), _back(matrix, u).astype(v.dtype)
 

@@ -63,7 +63,7 @@ class SpectralConv2D(keras.layers.Conv2D):
         """The kernel that is applied, (1, 1, C_in, C_out); in training, after one power iteration."""
         matrix = self._matrix()
         if training:
-            u, v = _power_iteration(ops.stop_gradient(matrix), ops.cast(self.v, matrix.dtype))
+            u, v = _power_iteration(matrix, ops.cast(self.v, matrix.dtype))
             self.u.assign(ops.cast(u, self.u.dtype))
             self.v.assign(ops.cast(v, self.v.dtype))
         u, v = (ops.stop_gradient(ops.cast(vector, matrix.dtype)) for vector in (self.u, self.v))

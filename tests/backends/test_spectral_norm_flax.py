@@ -110,6 +110,8 @@ def test_the_two_have_the_same_trees():
     fresh = linen.SelfAttention2D.from_config(CONFIG)
     initial = fresh.init(jax.random.key(0), x, use_running_average=False)
     assert jax.tree.map(jnp.shape, initial) == jax.tree.map(jnp.shape, variables)
+    in_evaluation = fresh.init(jax.random.key(0), x, use_running_average=True)
+    assert jax.tree.all(jax.tree.map(np.array_equal, initial, in_evaluation)), "initialising is no step"
     assert fresh.bind(initial).config == CONFIG
     nnx.update(layer, initial["params"])
     nnx.update(layer, initial["batch_stats"])
