@@ -1,5 +1,6 @@
 """A 1×1 convolution divided by its spectral norm; the numerics are those of `selfattn_core.spectral_norm`."""
 
+import importlib
 import math
 from typing import Any
 
@@ -62,8 +63,8 @@ class SpectralConv2D(keras.layers.Conv2D):
     def normalised_kernel(self, training: bool | None = None) -> Tensor:
         """The kernel that is applied, (1, 1, C_in, C_out); in training, after one power iteration."""
         matrix = self._matrix()
-        if training:
-            u, v = _power_iteration(matrix, ops.cast(self.v, matrix.dtype))
+        if training and not _is_repeating():
+            u, v = _power_iteration(ops.stop_gradient(matrix), ops.cast(self.v, matrix.dtype))
             self.u.assign(ops.cast(u, self.u.dtype))
             self.v.assign(ops.cast(v, self.v.dtype))
         u, v = (ops.stop_gradient(ops.cast(vector, matrix.dtype)) for vector in (self.u, self.v))
@@ -103,6 +104,18 @@ class SpectralConv2D(keras.layers.Conv2D):
         """K, (C_in, C_out), in at least float32."""
         arithmetic = "float64" if self.variable_dtype == "float64" else "float32"
         return ops.cast(ops.reshape(self.kernel, (-1, self.filters)), arithmetic)
+
+
+def _is_repeating() -> bool:
+    """Whether this call computes once more what has been computed before, as Keras' rematerialisation does on torch.
+
+    On TensorFlow and JAX, Keras 3.15 refuses to rematerialise a layer that is told whether it trains.
+    """
+    if keras.backend.backend() != "torch":
+        return False
+    torch = importlib.import_module("torch")
+    module_tracker = importlib.import_module("torch.utils.module_tracker")
+    return not torch.compiler.is_compiling() and module_tracker.ModuleTracker().is_bw
 
 
 def _power_iteration(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -283,6 +283,23 @@ def test_other_calls_before_the_gradient_do_not_disturb_it(outer):
     np.testing.assert_array_equal(gradient(layer, lambda: layer(x[::-1].copy(), training=True)), want)
 
 
+def test_rematerialisation_moves_the_state_once_or_is_refused():
+    params, x = designed("float32", SelfAttentionConfig(11, 3, spectral_norm=True))
+    with keras.RematScope(mode="full"):
+        layer = from_canonical(SelfAttentionConfig(11, 3, spectral_norm=True), params)
+        model = keras.Sequential([keras.Input((5, 7, 11)), layer, keras.layers.GlobalAveragePooling2D()])
+    model.compile(optimizer=keras.optimizers.SGD(0.0), loss="mse", jit_compile=False)
+    if FRAMEWORK != "torch":
+        # Keras' own refusals: a keyword argument to custom_gradient, a traced `training`.
+        with pytest.raises((ValueError, RuntimeError)):
+            model.fit(x, np.zeros((2, 11)), verbose=0)
+        return
+    model.fit(x, np.zeros((2, 11)), verbose=0)
+    moved = spec.power_iteration(layer.config, wide(params))
+    for name in state_table(layer.config):
+        np.testing.assert_allclose(to_canonical(layer)[name], moved[name], rtol=1e-5, atol=1e-5)
+
+
 def test_the_option_is_checked_and_kept():
     with pytest.raises(ValueError, match="spectral_norm=1 must be True or False"):
         SelfAttention2D(spectral_norm=1)
