@@ -32,6 +32,7 @@ class Kind:
         new: (config, seed) to the same, of a new layer.
         apply: (static, parameters, state, x) to y, in evaluation.
         attention: (static, parameters, state, x) to A.
+        train: (static, parameters, state, x) to y and the state after it, in training.
         export: (static, parameters, state) to canonical arrays.
     """
 
@@ -39,6 +40,7 @@ class Kind:
     new: Callable[[SelfAttentionConfig, int], tuple[Any, Any, Any]]
     apply: Callable[[Any, Any, Any, jax.Array], jax.Array]
     attention: Callable[[Any, Any, Any, jax.Array], jax.Array]
+    train: Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any]]
     export: Callable[[Any, Any, Any], dict[str, Array]]
 
 
@@ -87,6 +89,7 @@ class FlaxBackend:
                 "vjp",
                 "params",
                 "init",
+                "spectral_norm",
                 "r1",
                 "mixed",
                 "compiled",
@@ -136,6 +139,11 @@ class FlaxBackend:
     def initial(self, config: SelfAttentionConfig, seed: int) -> Mapping[str, Array]:
         """A new layer."""
         return self.kind.export(*self.kind.new(config, seed))
+
+    def training_pass(self, model: Model, x: Array) -> Mapping[str, Array]:
+        """The output in training, and the weights with the state after it."""
+        y, state = self.kind.train(model.static, model.tree, model.state, model.given(x))
+        return {"y": _array(y), **self.kind.export(model.static, model.tree, state)}
 
     def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
         """The penalty by reverse mode over reverse mode."""
@@ -250,6 +258,13 @@ def _nnx_attention(static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Arra
     return sown["attention_weights"][0]
 
 
+def _nnx_train(static: Any, tree: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    layer = nnx.merge(static, tree, state)
+    layer.train()
+    y = layer(x)
+    return y, _nnx_split(layer)[2]
+
+
 def _nnx_export(static: Any, tree: Any, state: Any) -> dict[str, Array]:
     return weights.to_canonical(nnx.merge(static, tree, state))
 
@@ -263,7 +278,7 @@ def _linen_build(
 def _linen_new(config: SelfAttentionConfig, seed: int) -> tuple[Any, Any, Any]:
     module = linen.SelfAttention2D.from_config(config)
     x = jnp.zeros((config.kv_pool, config.kv_pool, config.channels))
-    return _linen_split(module, module.init(jax.random.key(seed), x))
+    return _linen_split(module, module.init(jax.random.key(seed), x, use_running_average=True))
 
 
 def _linen_split(module: nn.Module, variables: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -282,13 +297,21 @@ def _linen_attention(static: nn.Module, tree: Any, state: Any, x: jax.Array) -> 
     return sown["intermediates"]["attention_weights"][0]
 
 
+def _linen_train(static: nn.Module, tree: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    variables = {"params": tree, **state}
+    y, moved = static.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+    return y, moved
+
+
 def _linen_export(static: nn.Module, tree: Any, state: Any) -> dict[str, Array]:
     return linen.to_canonical(static, {"params": tree, **state})
 
 
-nnx_backend = FlaxBackend("flax-nnx", Kind(_nnx_build, _nnx_new, _nnx_apply, _nnx_attention, _nnx_export))
+nnx_backend = FlaxBackend(
+    "flax-nnx", Kind(_nnx_build, _nnx_new, _nnx_apply, _nnx_attention, _nnx_train, _nnx_export)
+)
 linen_backend = FlaxBackend(
-    "flax-linen", Kind(_linen_build, _linen_new, _linen_apply, _linen_attention, _linen_export)
+    "flax-linen", Kind(_linen_build, _linen_new, _linen_apply, _linen_attention, _linen_train, _linen_export)
 )
 
 

@@ -86,7 +86,18 @@ class KerasBackend:
 
     def claims(self) -> frozenset[str]:
         """What Keras offers on this framework: it compiles nothing on torch, and has no gradients per sample but JAX's."""
-        everywhere = {"forward", "map", "vjp", "params", "init", "r1", "mixed", "saved", "memory"}
+        everywhere = {
+            "forward",
+            "map",
+            "vjp",
+            "params",
+            "init",
+            "spectral_norm",
+            "r1",
+            "mixed",
+            "saved",
+            "memory",
+        }
         own = {"tensorflow": {"compiled"}, "jax": {"compiled", "per_sample"}}
         return frozenset(everywhere | own.get(_FRAMEWORK, set()))
 
@@ -128,6 +139,11 @@ class KerasBackend:
             return to_canonical(SelfAttention2D.from_spec(config))
         finally:
             random.setstate(state)
+
+    def training_pass(self, model: Model, x: Array) -> Mapping[str, Array]:
+        """The output with `training=True`, and the weights after it."""
+        y = model.maps(model.layer(model.given(x), training=True))
+        return {"y": y, **to_canonical(model.layer)}
 
     def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
         """The penalty by reverse mode over reverse mode."""

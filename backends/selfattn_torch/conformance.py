@@ -65,6 +65,7 @@ class TorchBackend:
                 "vjp",
                 "params",
                 "init",
+                "spectral_norm",
                 "r1",
                 "mixed",
                 "compiled",
@@ -115,6 +116,13 @@ class TorchBackend:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return to_canonical(SelfAttention2d.from_config(config))
+
+    def training_pass(self, model: Model, x: Array) -> Mapping[str, Array]:
+        """The output in training mode, and the state dict after it."""
+        model.layer.train()
+        y = model.call(model.given(x))
+        model.layer.eval()
+        return {"y": _maps(y), **to_canonical(model.layer)}
 
     def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
         """The penalty by double backward."""

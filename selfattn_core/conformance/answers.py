@@ -51,7 +51,7 @@ def answers(backend: Backend, case: Case, given: Inputs, dtype: str, layout: str
 
 
 def _value(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
-    of = case.of if case.family in ("dtype", "compiled") else case.family
+    of = case.of if case.family in ("dtype", "compiled", "spectral_norm") else case.family
     if of == "map":
         return {"map": backend.attention_map(model, given.x)}
     if of == "vjp":
@@ -104,6 +104,14 @@ def _params(backend: Backend, model: Any, _: Case, __: Inputs) -> Mapping[str, A
     return backend.params(model)
 
 
+def _spectral_norm(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    if case.of == "training_pass":
+        return backend.training_pass(model, given.x)
+    if case.of == "mixed":
+        return _mixed(backend, model, case, given)
+    return backend.params(model) if case.of == "params" else _value(backend, model, case, given)
+
+
 def _compiled(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
     return _value(backend, backend.compiled(model), case, given)
 
@@ -142,6 +150,7 @@ _ASK: Mapping[Family, Callable[[Backend, Any, Case, Inputs], Mapping[str, Any]]]
     "permutation": _permutation,
     "nonfinite": _nonfinite,
     "params": _params,
+    "spectral_norm": _spectral_norm,
     "compiled": _compiled,
     "saved": _saved,
     "per_sample": _per_sample,

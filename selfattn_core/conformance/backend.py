@@ -78,6 +78,13 @@ class Backend(Protocol):
     def initial(self, config: SelfAttentionConfig, seed: int) -> Mapping[str, Array]:
         """The float32 weights of a new layer, by canonical name, drawn by the framework from this seed."""
 
+    def training_pass(self, model: Any, x: Array) -> Mapping[str, Array]:
+        """One forward pass in training mode: {"y": …}, and weights and state after it by canonical name.
+
+        It is asked of layers with spectral norm, which it moves by one power iteration; their other answers are those of
+        the evaluation mode.
+        """
+
     def r1(self, model: Any, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
         """‖d sum(w∘y)/dx‖² and its gradient {"x": …, canonical name: …}."""
 
@@ -102,6 +109,7 @@ METHODS: Mapping[Ability, str] = {
     "vjp": "vjp",
     "params": "params",
     "init": "initial",
+    "spectral_norm": "training_pass",
     "r1": "r1",
     "mixed": "vjp_of_vjp",
     "compiled": "compiled",

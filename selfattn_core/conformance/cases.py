@@ -11,6 +11,8 @@ A case belongs to a family, a family to a level, and the levels build on one ano
 | training | can be trained, and its weights taken in and out | vjp, params, init |
 | gan | can be trained under a gradient penalty | r1, mixed |
 | deploy | serves: in 16 bits, compiled, saved, in linear memory | dtype, compiled, saved, memory; per_sample where claimed |
+
+The family spectral_norm, of the level training, is looked at where it is claimed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,8 +22,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core import spectral_norm
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.params import parameter_table
+from selfattn_core.params import parameter_table, projections
 
 __all__ = [
     "CASES",
@@ -41,7 +44,7 @@ __all__ = [
 
 Array = NDArray[Any]
 Level = Literal["core", "training", "gan", "deploy"]
-Computation = Literal["forward", "map", "vjp", "r1"]
+Computation = Literal["forward", "map", "vjp", "r1", "mixed", "params", "training_pass"]
 Family = Literal[
     "forward",
     "map",
@@ -53,6 +56,7 @@ Family = Literal[
     "vjp",
     "params",
     "init",
+    "spectral_norm",
     "r1",
     "mixed",
     "dtype",
@@ -62,7 +66,18 @@ Family = Literal[
     "memory",
 ]
 Ability = Literal[
-    "forward", "map", "vjp", "params", "init", "r1", "mixed", "compiled", "saved", "per_sample", "memory"
+    "forward",
+    "map",
+    "vjp",
+    "params",
+    "init",
+    "spectral_norm",
+    "r1",
+    "mixed",
+    "compiled",
+    "saved",
+    "per_sample",
+    "memory",
 ]
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -70,13 +85,13 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 LEVELS: Mapping[Level, tuple[Family, ...]] = {
     "core": ("forward", "map", "sizes", "batch", "permutation", "determinism", "nonfinite"),
-    "training": ("vjp", "params", "init"),
+    "training": ("vjp", "params", "init", "spectral_norm"),
     "gan": ("r1", "mixed"),
     "deploy": ("dtype", "compiled", "saved", "per_sample", "memory"),
 }
 """The families that each level adds to the one before."""
 
-WHERE_CLAIMED: tuple[Family, ...] = ("per_sample",)
+WHERE_CLAIMED: tuple[Family, ...] = ("spectral_norm", "per_sample")
 """Families that are looked at where a backend claims them, and that no level asks for."""
 
 
@@ -84,8 +99,8 @@ def through(level: Level) -> tuple[Family, ...]:
     """The families of a level and of those below it.
 
     Example:
-        >>> through("training")[-3:]
-        ('vjp', 'params', 'init')
+        >>> through("training")[-4:]
+        ('vjp', 'params', 'init', 'spectral_norm')
     """
     reached = list(LEVELS)[: list(LEVELS).index(level) + 1]
     return tuple(family for each in reached for family in LEVELS[each])
@@ -104,7 +119,7 @@ class Case:
         gamma: the residual gain.
         logits: standard deviation of the entries of q kᵀ.
         constant: whether every position of the input is the same.
-        of: which computation a case of the families "dtype", "compiled" and "memory" is about.
+        of: which computation a case of the families "dtype", "compiled", "memory" and "spectral_norm" is about.
         dtypes: in which it is run.
         second_shape: (B, H, W) of the other input of a "sizes" case.
         integers: whether x and the weights are small multiples of a power of two: projections are exact, in 16 bits too,
@@ -164,6 +179,7 @@ def needs(case: Case) -> frozenset[Ability]:
         "vjp": {"vjp"},
         "params": {"params"},
         "init": {"init"},
+        "spectral_norm": {"spectral_norm", *(() if case.of == "training_pass" else (case.of,))},
         "r1": {"r1"},
         "mixed": {"mixed"},
         "dtype": {case.of},
@@ -319,7 +335,18 @@ def _rows() -> Iterator[Case]:
         ("out projection with biases", SelfAttentionConfig(40, 10, 30, out_projection=True)),
     ):
         yield Case(next(ids), "init", f"distribution of a new layer: {title}", config, dtypes=_ONE_DTYPE)
-    yield from _deploy(number)
+    yield from (*_spectral(number("SPN")), *_deploy(number))
+
+
+def _spectral(ids: Iterator[str]) -> Iterator[Case]:
+    flat = SelfAttentionConfig(11, 3, spectral_norm=True)
+    full = SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=2, spectral_norm=True)
+    every: tuple[Computation, ...] = ("forward", "map", "vjp", "r1", "mixed", "params", "training_pass")
+    for title, config in (("flat", flat), ("pooled with out projection", full)):
+        for of in every if config is full else ("vjp", "training_pass"):
+            dtypes = _ONE_DTYPE if of in ("map", "r1", "mixed") else ("float32", "float64")
+            described = "one training pass moves the state once" if of == "training_pass" else of
+            yield Case(next(ids), "spectral_norm", f"{described}: {title}", config, of=of, dtypes=dtypes)
 
 
 def _deploy(number: Any) -> Iterator[Case]:
@@ -419,13 +446,26 @@ def _draw(case: Case, entropy: list[int]) -> Inputs:
     dy = generator.standard_normal(shape)
     other = generator.standard_normal((*(case.second_shape or case.shape), config.channels))
     cotangents = {}
-    if case.family == "mixed":
+    if "mixed" in (case.family, case.of):
         cotangents = {"x": generator.standard_normal(shape)}
         cotangents |= {name: generator.normal(0, 0.5, row.shape) for name, row in table.items()}
+    params |= _state(config, params, generator)
     if case.integers:
         x = np.rint(x)
         params = {name: np.rint(value * 8) / 8 for name, value in params.items()}
     return Inputs(params, x, dy, other, cotangents)
+
+
+def _state(
+    config: SelfAttentionConfig, params: Mapping[str, Array], generator: np.random.Generator
+) -> dict[str, Array]:
+    """A state that has not converged, and is not of unit length: what is applied is the drawn kernel over 0.8."""
+    state = {}
+    for name in projections(config) if config.spectral_norm else ():
+        kernel = params[f"{name}.kernel"]
+        u, v = spectral_norm.power_iteration(kernel, generator.standard_normal(kernel.shape[0]))
+        state |= {f"{name}.u": u * 0.8 / spectral_norm.sigma(kernel, u, v), f"{name}.v": v}
+    return state
 
 
 def _rounded(drawn: Inputs, dtype: str) -> Inputs:

@@ -58,8 +58,21 @@ class Reference:
 
     def claims(self) -> frozenset[str]:
         """Everything but "memory"."""
-        names = ("forward", "map", "vjp", "params", "init", "r1", "mixed", "compiled", "saved", "per_sample")
-        return frozenset(names)
+        return frozenset(
+            {
+                "forward",
+                "map",
+                "vjp",
+                "params",
+                "init",
+                "spectral_norm",
+                "r1",
+                "mixed",
+                "compiled",
+                "saved",
+                "per_sample",
+            }
+        )
 
     def layouts(self) -> tuple[str, ...]:
         """Both."""
@@ -115,6 +128,11 @@ class Reference:
     def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
         """New weights."""
         return init_params(config, seed)
+
+    def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        """A power iteration, then the output."""
+        moved = self.function.power_iteration(model.config, model.params)
+        return {"y": self.forward(Model(model.config, moved, model.layout), x), **moved}
 
     def r1(self, model: Model, x: Array, w: Array) -> tuple[float, dict[str, Array]]:
         """The penalty and its gradient."""

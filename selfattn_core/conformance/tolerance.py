@@ -161,7 +161,7 @@ def _unusable(quantity: str, received: str) -> Verdict:
 
 def _kind(case: Case, quantity: str) -> str:
     """Which allowance and cap a quantity has."""
-    if case.family in ("r1", "mixed"):
+    if {"r1", "mixed"} & {case.family, case.of}:
         return "r1"
     if quantity == "map":
         return "map"
@@ -176,11 +176,11 @@ def _sizes(case: Case, wide: Inputs) -> tuple[dict[str, float], float]:
     sums: dict[str, float] = {}
     for each in samples:
         x, dy = wide.x[each], wide.dy[each]
-        derivative = case.family in ("vjp", "r1", "mixed", "per_sample") or case.of == "vjp"
+        derivative = case.family in ("vjp", "r1", "mixed", "per_sample") or case.of in ("vjp", "r1", "mixed")
         cotangents: Mapping[str, Array] | None = None
-        if case.family == "mixed":
+        if "mixed" in (case.family, case.of):
             cotangents = wide.cotangents
-        elif case.family == "r1":
+        elif "r1" in (case.family, case.of):
             cotangents = {"x": 2 * spec.vjp(case.config, wide.params, x, dy)["x"]}
         found = spec.magnitudes(
             case.config, wide.params, x, dy if derivative else None, cotangents=cotangents

@@ -1,8 +1,13 @@
 """Broken implementations that the kit has to catch: published bugs, bugs one edit away, and bugs of derivatives."""
 
-from selfattn_core.conformance.mutants import behaviour, derivative, function
+from selfattn_core.conformance.mutants import behaviour, derivative, function, spectral
 from selfattn_core.conformance.mutants.mutant import Mutant, edited
 
 __all__ = ["MUTANTS", "Mutant", "edited"]
 
-MUTANTS: tuple[Mutant, ...] = (*function.MUTANTS, *derivative.MUTANTS, *behaviour.MUTANTS)
+MUTANTS: tuple[Mutant, ...] = (
+    *function.MUTANTS,
+    *derivative.MUTANTS,
+    *behaviour.MUTANTS,
+    *spectral.MUTANTS,
+)

@@ -1,0 +1,113 @@
+"""Mutants of spectral norm: how it is derived, and what a pass in training does to the state."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core import spec
+from selfattn_core.conformance.cases import Family
+from selfattn_core.conformance.mutants.mutant import Mutant, edited
+from selfattn_core.conformance.reference import Model, Reference
+from selfattn_core.params import fold_spectral_norm, projections
+
+__all__ = ["MUTANTS"]
+
+Array = NDArray[Any]
+
+_FAMILY: Family = "spectral_norm"
+
+
+class StateStays(Reference):
+    def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        return {"y": self.forward(model, x), **model.params}
+
+
+class StateMovesTwice(Reference):
+    def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        return super().training_pass(
+            replace(model, params=spec.power_iteration(model.config, model.params)), x
+        )
+
+
+class OutputOfTheOldState(Reference):
+    def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        return super().training_pass(model, x) | {"y": self.forward(model, x)}
+
+
+class KernelOverwritten(Reference):
+    """As Keras' and Flax' own: the raw kernel is replaced by the normalised one."""
+
+    def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        answer = super().training_pass(model, x)
+        moved = {name: answer[name] for name in model.params}
+        kernels = fold_spectral_norm(model.config, moved)[1]
+        return answer | {name: array for name, array in kernels.items() if name.endswith("kernel")}
+
+
+class IteratesFromU(Reference):
+    """First v is updated, from the stored u, as in many sources; both are right about the norm in the end."""
+
+    def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        params = dict(model.params)
+        for name in projections(model.config) if model.config.spectral_norm else ():
+            v = params[f"{name}.kernel"] @ params[f"{name}.u"]
+            v = v / np.linalg.norm(v)
+            u = v @ params[f"{name}.kernel"]
+            params |= {f"{name}.v": v, f"{name}.u": u / np.linalg.norm(u)}
+        return {"y": self.forward(replace(model, params=params), x), **params}
+
+
+class StateNotExported(Reference):
+    def params(self, model: Model) -> dict[str, Array]:
+        return {name: array for name, array in model.params.items() if name[-2:] not in (".u", ".v")}
+
+
+class IteratesInEvaluation(Reference):
+    """The norm of an evaluation is that of one more iteration, which is not kept."""
+
+    def forward(self, model: Model, x: Array) -> Array:
+        return super().forward(replace(model, params=spec.power_iteration(model.config, model.params)), x)
+
+
+_BACK = "return np.asarray((dW - np.sum(dW * self.applied) * self.direction) / self.sigma)"
+_TABLE: tuple[tuple[str, type[Reference], str], ...] = (
+    ("state never moves", StateStays, ""),
+    ("state moves twice in a training pass", StateMovesTwice, "rematerialisation of a stateful layer"),
+    ("training pass with the state before", OutputOfTheOldState, ""),
+    (
+        "raw kernel overwritten",
+        KernelOverwritten,
+        "keras.layers.SpectralNormalization, flax.nnx.SpectralNorm",
+    ),
+    ("power iteration from u", IteratesFromU, "ajbrock/BigGAN-PyTorch and the authors' code"),
+    ("state not exported", StateNotExported, ""),
+    ("iteration in evaluation", IteratesInEvaluation, "flax.linen.SpectralNorm, ajbrock/BigGAN-PyTorch"),
+)
+
+
+def _named(name: str, backend: type[Reference], seen_in: str) -> Mutant:
+    def make() -> Reference:
+        made = backend()
+        made.name = name
+        return made
+
+    return Mutant(name, _FAMILY, make, seen_in)
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    edited(
+        "norm detached from the gradient",
+        _FAMILY,
+        (_BACK, "return np.asarray(dW / self.sigma)"),
+        seen_in="keras.layers.SpectralNormalization",
+    ),
+    edited(
+        "norm without its second derivative",
+        _FAMILY,
+        ("np.sum(self.along(dot) * dW) * self.direction", "0 * self.direction"),
+    ),
+    edited("kernels not normalised", _FAMILY, ("self.store(kernel / sigma)", "self.store(kernel)")),
+    *(_named(*row) for row in _TABLE),
+)
