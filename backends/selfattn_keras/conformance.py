@@ -241,9 +241,9 @@ elif _FRAMEWORK == "jax":
         given = {
             variable(model.layer, name).path: value for name, value in zip(model.names, values, strict=True)
         }
-        return model.layer.stateless_call(
-            [given[each.path] for each in model.layer.trainable_variables], [], x
-        )[0]
+        trainable = [given[each.path] for each in model.layer.trainable_variables]
+        state = [each.value for each in model.layer.non_trainable_variables]
+        return model.layer.stateless_call(trainable, state, x)[0]
 
     def _forward(model: Model, x: Tensor) -> Tensor:
         return (

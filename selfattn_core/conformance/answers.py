@@ -105,7 +105,7 @@ def _params(backend: Backend, model: Any, _: Case, __: Inputs) -> Mapping[str, A
 
 
 def _spectral_norm(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
-    if case.of == "training_pass":
+    if case.of == "spectral_norm":
         return backend.training_pass(model, given.x)
     if case.of == "mixed":
         return _mixed(backend, model, case, given)

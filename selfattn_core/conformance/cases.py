@@ -44,7 +44,7 @@ __all__ = [
 
 Array = NDArray[Any]
 Level = Literal["core", "training", "gan", "deploy"]
-Computation = Literal["forward", "map", "vjp", "r1", "mixed", "params", "training_pass"]
+Computation = Literal["forward", "map", "vjp", "r1", "mixed", "params", "spectral_norm"]
 Family = Literal[
     "forward",
     "map",
@@ -119,7 +119,8 @@ class Case:
         gamma: the residual gain.
         logits: standard deviation of the entries of q kᵀ.
         constant: whether every position of the input is the same.
-        of: which computation a case of the families "dtype", "compiled", "memory" and "spectral_norm" is about.
+        of: which computation a case of the families "dtype", "compiled", "memory" and "spectral_norm" is about; of
+            the last, "spectral_norm" is a pass in training.
         dtypes: in which it is run.
         second_shape: (B, H, W) of the other input of a "sizes" case.
         integers: whether x and the weights are small multiples of a power of two: projections are exact, in 16 bits too,
@@ -179,7 +180,7 @@ def needs(case: Case) -> frozenset[Ability]:
         "vjp": {"vjp"},
         "params": {"params"},
         "init": {"init"},
-        "spectral_norm": {"spectral_norm", *(() if case.of == "training_pass" else (case.of,))},
+        "spectral_norm": {"spectral_norm", case.of},
         "r1": {"r1"},
         "mixed": {"mixed"},
         "dtype": {case.of},
@@ -341,11 +342,11 @@ def _rows() -> Iterator[Case]:
 def _spectral(ids: Iterator[str]) -> Iterator[Case]:
     flat = SelfAttentionConfig(11, 3, spectral_norm=True)
     full = SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=2, spectral_norm=True)
-    every: tuple[Computation, ...] = ("forward", "map", "vjp", "r1", "mixed", "params", "training_pass")
+    every: tuple[Computation, ...] = ("forward", "map", "vjp", "r1", "mixed", "params", "spectral_norm")
     for title, config in (("flat", flat), ("pooled with out projection", full)):
-        for of in every if config is full else ("vjp", "training_pass"):
+        for of in every if config is full else ("vjp", "spectral_norm"):
             dtypes = _ONE_DTYPE if of in ("map", "r1", "mixed") else ("float32", "float64")
-            described = "one training pass moves the state once" if of == "training_pass" else of
+            described = "one training pass moves the state once" if of == "spectral_norm" else of
             yield Case(next(ids), "spectral_norm", f"{described}: {title}", config, of=of, dtypes=dtypes)
 
 
@@ -460,10 +461,11 @@ def _state(
     config: SelfAttentionConfig, params: Mapping[str, Array], generator: np.random.Generator
 ) -> dict[str, Array]:
     """A state that has not converged, and is not of unit length: what is applied is the drawn kernel over 0.8."""
-    state = {}
+    state: dict[str, Array] = {}
     for name in projections(config) if config.spectral_norm else ():
         kernel = params[f"{name}.kernel"]
-        u, v = spectral_norm.power_iteration(kernel, generator.standard_normal(kernel.shape[0]))
+        start = generator.standard_normal(kernel.shape[:1])
+        u, v = spectral_norm.power_iteration(kernel, start)
         state |= {f"{name}.u": u * 0.8 / spectral_norm.sigma(kernel, u, v), f"{name}.v": v}
     return state
 
