@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -222,12 +222,12 @@ def _write(path: Path, tensors: dict[str, Array], config: str, overwrite: bool, 
     write_atomically(path, content, overwrite=overwrite)
 
 
-def write_atomically(path: Path, content: bytes, *, overwrite: bool) -> None:
+def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview], *, overwrite: bool) -> None:
     """Put the content at the path so that a reader, a crash or a full disk never sees half of it.
 
     Args:
         path: the target; a symbolic link is followed.
-        content: all bytes of the file.
+        content: all bytes of the file, in one piece or in several.
         overwrite: whether an existing file may be replaced.
 
     Raises:
@@ -245,7 +245,8 @@ def write_atomically(path: Path, content: bytes, *, overwrite: bool) -> None:
     try:
         # "x" gives the new file the permissions that the process' umask asks for.
         with beside.open("xb") as file:
-            file.write(content)
+            for piece in [content] if isinstance(content, bytes) else content:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         if overwrite:

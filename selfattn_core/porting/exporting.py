@@ -1,7 +1,8 @@
 """From a config and canonical parameters to the tensors of a dialect, wherever its layer can be that config."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import projections
-from selfattn_core.porting.dialects import Dialect, KernelForm, Variant
+from selfattn_core.porting.dialects import BatchNorm, Dialect, KernelForm, Variant
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.folding import cast, from_matrix
+from selfattn_core.porting.lazy import LazyArrays
 
 __all__ = ["Exported", "export_block", "separator"]
 
@@ -23,7 +25,7 @@ class Exported:
     """A block in a dialect.
 
     Args:
-        tensors: by key.
+        tensors: by key, each made at every access.
         made_of: the canonical names that a tensor comes from; none for what is made.
         steps: what was done, by key.
         notes: what a person must know.
@@ -149,7 +151,7 @@ class _Exporter:
         )
         self.form = form
         self.dtype = params["gamma"].dtype
-        self.tensors: dict[str, Array] = {}
+        self.makers: dict[str, Callable[[], Array]] = {}
         self.made_of: dict[str, tuple[str, ...]] = {}
         self.steps: dict[str, tuple[str, ...]] = {}
 
@@ -157,16 +159,31 @@ class _Exporter:
         for role in projections(self.config):
             self._projection(role)
         if self.dialect.gamma_keys:
-            self._put(self.dialect.gamma_keys[0], self.params["gamma"].copy(), ["gamma"], [])
+            self._put(self.dialect.gamma_keys[0], partial(self._as_it_is, "gamma"), ["gamma"], [])
         if self.variant.batch_norm:
-            self._identity_norm()
-        return Exported(self.tensors, self.made_of, self.steps, self._notes(), self.variant.name)
+            self._identity_norm(self.variant.batch_norm)
+        return Exported(LazyArrays(self.makers), self.made_of, self.steps, self._notes(), self.variant.name)
 
-    def _put(self, key: str, array: Array, made_of: list[str], steps: list[str]) -> None:
+    def _put(self, key: str, maker: Callable[[], Array], made_of: list[str], steps: list[str]) -> None:
         key = self.prefix + key
-        self.tensors[key] = array
+        self.makers[key] = maker
         self.made_of[key] = tuple(made_of)
         self.steps[key] = tuple(steps)
+
+    def _as_it_is(self, name: str) -> Array:
+        return self.params[name]
+
+    def _constant(self, length: int, value: float) -> Array:
+        return np.full(length, value, self.dtype)
+
+    def _kernel(self, role: str, divisor: float, factor: float) -> Array:
+        kernel = self.params[f"{role}.kernel"]
+        if (divisor, factor) != (1.0, 1.0):
+            kernel = cast(kernel, self.dtype, divisor=divisor, factor=factor)
+        return kernel if self.form.axes == "IO" else from_matrix(kernel, self.form.axes)
+
+    def _bias(self, role: str, divisor: float, factor: float) -> Array:
+        return cast(self.params[f"{role}.bias"], self.dtype, divisor=divisor, factor=factor)
 
     def _projection(self, role: str) -> None:
         path, form = self.variant.roles[role], self.form
@@ -179,31 +196,33 @@ class _Exporter:
             factor = float(self.params["gamma"][0]) / (self.dialect.gamma_value or 1.0)
             gamma = ["gamma"]
             steps.append(f"× gamma = {factor:.9g}")
-        kernel = cast(self.params[f"{role}.kernel"], self.dtype, divisor=divisor, factor=factor)
         layout = [] if form.axes == "IO" else [f"(C_in, C_out) → {form.axes}"]
         names = [f"{role}.kernel", *gamma]
-        self._put(form.kernel.replace("{path}", path), from_matrix(kernel, form.axes), names, steps + layout)
+        self._put(
+            form.kernel.replace("{path}", path),
+            partial(self._kernel, role, divisor, factor),
+            names,
+            steps + layout,
+        )
         if form.spectral_norm and self.config.spectral_norm:
             for part, pattern in (("u", form.spectral_norm.u), ("v", form.spectral_norm.v)):
                 key, name = pattern.replace("{path}", path), f"{role}.{part}"
-                self._put(key, self.params[name].copy(), [name], [])
+                self._put(key, partial(self._as_it_is, name), [name], [])
         if self.variant.use_bias is False or role in self.variant.bias_free:
             return
         key = form.bias.replace("{path}", path)
         if self.config.use_bias:
-            bias = cast(self.params[f"{role}.bias"], self.dtype, divisor=divisor, factor=factor)
-            self._put(key, bias, [f"{role}.bias", *gamma], list(steps))
+            self._put(key, partial(self._bias, role, divisor, factor), [f"{role}.bias", *gamma], list(steps))
         elif self.variant.use_bias:
-            self._put(key, np.zeros(kernel.shape[1], self.dtype), [], ["zeros, the layer has no biases"])
+            length = projections(self.config)[role][1]
+            self._put(key, partial(self._constant, length, 0.0), [], ["zeros, the layer has no biases"])
 
-    def _identity_norm(self) -> None:
-        norm = self.variant.batch_norm
-        assert norm is not None  # noqa: S101 - the caller has seen it
+    def _identity_norm(self, norm: BatchNorm) -> None:
         parts = {"weight": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0 - norm.eps}
         for part, value in parts.items():
             if key := getattr(norm, part):
-                made = np.full(self.config.channels, value, self.dtype)
-                self._put(key, made, [], ["a batch norm that changes nothing"])
+                maker = partial(self._constant, self.config.channels, value)
+                self._put(key, maker, [], ["a batch norm that changes nothing"])
 
     def _notes(self) -> tuple[str, ...]:
         found = []

@@ -24,7 +24,7 @@ from selfattn_core.porting.dialects import SpectralNorm
 __all__ = ["batch_norm_factor", "cast", "from_matrix", "matrix_shape", "spectral_state", "to_matrix"]
 
 Array = NDArray[Any]
-_ROWS = 1 << 20
+_ROWS = 1 << 17
 """Elements that are widened to float64 at a time, so that a large kernel is never held twice."""
 
 

@@ -3,15 +3,18 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.params import parameter_table, projections, state_table
 from selfattn_core.porting.dialects import SpectralNorm
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.folding import batch_norm_factor, cast, matrix_shape, spectral_state, to_matrix
+from selfattn_core.porting.lazy import LazyArrays
 from selfattn_core.porting.matching import Match, Projection
 from selfattn_core.porting.settings import Assumption, Settings
 
@@ -64,17 +67,25 @@ class Origin:
         shape: of the first source.
         dtype: of the first source.
         steps: what was done, in order.
+        sha256: of what came of it.
     """
 
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
     steps: tuple[str, ...]
+    sha256: str
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A block in canonical form, and where each of its tensors comes from."""
+    """A block in canonical form, and where each of its tensors comes from.
+
+    Args:
+        config: the layer.
+        params: its arrays, each read and folded at every access, so the file must be open.
+        origins: by canonical name.
+    """
 
     config: SelfAttentionConfig
     params: Mapping[str, Array]
@@ -88,7 +99,7 @@ def checksum(array: Array) -> str:
         >>> checksum(np.zeros(1, np.float32))[:8]
         'df3f6198'
     """
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def plan(match: Match, infos: Mapping[str, Listed], settings: Settings) -> Plan:
@@ -326,6 +337,15 @@ def import_block(
     return _Importer(planned, read, dtype or planned.dtype, keep_spectral_norm).run()
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A canonical tensor and how it was made."""
+
+    array: Array
+    sources: tuple[str, ...]
+    steps: list[str]
+
+
 class _Importer:
     def __init__(self, planned: Plan, read: Callable[[str], Array], dtype: str, keep: bool) -> None:
         if planned.config is None:
@@ -336,32 +356,43 @@ class _Importer:
         self.source = read
         self.dtype = dtype
         self.keep = keep
-        self.params: dict[str, Array] = {}
-        self.origins: dict[str, Origin] = {}
-        self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.stored: dict[str, tuple[tuple[int, ...], str]] = {}
         self.problems: list[str] = []
 
     def run(self) -> Imported:
         if self.keep:
             self._check_keep()
-        # What overflows in the cast is found below.
-        with np.errstate(all="ignore"):
-            for role, found in self.match.projections.items():
-                self._projection(role, found)
-            self._gamma()
-        self.problems += [
-            f"{name} is not finite after {'; '.join(self.origins[name].steps)}"
-            for name, array in self.params.items()
-            if not np.isfinite(array).all() and not any(name in problem for problem in self.problems)
-        ]
+        config = _with_spectral_norm(self.config) if self.keep else self.config
+        origins = {name: self._origin(name) for name in (*parameter_table(config), *state_table(config))}
         if self.problems:
             raise PortError("the tensors cannot be ported:\n  " + "\n  ".join(dict.fromkeys(self.problems)))
-        config = replace_spectral_norm(self.config) if self.keep else self.config
-        order = [
-            *(n for n in self.params if n[-2:] not in (".u", ".v")),
-            *(n for n in self.params if n[-2:] in (".u", ".v")),
-        ]
-        return Imported(config, {name: self.params[name] for name in order}, self.origins)
+        return Imported(config, LazyArrays({name: partial(self._array, name) for name in origins}), origins)
+
+    def _array(self, name: str) -> Array:
+        return self._make(name).array
+
+    def _origin(self, name: str) -> Origin:
+        """Make a tensor once, for what there is to say of it."""
+        before = len(self.problems)
+        made = self._make(name)
+        sources, steps = made.sources, list(made.steps)
+        shape, dtype = self.stored[sources[0]] if sources else (made.array.shape, str(made.array.dtype))
+        if str(made.array.dtype) != dtype:
+            steps.append(f"{dtype} → {made.array.dtype}")
+        if len(self.problems) == before and not np.isfinite(made.array).all():
+            self.problems.append(f"{name} is not finite after {'; '.join(steps)}")
+        return Origin(sources, shape, dtype, tuple(steps), checksum(made.array))
+
+    def _make(self, name: str) -> _Made:
+        # What overflows in the cast is found afterwards.
+        with np.errstate(all="ignore"):
+            role, _, part = name.partition(".")
+            if name == "gamma":
+                return self._gamma()
+            found = self.match.projections[role]
+            if part == "bias":
+                return self._bias(role, found)
+            return self._kernel(role, found) if part == "kernel" else self._state(part, found)
 
     def _check_keep(self) -> None:
         problems = [
@@ -380,76 +411,70 @@ class _Importer:
 
     def _read(self, key: str) -> Array:
         array = self.source(key)
-        self.shapes[key] = (array.shape, str(array.dtype))
+        self.stored[key] = (array.shape, str(array.dtype))
         if not np.isfinite(array).all():
             self.problems.append(f"{key} holds NaN or infinity")
         return array
 
-    def _put(self, name: str, array: Array, sources: tuple[str, ...], steps: list[str]) -> None:
-        self.params[name] = array
-        shape, dtype = self.shapes[sources[0]] if sources else (array.shape, str(array.dtype))
-        if str(array.dtype) != dtype:
-            steps.append(f"{dtype} → {array.dtype}")
-        self.origins[name] = Origin(sources, shape, dtype, tuple(steps))
-
-    def _projection(self, role: str, found: Projection) -> None:
-        stored = self._read(found.kernel)
-        matrix = to_matrix(stored, found.form.axes)
+    def _kernel(self, role: str, found: Projection) -> _Made:
+        matrix = to_matrix(self._read(found.kernel), found.form.axes)
         steps = [] if found.form.axes == "IO" else [f"{found.form.axes} → (C_in, C_out)"]
         sources = [found.kernel]
         divisor = 1.0
-        if rule := found.form.spectral_norm:
-            vectors = [key for key in (found.u, found.v) if key]
-            sources += vectors if not self.keep else []
-            try:
-                divisor = self._sigma(role, found, rule, matrix, steps)
-            except ValueError as error:
-                self.problems.append(f"{found.kernel}: {error}")
+        if found.form.spectral_norm and not self.keep:
+            sources += [key for key in (found.u, found.v) if key]
+            divisor = self._sigma(found, matrix)[2]
+            steps.append(f"÷ sigma = {divisor:.9g}, uᵀWv {self._how(found.form.spectral_norm)}")
         factor: Array | float = 1.0
         if role == "query" and self.plan.scale != 1:
             factor = self.plan.scale
             steps.append(f"× {factor:.6g}, the scale of the scores")
-        norm, shift = self._batch_norm(role)
-        if norm is not None:
-            factor = norm
+        if role == "out" and self.match.batch_norm:
+            factor = self._batch_norm()[0]
             sources += [key for part, key in self.match.batch_norm.items() if part in ("weight", "var")]
             steps.append("× batch norm's factor of each channel")
-        self._put(
-            f"{role}.kernel", cast(matrix, self.dtype, divisor=divisor, factor=factor), tuple(sources), steps
-        )
-        del stored, matrix
-        if self.config.use_bias:
-            self._bias(role, found, factor, shift)
+        return _Made(cast(matrix, self.dtype, divisor=divisor, factor=factor), tuple(sources), steps)
 
-    def _sigma(
-        self, role: str, found: Projection, rule: SpectralNorm, matrix: Array, steps: list[str]
-    ) -> float:
+    def _sigma(self, found: Projection, matrix: Array) -> tuple[Array, Array, float]:
+        """The vectors u and v and the norm; ones where they cannot be had, with a problem noted."""
+        rule = found.form.spectral_norm
+        assert rule is not None  # noqa: S101 - the callers have seen it
         if self.plan.settings.sn_eps is not None:
             rule = replace(rule, eps=self.plan.settings.sn_eps)
         stored_u = self._read(found.u)
         stored_v = self._read(found.v) if found.v else None
-        u, v, sigma = spectral_state(rule, matrix, stored_u, stored_v)
-        times = "one power iteration" if rule.iterations == 1 else f"{rule.iterations} power iterations"
-        how = "of the stored vectors" if rule.sigma == "stored" else f"after {times} from the stored vector"
+        nothing = np.ones(matrix.shape[1]), np.ones(matrix.shape[0]), 1.0
+        try:
+            u, v, sigma = spectral_state(rule, matrix, stored_u, stored_v)
+        except ValueError as error:
+            self.problems.append(f"{found.kernel}: {error}")
+            return nothing
         if not abs(sigma) > 0 or not np.isfinite(sigma):
+            how = self._how(rule)
             self.problems.append(
                 f"{found.kernel}: its spectral norm {how} is {sigma:g}; a kernel cannot be divided by it"
             )
-            return 1.0
-        if not self.keep:
-            steps.append(f"÷ sigma = {sigma:.9g}, uᵀWv {how}")
-            return sigma
-        state = "as stored" if rule.sigma == "stored" else how
-        self._put(f"{role}.u", np.array(u, self.dtype), (found.u,), [state])
-        self._put(f"{role}.v", np.array(v, self.dtype), (found.v or found.u,), [state])
-        return 1.0
+            return nothing
+        return u, v, sigma
 
-    def _batch_norm(self, role: str) -> tuple[Array | None, Array]:
+    def _how(self, rule: SpectralNorm) -> str:
+        if rule.sigma == "stored":
+            return "of the stored vectors"
+        times = "one power iteration" if rule.iterations == 1 else f"{rule.iterations} power iterations"
+        return f"after {times} from the stored vector"
+
+    def _state(self, part: str, found: Projection) -> _Made:
+        rule = found.form.spectral_norm
+        assert rule is not None  # noqa: S101 - _check_keep has seen it
+        u, v, _ = self._sigma(found, to_matrix(self._read(found.kernel), found.form.axes))
+        key = found.u if part == "u" else found.v or found.u
+        step = "as stored" if rule.sigma == "stored" else self._how(rule)
+        return _Made(np.array(u if part == "u" else v, self.dtype), (key,), [step])
+
+    def _batch_norm(self) -> tuple[Array, Array]:
         """The factor of each channel and what is added after it."""
-        norm = self.match.variant.batch_norm
-        if norm is None or role != "out":
-            return None, np.zeros(())
-        keys = self.match.batch_norm
+        keys, norm = self.match.batch_norm, self.match.variant.batch_norm
+        assert norm is not None  # noqa: S101 - there are keys of it
         parts = {part: self._read(key).astype(np.float64) for part, key in keys.items()}
         eps = norm.eps if self.plan.settings.bn_eps is None else self.plan.settings.bn_eps
         if (parts["var"] + eps <= 0).any():
@@ -457,33 +482,31 @@ class _Importer:
         factor = batch_norm_factor(parts.get("weight"), parts["var"], eps)
         return factor, parts.get("bias", np.zeros(())) - parts["mean"] * factor
 
-    def _bias(self, role: str, found: Projection, factor: Array | float, shift: Array) -> None:
-        norm = isinstance(factor, np.ndarray)
+    def _bias(self, role: str, found: Projection) -> _Made:
         sources = [found.bias] if found.bias else []
         steps = [] if found.bias else ["zeros, the original has none"]
-        length = self.params[f"{role}.kernel"].shape[1]
+        length = projections(self.config)[role][1]
         stored = self._read(found.bias) if found.bias else np.zeros(length, self.dtype)
-        if norm:
+        if role == "out" and self.match.batch_norm:
+            factor, shift = self._batch_norm()
             sources += list(self.match.batch_norm.values())
             steps.append("× batch norm's factor, − mean × factor, + its bias")
             array = (stored.astype(np.float64) * factor + shift).astype(self.dtype)
-        else:
-            if found.bias and factor != 1:
-                steps.append(f"× {factor:.6g}, the scale of the scores")
-            array = cast(stored, self.dtype, factor=factor)
-        self._put(f"{role}.bias", array, tuple(sources), steps)
+            return _Made(array, tuple(sources), steps)
+        scale = self.plan.scale if role == "query" else 1.0
+        if found.bias and scale != 1:
+            steps.append(f"× {scale:.6g}, the scale of the scores")
+        return _Made(cast(stored, self.dtype, factor=scale), tuple(sources), steps)
 
-    def _gamma(self) -> None:
+    def _gamma(self) -> _Made:
         key = self.match.gamma
         if key:
-            self._put("gamma", self._read(key).reshape(1).astype(self.dtype), (key,), [])
-            return
-        set_value = self.plan.settings.gamma
-        value = self.match.dialect.gamma_value if set_value is None else set_value
-        step = "the original has none" if set_value is None else "as it was set"
-        self._put("gamma", np.array([value], self.dtype), (), [step])
+            return _Made(self._read(key).reshape(1).astype(self.dtype), (key,), [])
+        given = self.plan.settings.gamma
+        value = self.match.dialect.gamma_value if given is None else given
+        step = "the original has none" if given is None else "as it was set"
+        return _Made(np.array([value], self.dtype), (), [step])
 
 
-def replace_spectral_norm(config: SelfAttentionConfig) -> SelfAttentionConfig:
-    """The same layer with spectral norm."""
+def _with_spectral_norm(config: SelfAttentionConfig) -> SelfAttentionConfig:
     return SelfAttentionConfig.from_dict(config.to_dict() | {"spectral_norm": True})

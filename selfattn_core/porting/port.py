@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from selfattn_core.porting.exporting import Exported, export_block, separator
 from selfattn_core.porting.finding import Found, canonical_configs, find_blocks, index_of
 from selfattn_core.porting.importing import Imported, checksum, import_block, plan
 from selfattn_core.porting.inspecting import candidates
+from selfattn_core.porting.lazy import LazyArrays
 from selfattn_core.porting.matching import match, normal
 from selfattn_core.porting.readers import Tensors, open_tensors
 from selfattn_core.porting.report import BlockReport, Check, PortReport, TensorReport
@@ -129,7 +131,7 @@ def load(
             names = ", ".join(block.prefix for block in found)
             raise PortError(f"{path}: {prefix!r} names {len(found)} blocks: {names}; name one.")
         block = import_block(found[0].plan, tensors.read, dtype=dtype, keep_spectral_norm=keep_spectral_norm)
-    return block.config, dict(block.params)
+        return block.config, dict(block.params)
 
 
 @dataclass(frozen=True)
@@ -192,12 +194,12 @@ class _Port:
                 tuple(_block_report(block) for block in blocks),
                 tuple(checks),
             )
-        layers = {block.name: (block.config, block.imported.params) for block in blocks}
-        report = replace(report, checks=(*report.checks, *check_framework(self.to.name, layers)))
-        if not report.passed or self.options.dry_run:
-            return report
-        report = replace(report, written=True)
-        self._write(self.target, blocks, report, overwrite=self.options.overwrite)
+            layers = {block.name: (block.config, block.imported.params) for block in blocks}
+            report = replace(report, checks=(*report.checks, *check_framework(self.to.name, layers)))
+            if not report.passed or self.options.dry_run:
+                return report
+            report = replace(report, written=True)
+            self._write(self.target, blocks, report, overwrite=self.options.overwrite)
         return report
 
     def _block(self, found: Found, tensors: Tensors, *, alone: bool) -> _Block:
@@ -248,8 +250,8 @@ class _Port:
                 wrong = [
                     key
                     for block in blocks
-                    for key, array in block.exported.tensors.items()
-                    if not _same(tensors, key, array)
+                    for key in block.exported.tensors
+                    if key not in tensors or _mark(tensors.read(key)) != _mark(block.exported.tensors[key])
                 ]
                 held = sum(len(block.exported.tensors) for block in blocks)
                 if wrong or len(tensors) != held:
@@ -281,9 +283,10 @@ class _Port:
             return Check(name, "failed", "; ".join((*planned.problems, *planned.match.missing)))
         again = import_block(planned, tensors.read, keep_spectral_norm=block.config.spectral_norm)
         if planned.match.unused or _plain(block.exported):
-            same = again.config == block.config and all(
-                again.params[key].tobytes() == array.tobytes() for key, array in block.imported.params.items()
+            sums = (
+                {key: one.sha256 for key, one in side.origins.items()} for side in (again, block.imported)
             )
+            same = again.config == block.config and next(sums) == next(sums)
             return Check(
                 name, "passed" if same else "failed", "the same config and bits" if same else "other tensors"
             )
@@ -298,7 +301,15 @@ class _Port:
         return check_output(name, block.config, block.imported.params, x, y)
 
     def _write(self, path: Path, blocks: list[_Block], report: PortReport | None, *, overwrite: bool) -> None:
-        tensors = {key: array for block in blocks for key, array in block.exported.tensors.items()}
+        lines = [line for block in report.blocks for line in block.tensors] if report else []
+        sums = {line.target: line.sha256 for line in lines}
+        tensors = LazyArrays(
+            {
+                key: partial(_unchanged, block.exported.tensors, key, sums.get(key))
+                for block in blocks
+                for key in block.exported.tensors
+            }
+        )
         source = f"{self.source.name} ({report.source_dialect})" if report else ""
         metadata = {"source": source}
         if self.to.name == "canonical":
@@ -411,16 +422,22 @@ def _replace_norm(shapes: SelfAttentionConfig, config: SelfAttentionConfig) -> S
     return SelfAttentionConfig.from_dict(shapes.to_dict() | {"spectral_norm": config.spectral_norm})
 
 
+def _unchanged(tensors: Mapping[str, Array], key: str, sha256: str | None) -> Array:
+    """A tensor of the target, which is made anew at every access: the same as the one that was verified."""
+    array = tensors[key]
+    if sha256 is not None and checksum(array) != sha256:
+        raise PortError(f"{key}: its source has changed while it was ported; nothing was written.")
+    return array
+
+
 def _plain(exported: Exported) -> bool:
     """Whether no number was changed on the way out."""
     return not any("÷" in step or "×" in step for steps in exported.steps.values() for step in steps)
 
 
-def _same(tensors: Tensors, key: str, array: Array) -> bool:
-    if key not in tensors:
-        return False
-    back = tensors.read(key)
-    return back.dtype == array.dtype and back.shape == array.shape and back.tobytes() == array.tobytes()
+def _mark(array: Array) -> tuple[np.dtype[Any], tuple[int, ...], str]:
+    """What two arrays have in common if they are the same, without both in memory."""
+    return array.dtype, array.shape, checksum(array)
 
 
 def _used(blocks: list[_Block], tensors: Tensors) -> int:

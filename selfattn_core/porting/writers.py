@@ -5,13 +5,13 @@ import json
 import os
 import secrets
 import shutil
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
@@ -64,15 +64,17 @@ def write_tensors(
     if container not in WRITABLE:
         raise PortError(f"{target}: unknown format {container!r}; can be written: {', '.join(WRITABLE)}.")
     _check_target(target, container, overwrite)
-    arrays = {
-        name: np.ascontiguousarray(widen(array)).reshape(np.shape(array)) for name, array in tensors.items()
-    }
     fields = {str(key): str(value) for key, value in (metadata or {}).items()}
     try:
-        if container == "orbax":
-            _write_orbax(target, arrays, fields, overwrite)
+        if container == "safetensors":
+            # Piece by piece, since the tensors may be made when they are asked for, and together not fit into memory.
+            write_atomically(target, _safetensors(tensors, fields), overwrite=overwrite)
         else:
-            write_atomically(target, _BYTES[container](arrays, fields), overwrite=overwrite)
+            arrays = {name: _contiguous(array) for name, array in tensors.items()}
+            if container == "orbax":
+                _write_orbax(target, arrays, fields, overwrite)
+            else:
+                write_atomically(target, _BYTES[container](arrays, fields), overwrite=overwrite)
     except FileExistsError:
         raise PortError(_exists(target)) from None
     except OSError as error:
@@ -98,12 +100,34 @@ def _check_target(target: Path, container: str, overwrite: bool) -> None:
         raise PortError(f"{target}: is a folder of something else than a checkpoint, and is not replaced.")
 
 
-def _safetensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
-    content: bytes = safetensors.numpy.save(dict(tensors), metadata=dict(metadata))
-    back = safetensors.numpy.load(content)
-    if any(back[name].tobytes() != array.tobytes() for name, array in tensors.items()):
-        raise RuntimeError("safetensors did not store the arrays as they are; nothing was written.")
-    return content
+def _contiguous(array: Array) -> Array:
+    return np.ascontiguousarray(widen(array)).reshape(np.shape(array))
+
+
+def _safetensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The file in pieces: length of the header, header, then every tensor's bytes, which two passes over them make.
+
+    Source: the format's specification, github.com/huggingface/safetensors.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    place = 0
+    for name, array in tensors.items():
+        made = _contiguous(array)
+        if made.dtype.name not in _SAFETENSORS:
+            raise PortError(
+                f"{name}: {made.dtype} has no place in .safetensors; it has {', '.join(_SAFETENSORS)}."
+            )
+        offsets = [place, place + made.nbytes]
+        header[name] = {"dtype": _SAFETENSORS[made.dtype.name], "shape": made.shape, "data_offsets": offsets}
+        place = offsets[1]
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name, array in tensors.items():
+        made = _contiguous(array)
+        if made.nbytes != header[name]["data_offsets"][1] - header[name]["data_offsets"][0]:
+            raise PortError(f"{name}: has changed while it was written; nothing was written.")
+        yield made.data if made.nbytes else b""
 
 
 def _npz(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
@@ -202,11 +226,24 @@ def _write_orbax(
 
 # Characters, of which one can take four bytes.
 _ATTRIBUTE = 15_000
+_SAFETENSORS = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 _KERAS_ORDER = {"kernel": "0", "bias": "1", "gamma": "0", "u": "u", "v": "v"}
 _BYTES: dict[str, Callable[[Mapping[str, Array], Mapping[str, str]], bytes]] = {
-    "safetensors": _safetensors,
     "npz": _npz,
     "torch": _torch,
     "keras": _keras,
 }
-WRITABLE = (*_BYTES, "orbax")
+WRITABLE = ("safetensors", *_BYTES, "orbax")
