@@ -247,6 +247,8 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview], 
         with beside.open("xb") as file:
             for piece in [content] if isinstance(content, bytes) else content:
                 file.write(piece)
+                # Or it would be held while the next one is made.
+                del piece
             file.flush()
             os.fsync(file.fileno())
         if overwrite:

@@ -448,7 +448,8 @@ def _used(blocks: list[_Block], tensors: Tensors) -> int:
 def _block_report(block: _Block) -> BlockReport:
     origins, planned = block.imported.origins, block.found.plan
     lines = []
-    for key, array in block.exported.tensors.items():
+    for key in block.exported.tensors:
+        dtype, shape, sha256 = _mark(block.exported.tensors[key])
         names = block.exported.made_of[key]
         came = [origins[name] for name in names if name in origins]
         sources = tuple(dict.fromkeys(source for origin in came for source in origin.sources))
@@ -462,9 +463,9 @@ def _block_report(block: _Block) -> BlockReport:
                 names,
                 steps,
                 key,
-                array.shape,
-                str(array.dtype),
-                checksum(array),
+                shape,
+                str(dtype),
+                sha256,
             )
         )
     return BlockReport(

@@ -111,8 +111,8 @@ def _safetensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> I
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     place = 0
-    for name, array in tensors.items():
-        made = _contiguous(array)
+    for name in tensors:
+        made = _contiguous(tensors[name])
         if made.dtype.name not in _SAFETENSORS:
             raise PortError(
                 f"{name}: {made.dtype} has no place in .safetensors; it has {', '.join(_SAFETENSORS)}."
@@ -120,14 +120,17 @@ def _safetensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> I
         offsets = [place, place + made.nbytes]
         header[name] = {"dtype": _SAFETENSORS[made.dtype.name], "shape": made.shape, "data_offsets": offsets}
         place = offsets[1]
+        # Or it would be held while the next one is made.
+        del made
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
-    for name, array in tensors.items():
-        made = _contiguous(array)
+    for name in tensors:
+        made = _contiguous(tensors[name])
         if made.nbytes != header[name]["data_offsets"][1] - header[name]["data_offsets"][0]:
             raise PortError(f"{name}: has changed while it was written; nothing was written.")
         yield made.data if made.nbytes else b""
+        del made
 
 
 def _npz(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:

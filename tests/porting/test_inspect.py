@@ -179,6 +179,29 @@ def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
     assert peak < 2 << 20
 
 
+def test_a_port_holds_less_than_the_tensors_that_it_needs(tmp_path):
+    """One at a time, its source and its result: what a large block needs would otherwise be there several times."""
+    make = np.random.Generator(np.random.PCG64(0))
+    channels, tensors = 2048, {"gamma": np.ones((), np.float32)}
+    for name, (out, wide) in {
+        "theta": (256, 2048),
+        "phi": (256, 2048),
+        "g": (1024, 2048),
+        "o": (2048, 1024),
+    }.items():
+        tensors[f"{name}.weight"] = make.standard_normal((out, wide, 1, 1), np.float32)
+        tensors[f"{name}.u0"] = make.standard_normal((1, out), np.float32)
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors")
+    del tensors
+    tracemalloc.start()
+    report = port(tmp_path / "a.safetensors", tmp_path / "o.safetensors", dialect="biggan")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report.blocks[0].config["channels"] == channels
+    assert peak < 1.2 * needed
+
+
 SCRIPT = """
 import sys
 from selfattn_core.cli import main
