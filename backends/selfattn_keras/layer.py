@@ -356,11 +356,13 @@ class SelfAttention2D(keras.layers.Layer):
 def _pool(maps: Tensor, side: int) -> Tensor:
     """(B, H, W, D) to (B, H // side, W // side, D): the first largest of each window, NaN where it holds one.
 
-    Not `ops.max_pool`: TensorFlow's passes over NaN, and under XLA its second derivative is wrong or missing. Cut up
-    by reshaping, because strided slices and their gradients take TensorFlow ten times as long.
+    Not `ops.max_pool` on TensorFlow: that passes over NaN, and under XLA its second derivative is wrong or missing. Cut
+    up by reshaping there, because strided slices and their gradients take TensorFlow ten times as long.
     """
     if side == 1:
         return maps
+    if keras.backend.backend() != "tensorflow":
+        return ops.max_pool(maps, side, side, data_format="channels_last")
     batch, height, width, channels = ops.shape(maps)
     down, across = height // side, width // side
     if not (isinstance(height, int) and isinstance(width, int) and height % side == width % side == 0):

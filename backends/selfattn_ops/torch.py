@@ -136,10 +136,10 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple
     multiply = torch.bmm if query.dim() == 3 else torch.matmul
     if _arithmetic(query) == query.dtype:
         # Casts that do nothing still are nodes of an exported graph.
-        attention = torch.softmax(multiply(query, key.mT), dim=-1)
+        attention = torch.softmax(multiply(query, key.transpose(-2, -1)), dim=-1)
     else:
         arithmetic = _arithmetic(query)
-        scores = multiply(query.to(arithmetic), key.to(arithmetic).mT)
+        scores = multiply(query.to(arithmetic), key.to(arithmetic).transpose(-2, -1))
         attention = torch.softmax(scores, dim=-1).to(value.dtype)
     return multiply(attention, value), attention
 
