@@ -14,6 +14,7 @@ import click
 import pytest
 
 from selfattn_core.cli import main
+from selfattn_core.conformance.backend import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for folder in ("docs", "examples") for path in (ROOT / folder).rglob("*.md"))
