@@ -93,6 +93,12 @@ def test_a_block_that_does_not_run_is_noticed():
     ]
 
 
+def test_the_page_for_authors_lists_every_claim_with_its_method():
+    text = (ROOT / "docs" / "conformance-backends.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)\(", text, re.M))
+    assert rows == dict(METHODS)
+
+
 @pytest.mark.parametrize(
     ("place", "text"), fenced("sh"), ids=lambda value: value[:40].strip() if "docs" in value else ""
 )
