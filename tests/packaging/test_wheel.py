@@ -51,6 +51,9 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel):
     assert {name for name in names if not name.endswith(".dist-info")} == PACKAGES
     files = set(zipfile.ZipFile(wheel).namelist())
     assert {f"{package}/py.typed" for package in PACKAGES} <= files
+    dialects = {path.name for path in (ROOT / "selfattn_core" / "porting" / "data").glob("*.toml")}
+    assert dialects
+    assert {f"selfattn_core/porting/data/{name}" for name in dialects} <= files
 
 
 def test_installed_it_shows_the_five_names(python):
@@ -90,6 +93,21 @@ def test_the_core_works_without_any_framework(python):
         "print((spec.forward(c, init_params(c, seed=0), x) == x).all())"
     )
     assert run(python, "-c", script, check=True).stdout.strip() == "True"
+
+
+def test_the_command_ports_without_any_framework(python, tmp_path):
+    command = python.parent / "selfattn"
+    assert "brain-research" in run(command, "dialects", check=True).stdout
+    script = f"""
+import numpy as np
+make = np.random.default_rng(0).standard_normal
+arrays = {{f"attn.{{n}}.weight": make((o, i, 1, 1)) for n, o, i in (("theta", 2, 16), ("phi", 2, 16), ("g", 8, 16), ("o", 16, 8))}}
+np.savez({str(tmp_path / "a.npz")!r}, **arrays, **{{"attn.gamma": make(())}})
+"""
+    run(python, "-c", script, check=True)
+    done = run(command, "port", tmp_path / "a.npz", tmp_path / "b.safetensors", "--from", "biggan")
+    assert done.returncode == 0, done.stderr
+    assert "read back as canonical: the same config and bits" in done.stdout
 
 
 def test_the_command_reports_what_is_missing(python):
