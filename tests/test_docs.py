@@ -93,6 +93,24 @@ def test_a_block_that_does_not_run_is_noticed():
     ]
 
 
+def test_the_backend_of_the_page_for_authors_is_conformant(tmp_path):
+    (code,) = [code for place, code in BLOCKS if "conformance-backends" in place]
+    (tmp_path / "page_backend.py").write_text(code, encoding="utf-8")
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from selfattn_core.cli import main; main(['conform', 'page_backend:Backend'])",
+        ],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "unclaimed" in result.stdout + result.stderr
+
+
 def test_the_page_for_authors_lists_every_claim_with_its_method():
     text = (ROOT / "docs" / "conformance-backends.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)\(", text, re.M))
