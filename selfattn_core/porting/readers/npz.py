@@ -72,6 +72,8 @@ def _entry(archive: Archive, name: str) -> Entry:
         RecursionError,
         MemoryError,
         tokenize.TokenError,
+        # Where warnings are errors: numpy warns of a header that Python 2 wrote.
+        UserWarning,
     ) as error:
         raise PortError(f"{name}: its header is not numpy's ({str(error)[:200]})") from None
     if dtype.hasobject:
