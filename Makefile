@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check format conform bench docs fuzz test-peers wheel clean
+.PHONY: help demo test check format conform golden golden-check bench docs fuzz test-peers wheel clean
 help:  ## what the targets do
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -36,6 +36,12 @@ format: $(INSTALLED)  ## rewrite the sources in the project's format
 
 conform: $(INSTALLED)  ## all backends against the numpy specification
 	$(BIN)/selfattn conform
+
+golden: $(INSTALLED)  ## write the golden vectors that are not there yet
+	$(BIN)/python -m selfattn_core.conformance.golden golden-vectors
+
+golden-check: $(INSTALLED)  ## compute all golden vectors again, compare every bit
+	$(BIN)/python -m selfattn_core.conformance.golden golden-vectors --check
 
 bench: $(INSTALLED)  ## time and memory, written to benchmarks/results
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench

@@ -1,10 +1,9 @@
 """The `selfattn` command. Exit codes: 0 all well, 1 a check failed, 2 wrong usage or bad input, 3 something missing."""
 
 import importlib.metadata
-import json
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import click
 
@@ -59,10 +58,20 @@ def backends() -> None:
 @click.option(
     "--self-test",
     is_flag=True,
-    help="Run the kit on broken implementations instead, and say which case catches each.",
+    help="Run the cases on broken implementations too, or on nothing else if no BACKEND is named.",
 )
 @click.option(
     "--json", "json_file", metavar="FILE", help="Write every verdict as JSON; - is standard output."
+)
+@click.option("--html", "html_file", metavar="FILE", help="Write a page to read.")
+@click.option("--junit", "junit_file", metavar="FILE", help="Write JUnit XML, for a CI service.")
+@click.option("--markdown", "markdown_file", metavar="FILE", help="Write Markdown, for a pull request.")
+@click.option(
+    "--diff",
+    nargs=2,
+    metavar="OLD NEW",
+    type=click.Path(path_type=Path),
+    help="Run nothing; say what changed between two JSON reports, and exit 1 if something is worse.",
 )
 def conform(
     names: tuple[str, ...],
@@ -70,37 +79,24 @@ def conform(
     level: Literal["core", "training", "gan", "deploy"],
     self_test: bool,
     json_file: str | None,
+    html_file: str | None,
+    junit_file: str | None,
+    markdown_file: str | None,
+    diff: tuple[Path, Path] | None,
 ) -> None:
     """Compare backends with the numpy specification, in units of the noise floor.
 
     BACKEND is a name that `selfattn backends` lists, or module:object for your own. Without one, all are checked.
     """
-    from selfattn_core.conformance.backend import REGISTRY
-    from selfattn_core.conformance.report import as_json, as_table
-    from selfattn_core.conformance.runner import run_backends
+    from selfattn_core.conformance import command
 
-    if self_test:
-        _self_test(seed)
-        return
-    unknown = [name for name in names if name not in REGISTRY and ":" not in name]
-    if unknown:
-        raise click.UsageError(
-            f"unknown backend {', '.join(unknown)}; known are {', '.join(REGISTRY)}, or module:object for your own."
-        )
-    if json_file not in (None, "-") and not Path(json_file).parent.is_dir():
-        # Before minutes of checking whose report could not be kept.
-        raise click.UsageError(f"--json {json_file}: there is no folder {Path(json_file).parent}.")
-    chosen = list(dict.fromkeys(names)) or list(REGISTRY)
-    reports = run_backends(
-        chosen, seed=seed, level=level, tell=lambda name, words: click.echo(f"{name}: {words}", err=True)
-    )
-    click.echo(as_table(reports), err=json_file == "-")
-    if json_file:
-        _write_json(json_file, as_json(reports, seed))
-    if any(not report.passed and not report.missing for report in reports):
-        sys.exit(CHECK_FAILED)
-    if any(report.missing for report in reports):
-        sys.exit(MISSING)
+    files = {"json": json_file, "html": html_file, "junit": junit_file, "markdown": markdown_file}
+    targets = {form: target for form, target in files.items() if target is not None}
+    if diff:
+        if names or targets or self_test:
+            raise click.UsageError("--diff runs nothing: give it two files, and no backend or other report.")
+        sys.exit(command.tell_difference(*diff))
+    sys.exit(command.conform(names, seed=seed, level=level, with_self_test=self_test, targets=targets))
 
 
 class _Point(click.ParamType[tuple[int, int]]):
@@ -214,28 +210,6 @@ def attend(
             f"{found.statistics.mean_distance[position]:.1f} positions."
         )
     click.echo(f"written: {out}")
-
-
-def _self_test(seed: int) -> None:
-    from selfattn_core.conformance import selftest
-
-    kills = selftest.self_test(seed=seed)
-    click.echo(selftest.as_table(kills))
-    if any(kill.outcome is None for kill in kills):
-        sys.exit(CHECK_FAILED)
-
-
-def _write_json(target: str, content: dict[str, Any]) -> None:
-    from selfattn_core.weights import write_atomically
-
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    if target == "-":
-        click.echo(text)
-        return
-    try:
-        write_atomically(Path(target), f"{text}\n".encode(), overwrite=True)
-    except OSError as error:
-        raise click.UsageError(str(error)) from error
 
 
 def _version(module: str) -> str:

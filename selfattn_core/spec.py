@@ -29,6 +29,7 @@ all derivatives; K in σ is not.
 
 Everything is computed in the dtype of the arguments, which must all have the same one. For 16-bit arguments the
 arithmetic is float32, and values are rounded to 16 bits where q, k, v, o, y, K / σ, u and v are stored.
+Arrays of dtype object are computed with the arithmetic of their elements, fifty-digit decimals for example.
 
 First derivatives, for ḡ the gradient of y (weight gradients also sum over the batch):
 
@@ -73,9 +74,12 @@ from selfattn_core import spectral_norm
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import check_params, is_floating, parameter_table, projections
 
-__all__ = ["attention_map", "forward", "magnitudes", "power_iteration", "r1", "vjp", "vjp_of_vjp"]
+__all__ = ["VERSION", "attention_map", "forward", "magnitudes", "power_iteration", "r1", "vjp", "vjp_of_vjp"]
 
 Array = NDArray[Any]
+
+VERSION = 1
+"""Of the function that this module defines: another one whenever a golden vector changes."""
 
 
 def forward(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array) -> Array:
@@ -319,8 +323,10 @@ class _Layer:
 
     def __init__(self, config: SelfAttentionConfig, params: Mapping[str, Array], x: Array) -> None:
         x = np.asarray(x)
-        config.check_input(x.shape, layer="spec", dtype=x.dtype, floating=is_floating(x.dtype))
-        arrays = check_params(config, params, finite=False)
+        config.check_input(
+            x.shape, layer="spec", dtype=x.dtype, floating=is_floating(x.dtype) or x.dtype == object
+        )
+        arrays = _checked(config, params)
         given = arrays["gamma"].dtype
         if given != x.dtype:
             raise ValueError(
@@ -389,6 +395,15 @@ class _Layer:
         return rows @ _transpose(self.kernel("out")) if self.config.out_projection else rows
 
 
+def _checked(config: SelfAttentionConfig, params: Mapping[str, Array]) -> dict[str, Array]:
+    arrays = {name: np.asarray(array) for name, array in params.items()}
+    floats = {
+        name: array.astype(np.float64) if array.dtype == object else array for name, array in arrays.items()
+    }
+    fitting = check_params(config, floats, finite=False)
+    return {name: arrays[name].reshape(array.shape) for name, array in fitting.items()}
+
+
 class _FirstOrder:
     """Section "First derivatives" of the module docstring, line by line."""
 
@@ -420,7 +435,7 @@ class _FirstOrder:
         gradients |= {f"{name}.bias": _total(d) for name, d in self.projected.items()}
         if layer.config.out_projection:
             gradients["out.bias"] = layer.gamma * _total(self.g)
-        gradients["gamma"] = np.sum(self.g * layer.z).reshape(1)
+        gradients["gamma"] = np.sum(self.g * layer.z, keepdims=True).reshape(1)
         return _named(layer, {"x": layer.unflatten(self.dx)}, gradients)
 
 
@@ -498,7 +513,7 @@ class _SecondOrder:
         gradients |= {f"{name}.bias": _total(dd) for name, dd in self.projected.items()}
         if layer.config.out_projection:
             gradients["out.bias"] = self.dot_gamma * _total(g)
-        gradients["gamma"] = np.sum(g * self.dot_z).reshape(1)
+        gradients["gamma"] = np.sum(g * self.dot_z, keepdims=True).reshape(1)
         return _named(layer, {"dy": layer.unflatten(to_dy), "x": layer.unflatten(to_x)}, gradients)
 
 

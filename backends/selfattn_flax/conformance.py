@@ -117,6 +117,10 @@ class FlaxBackend:
         """The layer; float64 needs a process in which JAX has it (JAX_ENABLE_X64=1)."""
         return Model(config, dtype, *self.kind.build(config, params, dtype))
 
+    def update(self, model: Model, params: Mapping[str, Array]) -> Model:
+        """The same static part over other arrays."""
+        return replace(model, tree=_like(model, params), compiled=True)
+
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
         apply = _forward if model.compiled else _eager

@@ -28,10 +28,12 @@ class Model:
     Args:
         layer: the layer.
         compiled: whether they are compiled.
+        kept: what has been compiled for this layer, if it is called many times; None if it is not.
     """
 
     layer: SelfAttention2D
     compiled: bool = False
+    kept: dict[str, Callable[..., Any]] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -115,6 +117,12 @@ class KerasBackend:
         """The layer, with the dtype policy of that name."""
         return Model(from_canonical(config, params, data_format=layout, dtype=dtype))
 
+    def update(self, model: Model, params: Mapping[str, Array]) -> Model:
+        """The same layer with other values in its variables; what is compiled from now on is kept."""
+        for name, value in params.items():
+            variable(model.layer, name).assign(model.like(name, value))
+        return model if model.kept is not None else replace(model, kept={})
+
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
         return model.maps(_forward(model, model.given(x)))
@@ -197,11 +205,17 @@ def _array(tensor: Tensor) -> Array:
 if _FRAMEWORK == "tensorflow":
     import tensorflow as tf
 
-    def _as_claimed(model: Model, function: Callable[..., Any]) -> Callable[..., Any]:
-        return tf.function(function, jit_compile=True) if model.compiled else function
+    def _as_claimed(model: Model, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        if model.compiled:
+            return tf.function(function, jit_compile=True)
+        if model.kept is None:
+            return function
+        if name not in model.kept:
+            model.kept[name] = tf.function(function)
+        return model.kept[name]
 
     def _forward(model: Model, x: Tensor) -> Tensor:
-        return _as_claimed(model, model.layer)(x)
+        return _as_claimed(model, "forward", model.layer)(x)
 
     def _vjp(model: Model, x: Tensor, dy: Tensor) -> list[Tensor]:
         def gradients(x: Tensor, dy: Tensor) -> list[Tensor]:
@@ -212,7 +226,7 @@ if _FRAMEWORK == "tensorflow":
             found: list[Tensor] = tape.gradient(y, sources, dy, unconnected_gradients="zero")
             return found
 
-        found: list[Tensor] = _as_claimed(model, gradients)(x, dy)
+        found: list[Tensor] = _as_claimed(model, "vjp", gradients)(x, dy)
         return found
 
     def _r1(model: Model, x: Tensor, w: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -245,12 +259,17 @@ elif _FRAMEWORK == "jax":
         state = [each.value for each in model.layer.non_trainable_variables]
         return model.layer.stateless_call(trainable, state, x)[0]
 
+    def _compiled(model: Model, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        if model.kept is None:
+            return jax.jit(function)
+        if name not in model.kept:
+            model.kept[name] = jax.jit(function)
+        return model.kept[name]
+
     def _forward(model: Model, x: Tensor) -> Tensor:
-        return (
-            jax.jit(lambda *given: _call(model, *given))(x, *model.values)
-            if model.compiled
-            else model.layer(x)
-        )
+        if not model.compiled and model.kept is None:
+            return model.layer(x)
+        return _compiled(model, "forward", lambda *given: _call(model, *given))(x, *model.values)
 
     def _gradients(model: Model, dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         _, pullback = jax.vjp(lambda *inputs: _call(model, *inputs), *inputs)
@@ -258,7 +277,7 @@ elif _FRAMEWORK == "jax":
 
     def _vjp(model: Model, x: Tensor, dy: Tensor) -> list[Tensor]:
         # Compiled as a whole: operation by operation takes many times as long at these sizes.
-        return list(jax.jit(lambda *given: _gradients(model, *given))(dy, x, *model.values))
+        return list(_compiled(model, "vjp", lambda *given: _gradients(model, *given))(dy, x, *model.values))
 
     def _r1(model: Model, x: Tensor, w: Tensor) -> tuple[Tensor, list[Tensor]]:
         values = model.values

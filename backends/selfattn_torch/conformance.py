@@ -92,6 +92,11 @@ class TorchBackend:
         layer = from_canonical(config, params, dtype=getattr(torch, dtype)).eval()
         return Model(layer, layer, memory_format)
 
+    def update(self, model: Model, params: Mapping[str, Array]) -> Model:
+        """The same layer, its weights overwritten as by a checkpoint."""
+        model.layer.load_state_dict(from_canonical(model.layer.config, params).state_dict())
+        return model
+
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
         with torch.no_grad():

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from selfattn_core.conformance.backend import Backend
 from selfattn_core.conformance.cases import Case, Family, Inputs
 from selfattn_core.conformance.memory import peak_growth
+from selfattn_core.conformance.training import train
 
 __all__ = ["INITIAL_DRAWS", "answers"]
 
@@ -19,7 +20,9 @@ INITIAL_DRAWS = 4
 """New layers that are drawn to look at the distribution of their weights; the last repeats the first."""
 
 
-def answers(backend: Backend, case: Case, given: Inputs, dtype: str, layout: str) -> Mapping[str, Any]:
+def answers(
+    backend: Backend, case: Case, given: Inputs, dtype: str, layout: str, seed: int = 0
+) -> Mapping[str, Any]:
     """What a backend says to a case, by quantity.
 
     Args:
@@ -28,11 +31,14 @@ def answers(backend: Backend, case: Case, given: Inputs, dtype: str, layout: str
         given: its input.
         dtype: to compute in.
         layout: to compute in.
+        seed: of the input, for the families that draw more than that.
     """
 
     def build() -> Any:
         return backend.build(case.config, given.params, dtype, layout)
 
+    if case.family == "trajectory":
+        return train(backend, case, dtype, layout, seed)
     if case.family == "init":
         seeds = [*range(1, INITIAL_DRAWS), 1]
         return {

@@ -18,6 +18,7 @@ __all__ = [
     "Backend",
     "Layout",
     "Registered",
+    "declined",
     "dtypes_of",
     "expected_failures_of",
     "resolve",
@@ -38,6 +39,10 @@ class Backend(Protocol):
     Arrays are channels-last, (B, H, W, C), whatever the framework's own layout is: the backend transposes. A `model`
     is whatever `build` returns; the kit only hands it back. A 16-bit dtype travels as float32 arrays whose values the
     format holds: the backend casts on the way in, and may widen on the way out.
+
+    Two further methods are optional. `declines(config)` says why there is no layer for a config, or "": its cases are
+    then listed as unclaimed, with that reason. `update(model, params)` gives a model with these weights, which may be the
+    given one, changed: a training trajectory then keeps one model, where it otherwise calls `build` for each step.
     """
 
     name: str
@@ -191,6 +196,12 @@ def resolve(target: str) -> Backend:
         )
     backend: Backend = candidate
     return backend
+
+
+def declined(backend: Backend, config: SelfAttentionConfig) -> str:
+    """Why a backend has no layer for a config; nothing if it has, or does not say."""
+    declines = getattr(backend, "declines", None)
+    return "" if declines is None else str(declines(config))
 
 
 def dtypes_of(backend: Backend) -> tuple[str, ...]:

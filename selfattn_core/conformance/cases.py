@@ -8,7 +8,7 @@ A case belongs to a family, a family to a level, and the levels build on one ano
 | level | a backend that reaches it | families that it adds |
 |---|---|---|
 | core | computes the function, whatever is done to it | forward, map, sizes, batch, permutation, determinism, nonfinite |
-| training | can be trained, and its weights taken in and out | vjp, params, init |
+| training | can be trained, and its weights taken in and out | vjp, params, init, trajectory |
 | gan | can be trained under a gradient penalty | r1, mixed |
 | deploy | serves: in 16 bits, compiled, saved, in linear memory | dtype, compiled, saved, memory; per_sample where claimed |
 
@@ -37,6 +37,7 @@ __all__ = [
     "Family",
     "Inputs",
     "Level",
+    "clear_windows",
     "inputs",
     "needs",
     "through",
@@ -56,6 +57,7 @@ Family = Literal[
     "vjp",
     "params",
     "init",
+    "trajectory",
     "spectral_norm",
     "r1",
     "mixed",
@@ -85,7 +87,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 LEVELS: Mapping[Level, tuple[Family, ...]] = {
     "core": ("forward", "map", "sizes", "batch", "permutation", "determinism", "nonfinite"),
-    "training": ("vjp", "params", "init", "spectral_norm"),
+    "training": ("vjp", "params", "init", "trajectory", "spectral_norm"),
     "gan": ("r1", "mixed"),
     "deploy": ("dtype", "compiled", "saved", "per_sample", "memory"),
 }
@@ -99,8 +101,8 @@ def through(level: Level) -> tuple[Family, ...]:
     """The families of a level and of those below it.
 
     Example:
-        >>> through("training")[-4:]
-        ('vjp', 'params', 'init', 'spectral_norm')
+        >>> through("training")[-5:]
+        ('vjp', 'params', 'init', 'trajectory', 'spectral_norm')
     """
     reached = list(LEVELS)[: list(LEVELS).index(level) + 1]
     return tuple(family for each in reached for family in LEVELS[each])
@@ -126,6 +128,7 @@ class Case:
         integers: whether x and the weights are small multiples of a power of two: projections are exact, in 16 bits too,
             and pooling windows hold equal values.
         poison: (b, h, w, c) of the entry of x that is not finite, and what it is.
+        optimizer: what a "trajectory" takes its steps with.
     """
 
     id: str
@@ -141,6 +144,7 @@ class Case:
     second_shape: tuple[int, int, int] | None = None
     integers: bool = False
     poison: tuple[tuple[int, int, int, int], float] | None = None
+    optimizer: Literal["", "momentum", "adam"] = ""
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,7 @@ def needs(case: Case) -> frozenset[Ability]:
         "vjp": {"vjp"},
         "params": {"params"},
         "init": {"init"},
+        "trajectory": {"forward", "vjp"},
         "spectral_norm": {"spectral_norm", case.of},
         "r1": {"r1"},
         "mixed": {"mixed"},
@@ -247,6 +252,14 @@ _LARGE: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
 # Most cases are asked in float64, which says that the mathematics is right, and in float32, which says that the
 # arithmetic is. Where a compiler takes seconds for a case, the dtype that every backend has is enough.
 _ONE_DTYPE = ("float32",)
+_TRAINED: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
+    ("flat form", SelfAttentionConfig(16), (3, 4, 5)),
+    ("pooled form", SelfAttentionConfig.pooled(16), (2, 4, 5)),
+)
+_OPTIMIZERS: tuple[tuple[Literal["momentum", "adam"], str], ...] = (
+    ("momentum", "SGD with momentum"),
+    ("adam", "Adam"),
+)
 _TIES = "equal values in a pooling window: the first wins"
 _CROPPED = SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=2)
 
@@ -336,7 +349,15 @@ def _rows() -> Iterator[Case]:
         ("out projection with biases", SelfAttentionConfig(40, 10, 30, out_projection=True)),
     ):
         yield Case(next(ids), "init", f"distribution of a new layer: {title}", config, dtypes=_ONE_DTYPE)
-    yield from (*_spectral(number("SPN")), *_deploy(number))
+    yield from (*_trajectories(number("TRN")), *_spectral(number("SPN")), *_deploy(number))
+
+
+def _trajectories(ids: Iterator[str]) -> Iterator[Case]:
+    for form, config, shape in _TRAINED:
+        for optimizer, title in _OPTIMIZERS:
+            yield Case(
+                next(ids), "trajectory", f"{title}, {form}", config, shape, 0.5, 1.5, optimizer=optimizer
+            )
 
 
 def _spectral(ids: Iterator[str]) -> Iterator[Case]:
@@ -491,17 +512,36 @@ def _rounded(drawn: Inputs, dtype: str) -> Inputs:
 
 def _decided(case: Case, drawn: Inputs) -> bool:
     """Whether in every window the largest value leads by far more than float32 rounding."""
-    side = case.config.kv_pool
-    if side == 1 or case.integers:
+    return case.integers or clear_windows(case.config, drawn.params, drawn.x, 1e-4)
+
+
+def clear_windows(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array, margin: float) -> bool:
+    """Whether in every pooling window of key and value the largest value leads by at least `margin`.
+
+    Args:
+        config: the layer; without pooling the answer is yes.
+        params: its weights.
+        x: maps (B, H, W, C).
+        margin: absolute, and far more than rounding.
+
+    Example:
+        >>> config = SelfAttentionConfig(8, kv_pool=2)
+        >>> tied = np.ones((1, 2, 2, 8))
+        >>> clear_windows(config, inputs(Case("", "forward", "", config), "float64").params, tied, 1e-4)
+        False
+    """
+    side = config.kv_pool
+    if side == 1:
         return True
-    _, height, width = case.shape
+    _, height, width, _ = x.shape
     down, across = height // side, width // side
     for role in ("key", "value"):
-        values = drawn.x.astype(np.float64) @ drawn.params[f"{role}.kernel"].astype(np.float64)
+        values = x.astype(np.float64) @ params[f"{role}.kernel"].astype(np.float64)
         whole = values[:, : down * side, : across * side]
         windows = whole.reshape(-1, down, side, across, side, values.shape[-1]).swapaxes(2, 3)
-        ordered = np.sort(windows.reshape(*windows.shape[:3], side * side, values.shape[-1]), axis=3)
-        if ordered.size and (ordered[..., -1, :] - ordered[..., -2, :]).min() < 1e-4:
+        # The two largest of each window.
+        ordered = np.partition(windows.reshape(*windows.shape[:3], side * side, values.shape[-1]), -2, axis=3)
+        if ordered.size and (ordered[..., -1, :] - ordered[..., -2, :]).min() < margin:
             return False
     return True
 

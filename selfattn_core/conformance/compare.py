@@ -13,6 +13,8 @@ from selfattn_core.conformance.initial import distribution_verdicts
 from selfattn_core.conformance.outcome import Outcome
 from selfattn_core.conformance.runs import Run
 from selfattn_core.conformance.tolerance import Expectation, Verdict, expect, judge
+from selfattn_core.conformance.training import trained
+from selfattn_core.conformance.trajectory import judge_trajectory
 from selfattn_core.params import parameter_table
 
 __all__ = ["compare", "memory_limit"]
@@ -29,8 +31,14 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0) -> Outcome:
         seed: of the inputs.
     """
     family = run.case.family
+    losses: tuple[float, ...] = ()
     if family == "memory":
         verdicts = [_memory(run.case, int(found["bytes"]))]
+    elif family == "trajectory":
+        if problem := _names(found, list(trained(run.case))):
+            return Outcome(run, "fail", (), problem)
+        verdicts = list(judge_trajectory(run.case, found, run.dtype, seed))
+        losses = tuple(float(loss) for loss in found["loss"])
     elif family == "init":
         names = [
             f"{draw}: {name}" for draw in range(INITIAL_DRAWS) for name in parameter_table(run.case.config)
@@ -55,7 +63,7 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0) -> Outcome:
                 _bits(name, found[name], found["y"], "of the first call") for name in ("again", "rebuilt")
             ]
     messages = [verdict.message for verdict in verdicts if not verdict.passed]
-    return Outcome(run, "fail" if messages else "pass", tuple(verdicts), "; ".join(messages))
+    return Outcome(run, "fail" if messages else "pass", tuple(verdicts), "; ".join(messages), losses=losses)
 
 
 def memory_limit(case: Case) -> int:

@@ -24,6 +24,7 @@ class Outcome:
         reason: why a failure was expected; empty if none was.
         link: where that can be read up.
         seconds: that the backend took to answer; 0 if it did not.
+        losses: the curve of a training trajectory, one loss for each step.
     """
 
     run: Run
@@ -33,6 +34,7 @@ class Outcome:
     reason: str = ""
     link: str = ""
     seconds: float = 0.0
+    losses: tuple[float, ...] = ()
 
     @property
     def ratio(self) -> float:

@@ -285,6 +285,8 @@ class _Session:
         if event["event"] == "answered":
             with np.load(self.folder / f"{index}.npz") as file:
                 found = compare(run, dict(zip(event["names"], file.values(), strict=True)), self.seed)
+        elif event["event"] == "declined":
+            return Outcome(run, "unclaimed", (), event["reason"])
         elif event["event"] == "malformed":
             found = Outcome(run, "fail", (), event["error"])
         elif event["event"] == "raised":

@@ -15,7 +15,7 @@ from selfattn_core.conformance.outcome import Outcome
 from selfattn_core.conformance.runs import Run, all_runs, is_claimed
 from selfattn_core.conformance.worker import malformed
 
-__all__ = ["Kill", "as_table", "judge_in_process", "self_test"]
+__all__ = ["Kill", "judge_in_process", "self_test"]
 
 # More positions do not show a numpy mutant more than few do, and take a hundred times as long.
 _MOST_POSITIONS = 100
@@ -92,32 +92,12 @@ def judge_in_process(backend: Backend, runs: Iterable[Run], seed: int = 0) -> It
         layout = run.layout if run.layout in layouts else layouts[0]
         try:
             with np.errstate(all="ignore"):
-                found = answers(backend, run.case, inputs(run.case, run.dtype, seed), run.dtype, layout)
+                found = answers(backend, run.case, inputs(run.case, run.dtype, seed), run.dtype, layout, seed)
         except Exception:
             yield Outcome(run, "error", (), traceback.format_exc(limit=-1).strip())
             continue
         problem = malformed(found)
         yield Outcome(run, "fail", (), problem) if problem else compare(run, found, seed)
-
-
-def as_table(kills: Sequence[Kill]) -> str:
-    """One line for each mutant: what caught it, and by how much.
-
-    Args:
-        kills: from `self_test`.
-    """
-    rows = [["mutant", "caught by", "noise floors", "runs", "seen in"]]
-    for kill in kills:
-        caught = kill.outcome.run.id if kill.outcome else "SURVIVED"
-        size = "-" if kill.multiple in (0.0, np.inf) else f"{kill.multiple:.2g} ×"
-        rows.append([kill.mutant.name, caught, size, f"{kill.failed}/{kill.asked}", kill.mutant.seen_in])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    killed = sum(kill.outcome is not None for kill in kills)
-    return "\n".join([*lines, "", f"{killed} of {len(kills)} mutants caught."])
 
 
 def _kill(mutant: Mutant, outcomes: list[Outcome]) -> Kill:

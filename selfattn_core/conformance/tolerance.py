@@ -22,7 +22,18 @@ from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.cases import Case, Inputs, inputs
 from selfattn_core.conformance.reference import Reference
 
-__all__ = ["ALLOWANCES", "CAPS", "EPS", "FACTOR", "FACTORS", "Expectation", "Verdict", "expect", "judge"]
+__all__ = [
+    "ALLOWANCES",
+    "CAPS",
+    "EPS",
+    "FACTOR",
+    "FACTORS",
+    "Expectation",
+    "Verdict",
+    "expect",
+    "judge",
+    "ulps",
+]
 
 Array = NDArray[Any]
 
@@ -107,16 +118,27 @@ def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
     reference = want if other == dtype else quantities(case, _cast(noisy), "float64")
     noise = quantities(case, noisy, other)
     ratio = EPS[dtype] / EPS[other]
-    sums, growth = _sizes(case, wide)
+    sizes = ulps(case, wide, want)
     expectations = {}
     for name, value in want.items():
         kind = _kind(case, name)
-        scale = sums.get(name, _largest(value))
-        ulp = EPS[dtype] * scale * growth
+        ulp = EPS[dtype] * sizes[name]
         with np.errstate(invalid="ignore"):
             error = _largest(noise[name].astype(np.float64) - reference[name]) * ratio
         expectations[name] = Expectation(value, error + ALLOWANCES[kind] * ulp, CAPS[kind] * ulp)
     return expectations
+
+
+def ulps(case: Case, wide: Inputs, want: Mapping[str, Array]) -> dict[str, float]:
+    """What one ulp of each quantity is, in eps.
+
+    Args:
+        case: of any family whose quantities are compared with the noise floor.
+        wide: its input, in at least float64.
+        want: what each quantity should be.
+    """
+    sums, growth = _sizes(case, wide)
+    return {name: sums.get(name, _largest(value)) * growth for name, value in want.items()}
 
 
 def judge(quantity: str, got: Array, expectation: Expectation, dtype: str) -> Verdict:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from selfattn_core.conformance.answers import answers
-from selfattn_core.conformance.backend import dtypes_of, expected_failures_of, resolve
+from selfattn_core.conformance.backend import declined, dtypes_of, expected_failures_of, resolve
 from selfattn_core.conformance.cases import CASES, inputs
 from selfattn_core.conformance.runs import Run, chosen_layout, is_claimed
 from selfattn_core.params import widen
@@ -81,8 +81,11 @@ def main(job_file: str) -> None:
             tell(event="started", run=index)
             began = time.perf_counter()
             try:
+                if reason := declined(backend, run.case.config):
+                    tell(event="declined", run=index, reason=reason)
+                    continue
                 given = inputs(run.case, run.dtype, job["seed"])
-                found = answers(backend, run.case, given, run.dtype, chosen_layout(run, layouts))
+                found = answers(backend, run.case, given, run.dtype, chosen_layout(run, layouts), job["seed"])
                 seconds = round(time.perf_counter() - began, 4)
                 if problem := malformed(found):
                     tell(event="malformed", run=index, error=problem)

@@ -10,7 +10,7 @@ import pytest
 
 from selfattn_core.conformance import REGISTRY
 from selfattn_core.conformance.cases import CASES
-from selfattn_core.conformance.report import as_table
+from selfattn_core.conformance.report import as_data, as_table
 from selfattn_core.conformance.runner import run_backend
 from selfattn_core.conformance.runs import LAYOUTS, all_runs
 
@@ -36,7 +36,7 @@ def test_backend_is_conformant(name, monkeypatch):
     # Most of JAX's time is XLA's, for programs that are then run once.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     report = run_backend(name, runs=in_turns(name))
-    assert report.passed, as_table([report])
+    assert report.passed, as_table(as_data([report]))
     unclaimed = {outcome.run.case.family for outcome in report.outcomes if outcome.status == "unclaimed"}
     assert unclaimed == UNCLAIMED.get(name, set())
     assert set(report.layouts) == set(layouts(name))

@@ -15,7 +15,7 @@ from selfattn_core import spec
 from selfattn_core.conformance.backend import REGISTRY, resolve
 from selfattn_core.conformance.cases import CASES, FAMILIES, LEVELS, Inputs, _decided, inputs, needs
 from selfattn_core.conformance.reference import Reference
-from selfattn_core.conformance.report import as_json, as_table
+from selfattn_core.conformance.report import as_data, as_table
 from selfattn_core.conformance.runner import Run, all_runs, compare, run_backend
 from selfattn_core.conformance.selftest import judge_in_process
 from selfattn_core.conformance.tolerance import CAPS, EPS, FACTOR, FACTORS, expect, judge
@@ -183,7 +183,7 @@ def test_a_run_in_a_process_of_its_own(on_path):
     assert report.claims == tuple(sorted(ASKED))
     assert report.seconds > 0
     assert len(report.outcomes) == len(FEW)
-    assert "bit for bit" in as_table([report])
+    assert "bit for bit" in as_table(as_data([report]))
 
 
 def test_what_it_prints_does_not_matter(on_path):
@@ -251,7 +251,7 @@ def test_an_exception_is_an_error_in_its_case_only(on_path):
         "error"
     }
     assert {outcome.status for outcome in report.outcomes if outcome.run.case.family != "forward"} == {"pass"}
-    assert "a bug in here" in as_table([report])
+    assert "a bug in here" in as_table(as_data([report]))
 
 
 def test_what_is_not_claimed_is_listed_as_such(on_path):
@@ -259,7 +259,7 @@ def test_what_is_not_claimed_is_listed_as_such(on_path):
     assert report.passed
     unclaimed = {o.run.case.family for o in report.outcomes if o.status == "unclaimed"}
     assert unclaimed == set(ASKED) - {"forward"}
-    assert as_table([report]).count("unclaimed") == len(ASKED) - 1
+    assert as_table(as_data([report])).count("unclaimed") == len(ASKED) - 1
 
 
 def test_levels_are_reached_by_what_is_claimed_and_passed(on_path):
@@ -315,7 +315,7 @@ def test_a_backend_that_does_not_start(on_path, target, words):
     report = run_backend(target, runs=FEW)
     assert not report.passed
     assert words in report.error
-    assert words in as_table([report])
+    assert words in as_table(as_data([report]))
 
 
 def test_a_name_that_is_no_backend():
@@ -340,7 +340,7 @@ def test_no_forward_case_can_see_the_key_bias():
 
 def test_the_json_holds_every_verdict(on_path):
     report = run_backend("toy_backends:NotANumber", runs=FEW)
-    content = json.loads(json.dumps(as_json([report], seed=0), allow_nan=False))
+    content = json.loads(json.dumps(as_data([report]), allow_nan=False))
     (backend,) = content["backends"]
     assert backend["passed"] is False
     assert len(backend["outcomes"]) == len(FEW)
@@ -383,7 +383,7 @@ def test_a_missing_backend_is_told_at_once(monkeypatch):
     assert time.monotonic() - began < 1
     assert report.missing == ("no_such_framework",)
     assert not report.passed
-    assert "no_such_framework not installed: pip install 'selfattn[torch]'" in as_table([report])
+    assert "no_such_framework not installed: pip install 'selfattn[torch]'" in as_table(as_data([report]))
 
 
 def test_every_ability_is_needed_by_a_case():

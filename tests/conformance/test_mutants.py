@@ -7,7 +7,8 @@ from selfattn_core.conformance import selftest
 from selfattn_core.conformance.cases import FAMILIES
 from selfattn_core.conformance.mutants import MUTANTS, Mutant, edited
 from selfattn_core.conformance.reference import Reference
-from selfattn_core.conformance.selftest import as_table, self_test
+from selfattn_core.conformance.report import as_data, as_table
+from selfattn_core.conformance.selftest import self_test
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def kills():
 def test_all_are_caught(kills):
     assert [kill.mutant.name for kill in kills if kill.outcome is None] == []
     assert len(kills) == len(MUTANTS) == len({mutant.name for mutant in MUTANTS}) >= 40
-    assert f"{len(MUTANTS)} of {len(MUTANTS)} mutants caught." in as_table(kills)
+    assert f"{len(MUTANTS)} of {len(MUTANTS)} mutants caught." in as_table(as_data([], kills=kills))
 
 
 def test_errors_are_far_beyond_what_passes(kills):
@@ -38,7 +39,7 @@ def test_the_unedited_spec_survives():
     (kill,) = self_test([edited("no edit", "forward", ("layer.gamma * layer.z", "layer.gamma * layer.z"))])
     assert kill.outcome is None
     assert kill.failed == 0 < kill.asked
-    assert "SURVIVED" in as_table([kill])
+    assert "SURVIVED" in as_table(as_data([], kills=[kill]))
 
 
 def test_a_backend_of_linear_memory_is_not_caught():

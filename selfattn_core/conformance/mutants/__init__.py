@@ -1,6 +1,6 @@
 """Broken implementations that the kit has to catch: published bugs, bugs one edit away, and bugs of derivatives."""
 
-from selfattn_core.conformance.mutants import behaviour, derivative, function, spectral
+from selfattn_core.conformance.mutants import behaviour, derivative, function, spectral, training
 from selfattn_core.conformance.mutants.mutant import Mutant, edited
 
 __all__ = ["MUTANTS", "Mutant", "edited"]
@@ -10,4 +10,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *derivative.MUTANTS,
     *behaviour.MUTANTS,
     *spectral.MUTANTS,
+    *training.MUTANTS,
 )

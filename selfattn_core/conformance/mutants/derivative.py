@@ -10,7 +10,7 @@ _DQ = '"query": self.dS @ layer.k,'
 _DK = '"key": layer.pool.scatter(_transpose(self.dS) @ layer.q, layer.key_winners),'
 _DV = '"value": layer.pool.scatter(_transpose(layer.A) @ self.G, layer.value_winners),'
 _DX = "self.dx = self.g + sum("
-_DGAMMA = 'gradients["gamma"] = np.sum(self.g * layer.z).reshape(1)'
+_DGAMMA = 'gradients["gamma"] = np.sum(self.g * layer.z, keepdims=True).reshape(1)'
 _OUTER = "return left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])"
 _TOTAL = "return np.asarray(rows.sum(axis=(0, 1)))"
 _DOT_A = "dot_A = A * centred"
@@ -127,7 +127,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "second order: no gradient of gamma",
         "r1",
         (
-            'gradients["gamma"] = np.sum(g * self.dot_z).reshape(1)',
+            'gradients["gamma"] = np.sum(g * self.dot_z, keepdims=True).reshape(1)',
             'gradients["gamma"] = 0 * np.sum(g).reshape(1)',
         ),
     ),

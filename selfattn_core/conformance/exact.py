@@ -1,0 +1,143 @@
+"""Numbers for arrays of dtype object, with which the spec computes the same bits on every machine.
+
+numpy leaves sums to the BLAS and functions to the processor's vector units, so the last bits of a float64 result differ
+between machines. `decimal` is integer arithmetic: fifty digits of it, rounded once to float64 at the end, are the same
+everywhere, and right to the last bit. `Single` is float32 arithmetic in one fixed order, for the size of its errors.
+"""
+
+import decimal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DIGITS", "Single", "fifty_digits", "to_decimals", "to_floats", "to_singles"]
+
+Array = NDArray[Any]
+
+DIGITS = 50
+
+
+@contextmanager
+def fifty_digits() -> Iterator[None]:
+    """A context in which decimals have `DIGITS` digits, whatever the caller's own context is."""
+    context = decimal.Context(prec=DIGITS, rounding=decimal.ROUND_HALF_EVEN)
+    with decimal.localcontext(context):
+        yield
+
+
+class Single:
+    """A float32 number, every operation of which is rounded correctly.
+
+    Sums and products of float32 values are computed in float64 and rounded: with more than twice the digits, that is
+    the same as rounding once.
+
+    Args:
+        value: a number that float32 holds.
+
+    Example:
+        >>> float(Single(16777216.0) + Single(1.0))
+        16777216.0
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __add__(self, other: "Single | int") -> "Single":
+        return _rounded(self.value + _value(other))
+
+    def __mul__(self, other: "Single | int") -> "Single":
+        return _rounded(self.value * _value(other))
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __sub__(self, other: "Single | int") -> "Single":
+        return _rounded(self.value - _value(other))
+
+    def __truediv__(self, other: "Single | int") -> "Single":
+        return _rounded(self.value / _value(other))
+
+    def __abs__(self) -> "Single":
+        return Single(abs(self.value))
+
+    def __lt__(self, other: "Single | int") -> bool:
+        return self.value < _value(other)
+
+    def __gt__(self, other: "Single | int") -> bool:
+        return self.value > _value(other)
+
+    def __le__(self, other: "Single | int") -> bool:
+        return self.value <= _value(other)
+
+    def __ge__(self, other: "Single | int") -> bool:
+        return self.value >= _value(other)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Single | int) and self.value == _value(other)
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def exp(self) -> "Single":
+        """The exponential, by way of fifty digits; numpy's `exp` calls it on arrays of dtype object."""
+        with fifty_digits():
+            return _rounded(float(Decimal(self.value).exp()))
+
+
+def to_decimals(array: Array) -> Array:
+    """The same values as decimals, exactly.
+
+    Args:
+        array: of float32 or float64 values.
+
+    Example:
+        >>> to_decimals(np.array([0.5]))[0]
+        Decimal('0.5')
+    """
+    return _objects(array, Decimal)
+
+
+def to_singles(array: Array) -> Array:
+    """The same values as `Single`s.
+
+    Args:
+        array: of values that float32 holds.
+    """
+    return _objects(array, Single)
+
+
+def to_floats(array: Array) -> Array:
+    """Decimals or `Single`s rounded to float64.
+
+    Args:
+        array: of dtype object.
+
+    Example:
+        >>> to_floats(to_decimals(np.array([0.1])) + to_decimals(np.array([0.2])))
+        array([0.3])
+    """
+    return np.array([float(value) for value in array.flat], np.float64).reshape(array.shape)
+
+
+def _objects(array: Array, number: Any) -> Array:
+    objects = np.empty(array.shape, object)
+    objects.ravel()[:] = [number(float(value)) for value in array.flat]
+    return objects
+
+
+def _value(number: Single | int) -> float:
+    # Integers are the zeros of numpy's own making, and the spec's factors 2.
+    return number.value if type(number) is Single else float(number)
+
+
+def _rounded(value: float) -> Single:
+    return Single(float(np.float32(value)))

@@ -1,0 +1,135 @@
+"""The conformance cases as pytest items, for the test run of somebody else's backend.
+
+    pytest -p selfattn_core.conformance.pytest_plugin --selfattn-backend my_package.mine:Backend
+
+adds one item for each case in each dtype and layout to whatever else is collected; to run nothing else, name a folder
+without tests, or this package: `--pyargs selfattn_core.conformance`. `-k` and `--deselect` choose among the items, and
+only the chosen ones are computed, in one process for each backend. What a backend does not claim is skipped and says so.
+
+The plugin is named on the command line, and is no entry point: installing selfattn changes nobody's test runs.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from selfattn_core.conformance.backend import REGISTRY
+from selfattn_core.conformance.cases import LEVELS
+from selfattn_core.conformance.outcome import Outcome
+from selfattn_core.conformance.runner import BackendReport, run_backend
+from selfattn_core.conformance.runs import Run, all_runs
+
+__all__ = [
+    "BackendCollector",
+    "CaseItem",
+    "pytest_addoption",
+    "pytest_collection_modifyitems",
+    "pytest_report_header",
+]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Three options, all of which begin with `--selfattn`."""
+    group = parser.getgroup("selfattn", "conformance of 2-D self-attention layers")
+    group.addoption(
+        "--selfattn-backend",
+        action="append",
+        default=[],
+        metavar="MODULE:OBJECT",
+        help="a backend to check, or the name of one that ships with selfattn; may be repeated",
+    )
+    group.addoption(
+        "--selfattn-level",
+        choices=list(LEVELS),
+        default="deploy",
+        help="how far to go; by default everything",
+    )
+    group.addoption("--selfattn-seed", type=int, default=0, metavar="S", help="of the random inputs")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Which backends are checked."""
+    names = config.getoption("selfattn_backend")
+    if not names:
+        return []
+    level, seed = config.getoption("selfattn_level"), config.getoption("selfattn_seed")
+    return [f"selfattn: {', '.join(names)} at level {level}, seed {seed}"]
+
+
+# First, so that -k and --deselect of pytest itself see the items.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(
+    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Add the items of each backend."""
+    names = list(dict.fromkeys(config.getoption("selfattn_backend")))
+    if unknown := [name for name in names if name not in REGISTRY and ":" not in name]:
+        raise pytest.UsageError(
+            f"--selfattn-backend {', '.join(unknown)}: expected module:object, for example "
+            f"my_package.mine:Backend, or one of {', '.join(REGISTRY)}."
+        )
+    runs = all_runs(level=config.getoption("selfattn_level"))
+    for name in names:
+        collector = BackendCollector.from_parent(session, name=name, nodeid=name)
+        items.extend(CaseItem.from_parent(collector, name=run.id, run=run) for run in runs)
+
+
+class BackendCollector(pytest.Collector):
+    """The items of one backend, and their one report."""
+
+    _outcomes: dict[Run, Outcome] | None = None
+    _report: BackendReport | None = None
+
+    def collect(self) -> Iterator[pytest.Item]:
+        """Nothing: the items are made where the options are known."""
+        return iter(())
+
+    def outcome(self, run: Run) -> tuple[BackendReport, Outcome | None]:
+        """The report of this backend, made when the first item asks, and what came of a run."""
+        if self._report is None or self._outcomes is None:
+            chosen = [
+                item.run for item in self.session.items if isinstance(item, CaseItem) and item.parent is self
+            ]
+            self._report = run_backend(self.name, seed=self.config.getoption("selfattn_seed"), runs=chosen)
+            self._outcomes = {outcome.run: outcome for outcome in self._report.outcomes}
+        return self._report, self._outcomes.get(run)
+
+
+class NotConformantError(Exception):
+    """Carries the verdict of a case to the report of its failure."""
+
+
+class CaseItem(pytest.Item):
+    """One case in one dtype and layout."""
+
+    def __init__(self, *, run: Run, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.run = run
+
+    def runtest(self) -> None:
+        """Pass, fail, skip or fail as expected, as the kit says."""
+        assert isinstance(self.parent, BackendCollector)  # noqa: S101 - for the type
+        report, outcome = self.parent.outcome(self.run)
+        if report.missing:
+            raise NotConformantError(f"{', '.join(report.missing)} not installed")
+        if outcome is None:
+            raise NotConformantError(f"did not start: {report.error}")
+        if outcome.status == "unclaimed":
+            pytest.skip(f"unclaimed{f': {outcome.message}' if outcome.message else ''}")
+        if outcome.status == "expected-failure":
+            pytest.xfail(f"{outcome.reason} ({outcome.link})")
+        if outcome.status != "pass":
+            raise NotConformantError(f"{outcome.status}: {outcome.message}")
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """The verdict; a traceback through the kit would tell nothing about the backend."""
+        if isinstance(excinfo.value, NotConformantError):
+            case = self.run.case
+            return f"{case.title} ({case.family}; {case.config}, input {case.shape})\n{excinfo.value}"
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[str, None, str]:
+        """The heading of a failure."""
+        assert self.parent is not None  # noqa: S101 - for the type
+        return self.parent.name, None, f"{self.parent.name} {self.run.id}"

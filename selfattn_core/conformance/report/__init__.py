@@ -1,0 +1,20 @@
+"""The reports of a conformance run: one set of data, and the forms that people and programs read it in."""
+
+from selfattn_core.conformance.report.data import as_data, schema
+from selfattn_core.conformance.report.diff import Difference, difference
+from selfattn_core.conformance.report.junit import as_junit
+from selfattn_core.conformance.report.markdown import as_markdown
+from selfattn_core.conformance.report.page import as_html
+from selfattn_core.conformance.report.table import as_table, show
+
+__all__ = [
+    "Difference",
+    "as_data",
+    "as_html",
+    "as_junit",
+    "as_markdown",
+    "as_table",
+    "difference",
+    "schema",
+    "show",
+]

@@ -1,0 +1,63 @@
+"""The report as JUnit XML, which continuous-integration services show test by test."""
+
+from xml.etree import ElementTree as ET
+
+from selfattn_core.conformance.report.summary import Data, run_id
+
+__all__ = ["as_junit"]
+
+
+def as_junit(data: Data) -> str:
+    """One test suite for each backend, one for the planted bugs; unclaimed cases are skipped tests.
+
+    Args:
+        data: the report.
+    """
+    root = ET.Element("testsuites", name="selfattn conform")
+    for backend in data["backends"]:
+        _backend(root, backend)
+    if data["kills"]:
+        suite = ET.SubElement(root, "testsuite", name="self-test")
+        for kill in data["kills"]:
+            case = ET.SubElement(suite, "testcase", name=kill["mutant"], classname="self-test")
+            if not kill["killed"]:
+                ET.SubElement(
+                    case, "failure", message=f"none of {kill['asked']} cases of {kill['family']} notices it"
+                )
+        _count(suite)
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _backend(root: ET.Element, backend: Data) -> None:
+    suite = ET.SubElement(root, "testsuite", name=backend["name"], time=f"{backend['seconds']:.3f}")
+    if backend["versions"]:
+        properties = ET.SubElement(suite, "properties")
+        for name, version in backend["versions"].items():
+            ET.SubElement(properties, "property", name=name, value=version)
+    if backend["missing"] or backend["error"]:
+        case = ET.SubElement(suite, "testcase", name="start", classname=backend["name"])
+        words = backend["error"] or f"{', '.join(backend['missing'])} not installed"
+        ET.SubElement(case, "error", message=words.splitlines()[-1]).text = words
+    for outcome in backend["outcomes"]:
+        case = ET.SubElement(
+            suite, "testcase", name=run_id(outcome), classname=f"{backend['name']}.{outcome['family']}"
+        )
+        status, message = outcome["status"], outcome["message"]
+        if status == "fail":
+            ET.SubElement(case, "failure", message=message).text = outcome["title"]
+        elif status == "error":
+            ET.SubElement(case, "error", message=message.splitlines()[-1] if message else "").text = message
+        elif status == "unclaimed":
+            ET.SubElement(case, "skipped", message=f"unclaimed{f': {message}' if message else ''}")
+        elif status == "expected-failure":
+            ET.SubElement(case, "skipped", message=f"expected: {outcome['reason']} ({outcome['link']})")
+    _count(suite)
+
+
+def _count(suite: ET.Element) -> None:
+    cases = suite.findall("testcase")
+    suite.set("tests", str(len(cases)))
+    for kind in ("failure", "error", "skipped"):
+        name = {"failure": "failures", "error": "errors"}.get(kind, kind)
+        suite.set(name, str(sum(case.find(kind) is not None for case in cases)))

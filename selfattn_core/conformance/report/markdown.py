@@ -1,0 +1,112 @@
+"""The report as Markdown, for a pull request or a README."""
+
+from selfattn_core.conformance.report.summary import (
+    Data,
+    family_cell,
+    family_title,
+    level_cell,
+    multiple,
+    problems,
+    tested_levels,
+    verdict,
+    worst,
+)
+
+__all__ = ["as_markdown"]
+
+_MARKS = {"good": "✅", "bad": "❌", "expected": "🟡", "unclaimed": "–", "absent": "❔"}
+_MOST_PROBLEMS = 50
+
+
+def as_markdown(data: Data) -> str:
+    """Verdict, scorecard by level, worst error by family, problems, planted bugs, versions.
+
+    Args:
+        data: the report.
+    """
+    good, words = verdict(data)
+    lines = [f"## {'✅' if good else '❌'} selfattn conformance", "", _escaped(words), ""]
+    if data["backends"]:
+        lines += [*_scorecard(data), "", *_families(data), "", *_problems(data), *_worst(data)]
+    if data["kills"]:
+        lines += [*_kills(data), ""]
+    lines += ["| | versions |", "|---|---|"]
+    for name, versions in [
+        *((backend["name"], backend["versions"]) for backend in data["backends"]),
+        ("spec", data["versions"]),
+    ]:
+        lines.append(
+            f"| {_escaped(name)} | {', '.join(f'{key} {value}' for key, value in versions.items())} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _scorecard(data: Data) -> list[str]:
+    levels = list(tested_levels(data))
+    lines = [f"| backend | {' | '.join(levels)} | conformant at |", f"|---|{'---|' * len(levels)}---|"]
+    for backend in data["backends"]:
+        cells = [level_cell(data, backend, level) for level in levels]
+        shown = " | ".join(f"{_MARKS[cell.kind]} {cell.text}" for cell in cells)
+        lines.append(f"| {_escaped(backend['name'])} | {shown} | {backend['level'] or '–'} |")
+    return lines
+
+
+def _families(data: Data) -> list[str]:
+    names = [_escaped(backend["name"]) for backend in data["backends"]]
+    lines = [
+        "Worst error by family, as a multiple of the noise floor:",
+        "",
+        f"| | {' | '.join(names)} |",
+        f"|---|{'---|' * len(names)}",
+    ]
+    for families in tested_levels(data).values():
+        for family in families:
+            cells = [family_cell(data, backend, family) for backend in data["backends"]]
+            if any(cell.text != "–" for cell in cells):
+                lines.append(f"| {family_title(family)} | {' | '.join(cell.text for cell in cells)} |")
+    return lines
+
+
+def _problems(data: Data) -> list[str]:
+    lines = []
+    for backend in data["backends"]:
+        if wrong := problems(backend):
+            lines += [f"### {_escaped(backend['name'])}", ""]
+            lines += [f"- {_escaped(line)}" for line in wrong[:_MOST_PROBLEMS]]
+            if len(wrong) > _MOST_PROBLEMS:
+                lines.append(f"- and {len(wrong) - _MOST_PROBLEMS} more")
+            lines.append("")
+    return lines
+
+
+def _worst(data: Data) -> list[str]:
+    lines = [
+        "<details><summary>Worst cases</summary>",
+        "",
+        "| backend | case | error / floor | allowed |",
+        "|---|---|---|---|",
+    ]
+    for backend, outcome, _ in worst(data, 10):
+        allowed = data["factors"][outcome["dtype"]]
+        lines.append(
+            f"| {_escaped(backend['name'])} | {outcome['case']} ({_escaped(outcome['title'])}; {outcome['dtype']}, "
+            f"{outcome['layout']}) | {multiple(max(outcome['ratios'].values()))} | {allowed:g} × |"
+        )
+    return [*lines, "", "</details>", ""]
+
+
+def _kills(data: Data) -> list[str]:
+    lines = ["| planted bug | seen in | noticed by | multiple of the floor |", "|---|---|---|---|"]
+    for kill in data["kills"]:
+        ratio = "–" if kill["ratio"] is None else multiple(kill["ratio"])
+        by = f"{kill['case']} ({kill['dtype']})" if kill["killed"] else "❌ nothing"
+        lines.append(f"| {_escaped(kill['mutant'])} | {_escaped(kill['seen_in'])} | {by} | {ratio} |")
+    return lines
+
+
+def _escaped(words: str) -> str:
+    """On one line, and with nothing in it that Markdown or a table would take for its own."""
+    flat = " ".join(words.split())
+    for character in "\\`|<>*_":
+        flat = flat.replace(character, f"\\{character}")
+    return flat

@@ -1,0 +1,237 @@
+"""What a report says in short: cells of its tables, worst cases, problems. Every form of it reads these.
+
+A report is the content of the JSON file (`schema.json`), so that one that was kept can be shown again.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = [
+    "Cell",
+    "Data",
+    "allowed",
+    "counts",
+    "family_cell",
+    "family_title",
+    "level_cell",
+    "multiple",
+    "problems",
+    "ratio_of",
+    "run_id",
+    "tested_levels",
+    "verdict",
+    "worst",
+]
+
+Data = Mapping[str, Any]
+
+_TITLES = {
+    "map": "attention map",
+    "vjp": "gradients",
+    "r1": "R1 penalty",
+    "mixed": "mixed second order",
+    "params": "parameters",
+    "init": "initialisation",
+    "trajectory": "training, 200 steps",
+    "sizes": "two sizes",
+    "batch": "batch independence",
+    "permutation": "permuted positions",
+    "nonfinite": "NaN and infinity",
+    "dtype": "16 bits",
+    "saved": "saved and loaded",
+    "per_sample": "per-sample gradients",
+    "memory": "linear memory",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One field of a table.
+
+    Args:
+        kind: "good", "bad", "expected" (a known failure), "unclaimed" or "absent".
+        text: what it says.
+        share: the worst error as a share of what is allowed, 0 to 1; None where nothing was measured.
+        case: where that was.
+    """
+
+    kind: Literal["good", "bad", "expected", "unclaimed", "absent"]
+    text: str
+    share: float | None = None
+    case: str = ""
+
+
+def family_title(family: str) -> str:
+    """A family in words.
+
+    Example:
+        >>> family_title("r1"), family_title("determinism")
+        ('R1 penalty', 'determinism')
+    """
+    return _TITLES.get(family, family.replace("_", " "))
+
+
+def run_id(outcome: Data) -> str:
+    """As in "SA-FWD-001/float32/channels_last"."""
+    return f"{outcome['case']}/{outcome['dtype']}/{outcome['layout']}"
+
+
+def ratio_of(outcome: Data) -> float | None:
+    """The worst error of an outcome in noise floors; None if there is none to give."""
+    ratios = list(outcome["ratios"].values())
+    return None if not ratios or None in ratios else max(ratios)
+
+
+def multiple(ratio: float) -> str:
+    """A multiple of the noise floor in few digits.
+
+    Example:
+        >>> multiple(0.634), multiple(6.5e11)
+        ('0.63 ×', '6.5e+11 ×')
+    """
+    return f"{ratio:.2f} ×" if ratio < 100 else f"{ratio:.3g} ×"
+
+
+def allowed(data: Data, dtype: str) -> float:
+    """How many noise floors an error may reach."""
+    return float(data["factors"][dtype])
+
+
+def tested_levels(data: Data) -> dict[str, list[str]]:
+    """The families of each level that this report asked for."""
+    levels: dict[str, list[str]] = {}
+    for level, families in data["levels"].items():
+        levels[level] = list(families)
+        if level == data["level"]:
+            break
+    return levels
+
+
+def family_cell(data: Data, backend: Data, family: str) -> Cell:
+    """One family of one backend.
+
+    Args:
+        data: the report.
+        backend: of `data["backends"]`.
+        family: of the cases.
+    """
+    return _cell(data, backend, (family,))
+
+
+def level_cell(data: Data, backend: Data, level: str) -> Cell:
+    """The families that a level adds, of one backend.
+
+    Args:
+        data: the report.
+        backend: of `data["backends"]`.
+        level: of `data["levels"]`.
+    """
+    return _cell(data, backend, data["levels"][level])
+
+
+def worst(data: Data, number: int) -> list[tuple[Data, Data, float]]:
+    """The outcomes that come closest to what is allowed, or exceed it.
+
+    Args:
+        data: the report.
+        number: how many.
+
+    Returns:
+        (backend, outcome, share of what is allowed), the worst first, one for each backend and case.
+    """
+    found: dict[tuple[str, str], tuple[Data, Data, float]] = {}
+    for backend in data["backends"]:
+        for outcome in backend["outcomes"]:
+            ratio = ratio_of(outcome)
+            if ratio is None:
+                continue
+            share = ratio / allowed(data, outcome["dtype"])
+            key = (backend["name"], outcome["case"])
+            if key not in found or share > found[key][2]:
+                found[key] = (backend, outcome, share)
+    return sorted(found.values(), key=lambda row: -row[2])[:number]
+
+
+def problems(backend: Data) -> list[str]:
+    """What is wrong with a backend, one line each."""
+    if backend["missing"]:
+        return [f"{', '.join(backend['missing'])} not installed: pip install 'selfattn[{backend['extra']}]'"]
+    if backend["error"]:
+        return [f"did not start: {backend['error']}"]
+    return [
+        f"{outcome['case']} ({outcome['title']}; {outcome['dtype']}, {outcome['layout']}): "
+        f"{outcome['status']}: {outcome['message']}"
+        for outcome in backend["outcomes"]
+        if outcome["status"] in ("fail", "error")
+    ]
+
+
+def counts(outcomes: Iterable[Data]) -> dict[str, int]:
+    """How many outcomes have each status."""
+    found: dict[str, int] = {}
+    for outcome in outcomes:
+        found[outcome["status"]] = found.get(outcome["status"], 0) + 1
+    return found
+
+
+def verdict(data: Data) -> tuple[bool, str]:
+    """The whole report in a sentence, and whether it is good news.
+
+    Args:
+        data: the report.
+    """
+    parts, good = [], True
+    backends = data["backends"]
+    if backends:
+        passed = [backend["name"] for backend in backends if backend["passed"]]
+        failed = [b["name"] for b in backends if not b["passed"] and not b["missing"]]
+        missing = [backend["name"] for backend in backends if backend["missing"]]
+        good = not failed and not missing
+        if passed:
+            everything = "every check that it claims" if len(passed) == 1 else "every check that they claim"
+            parts.append(f"{_listed(passed)} passed {everything}")
+        if failed:
+            parts.append(f"{_listed(failed)} failed")
+        if missing:
+            parts.append(f"{_listed(missing)} could not be run: something is not installed")
+    if data["kills"]:
+        alive = [kill["mutant"] for kill in data["kills"] if not kill["killed"]]
+        good = good and not alive
+        if alive:
+            parts.append(
+                f"{len(alive)} of {len(data['kills'])} planted bugs were not noticed: {_listed(alive)}"
+            )
+        else:
+            parts.append(f"all {len(data['kills'])} planted bugs were noticed")
+    return good, "; ".join(parts) + "."
+
+
+def _cell(data: Data, backend: Data, families: Sequence[str]) -> Cell:
+    if backend["missing"] or backend["error"]:
+        return Cell("absent", "missing") if backend["missing"] else Cell("bad", "error")
+    outcomes = [outcome for outcome in backend["outcomes"] if outcome["family"] in families]
+    claimed = [outcome for outcome in outcomes if outcome["status"] != "unclaimed"]
+    failed = [outcome for outcome in claimed if outcome["status"] in ("fail", "error")]
+    expected = [outcome for outcome in claimed if outcome["status"] == "expected-failure"]
+    if not claimed:
+        return Cell("unclaimed", "unclaimed" if outcomes else "–")
+    if failed:
+        return Cell("bad", f"{len(failed)} of {len(claimed)} FAILED", case=failed[0]["case"])
+    if expected:
+        return Cell(
+            "expected", f"{len(expected)} of {len(claimed)} fail as expected", case=expected[0]["case"]
+        )
+    measured = [
+        (ratio / allowed(data, outcome["dtype"]), ratio, outcome)
+        for outcome in claimed
+        if (ratio := ratio_of(outcome))
+    ]
+    if not measured:
+        return Cell("good", "bit for bit" if tuple(families) == ("params",) else "passed")
+    share, ratio, outcome = max(measured, key=lambda row: row[0])
+    return Cell("good", multiple(ratio), share, outcome["case"])
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,131 @@
+"""The plugin as a third party uses it: items with the ids of the cases, and verdicts in place of tracebacks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from selfattn_core.conformance.runs import all_runs
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """Somebody's project, with a test of its own."""
+    (tmp_path / "test_own.py").write_text("def test_own():\n    assert True\n", encoding="utf-8")
+    return tmp_path
+
+
+def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "selfattn_core.conformance.pytest_plugin",
+    ]
+    return subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"},
+    )
+
+
+def test_cases_run_beside_their_own_tests(theirs):
+    result = run_pytest(
+        theirs, "-v", "-rs", "--selfattn-backend", "toy_backends:InferenceOnly", "-k", "own or FWD-00"
+    )
+    assert result.returncode == 0, result.stdout
+    assert "selfattn: toy_backends:InferenceOnly at level deploy, seed 0" in result.stdout
+    assert "test_own.py::test_own PASSED" in result.stdout
+    assert "toy_backends:InferenceOnly::SA-FWD-001/float32/channels_last PASSED" in result.stdout
+    assert (
+        "toy_backends:InferenceOnly::SA-FWD-001/float32/channels_first SKIPPED (unclaimed)" in result.stdout
+    )
+    runs = [run for run in all_runs() if "FWD-00" in run.id]
+    unclaimed = sum(run.layout == "channels_first" for run in runs)
+    assert f"{1 + len(runs) - unclaimed} passed, {unclaimed} skipped" in result.stdout
+
+
+def test_nothing_else_runs_if_this_package_is_named(theirs):
+    arguments = [
+        "--selfattn-backend",
+        "toy_backends:InferenceOnly",
+        "--selfattn-level",
+        "core",
+        "--selfattn-seed",
+        "5",
+    ]
+    result = run_pytest(
+        theirs, *arguments, "--pyargs", "selfattn_core.conformance", "-k", "float64 and channels_last"
+    )
+    assert result.returncode == 0, result.stdout
+    assert "at level core, seed 5" in result.stdout
+    assert "error" not in result.stdout.lower()
+    assert "VJP" not in result.stdout
+
+
+def test_a_failure_shows_the_verdict_and_no_traceback(theirs):
+    result = run_pytest(
+        theirs,
+        "--selfattn-backend",
+        "toy_backends:NotANumber",
+        "--selfattn-backend",
+        "toy_backends:Dies",
+        "-k",
+        "(FWD-001 or MAP-001) and float32 and channels_last",
+    )
+    assert result.returncode == 1
+    assert "toy_backends:NotANumber SA-FWD-001/float32/channels_last" in result.stdout
+    assert "fail: y: got NaN or infinity where a number was expected" in result.stdout
+    assert "flat form (forward; SelfAttentionConfig(channels=24" in result.stdout
+    assert "error: the process died by signal 11 in this case" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert "pytest_plugin.py" not in result.stdout
+    assert "2 failed, 2 passed" in result.stdout
+
+
+def test_expected_failures(theirs):
+    result = run_pytest(
+        theirs, "-rx", "--selfattn-backend", "toy_backends:KnownFailure", "-k", "FWD-001 and channels_last"
+    )
+    assert "xfailed" in result.stdout
+    stale = run_pytest(
+        theirs, "--selfattn-backend", "toy_backends:StaleFailure", "-k", "FWD-001 and channels_last"
+    )
+    assert "was expected to fail" in stale.stdout
+    assert stale.returncode == 1
+
+
+def test_a_backend_that_does_not_start_fails_every_case(theirs):
+    result = run_pytest(theirs, "--selfattn-backend", "no_such_module:Backend", "-k", "FWD-001 and float32")
+    assert result.returncode == 1
+    assert "did not start" in result.stdout
+    assert "No module named 'no_such_module'" in result.stdout
+
+
+def test_wrong_options_are_told_at_once(theirs):
+    result = run_pytest(theirs, "--selfattn-backend", "tensorfow")
+    assert result.returncode == 4
+    assert "--selfattn-backend tensorfow: expected module:object" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_without_a_backend_it_changes_nothing(theirs):
+    result = run_pytest(theirs, "-v")
+    assert "1 passed" in result.stdout
+    assert "selfattn: " not in result.stdout
+
+
+def test_no_run_loads_it_unasked():
+    entry_points = __import__("importlib.metadata").metadata.entry_points(group="pytest11")
+    assert not [entry.value for entry in entry_points if entry.value.startswith("selfattn")]
