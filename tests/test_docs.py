@@ -121,7 +121,7 @@ def test_the_page_for_authors_lists_every_claim_with_its_method():
     ("place", "text"), fenced("sh"), ids=lambda value: value[:40].strip() if "docs" in value else ""
 )
 def test_commands_and_their_options_exist(place, text):
-    for line in text.splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         words = line.partition("#")[0].split()
         if words[:1] == ["selfattn"] and len(words) > 1:
             command = main.get_command(click.Context(main), words[1])

@@ -79,7 +79,7 @@ class InspectReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
-        return {"format_of_this": "selfattn inspection", "version": 1, **asdict(self)}
+        return {"kind": "selfattn inspection", "version": 1, **asdict(self)}
 
     def to_text(self) -> str:
         """What a person wants to know."""

@@ -159,7 +159,7 @@ class _Port:
     def __init__(self, source: Path, target: Path, to: str, options: _Options) -> None:
         _check_dtype(options.dtype)
         self.source, self.target, self.options = source, target, options
-        self.to = _dialect(to)
+        self.to = dialect(to)
         if self.to.refused:
             raise PortError(
                 f"{self.to.name} cannot be written: {self.to.reason}. Instead: {self.to.instead}."
@@ -324,10 +324,6 @@ class _Port:
 def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise PortError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
-
-
-def _dialect(name: str) -> Dialect:
-    return dialect(name)
 
 
 _SUFFIXES = {

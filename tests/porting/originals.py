@@ -265,7 +265,8 @@ def torch_checkpoint(
                 make.unit(fan_in),
             )
         elif form == "rosinality":
-            make.weight(f"{name}.weight_orig", shape, fan_in)
+            # Small, so that an eps would matter: the original has none.
+            make.p[f"{name}.weight_orig"] = make.normal(*shape, scale=0.01)
             make.weight(f"{name}.weight", shape, fan_in)
             make.p[f"{name}.weight_u"] = make.unit(out)
         if bias:

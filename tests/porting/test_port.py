@@ -571,6 +571,18 @@ def test_a_target_that_comes_back_changed_fails(tmp_path, monkeypatch):
     assert not (tmp_path / "o.npz").exists()
 
 
+def test_a_target_that_means_something_else_fails(tmp_path, monkeypatch):
+    """The file holds what was to be written, and its dialect reads another layer from it."""
+    from selfattn_core.porting.exporting import _Exporter
+
+    path, _ = written(tmp_path, "heykeetae, plain")
+    monkeypatch.setattr(_Exporter, "_bias", lambda self, role, *_: self.params[f"{role}.bias"] + 1)
+    report = port(path, tmp_path / "o.npz", dialect="heykeetae", to="danet")
+    assert outcomes(report)["round trip"] == "passed"
+    assert outcomes(report)["read back as danet"] == "failed"
+    assert not (tmp_path / "o.npz").exists()
+
+
 WRONG = """
 import numpy as np
 from selfattn_core import spec
