@@ -5,9 +5,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from selfattn_core import SelfAttentionConfig, parameter_table, save, save_blocks
+from selfattn_core import SelfAttentionConfig, init_params, parameter_table, save, save_blocks, spec
 from selfattn_core.attend import attend_files
 from selfattn_core.cli import main
+from selfattn_core.params import fold_spectral_norm
 
 H, W, C = 5, 8, 16
 CONFIG = SelfAttentionConfig(C, 16, kv_pool=1)
@@ -91,6 +92,23 @@ def test_a_block_of_a_file_with_several(files):
 def draw(config):
     generator = np.random.default_rng(0)
     return {name: generator.standard_normal(row.shape) for name, row in parameter_table(config).items()}
+
+
+def test_spectral_norm_is_that_of_the_evaluation(files):
+    config = SelfAttentionConfig(C, 5, spectral_norm=True)
+    params = init_params(config, seed=1) | {"gamma": np.full(1, 0.7, np.float32)}
+    save(files / "normalised.safetensors", config, params)
+    points = [(15, 65)]
+    found = attend_files(files / "normalised.safetensors", files / "x.npy", files / "image.png", points)
+    want = spec.attention_map(*fold_spectral_norm(config, params), np.load(files / "x.npy")[None])
+    unnormalised = spec.attention_map(
+        SelfAttentionConfig(C, 5),
+        {name: array for name, array in params.items() if name in parameter_table(config)},
+        np.load(files / "x.npy")[None],
+    )
+    tolerance = 64 * np.finfo(np.float32).eps
+    assert np.abs(found.grid.reshape(want.shape) - want).max() < tolerance
+    assert np.abs(found.grid.reshape(want.shape) - unnormalised).max() > 100 * tolerance
 
 
 def test_gamma_of_zero_is_warned_of(files):
