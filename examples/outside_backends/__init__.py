@@ -1,0 +1,1 @@
+"""Two implementations of the layer that share no code with this library, and conform."""
