@@ -74,11 +74,9 @@ def _headline(data: Data) -> str:
     parts = []
     if backends:
         number = len(backends)
-        every = "All" if number > 1 else "The"
-        plural, verb = ("s", "pass") if number > 1 else ("", "passes")
-        count = f" {number}" if number > 1 else ""
-        whole = f"{every}{count} backend{plural} {verb}"
-        parts.append(whole if passed == number else f"{passed} of {number} backend{plural} pass")
+        whole = {1: "The backend passes", 2: "Both backends pass"}.get(number, f"All {number} backends pass")
+        some = f"{passed} of {number} backends pass" if number > 1 else "The backend does not pass"
+        parts.append(whole if passed == number else some)
     if data["kills"]:
         killed = sum(kill["killed"] for kill in data["kills"])
         parts.append(f"{killed} of {len(data['kills'])} planted bugs noticed")
