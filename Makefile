@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check format conform golden golden-check bench docs fuzz test-peers wheel clean
+.PHONY: help demo test check format conform calibrate golden golden-check bench docs fuzz test-peers wheel clean
 help:  ## what the targets do
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -42,6 +42,9 @@ golden: $(INSTALLED)  ## write the golden vectors that are not there yet
 
 golden-check: $(INSTALLED)  ## compute all golden vectors again, compare every bit
 	$(BIN)/python -m selfattn_core.conformance.golden golden-vectors --check
+
+calibrate: $(INSTALLED)  ## how near right backends come to the limits, over 200 seeds: half an hour
+	$(BIN)/python -m selfattn_core.conformance.calibrate
 
 bench: $(INSTALLED)  ## time and memory, written to benchmarks/results
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench

@@ -280,13 +280,14 @@ elif _FRAMEWORK == "jax":
         return list(_compiled(model, "vjp", lambda *given: _gradients(model, *given))(dy, x, *model.values))
 
     def _r1(model: Model, x: Tensor, w: Tensor) -> tuple[Tensor, list[Tensor]]:
-        values = model.values
+        def penalised(w: Tensor, *inputs: Tensor) -> Any:
+            def penalty(x: Tensor, *values: Tensor) -> Tensor:
+                dx = jax.grad(lambda x: (w * _call(model, x, *values)).sum())(x)
+                return (dx * dx).sum()
 
-        def penalty(x: Tensor, *values: Tensor) -> Tensor:
-            dx = jax.grad(lambda x: (w * _call(model, x, *values)).sum())(x)
-            return (dx * dx).sum()
+            return jax.value_and_grad(penalty, range(len(inputs)))(*inputs)
 
-        value, gradients = jax.jit(jax.value_and_grad(penalty, range(1 + len(values))))(x, *values)
+        value, gradients = _compiled(model, "r1", penalised)(w, x, *model.values)
         return value, list(gradients)
 
     def _vjp_of_vjp(model: Model, x: Tensor, dy: Tensor, cotangents: list[Tensor]) -> list[Tensor]:
@@ -294,7 +295,7 @@ elif _FRAMEWORK == "jax":
             _, pullback = jax.vjp(lambda *inputs: _gradients(model, *inputs), *inputs)
             return tuple(pullback(cotangents))
 
-        return list(jax.jit(second)(tuple(cotangents), dy, x, *model.values))
+        return list(_compiled(model, "mixed", second)(tuple(cotangents), dy, x, *model.values))
 
     def _per_sample(model: Model, x: Tensor, dy: Tensor) -> list[Tensor]:
         def one(x: Tensor, dy: Tensor, *values: Tensor) -> tuple[Tensor, ...]:

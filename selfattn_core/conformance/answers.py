@@ -115,7 +115,11 @@ def _spectral_norm(backend: Backend, model: Any, case: Case, given: Inputs) -> M
         return backend.training_pass(model, given.x)
     if case.of == "mixed":
         return _mixed(backend, model, case, given)
-    return backend.params(model) if case.of == "params" else _value(backend, model, case, given)
+    if case.of == "params":
+        # An evaluation leaves the state where it is.
+        backend.forward(model, given.x)
+        return backend.params(model)
+    return _value(backend, model, case, given)
 
 
 def _compiled(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:

@@ -185,7 +185,7 @@ def needs(case: Case) -> frozenset[Ability]:
         "params": {"params"},
         "init": {"init"},
         "trajectory": {"forward", "vjp"},
-        "spectral_norm": {"spectral_norm", case.of},
+        "spectral_norm": {"spectral_norm", "forward", case.of},
         "r1": {"r1"},
         "mixed": {"mixed"},
         "dtype": {case.of},

@@ -23,11 +23,20 @@ from selfattn_core.conformance.outcome import Outcome
 from selfattn_core.conformance.runs import Run, all_runs, chosen_layout, is_claimed
 from selfattn_core.installed import missing_modules
 
-__all__ = ["BackendReport", "Outcome", "Run", "all_runs", "compare", "run_backend", "run_backends"]
+__all__ = [
+    "ENVIRONMENT",
+    "BackendReport",
+    "Outcome",
+    "Run",
+    "all_runs",
+    "compare",
+    "run_backend",
+    "run_backends",
+]
 
 Array = NDArray[Any]
 
-_ENVIRONMENT: Mapping[str, str] = {
+ENVIRONMENT: Mapping[str, str] = {
     # float64 needs x64 in JAX, and full float32 products need the reduced formats of accelerators off. They are set
     # here, in a process that only checks, and nowhere in the library.
     "JAX_ENABLE_X64": "1",
@@ -248,7 +257,7 @@ class _Session:
         with output.open("wb") as stream:
             return subprocess.Popen(
                 [sys.executable, "-m", "selfattn_core.conformance.worker", str(job_file)],
-                env={**os.environ, **_ENVIRONMENT, **self.registered.environment},
+                env={**os.environ, **ENVIRONMENT, **self.registered.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,

@@ -71,6 +71,27 @@ class IteratesInEvaluation(Reference):
         return super().forward(replace(model, params=spec.power_iteration(model.config, model.params)), x)
 
 
+class MovesInEvaluation(Reference):
+    """Keeps the state outside the model, as a layer does, and improves it at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[str, Array] = {}
+
+    def build(self, *arguments: Any) -> Model:
+        model = super().build(*arguments)
+        self.held = dict(model.params)
+        return model
+
+    def forward(self, model: Model, x: Array) -> Array:
+        y = super().forward(replace(model, params=self.held), x)
+        self.held = spec.power_iteration(model.config, self.held)
+        return y
+
+    def params(self, model: Model) -> dict[str, Array]:  # noqa: ARG002 - the state is kept here
+        return self.held
+
+
 _BACK = "return np.asarray((dW - np.sum(dW * self.applied) * self.direction) / self.sigma)"
 _TABLE: tuple[tuple[str, type[Reference], str], ...] = (
     ("state never moves", StateStays, ""),
@@ -83,6 +104,11 @@ _TABLE: tuple[tuple[str, type[Reference], str], ...] = (
     ),
     ("power iteration from u", IteratesFromU, "ajbrock/BigGAN-PyTorch and the authors' code"),
     ("state not exported", StateNotExported, ""),
+    (
+        "norm moves in evaluation",
+        MovesInEvaluation,
+        "taki0112/Self-Attention-GAN-Tensorflow, rosinality/sagan-pytorch, compare_gan",
+    ),
     ("iteration in evaluation", IteratesInEvaluation, "flax.linen.SpectralNorm, ajbrock/BigGAN-PyTorch"),
 )
 

@@ -1,0 +1,34 @@
+"""The limits have been tried on right backends: what was measured is committed, and was no false alarm."""
+
+import json
+
+from selfattn_core.conformance import REGISTRY
+from selfattn_core.conformance.calibrate import RESULT, TURNS, calibrated_runs, measure
+from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.tolerance import FACTORS
+
+
+def test_the_committed_calibration_has_no_false_alarm():
+    found = json.loads(RESULT.read_text(encoding="utf-8"))
+    assert found["limits"] == FACTORS, "the limits have changed since they were tried: make calibrate"
+    assert list(found["backends"]) == list(REGISTRY)
+    for measured in found["backends"].values():
+        assert measured["seeds"] >= 200
+        assert measured["runs"] >= 200 * len(calibrated_runs()) // TURNS // 2
+        assert measured["false_alarms"] == []
+        for key, worst in measured["worst"].items():
+            assert worst["floors"] <= FACTORS[key.partition("/")[2]]
+
+
+def test_the_measurement_sees_an_alarm_and_the_worst():
+    class Wrong(Reference):
+        def attention_map(self, model, x):
+            attention = super().attention_map(model, x)
+            return attention * attention.dtype.type(1.01)
+
+    right, wrong = measure(Reference(), 2), measure(Wrong(), 2)
+    assert right["false_alarms"] == []
+    assert right["worst"]["forward/float32"]["floors"] <= 1
+    assert wrong["false_alarms"]
+    assert all("SA-MAP" in alarm or "SA-DTY" in alarm for alarm in wrong["false_alarms"])
+    assert wrong["worst"]["map/float64"]["floors"] > FACTORS["float64"]
