@@ -9,7 +9,7 @@ from selfattn_core.conformance.compare import compare
 from selfattn_core.conformance.optimizers import Adam, Momentum
 from selfattn_core.conformance.runs import Run
 from selfattn_core.conformance.tolerance import FACTOR
-from selfattn_core.conformance.training import BATCHES, STEPS, problem, reference, train, trained
+from selfattn_core.conformance.training import BATCHES, STEPS, follow, problem, reference, train, trained
 from selfattn_core.conformance.trajectory import judge_trajectory
 
 TRAINING = {case.id: case for case in CASES if case.family == "trajectory"}
@@ -189,6 +189,26 @@ def test_gradients_that_do_not_fit_are_named():
 
     with pytest.raises(ValueError, match=r"vjp: query.kernel is missing; gamma is \(\), should be \(1,\)"):
         train(Misshapen(), TRAINING["SA-TRN-001"], "float32", "")
+
+
+def test_what_is_handed_to_the_backward_is_the_derivative_of_the_loss():
+    case = TRAINING["SA-TRN-003"]
+    given, seen = problem(case), []
+    step = 1e-6
+    bump = np.zeros_like(given.x[0])
+    bump[1, 2, 3, 4] = step
+
+    def losses(shift):
+        def vjp(params, x, dy):
+            seen.append(dy)
+            return {name: np.zeros_like(value) for name, value in params.items()}
+
+        return follow(given, Momentum(), "float64", lambda _, x: x + shift, vjp).losses
+
+    plus, minus = losses(bump), losses(-bump)
+    positions = given.x[0].size // case.config.channels
+    assert losses(0 * bump)[0] == pytest.approx(0.5 * ((given.x[0] - given.target[0]) ** 2).sum() / positions)
+    assert seen[-STEPS][1, 2, 3, 4] == pytest.approx((plus[0] - minus[0]) / (2 * step), rel=1e-6)
 
 
 def test_optimisers_by_hand():
