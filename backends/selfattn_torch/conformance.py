@@ -183,6 +183,20 @@ class TorchBackend:
         return found
 
 
+class PlainGamma(TorchBackend):
+    """A mutant for the kit's own test: gamma is a tensor and no parameter, so that it is neither trained nor saved."""
+
+    def build(
+        self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
+    ) -> Model:
+        """The layer, with its parameter replaced."""
+        model = super().build(config, params, dtype, layout)
+        gamma = model.layer.gamma.detach()
+        del model.layer.gamma
+        model.layer.gamma = gamma
+        return model
+
+
 backend = TorchBackend()
 
 
