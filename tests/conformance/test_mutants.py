@@ -8,7 +8,9 @@ from selfattn_core.conformance.cases import FAMILIES
 from selfattn_core.conformance.mutants import MUTANTS, Mutant, edited
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.report import as_data, as_table
-from selfattn_core.conformance.selftest import self_test
+from selfattn_core.conformance.selftest import judge_in_process, self_test, small_runs
+
+EMPTY = [run for run in small_runs(["vjp"]) if 0 in run.case.shape]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,18 @@ def test_an_edit_that_fits_no_longer_is_told():
     mutant = edited("stale", "forward", ("no such text", ""))
     with pytest.raises(ValueError, match="'no such text' stands 0 times in the spec"):
         self_test([mutant])
+
+
+def test_no_gradient_of_a_mutant_warns_at_the_empty_batch():
+    # Warnings are errors here, and an error of a mutant is an outcome.
+    warning = [
+        (mutant.name, outcome.run.id)
+        for mutant in MUTANTS
+        if mutant.family == "vjp"
+        for outcome in judge_in_process(mutant.make(), EMPTY)
+        if "RuntimeWarning" in outcome.message
+    ]
+    assert warning == []
 
 
 def test_the_command_fails_if_one_survives(monkeypatch):

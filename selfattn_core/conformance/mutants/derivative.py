@@ -60,7 +60,11 @@ MUTANTS: tuple[Mutant, ...] = (
             _OUTER.replace("left.reshape", "left[:1].reshape").replace("right.reshape", "right[:1].reshape"),
         ),
     ),
-    edited("bias gradients as means", "vjp", (_TOTAL, "return np.asarray(rows.mean(axis=(0, 1)))")),
+    edited(
+        "bias gradients as means",
+        "vjp",
+        (_TOTAL, "return np.asarray(rows.sum(axis=(0, 1)) / max(1, rows[..., 0].size))"),
+    ),
     edited(
         "gamma missing from the gradient of the out kernel",
         "vjp",
