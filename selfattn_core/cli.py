@@ -216,3 +216,7 @@ def _version(module: str) -> str:
     """The version of the distribution that a module comes from, without importing it."""
     distributions = importlib.metadata.packages_distributions().get(module, [module])
     return importlib.metadata.version(distributions[0])
+
+
+if __name__ == "__main__":
+    main(prog_name="selfattn")

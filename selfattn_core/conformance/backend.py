@@ -17,10 +17,12 @@ __all__ = [
     "Ability",
     "Backend",
     "Layout",
+    "NotABackendError",
     "Registered",
     "declined",
     "dtypes_of",
     "expected_failures_of",
+    "is_target",
     "resolve",
 ]
 
@@ -160,6 +162,10 @@ REGISTRY: Mapping[str, Registered] = {
 }
 
 
+class NotABackendError(ValueError):
+    """What was named is no backend, by its spelling or by what is found there."""
+
+
 def resolve(target: str) -> Backend:
     """Import a backend.
 
@@ -167,35 +173,51 @@ def resolve(target: str) -> Backend:
         target: "module:object"; the object is a backend, or a class or function that makes one.
 
     Raises:
-        ValueError: if the target is not spelled so, or the object lacks parts of the protocol; names them.
-        ModuleNotFoundError: if the module is not there.
+        NotABackendError: if the target is not spelled so, there is no such module or object, or the object lacks parts
+            of the protocol; names them.
 
     Example:
         >>> resolve("torch")
         Traceback (most recent call last):
         ...
-        ValueError: backend 'torch': expected module:object, for example my_package.conformance:backend.
+        selfattn_core.conformance.backend.NotABackendError: backend 'torch': expected module:object, for example my_package.conformance:backend.
     """
-    module_name, colon, attribute = target.partition(":")
-    if not (module_name and colon and attribute):
-        raise ValueError(
+    module_name, _, attribute = target.partition(":")
+    if not is_target(target):
+        raise NotABackendError(
             f"backend {target!r}: expected module:object, for example my_package.conformance:backend."
         )
-    found = importlib.import_module(module_name)
+    try:
+        found = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # That the module imports something that is not installed is no fault of the name.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise NotABackendError(f"backend {target!r}: {error}.") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise ValueError(f"backend {target!r}: {module_name} has no {attribute!r}.")
+            raise NotABackendError(f"backend {target!r}: {module_name} has no {attribute!r}.")
         found = getattr(found, part)
     candidate: Any = found
     if callable(candidate) and (isinstance(candidate, type) or not hasattr(candidate, "build")):
         candidate = candidate()
     problems = _problems(candidate)
     if problems:
-        raise ValueError(
+        raise NotABackendError(
             f"backend {target!r}: {'; '.join(problems)}; the protocol is selfattn_core.conformance.Backend."
         )
     backend: Backend = candidate
     return backend
+
+
+def is_target(target: str) -> bool:
+    """Whether a backend is spelled as `resolve` wants it; nothing is imported.
+
+    Args:
+        target: what may be "module:object".
+    """
+    module_name, _, attribute = target.partition(":")
+    return all(f"{module_name}.{attribute}".split("."))
 
 
 def declined(backend: Backend, config: SelfAttentionConfig) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from selfattn_core.conformance.backend import REGISTRY
+from selfattn_core.conformance.backend import REGISTRY, is_target
 from selfattn_core.conformance.cases import Level
 from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, difference, show
 from selfattn_core.conformance.runner import run_backends
@@ -16,7 +16,7 @@ from selfattn_core.weights import write_atomically
 
 __all__ = ["FORMS", "conform", "tell_difference"]
 
-_FAILED, _MISSING = 1, 3
+_FAILED, _WRONG_USAGE, _MISSING = 1, 2, 3
 
 FORMS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "json": lambda data: json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
@@ -40,7 +40,7 @@ def conform(
         targets: form to file; "-" is standard output.
 
     Returns:
-        The exit code: 1 if something failed, or else 3 if something is not installed, or else 0.
+        The exit code: 2 if a name turns out to be no backend, or else 1 if something failed, or else 3 if something is not installed, or else 0.
 
     Raises:
         click.UsageError: if a name or a target is wrong, before anything is run.
@@ -48,13 +48,22 @@ def conform(
     problems = [
         f"unknown backend {name}; known are {', '.join(REGISTRY)}, or module:object for your own"
         for name in names
-        if name not in REGISTRY and ":" not in name
+        if name not in REGISTRY and not is_target(name)
     ]
     for form, target in targets.items():
         if target != "-" and not Path(target).parent.is_dir():
             problems.append(f"--{form} {target}: there is no folder {Path(target).parent}")
         if target != "-" and Path(target).is_dir():
             problems.append(f"--{form} {target}: is a folder, where a file is expected")
+    places: dict[Path, list[str]] = {}
+    for form, target in targets.items():
+        if target != "-":
+            places.setdefault(Path(target).resolve(), []).append(f"--{form}")
+    problems += [
+        f"{' and '.join(options)} cannot all go to {place}"
+        for place, options in places.items()
+        if len(options) > 1
+    ]
     to_output = [form for form, target in targets.items() if target == "-"]
     if len(to_output) > 1:
         problems.append(f"--{' and --'.join(to_output)} cannot both go to standard output")
@@ -72,6 +81,8 @@ def conform(
     for form, target in targets.items():
         _write(target, FORMS[form](data))
     failed = any(not report.passed and not report.missing for report in reports)
+    if any(report.refused for report in reports):
+        return _WRONG_USAGE
     if failed or any(kill.outcome is None for kill in kills):
         return _FAILED
     return _MISSING if any(report.missing for report in reports) else 0

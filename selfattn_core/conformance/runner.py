@@ -64,6 +64,7 @@ class BackendReport:
         missing: modules that are not installed.
         extra: the extra of this library that installs them.
         error: why it did not start.
+        refused: whether that is because what was named is no backend.
         seconds: that it took.
     """
 
@@ -76,6 +77,7 @@ class BackendReport:
     missing: tuple[str, ...] = ()
     extra: str = ""
     error: str = ""
+    refused: bool = False
     seconds: float = 0.0
 
     @property
@@ -187,6 +189,7 @@ class _Session:
         self.events: dict[int, dict[str, Any]] = {}
         self.ready: dict[str, Any] | None = None
         self.failure = ""
+        self.refused = False
 
     def report(self, name: str) -> BackendReport:
         """Start processes until all is answered, and compare."""
@@ -196,7 +199,7 @@ class _Session:
             if not self.work(number, pending):
                 break
         if self.ready is None:
-            return BackendReport(name, error=self.failure)
+            return BackendReport(name, error=self.failure, refused=self.refused)
         return BackendReport(
             name,
             self.ready["versions"],
@@ -226,8 +229,11 @@ class _Session:
         ready = next((line for line in lines if line["event"] == "ready"), None)
         self.ready = self.ready or ready
         if ready is None:
-            failed = next((line["error"] for line in lines if line["event"] == "failed"), "")
-            self.failure = failed.strip() or f"{ending or 'it did not start'}: {_tail(output)}"
+            failed = next((line for line in lines if line["event"] == "failed"), {})
+            self.refused = failed.get("refused", False)
+            self.failure = (
+                failed.get("error", "").strip() or f"{ending or 'it did not start'}: {_tail(output)}"
+            )
             return False
         ended = {line["run"]: line for line in lines if "run" in line}
         for index, event in ended.items():

@@ -19,7 +19,13 @@ from typing import Any
 import numpy as np
 
 from selfattn_core.conformance.answers import answers
-from selfattn_core.conformance.backend import declined, dtypes_of, expected_failures_of, resolve
+from selfattn_core.conformance.backend import (
+    NotABackendError,
+    declined,
+    dtypes_of,
+    expected_failures_of,
+    resolve,
+)
 from selfattn_core.conformance.cases import CASES, inputs
 from selfattn_core.conformance.runs import Run, chosen_layout, is_claimed
 from selfattn_core.params import widen
@@ -70,6 +76,9 @@ def main(job_file: str) -> None:
                 dtypes=list(dtypes),
                 expected_failures={key: list(why) for key, why in expected_failures_of(backend).items()},
             )
+        except NotABackendError as error:
+            tell(event="failed", error=str(error), refused=True)
+            return
         except Exception:
             tell(event="failed", error=traceback.format_exc(limit=-3))
             return

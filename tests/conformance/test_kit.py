@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -314,8 +315,21 @@ def test_a_failure_that_is_no_more_is_a_failure(on_path):
 def test_a_backend_that_does_not_start(on_path, target, words):
     report = run_backend(target, runs=FEW)
     assert not report.passed
+    assert report.refused
+    assert "Traceback" not in report.error
     assert words in report.error
     assert words in as_table(as_data([report]))
+
+
+def test_a_backend_whose_own_import_fails_is_shown_with_its_traceback(tmp_path, monkeypatch):
+    (tmp_path / "needy.py").write_text("import no_such_framework\n", encoding="utf-8")
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    )
+    report = run_backend("needy:Backend", runs=FEW)
+    assert not report.refused
+    assert "Traceback" in report.error
+    assert "No module named 'no_such_framework'" in report.error
 
 
 def test_a_name_that_is_no_backend():
@@ -359,13 +373,24 @@ def test_the_command_exits_by_what_it_found(on_path, tmp_path):
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["backends"][0]["name"] == "toy_backends:InferenceOnly"
     assert "noise floor" in good.stderr
+    assert "conformant at  no level" in re.sub(r" {2,}", "  ", good.stderr)
     bad = selfattn("conform", "toy_backends:NotANumber", "toy_backends:InferenceOnly", "--level", "core")
     assert bad.returncode == 1
     assert "FAILED" in bad.stdout
     assert "toy_backends:InferenceOnly" in bad.stdout
-    wrong = selfattn("conform", "tensorfow")
+    wrong = selfattn("conform", "tensorfow", "a:", ":b")
     assert wrong.returncode == 2
     assert "unknown backend tensorfow; known are torch" in wrong.stderr
+    assert "unknown backend a:; known" in wrong.stderr
+    assert "unknown backend :b; known" in wrong.stderr
+    refused = selfattn("conform", "toy_backends:Absent", "toy_backends:NotANumber", "--level", "core")
+    assert refused.returncode == 2
+    assert "did not start: backend 'toy_backends:Absent': toy_backends has no 'Absent'." in refused.stdout
+    one = tmp_path / "report"
+    same = selfattn("conform", "torch", "--json", str(one), "--html", str(tmp_path / "." / "report"))
+    assert same.returncode == 2
+    assert f"--json and --html cannot all go to {one}" in " ".join(same.stderr.split())
+    assert not one.exists()
     unwritable = selfattn(
         "conform", "toy_backends:InferenceOnly", "--json", str(tmp_path / "absent" / "r.json")
     )
@@ -373,6 +398,13 @@ def test_the_command_exits_by_what_it_found(on_path, tmp_path):
     assert "there is no folder" in unwritable.stderr
     assert "core" not in unwritable.stdout, "no backend is asked before that"
     assert "Traceback" not in unwritable.stderr
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "selfattn_core.cli", "conform", "tensorfow"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "Usage: selfattn conform" in result.stderr
 
 
 def test_a_missing_backend_is_told_at_once(monkeypatch):

@@ -47,7 +47,7 @@ def _scorecard(data: Data) -> list[str]:
     for backend in data["backends"]:
         cells = [level_cell(data, backend, level) for level in levels]
         shown = " | ".join(f"{_MARKS[cell.kind]} {cell.text}" for cell in cells)
-        lines.append(f"| {_escaped(backend['name'])} | {shown} | {backend['level'] or '–'} |")
+        lines.append(f"| {_escaped(backend['name'])} | {shown} | {backend['level'] or 'no level'} |")
     return lines
 
 

@@ -56,7 +56,7 @@ def as_table(data: Data) -> str:
     if data["backends"]:
         rows = [["", *(backend["name"] for backend in data["backends"])]]
         rows += [[title, *(cell.text for cell in cells)] for _, title, cells in _rows(data)]
-        rows.append(["conformant at", *(backend["level"] or "-" for backend in data["backends"])])
+        rows.append(["conformant at", *(backend["level"] or "no level" for backend in data["backends"])])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -94,7 +94,7 @@ def _rich_table(data: Data) -> Any:
     table.add_row(
         "conformant at",
         *(
-            Text(backend["level"] or "-", style="bold green" if backend["level"] else "bold red")
+            Text(backend["level"] or "no level", style="bold green" if backend["level"] else "bold red")
             for backend in data["backends"]
         ),
     )
