@@ -219,7 +219,7 @@ def test_markdown_is_whole(data):
     assert len(tables) == 5
     for lines in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1, lines[0]
-    assert "| good | ✅ 1.50 × | ✅ 0.80 × | – |" in text
+    assert "| good | ✅ 1.50 × | ✅ 0.80 × | no level |" in text
     assert "❌ 2 of 2 FAILED" in text
     assert "❌ nothing" in text
     assert re.search(r"^## ❌ selfattn conformance$", text, re.MULTILINE)
