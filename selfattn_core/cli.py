@@ -8,13 +8,10 @@ from typing import Literal
 import click
 
 from selfattn_core import __version__
+from selfattn_core.exit_codes import MISSING
 from selfattn_core.porting import commands
 
 __all__ = ["main"]
-
-CHECK_FAILED = 1
-BAD_INPUT = 2
-MISSING = 3
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

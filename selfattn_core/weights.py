@@ -235,6 +235,8 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview], 
         OSError: if it cannot be written; an existing target is left as it was.
     """
     path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name a file in it. Nothing was written.")
     if path.exists() and not overwrite:
         raise FileExistsError(
             f"{path}: exists already and was left as it is; pass overwrite=True to replace it."

@@ -12,11 +12,11 @@ from selfattn_core.conformance.cases import Level
 from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, difference, show
 from selfattn_core.conformance.runner import run_backends
 from selfattn_core.conformance.selftest import self_test
+from selfattn_core.exit_codes import BAD_INPUT, CHECK_FAILED, MISSING
+from selfattn_core.report_files import target_problems
 from selfattn_core.weights import write_atomically
 
 __all__ = ["FORMS", "conform", "tell_difference"]
-
-_FAILED, _WRONG_USAGE, _MISSING = 1, 2, 3
 
 FORMS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "json": lambda data: json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
@@ -50,11 +50,7 @@ def conform(
         for name in names
         if name not in REGISTRY and not is_target(name)
     ]
-    for form, target in targets.items():
-        if target != "-" and not Path(target).parent.is_dir():
-            problems.append(f"--{form} {target}: there is no folder {Path(target).parent}")
-        if target != "-" and Path(target).is_dir():
-            problems.append(f"--{form} {target}: is a folder, where a file is expected")
+    problems += target_problems(targets)
     places: dict[Path, list[str]] = {}
     for form, target in targets.items():
         if target != "-":
@@ -82,10 +78,10 @@ def conform(
         _write(target, FORMS[form](data))
     failed = any(not report.passed and not report.missing for report in reports)
     if any(report.refused for report in reports):
-        return _WRONG_USAGE
+        return BAD_INPUT
     if failed or any(kill.outcome is None for kill in kills):
-        return _FAILED
-    return _MISSING if any(report.missing for report in reports) else 0
+        return CHECK_FAILED
+    return MISSING if any(report.missing for report in reports) else 0
 
 
 def tell_difference(old: Path, new: Path) -> int:
@@ -106,7 +102,7 @@ def tell_difference(old: Path, new: Path) -> int:
     except (OSError, ValueError) as error:
         raise click.UsageError(str(error)) from error
     click.echo(str(found))
-    return _FAILED if found.regressions else 0
+    return CHECK_FAILED if found.regressions else 0
 
 
 def _read(path: Path) -> Mapping[str, Any]:

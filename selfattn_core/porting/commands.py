@@ -2,22 +2,34 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from selfattn_core.exit_codes import BAD_INPUT, CHECK_FAILED, MISSING
+from selfattn_core.report_files import STANDARD_OUTPUT, target_problems
+
 __all__ = ["dialects", "inspect", "port"]
 
-CHECK_FAILED = 1
-BAD_INPUT = 2
-MISSING = 3
 T = TypeVar("T")
 
 
+class _NamedPath(click.Path):
+    """A path; an empty one, as of a shell variable that is not set, would be the current folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty; name a file.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=_NamedPath())
 @click.option(
     "--from",
     "own",
@@ -34,19 +46,20 @@ def inspect(file: Path, own: tuple[str, ...], tensors: bool, json_file: str | No
     """
     from selfattn_core.porting.inspecting import inspect as run
 
+    _check_json(json_file, {"FILE": file} | {f"--from {path}": Path(path) for path in own})
     report = _guarded(lambda: run(file, dialects=own))
     text = report.to_text()
     if tensors:
         rows = "\n".join(f"  {key} {shape} {dtype}" for key, (shape, dtype) in report.tensors.items())
         text = f"{text}\ntensors\n{rows}"
-    click.echo(text, err=json_file == "-")
+    click.echo(text, err=json_file == STANDARD_OUTPUT)
     if json_file:
         _write_json(json_file, report.to_dict())
 
 
 @click.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=_NamedPath())
+@click.argument("target", metavar="DST", type=_NamedPath())
 @click.option(
     "--from",
     "dialect",
@@ -67,7 +80,7 @@ def inspect(file: Path, own: tuple[str, ...], tensors: bool, json_file: str | No
 @click.option(
     "--check",
     metavar="IO.npz",
-    type=click.Path(path_type=Path),
+    type=_NamedPath(),
     help="x and y of the source's layer, to be compared.",
 )
 @click.option(
@@ -107,8 +120,8 @@ def port(
         if not (name and equals and value):
             raise click.UsageError(f"--set {setting}: expected NAME=VALUE, for example use_scale=false.")
         given[name] = value
-    if json_file not in (None, "-") and not Path(str(json_file)).parent.is_dir():
-        raise click.UsageError(f"--json {json_file}: there is no folder {Path(str(json_file)).parent}.")
+    kept = {"SRC": source, "DST": target, "the file of --check": check, "the dialect of --from": dialect}
+    _check_json(json_file, {name: Path(path) for name, path in kept.items() if path})
     report = _guarded(
         lambda: run(
             source,
@@ -125,7 +138,7 @@ def port(
             overwrite=force,
         )
     )
-    click.echo(report.to_text(), err=json_file == "-")
+    click.echo(report.to_text(), err=json_file == STANDARD_OUTPUT)
     if json_file:
         _write_json(json_file, report.to_dict())
     if not report.passed:
@@ -171,11 +184,18 @@ class _Failure(click.ClickException):
         self.exit_code = code  # type: ignore[misc]
 
 
+def _check_json(target: str | None, keep: Mapping[str, Path]) -> None:
+    """Refuse a report that could not be written, or that would replace something else, before anything is done."""
+    problems = target_problems({} if target is None else {"json": target}, keep=keep)
+    if problems:
+        raise click.UsageError(f"{'; '.join(problems)}.")
+
+
 def _write_json(target: str, content: dict[str, Any]) -> None:
     from selfattn_core.weights import write_atomically
 
     text = json.dumps(content, indent=1, ensure_ascii=False)
-    if target == "-":
+    if target == STANDARD_OUTPUT:
         click.echo(text)
         return
     _guarded(lambda: write_atomically(Path(target), f"{text}\n".encode(), overwrite=True))

@@ -84,6 +84,9 @@ def port(
         ...     report.passed, report.blocks[0].tensors[0].target
         (True, 'query_conv.weight')
     """
+    for what, path in (("source", source), ("target", target), ("file of check", check)):
+        if path is not None and not os.fspath(path):
+            raise PortError(f"the path of the {what} is empty; name a file.")
     return _Port(
         Path(source),
         Path(target),

@@ -295,6 +295,8 @@ def test_parameters_that_do_not_fit_are_not_written(tmp_path):
         save(tmp_path / "layer.safetensors", CONFIG, params)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         save(tmp_path / "absent" / "layer.safetensors", CONFIG, random_params())
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
+        save(tmp_path, CONFIG, random_params(), overwrite=True)
     assert not list(tmp_path.iterdir())
 
 

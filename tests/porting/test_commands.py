@@ -57,6 +57,9 @@ def test_json(run, tmp_path):
     assert not (tmp_path / "o.npz").exists()
 
 
+OTHERS = ("--from", "biggan", "--to", "biggan")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -73,6 +76,17 @@ def test_json(run, tmp_path):
         (("inspect", "absent.npz"), "absent.npz: no such file"),
         (("inspect", "a.npz", "--from", "biggn"), "is unknown"),
         (("dialects", "biggn"), "did you mean biggan"),
+        (("inspect", "a.npz", "--json", "a.npz"), "--json a.npz: would replace FILE; name another file."),
+        (("inspect", "a.npz", "--json", "./a.npz"), "would replace FILE"),
+        (("inspect", "a.npz", "--json", "absent/x.json"), "there is no folder absent"),
+        (("inspect", "a.npz", "--json", ""), "the name is empty"),
+        (("port", "a.npz", "o.npz", *OTHERS, "--json", "o.npz"), "would replace DST"),
+        (("port", "a.npz", "o.npz", *OTHERS, "--json", "a.npz"), "would replace SRC"),
+        (("port", "x.npz", "o.npz", *OTHERS, "--check", "a.npz", "--json", "a.npz"), "the file of --check"),
+        (("port", "a.npz", "o.npz", *OTHERS, "--json", "."), "--json .: is a folder"),
+        (("port", "", "o.npz", *OTHERS), "the path is empty"),
+        (("port", "a.npz", "", *OTHERS), "the path is empty"),
+        (("inspect", ""), "the path is empty"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_exit_code_2(run, tmp_path, arguments, message):
@@ -83,6 +97,7 @@ def test_a_mistake_is_one_paragraph_and_exit_code_2(run, tmp_path, arguments, me
     assert done.exit_code == 2, done.output
     assert message in done.output
     assert "Traceback" not in done.output
+    assert "block" not in done.stdout
     assert isinstance(done.exception, SystemExit)
     assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
     assert (tmp_path / "a.npz").read_bytes() == before
@@ -133,3 +148,16 @@ def test_all_blocks_of_a_network(run, tmp_path):
 def test_tensors_can_be_listed(run, tmp_path):
     path, _ = written(tmp_path, "biggan, ajbrock")
     assert "blocks.3.1.theta.u0 (1, 3) float32" in run("inspect", path.name, "--tensors").output
+
+
+def test_a_report_is_no_part_of_a_checkpoint_that_is_a_folder_or_has_several_names(run, tmp_path):
+    path, _ = written(tmp_path, "biggan, ajbrock")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.npz").hardlink_to(path)
+    before = path.read_bytes()
+    for source, target in ((path.name, "link.npz"), ("folder", "folder/a.json"), ("model", "model.index")):
+        done = run("inspect", source, "--json", target)
+        assert done.exit_code == 2
+        assert "would replace FILE" in done.output
+        assert path.read_bytes() == before
+    assert run("inspect", path.name, "--json", "new.json").exit_code == 0

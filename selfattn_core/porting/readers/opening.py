@@ -66,6 +66,8 @@ def open_tensors(path: str | os.PathLike[str], *, layout: str | None = None) -> 
         ...         print(tensors.container, tensors["gamma"], tensors.read("gamma"))
         npz TensorInfo(shape=(1,), dtype='float64') [1.]
     """
+    if not os.fspath(path):
+        raise PortError("the path is empty; name a file.")
     path = Path(path)
     if layout is not None and layout not in _READERS:
         raise PortError(f"{path}: unknown format {layout!r}; known are {', '.join(CONTAINERS)}.")
