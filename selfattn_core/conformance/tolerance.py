@@ -7,7 +7,8 @@ times the ratio of the epsilons: float64 has nothing wider to be compared with, 
 
 An ulp here is eps times the largest wanted value, and grows with the logits beyond 8, as the softmax's own error
 does. Gradients of biases and of gamma are sums that cancel: their ulp is eps times the sum of their absolute terms
-(`spec.magnitudes`).
+(`spec.magnitudes`). What is exactly zero because all its terms cancel has the ulp of those terms
+(`vanishing.terms_through_the_map`).
 """
 
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from selfattn_core import spec
 from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.cases import Case, Inputs, inputs
 from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.vanishing import terms_through_the_map
 
 __all__ = [
     "ALLOWANCES",
@@ -119,6 +121,9 @@ def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
     noise = quantities(case, noisy, other)
     ratio = EPS[dtype] / EPS[other]
     sizes = ulps(case, wide, want)
+    if vanished := {name for name in want if sizes[name] == 0}:
+        terms = _terms(case, wide)
+        sizes |= {name: terms.get(name, 0.0) for name in vanished}
     expectations = {}
     for name, value in want.items():
         kind = _kind(case, name)
@@ -192,23 +197,45 @@ def _kind(case: Case, quantity: str) -> str:
 
 def _sizes(case: Case, wide: Inputs) -> tuple[dict[str, float], float]:
     """The sums of absolute terms by quantity, and by how much the logits let errors grow."""
-    samples = [slice(None)]
-    if case.family == "per_sample":
-        samples = [slice(b, b + 1) for b in range(wide.x.shape[0])]
     sums: dict[str, float] = {}
-    for each in samples:
-        x, dy = wide.x[each], wide.dy[each]
-        derivative = case.family in ("vjp", "r1", "mixed", "per_sample") or case.of in ("vjp", "r1", "mixed")
-        cotangents: Mapping[str, Array] | None = None
-        if "mixed" in (case.family, case.of):
-            cotangents = wide.cotangents
-        elif "r1" in (case.family, case.of):
-            cotangents = {"x": 2 * spec.vjp(case.config, wide.params, x, dy)["x"]}
+    for x, dy in _samples(case, wide):
+        cotangents = _cotangents(case, wide, x, dy)
         found = spec.magnitudes(
-            case.config, wide.params, x, dy if derivative else None, cotangents=cotangents
+            case.config, wide.params, x, dy if _is_derivative(case) else None, cotangents=cotangents
         )
         sums = {name: max(value, sums.get(name, 0.0)) for name, value in found.items()}
     return sums, max(1.0, sums.pop("logits") / _ORDINARY_LOGITS)
+
+
+def _terms(case: Case, wide: Inputs) -> dict[str, float]:
+    """The sums of absolute terms of what vanishes, by quantity."""
+    sums: dict[str, float] = {}
+    for x, dy in _samples(case, wide) if _is_derivative(case) else ():
+        found = terms_through_the_map(
+            case.config, wide.params, x, dy, cotangents=_cotangents(case, wide, x, dy)
+        )
+        sums = {name: max(value, sums.get(name, 0.0)) for name, value in found.items()}
+    return sums
+
+
+def _samples(case: Case, wide: Inputs) -> list[tuple[Array, Array]]:
+    """What is derived at once: x and dy."""
+    if case.family != "per_sample":
+        return [(wide.x, wide.dy)]
+    return [(wide.x[b : b + 1], wide.dy[b : b + 1]) for b in range(wide.x.shape[0])]
+
+
+def _is_derivative(case: Case) -> bool:
+    return bool({case.family, case.of} & {"vjp", "r1", "mixed", "per_sample"})
+
+
+def _cotangents(case: Case, wide: Inputs, x: Array, dy: Array) -> Mapping[str, Array] | None:
+    """Of the first derivatives, if the case is about second ones."""
+    if "mixed" in (case.family, case.of):
+        return wide.cotangents
+    if "r1" in (case.family, case.of):
+        return {"x": 2 * spec.vjp(case.config, wide.params, x, dy)["x"]}
+    return None
 
 
 def _largest(values: Array) -> float:

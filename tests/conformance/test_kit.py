@@ -15,11 +15,12 @@ import pytest
 from selfattn_core import spec
 from selfattn_core.conformance.backend import REGISTRY, resolve
 from selfattn_core.conformance.cases import CASES, FAMILIES, LEVELS, Inputs, _decided, inputs, needs
+from selfattn_core.conformance.mutants import edited
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.report import as_data, as_table
 from selfattn_core.conformance.runner import Run, all_runs, compare, run_backend
-from selfattn_core.conformance.selftest import judge_in_process
-from selfattn_core.conformance.tolerance import CAPS, EPS, FACTOR, FACTORS, expect, judge
+from selfattn_core.conformance.selftest import judge_in_process, small_runs
+from selfattn_core.conformance.tolerance import CAPS, EPS, FACTOR, FACTORS, _terms, expect, judge
 
 HERE = Path(__file__).parent
 ASKED = ("forward", "map", "vjp", "r1", "params")
@@ -135,6 +136,47 @@ def test_the_spec_is_conformant_with_itself():
     assert 0 < max(outcome.ratio for outcome in outcomes if outcome.run.dtype == "float32") <= 1
     assert 0 < max(outcome.ratio for outcome in outcomes if outcome.run.dtype == "float16") <= 1
     assert {outcome.run.case.family for outcome in outcomes} == set(FAMILIES) - {"memory"}
+
+
+def test_a_right_backend_need_not_cancel_exactly():
+    """Kernels in blocks have D from rowsum(G∘o): where there is one key, they leave rounding errors of zero."""
+    in_blocks = edited(
+        "no bug: D from the output",
+        "vjp",
+        ("self.D = _rowsum(layer.A * self.dA)", "self.D = _rowsum(self.G * layer.o)"),
+        (
+            "dot_dS = A * (X - _rowsum(A * X))",
+            "dot_dS = A * (X - _rowsum(dot_G * layer.o + first.G * self.dot_o))",
+        ),
+    ).make()
+    runs = [run for run in small_runs(("vjp", "r1", "mixed")) if run.layout == "channels_last"]
+    for seed in range(3):
+        outcomes = list(judge_in_process(in_blocks, runs, seed))
+        assert [outcome.message for outcome in outcomes if outcome.status != "pass"] == []
+    single = [
+        outcome for outcome in outcomes if outcome.run.case.title.endswith(("one position", "one pooled key"))
+    ]
+    assert (
+        max(
+            verdict.error
+            for outcome in single
+            for verdict in outcome.verdicts
+            if verdict.quantity == "key.kernel"
+        )
+        > 0
+    )
+
+
+@pytest.mark.parametrize("family", ["vjp", "r1"])
+def test_what_vanishes_is_still_looked_at(family):
+    """A thousandth of the terms that cancel is no rounding error."""
+    case = next(case for case in CASES if case.family == family and case.title == "one pooled key")
+    terms = _terms(case, inputs(case, "float64"))["query.kernel"]
+    want = expect(case, "float32")["query.kernel"]
+    assert not want.want.any()
+    assert not judge(
+        "query.kernel", np.full(want.want.shape, terms / 1000, np.float32), want, "float32"
+    ).passed
 
 
 @pytest.mark.parametrize("dtype", EPS)

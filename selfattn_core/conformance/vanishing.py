@@ -1,0 +1,100 @@
+"""How large the terms are of derivatives that vanish because all their terms cancel.
+
+With one key, or one position, the map does not depend on the logits, so nothing depends on query and key. What is
+subtracted is then equal only if both sides are rounded alike: D computed as rowsum(G∘o), and not as rowsum(A∘dA), leaves
+rounding errors of the terms before they cancel.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.spec import _Layer, _outer, _rowsum, _total, _transpose
+
+__all__ = ["terms_through_the_map"]
+
+Array = NDArray[Any]
+
+
+def terms_through_the_map(
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    x: Array,
+    dy: Array,
+    *,
+    cotangents: Mapping[str, Array] | None = None,
+) -> dict[str, float]:
+    """Sums of the absolute terms by which derivatives depend on query and key, before anything is subtracted.
+
+    Args:
+        config: as for `spec.forward`.
+        params: as for `spec.forward`.
+        x: feature maps (B, H, W, C).
+        dy: ḡ.
+        cotangents: as for `spec.magnitudes`.
+
+    Returns:
+        The largest sum of each of "x", the kernels and biases of query and key and, of second derivatives, the bias of
+        the value.
+
+    Example:
+        >>> from selfattn_core import init_params
+        >>> config = SelfAttentionConfig(8)
+        >>> one_position = np.ones((2, 1, 1, 8))
+        >>> params = init_params(config, seed=0, dtype=np.float64, gamma=0.5)
+        >>> terms_through_the_map(config, params, one_position, one_position)["key.kernel"] > 0
+        True
+    """
+    layer = _Layer(config, params, x)
+    rows, A = np.abs(layer.x), layer.A
+    q, k, v = np.abs(layer.q), np.abs(layer.k), np.abs(layer.v)
+    W = {name: np.abs(layer.kernel(name)) for name in layer.kernels}
+    g = np.abs(layer.flatten(dy))
+    back = g @ _transpose(W["out"]) if config.out_projection else g
+    gamma = np.abs(layer.gamma)
+
+    def centred(terms: Array) -> Array:
+        return np.asarray(terms + _rowsum(A * terms))
+
+    def through(dS: Array, q: Array, k: Array) -> dict[str, Array]:
+        return {"query": dS @ k, "key": layer.pool.scatter(_transpose(dS) @ q, layer.key_winners)}
+
+    dA = centred(gamma * back @ _transpose(v))
+    first = through(A * dA, q, k)
+    kernels = {name: _outer(rows, d) for name, d in first.items()}
+    projected = first
+    to_x = np.asarray(sum(d @ _transpose(W[name]) for name, d in first.items()))
+    if cotangents is not None:
+        dot = {name: np.abs(array) for name, array in cotangents.items()}
+        dot_x = layer.flatten(dot["x"])
+        dot_W = {
+            name: np.abs(layer.kernels[name].along(dot.get(f"{name}.kernel", np.zeros_like(W[name]))))
+            for name in W
+        }
+
+        def moved(name: str) -> Array:
+            return np.asarray(dot_x @ W[name] + rows @ dot_W[name] + dot.get(f"{name}.bias", 0))
+
+        dot_q = moved("query")
+        dot_k = layer.pool.gather(moved("key"), layer.key_winners)
+        dot_v = layer.pool.gather(moved("value"), layer.value_winners)
+        dot_G = dot.get("gamma", 0) * back
+        if config.out_projection:
+            dot_G = dot_G + gamma * g @ _transpose(dot_W["out"])
+        U = centred(dot_q @ _transpose(k) + q @ _transpose(dot_k))
+        R = gamma * back @ _transpose(dot_v) + dot_G @ _transpose(v)
+        second, along = through(A * centred(U * dA + R), q, k), through(A * dA, dot_q, dot_k)
+        projected = {name: second[name] + along[name] for name in second}
+        kernels = {name: _outer(dot_x, first[name]) + _outer(rows, d) for name, d in projected.items()}
+        # The gradient of the values depends on the map, too.
+        to_values = _transpose(A * U) @ (gamma * back) + _transpose(A) @ dot_G
+        projected["value"] = layer.pool.scatter(to_values, layer.value_winners)
+        to_x = np.asarray(sum(d @ _transpose(W[name]) for name, d in projected.items()))
+        to_x = to_x + sum(d @ _transpose(dot_W[name]) for name, d in first.items())
+    sums = {"x": to_x}
+    sums |= {f"{name}.kernel": terms for name, terms in kernels.items()}
+    sums |= {f"{name}.bias": _total(d) for name, d in projected.items()}
+    return {name: float(terms.max(initial=0)) for name, terms in sums.items()}
