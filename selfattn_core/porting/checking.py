@@ -199,8 +199,9 @@ def read_io(path: Path, layout: str, opened: Callable[[Path], Any]) -> tuple[Arr
     with opened(path) as tensors:
         lacking = [name for name in ("x", "y") if name not in tensors]
         if lacking:
+            reasons = "".join(f"; {tensors.left_out[name]}" for name in lacking if name in tensors.left_out)
             raise PortError(
-                f"{path}: lacks {' and '.join(lacking)}; expected x and y, the source layer's input and its output."
+                f"{path}: lacks {' and '.join(lacking)}{reasons}; expected x and y, the source layer's input and its output."
             )
         x, y = tensors.read("x"), tensors.read("y")
     if x.ndim != 4 or x.shape != y.shape or x.dtype.kind != "f" or y.dtype.kind != "f":

@@ -84,6 +84,7 @@ def find_blocks(
         where = f"block {shown(one, index)!r}: " if one else ""
         problems += [f"{where}{reason}" for reason in reasons]
     if problems:
+        problems += [f"left out: {reason}" for reason in list(tensors.left_out.values())[:20]]
         raise PortError(
             f"{tensors.path}: does not fit {dialect.name} ({dialect.title}); `selfattn inspect` lists the dialects that fit:\n  "
             + "\n  ".join(problems)
@@ -134,9 +135,10 @@ def _nearest(tensors: Tensors, dialect: Dialect, index: KeyIndex) -> str:
         return min(matches, key=lambda found: (len(found.missing), len(found.unused))).prefix
     variant, form = dialect.variants[0], dialect.kernels[0]
     wanted = [form.kernel.replace("{path}", path) for path in variant.roles.values()]
+    left_out = f", and without numbers {listed(list(tensors.left_out), 6)}" if tensors.left_out else ""
     raise PortError(
         f"{tensors.path}: has no block that looks like {dialect.name} ({dialect.title}): expected keys that end with "
-        f"{', '.join(wanted)}; it holds {listed(list(tensors), 6)}. `selfattn inspect` lists the dialects that fit."
+        f"{', '.join(wanted)}; it holds {listed(list(tensors), 6)}{left_out}. `selfattn inspect` lists the dialects that fit."
     )
 
 

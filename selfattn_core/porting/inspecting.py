@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from selfattn_core.porting.dialects import Dialect, dialect, dialect_names
@@ -68,6 +68,7 @@ class InspectReport:
         tensors: shape and dtype by key.
         parameters: numbers in all of them.
         blocks: attention blocks, in the order of their prefixes.
+        left_out: what else is there under names of tensors, by name: why it is none.
     """
 
     path: str
@@ -76,6 +77,7 @@ class InspectReport:
     tensors: dict[str, tuple[tuple[int, ...], str]]
     parameters: int
     blocks: tuple[BlockFound, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
@@ -84,6 +86,8 @@ class InspectReport:
     def to_text(self) -> str:
         """What a person wants to know."""
         lines = [f"{self.path}: {self.format}, {len(self.tensors)} tensors, {self.parameters:,} numbers"]
+        if self.left_out:
+            lines.append(f"left out, since they are no numbers: {listed(list(self.left_out))}")
         if not self.blocks:
             lines.append(
                 "No attention block that a dialect has names for. `selfattn dialects` lists them; a TOML file describes another."
@@ -139,6 +143,7 @@ def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> In
             {key: (info.shape, info.dtype) for key, info in tensors.items()},
             sum(math.prod(info.shape) for info in tensors.values()),
             tuple(blocks),
+            tensors.left_out,
         )
 
 

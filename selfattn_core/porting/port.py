@@ -354,9 +354,10 @@ def _container(target: Path, to: Dialect) -> str:
             f"{target}: a file of {'Keras' if container == 'keras' else 'Orbax'} has no keys like those of {to.name}; say "
             f"--to {better}, or name a .safetensors file."
         )
-    if container == "torch" and to.name == "canonical":
+    if container != "safetensors" and to.name == "canonical":
+        other = "; for a state dict of ours say --to torch" if container == "torch" else ""
         raise PortError(
-            f"{target}: the canonical form is a .safetensors or .npz file; for a state dict of ours say --to torch."
+            f"{target}: the canonical form is a .safetensors file, and nothing would load another; name one{other}."
         )
     return container
 

@@ -11,6 +11,8 @@ from selfattn_core.cli import main
 from selfattn_core.porting.dialects import dialect_names
 from tests.porting.checkpoints import io_file, written
 
+OTHERS = ("--from", "biggan", "--to", "biggan")
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
@@ -47,32 +49,32 @@ def test_json(run, tmp_path):
     found = run("inspect", path.name, "--json", "-")
     assert json.loads(found.stdout)["blocks"][0]["prefix"] == "blocks.3.1."
     assert "fits    biggan" in found.stderr
-    done = run("port", path.name, "o.npz", "--from", "biggan", "--json", "report.json", "--dry-run")
+    done = run("port", path.name, "o.npz", *OTHERS, "--json", "report.json", "--dry-run")
     assert done.exit_code == 0
     content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert content["written"] is False
     assert content["blocks"][0]["tensors"][0]["roles"] == ["query.kernel"]
-    done = run("port", path.name, "o.npz", "--from", "biggan", "--json", "absent/report.json")
+    done = run("port", path.name, "o.npz", *OTHERS, "--json", "absent/report.json")
     assert done.exit_code == 2
     assert not (tmp_path / "o.npz").exists()
-
-
-OTHERS = ("--from", "biggan", "--to", "biggan")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("port", "a.npz", "o.npz"), "say with --from which dialect it is"),
-        (("port", "a.npz", "o.npz", "--from", "torchgan"), "the softmax runs over the output positions"),
-        (("port", "a.npz", "o.npz", "--from", "heykeeta"), "did you mean heykeetae"),
-        (("port", "a.npz", "o.npz", "--from", "absent.toml"), "cannot be read as a dialect"),
-        (("port", "a.npz", "o.npz", "--from", "biggan", "--set", "sn_eps"), "expected NAME=VALUE"),
-        (("port", "a.npz", "o.npz", "--from", "biggan", "--set", "eps=1"), "eps is no setting of it"),
-        (("port", "a.npz", "o.npz", "--from", "biggan", "--prefix", "x"), "has no block 'x'"),
-        (("port", "absent.npz", "o.npz", "--from", "biggan"), "absent.npz: no such file"),
-        (("port", "a.npz", "a.npz", "--from", "biggan"), "exists already"),
-        (("port", "a.npz", "o.npz", "--from", "biggan", "--dtype", "int8"), "int8"),
+        (("port", "a.npz", "o.safetensors"), "say with --from which dialect it is"),
+        (
+            ("port", "a.npz", "o.safetensors", "--from", "torchgan"),
+            "the softmax runs over the output positions",
+        ),
+        (("port", "a.npz", "o.safetensors", "--from", "heykeeta"), "did you mean heykeetae"),
+        (("port", "a.npz", "o.safetensors", "--from", "absent.toml"), "cannot be read as a dialect"),
+        (("port", "a.npz", "o.safetensors", "--from", "biggan", "--set", "sn_eps"), "expected NAME=VALUE"),
+        (("port", "a.npz", "o.safetensors", "--from", "biggan", "--set", "eps=1"), "eps is no setting of it"),
+        (("port", "a.npz", "o.safetensors", "--from", "biggan", "--prefix", "x"), "has no block 'x'"),
+        (("port", "absent.npz", "o.npz", *OTHERS), "absent.npz: no such file"),
+        (("port", "a.npz", "a.npz", *OTHERS), "exists already"),
+        (("port", "a.npz", "o.safetensors", "--from", "biggan", "--dtype", "int8"), "int8"),
         (("inspect", "absent.npz"), "absent.npz: no such file"),
         (("inspect", "a.npz", "--from", "biggn"), "is unknown"),
         (("dialects", "biggn"), "did you mean biggan"),
@@ -87,6 +89,7 @@ OTHERS = ("--from", "biggan", "--to", "biggan")
         (("port", "", "o.npz", *OTHERS), "the path is empty"),
         (("port", "a.npz", "", *OTHERS), "the path is empty"),
         (("inspect", ""), "the path is empty"),
+        (("port", "a.npz", "o.npz", "--from", "biggan"), "the canonical form is a .safetensors file"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_exit_code_2(run, tmp_path, arguments, message):
@@ -161,3 +164,21 @@ def test_a_report_is_no_part_of_a_checkpoint_that_is_a_folder_or_has_several_nam
         assert "would replace FILE" in done.output
         assert path.read_bytes() == before
     assert run("inspect", path.name, "--json", "new.json").exit_code == 0
+
+
+def test_arrays_that_are_no_numbers_are_left_out_of_an_npz(run, tmp_path):
+    path, _ = written(tmp_path, "biggan, ajbrock")
+    assert run("port", path.name, "o.npz", *OTHERS).exit_code == 0
+    with np.load(tmp_path / "o.npz") as arrays:
+        held = dict(arrays)
+    kernels = [key for key in held if key.endswith("theta.weight")]
+    np.savez(tmp_path / "a.npz", **held, names=np.array(["a"]), any=np.array([print], dtype=object))
+    found = run("inspect", "a.npz")
+    assert found.exit_code == 0, found.output
+    assert "left out, since they are no numbers: __metadata__.json, names, any" in found.output
+    assert run("port", "a.npz", "o.safetensors", "--from", "biggan").exit_code == 0
+    held |= {key: np.array([print], dtype=object) for key in kernels}
+    np.savez(tmp_path / "b.npz", **held)
+    done = run("port", "b.npz", "p.safetensors", "--from", "biggan")
+    assert done.exit_code == 2
+    assert "theta.weight.npy: holds Python objects, which only unpickling could read" in done.output

@@ -93,7 +93,7 @@ def test_a_network_without_attention(tmp_path):
     with pytest.raises(
         PortError, match=r"expected keys that end with theta.weight, phi.weight, g.weight, o.weight"
     ):
-        port(tmp_path / "a.npz", tmp_path / "o.npz", dialect="biggan")
+        port(tmp_path / "a.npz", tmp_path / "o.safetensors", dialect="biggan")
 
 
 MINE = """

@@ -392,7 +392,7 @@ def test_several_blocks_into_one_file(network, tmp_path):
     with pytest.raises(PortError, match="names 2 blocks"):
         load(network, dialect="heykeetae", prefix="*")
     with pytest.raises(PortError, match="are of one block"):
-        port(network, tmp_path / "p.npz", dialect="heykeetae", prefix="*", check=network)
+        port(network, tmp_path / "p.safetensors", dialect="heykeetae", prefix="*", check=network)
 
 
 # ---- the canonical file as a source
@@ -407,8 +407,8 @@ def test_a_canonical_file_says_itself_what_it_is(tmp_path):
     assert all(arrays[name].tobytes() == value.tobytes() for name, value in params.items())
     with pytest.raises(PortError, match="would contradict it"):
         load(tmp_path / "a.safetensors", settings={"kv_pool": 2})
-    report = port(tmp_path / "a.safetensors", tmp_path / "b.npz")
-    again = load(tmp_path / "b.npz")
+    report = port(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    again = load(tmp_path / "b.safetensors")
     assert again[0] == config
     assert all(again[1][name].tobytes() == value.tobytes() for name, value in arrays.items())
     assert not any("kv_pool" in text for text in report.blocks[0].assumptions)
@@ -566,7 +566,7 @@ def test_a_target_that_comes_back_changed_fails(tmp_path, monkeypatch):
         return right(tensors | {"gamma": tensors["gamma"] + 1}, metadata)
 
     monkeypatch.setitem(writers._BYTES, "npz", wrong)
-    report = port(path, tmp_path / "o.npz", dialect="heykeetae")
+    report = port(path, tmp_path / "o.npz", dialect="heykeetae", to="heykeetae")
     assert outcomes(report)["round trip"] == "failed"
     assert not (tmp_path / "o.npz").exists()
 
@@ -660,6 +660,7 @@ def test_a_target_that_exists_is_left_alone(tmp_path):
         ("o.weights.h5", "canonical", "say --to keras"),
         ("o", "torch", "say --to flax"),
         ("o.pt", "canonical", "say --to torch"),
+        ("o.npz", "canonical", "the canonical form is a .safetensors file, .*; name one[.]"),
         ("absent/o.npz", "torch", "there is no folder"),
         ("o.npz", "nosuch", "dialect 'nosuch' is unknown"),
     ],

@@ -1,4 +1,4 @@
-"""`.npz`: a zip archive of numpy arrays; those that would need pickle are refused."""
+"""`.npz`: a zip archive of numpy arrays; those that are no numbers are left out, and none is unpickled."""
 
 import json
 import tokenize
@@ -24,30 +24,38 @@ _LONGEST_HEADER = 2**16
 
 
 def open_npz(path: Path) -> Tensors:
-    """The arrays of an `.npz` file; a member that is no array is left out.
+    """The arrays of an `.npz` file; a member that is no array of numbers is left out, unread.
 
     Args:
         path: of the file.
 
     Raises:
-        PortError: if the archive is damaged or made to deceive, or an array is of Python objects, of a dtype that is no
-            number, or of another size than its header says.
+        PortError: if the archive is damaged or made to deceive, an array is of another size than its header says, or every
+            array is of Python objects or of a dtype that is no number.
     """
     archive = Archive(Source(path))
     try:
         names = [name for name in archive.members if name.endswith(".npy")]
-        entries, problems = {}, []
+        entries, left_out, problems = {}, {}, []
         for name in names:
             try:
                 entries[name.removesuffix(".npy")] = _entry(archive, name)
+            except _NoNumbersError as error:
+                left_out[name.removesuffix(".npy")] = str(error)
             except PortError as error:
                 problems.append(str(error))
+        if not entries:
+            problems += left_out.values()
         if problems:
             raise PortError(f"{path}: arrays cannot be read:\n" + "\n".join(f"  {p}" for p in problems[:50]))
-        return Tensors(path, "npz", entries, _metadata(archive), archive.close)
+        return Tensors(path, "npz", entries, _metadata(archive), archive.close, left_out)
     except BaseException:
         archive.close()
         raise
+
+
+class _NoNumbersError(PortError):
+    pass
 
 
 def _entry(archive: Archive, name: str) -> Entry:
@@ -77,12 +85,12 @@ def _entry(archive: Archive, name: str) -> Entry:
     ) as error:
         raise PortError(f"{name}: its header is not numpy's ({str(error)[:200]})") from None
     if dtype.hasobject:
-        raise PortError(
+        raise _NoNumbersError(
             f"{name}: holds Python objects, which only unpickling could read; nothing is executed"
         )
     narrow = _narrow(dtype)
     if narrow is None:
-        raise PortError(f"{name}: has the dtype {str(dtype)[:60]}; expected numbers")
+        raise _NoNumbersError(f"{name}: has the dtype {str(dtype)[:60]}; expected numbers")
     info = TensorInfo(checked_shape(name, shape), narrow)
     if header.tell() + stored_bytes(info) != size:
         raise PortError(

@@ -54,6 +54,7 @@ class Tensors(Mapping[str, TensorInfo]):
         entries: the tensors in the order of the file.
         metadata: what else the file says of itself.
         close: called once at the end.
+        left_out: what else the file holds under names of tensors, by name: why it cannot be one.
 
     Example:
         >>> entry = Entry(TensorInfo((2,), "float32"), lambda: np.ones(2, np.float32))
@@ -69,10 +70,12 @@ class Tensors(Mapping[str, TensorInfo]):
         entries: Mapping[str, Entry],
         metadata: Mapping[str, str] | None = None,
         close: Callable[[], object] = lambda: None,
+        left_out: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
         self.container = container
         self.metadata = dict(metadata or {})
+        self.left_out = dict(left_out or {})
         self._entries = dict(entries)
         self._close = close
         self._closed = False
@@ -98,6 +101,8 @@ class Tensors(Mapping[str, TensorInfo]):
         """
         if self._closed:
             raise PortError(f"{self.path}: is closed; read {key} before leaving the `with` block.")
+        if key in self.left_out:
+            raise PortError(f"{self.path}: {self.left_out[key]}.")
         if key not in self._entries:
             raise PortError(f"{self.path}: has no tensor {key!r}; it holds {len(self)} others.")
         entry = self._entries[key]
