@@ -14,7 +14,8 @@ def attention_grid(layer: SelfAttention2D, x: jax.Array) -> jax.Array:
     """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
 
     Args:
-        layer: called as it is, in training or evaluation mode; nothing stays sown in it.
+        layer: in either mode; it is called in evaluation, so that no state of spectral norm moves, and keeps its mode.
+            Nothing stays sown in it.
         x: (…, H, W, C).
 
     Returns:
@@ -31,7 +32,9 @@ def attention_grid(layer: SelfAttention2D, x: jax.Array) -> jax.Array:
         >>> grid.shape
         (3, 5, 8, 2, 4)
     """
-    _, sown = nnx.capture(layer, nnx.Intermediate)(x, sow_weights=True)
+    # Without spectral norm nothing in it has a mode.
+    view = nnx.view(layer, raise_if_not_found=False, use_running_average=True)
+    _, sown = nnx.capture(view, nnx.Intermediate)(x, sow_weights=True)
     return unflatten(layer.config, sown["attention_weights"][0], jnp.shape(x))
 
 

@@ -16,7 +16,7 @@ def attention_grid(layer: SelfAttention2D, x: Tensor) -> Tensor:
     """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
 
     Args:
-        layer: which is built if it is not yet.
+        layer: which is built if it is not yet; it is called with `training=False`, so that no state of spectral norm moves.
         x: (B, H, W, C) or (B, C, H, W), as the layer's `data_format` says.
 
     Returns:
@@ -33,7 +33,7 @@ def attention_grid(layer: SelfAttention2D, x: Tensor) -> Tensor:
         >>> tuple(grid.shape)
         (3, 5, 8, 2, 4)
     """
-    y, attention = layer(x, return_attention_scores=True)  # A is (B, N, M)
+    y, attention = layer(x, return_attention_scores=True, training=False)  # A is (B, N, M)
     sizes = ops.shape(y)
     height, width = sizes[1:3] if layer.data_format == "channels_last" else sizes[2:]
     return ops.reshape(attention, (-1, height, width, *layer.config.key_grid(height, width)))

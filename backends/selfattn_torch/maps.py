@@ -11,7 +11,7 @@ def attention_grid(layer: SelfAttention2d, x: torch.Tensor) -> torch.Tensor:
     """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
 
     Args:
-        layer: called as it is: with spectral norm in training mode, this is one more power iteration.
+        layer: in either mode; it is called in evaluation, so that no state of spectral norm moves, and keeps its mode.
         x: (B, C, H, W) or (C, H, W).
 
     Returns:
@@ -28,6 +28,14 @@ def attention_grid(layer: SelfAttention2d, x: torch.Tensor) -> torch.Tensor:
         >>> grid.shape
         torch.Size([3, 5, 8, 2, 4])
     """
-    attention = layer(x, need_weights=True)[1]  # (B, N, M)
+    # Each by itself, since some may be in evaluation already.
+    training = [module for module in layer.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        attention = layer(x, need_weights=True)[1]  # (B, N, M)
+    finally:
+        for module in training:
+            module.training = True
     height, width = x.shape[-2:]
     return attention.unflatten(-1, layer.config.key_grid(height, width)).unflatten(-3, (height, width))

@@ -64,6 +64,17 @@ def test_nnx_moves_the_state_in_training_mode_only():
     np.testing.assert_array_equal(layer.query.kernel[...][0, 0], params["query.kernel"])
 
 
+def test_the_grid_of_nnx_is_that_of_evaluation_and_leaves_state_and_mode():
+    params, x = designed()
+    layer = selfattn_flax.from_canonical(CONFIG, params)
+    layer.key.use_running_average = True
+    A = spec.attention_map(CONFIG, wide(params), np.float64(x))
+    assert_near(selfattn_flax.attention_grid(layer, x).reshape(A.shape), A)
+    assert all(np.array_equal(selfattn_flax.to_canonical(layer)[name], params[name]) for name in params)
+    assert not layer.query.use_running_average
+    assert layer.key.use_running_average
+
+
 def test_linen_moves_the_state_when_told():
     params, x = designed()
     module, variables = linen.from_canonical(CONFIG, params)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from selfattn_core import SelfAttentionConfig, spec
 from selfattn_core.params import fold_spectral_norm, init_params, projections, state_table
-from selfattn_torch import SelfAttention2d, from_canonical, load, save, to_canonical
+from selfattn_torch import SelfAttention2d, attention_grid, from_canonical, load, save, to_canonical
 from selfattn_torch.conformance import TorchBackend
 from selfattn_torch.spectral_norm import SpectralConv2d
 
@@ -55,6 +55,21 @@ def gradients(layer):
             gradient[:, :, 0, 0].T if name.endswith("weight") else gradient
         ).numpy()
     return found
+
+
+def test_the_grid_is_that_of_evaluation_and_leaves_state_and_mode():
+    params, x, _ = designed()
+    layer, maps, _ = layer_and_maps()
+    layer.train()
+    layer.key.eval()
+    A = spec.attention_map(CONFIG, params, x)
+    np.testing.assert_allclose(attention_grid(layer, maps).detach().reshape(A.shape), A, atol=1e-12)
+    with pytest.raises(ValueError, match="SelfAttention2d"):
+        attention_grid(layer, maps[:, :3])
+    got = to_canonical(layer)
+    assert all(np.array_equal(got[name], params[name]) for name in params)
+    modes = {name: module.training for name, module in layer.named_modules()}
+    assert modes == {"": True, "query": True, "key": False, "value": True, "out": True}
 
 
 def test_a_training_pass_moves_the_state_once_and_an_evaluation_pass_does_not():

@@ -31,3 +31,24 @@ def test_each_position_has_the_grid_that_the_spec_gives_it(case, layout):
 def test_a_layer_that_is_not_built_yet_and_an_empty_batch():
     layer = SelfAttention2D(kv_pool=2, data_format="channels_first")
     assert tuple(attention_grid(layer, np.zeros((0, 16, 5, 7), "float32")).shape) == (0, 5, 7, 2, 3)
+
+
+class GridOf(keras.layers.Layer):
+    """A layer that looks at the map of another."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def call(self, x):
+        return attention_grid(self.layer, x)
+
+
+def test_the_state_of_spectral_norm_stays_inside_a_training_call_too():
+    layer = SelfAttention2D(2, spectral_norm=True, data_format="channels_last")
+    x = np.random.default_rng(0).standard_normal((2, 5, 7, 16)).astype("float32")
+    layer.build(x.shape)
+    before = [keras.ops.convert_to_numpy(weight) for weight in layer.weights]
+    GridOf(layer)(x, training=True)
+    for weight, kept in zip(layer.weights, before, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(weight), kept)
