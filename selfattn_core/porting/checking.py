@@ -97,7 +97,8 @@ def check_output(
         return Check(
             name,
             "not run",
-            f"the output is the input to {attention:.2g}: whatever the layer computed would pass",
+            f"the noise of {coarse} ({limit:.2g}) is larger than what the layer adds ({attention:.2g}): whatever it computed "
+            "would pass",
         )
     return Check(name, "passed" if error <= limit else "failed", detail)
 
@@ -194,7 +195,8 @@ def read_io(path: Path, layout: str, opened: Callable[[Path], Any]) -> tuple[Arr
         opened: opens a file of tensors.
 
     Raises:
-        PortError: if it lacks one, or they are not two floating-point arrays of one shape and four axes.
+        PortError: if it lacks one, they are not two floating-point arrays of one shape and four axes, or one is empty or not
+            finite.
     """
     with opened(path) as tensors:
         lacking = [name for name in ("x", "y") if name not in tensors]
@@ -208,6 +210,12 @@ def read_io(path: Path, layout: str, opened: Callable[[Path], Any]) -> tuple[Arr
         raise PortError(
             f"{path}: x is {x.dtype} {x.shape} and y {y.dtype} {y.shape}; expected two floating-point arrays of one shape, "
             f"({', '.join(layout)})."
+        )
+    bad = [name for name, array in (("x", x), ("y", y)) if not np.isfinite(array).all()]
+    if bad or not x.size:
+        what = f"there is NaN or infinity in {' and '.join(bad)}" if bad else f"x and y are empty, {x.shape}"
+        raise PortError(
+            f"{path}: {what}; nothing can be compared with that. Give an input and its output in numbers."
         )
     return (x.transpose(0, 2, 3, 1), y.transpose(0, 2, 3, 1)) if layout == "BCHW" else (x, y)
 

@@ -276,15 +276,18 @@ class _Planner:
         if dialect.ema:
             which = "averaged" if match.averaged else "raw"
             add(Assumption("ema", f"the {which} copies of kernels, biases and gamma are taken"))
+        roles: dict[str, list[str]] = {}
         for role, found in match.projections.items():
             if text := self._form_assumption(found):
-                add(Assumption("", f"{role}: {text}"))
+                roles.setdefault(text, []).append(role)
+        for text, alike in roles.items():
+            add(Assumption("", f"{', '.join(alike)}: {text}"))
 
     def _form_assumption(self, found: Projection) -> str:
         form = found.form
         if form.spectral_norm is None and form.requires:
             return (
-                f"{found.kernel} is taken as the effective kernel, as torch before 1.0 stored it; where an implementation "
+                "the kernel in the file is taken as the effective one, as torch before 1.0 stored it; where an implementation "
                 "keeps the previous step's there (rosinality), its own dialect does otherwise"
             )
         others = [
@@ -292,8 +295,9 @@ class _Planner:
             for other in self.match.dialect.kernels
             if other.spectral_norm and other.kernel == form.kernel
         ]
-        if form.spectral_norm is None and others:
-            return f"there is no {others[0].spectral_norm.u.rpartition('}')[2].strip('./')} beside {found.kernel}, so it was trained without spectral norm"  # type: ignore[union-attr]
+        if form.spectral_norm is None and others and not self.settings.plain:
+            u = others[0].spectral_norm.u.rpartition("}")[2].strip("./")  # type: ignore[union-attr]
+            return f"there is no {u} beside the kernel, so it was trained without spectral norm"
         return ""
 
     def _read_keys(self) -> list[str]:

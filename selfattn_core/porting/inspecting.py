@@ -177,7 +177,7 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
     configs = canonical_configs(tensors, chosen) or {}
     own = configs.get(prefix.rstrip("/").replace("/", "."))
     if own:
-        settings = replace(settings, kv_pool=own.kv_pool)
+        settings = replace(settings, kv_pool=own.kv_pool, plain=not own.spectral_norm)
     planned = plan(found, tensors, settings)
     config = planned.config.to_dict() if planned.config else None
     reasons = [telltale.reason for telltale in found.telltales]

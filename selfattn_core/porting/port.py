@@ -409,10 +409,17 @@ def _with_config(
         raise PortError(
             f"{tensors.path}: its metadata says kv_pool = {config.kv_pool}, so --set kv_pool={settings.kv_pool} would contradict it."
         )
-    planned = plan(found.plan.match, tensors, replace(settings, kv_pool=config.kv_pool))
+    planned = plan(
+        found.plan.match, tensors, replace(settings, kv_pool=config.kv_pool, plain=not config.spectral_norm)
+    )
     shapes = planned.config
     if shapes is None or _replace_norm(shapes, config) != config:
         raise PortError(f"{tensors.path}: its tensors make {shapes}, its metadata says {config}.")
+    norms = {one.form.spectral_norm is not None for one in planned.match.projections.values()}
+    if norms != {config.spectral_norm}:
+        raise PortError(
+            f"{tensors.path}: its metadata says spectral_norm = {config.spectral_norm}, and its tensors u and v say otherwise."
+        )
     assumptions = tuple(one for one in planned.assumptions if one.setting != "kv_pool")
     return Found(found.prefix, replace(planned, assumptions=assumptions))
 

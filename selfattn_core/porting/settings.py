@@ -40,6 +40,7 @@ class Settings:
         sn_eps: of the power iteration; None for the dialect's.
         bn_eps: of the batch norm; None for the dialect's.
         ema: whether averaged copies are preferred.
+        plain: whether the file itself says that it was trained without spectral norm.
     """
 
     given: frozenset[str]
@@ -49,6 +50,7 @@ class Settings:
     sn_eps: float | None = None
     bn_eps: float | None = None
     ema: bool = True
+    plain: bool = False
 
 
 def settings_of(dialect: Dialect, given: Mapping[str, str | Value]) -> Settings:

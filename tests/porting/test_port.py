@@ -8,7 +8,7 @@ import pytest
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, spec
-from selfattn_core.porting import PortError, checking, load, open_tensors, port
+from selfattn_core.porting import PortError, checking, inspect, load, open_tensors, port, write_tensors
 from selfattn_core.porting.dialects import dialect, dialect_names
 from tests.porting.checkpoints import io_file, output, written
 from tests.porting.originals import ORIGINALS, C
@@ -16,6 +16,10 @@ from tests.porting.originals import ORIGINALS, C
 
 def outcomes(report):
     return {check.name: check.outcome for check in report.checks}
+
+
+def details(report):
+    return {check.name: check.detail for check in report.checks}
 
 
 def error_of(config, params, original):
@@ -411,7 +415,34 @@ def test_a_canonical_file_says_itself_what_it_is(tmp_path):
     again = load(tmp_path / "b.safetensors")
     assert again[0] == config
     assert all(again[1][name].tobytes() == value.tobytes() for name, value in arrays.items())
-    assert not any("kv_pool" in text for text in report.blocks[0].assumptions)
+    assert report.blocks[0].assumptions == ()
+    (block,) = inspect(tmp_path / "a.safetensors").blocks
+    assert [fit.assumptions for fit in block.fits if fit.dialect == "canonical"] == [()]
+
+
+def test_a_canonical_file_that_contradicts_itself_is_refused(tmp_path):
+    plain = SelfAttentionConfig(12, 3, 5, out_projection=True)
+    normed = SelfAttentionConfig(12, 3, 5, out_projection=True, spectral_norm=True)
+    for config, other in ((plain, normed), (normed, plain)):
+        metadata = {"format": "selfattn", "version": "1", "config": json.dumps(other.to_dict())}
+        write_tensors(
+            tmp_path / "a.safetensors",
+            selfattn_core.init_params(config, 0),
+            container="safetensors",
+            metadata=metadata,
+            overwrite=True,
+        )
+        with pytest.raises(PortError, match=f"spectral_norm = {other.spectral_norm}, and its tensors"):
+            load(tmp_path / "a.safetensors")
+
+
+def test_what_is_assumed_of_every_kernel_is_said_once(tmp_path):
+    np.savez(tmp_path / "a.npz", **selfattn_core.init_params(SelfAttentionConfig(16), 0))
+    report = port(tmp_path / "a.npz", tmp_path / "o.safetensors", dialect="canonical")
+    said = [text for text in report.blocks[0].assumptions if "spectral norm" in text]
+    assert said == [
+        "query, key, value: there is no u beside the kernel, so it was trained without spectral norm"
+    ]
 
 
 def with_norm(seed=0):
@@ -533,6 +564,8 @@ def test_an_output_that_shows_nothing_is_no_proof(tmp_path):
         path, tmp_path / "o.safetensors", dialect="pytorch-advanced", check=io_file(tmp_path, original)
     )
     assert outcomes(report)["source's own output"] == "not run"
+    assert "noise of float32" in details(report)["source's own output"]
+    assert "is larger than what the layer adds (0)" in details(report)["source's own output"]
 
 
 @pytest.mark.parametrize(
@@ -548,6 +581,9 @@ def test_an_output_that_shows_nothing_is_no_proof(tmp_path):
             "expected two floating-point arrays",
         ),
         ({"x": np.zeros((2, 4, 6, C)), "y": np.zeros((2, 4, 6, C))}, "channels should be 24"),
+        ({"x": np.zeros((2, C, 4, 6)), "y": np.full((2, C, 4, 6), np.nan)}, "there is NaN or infinity in y"),
+        ({"x": np.full((2, C, 4, 6), np.inf), "y": np.zeros((2, C, 4, 6))}, "there is NaN or infinity in x"),
+        ({"x": np.zeros((0, C, 4, 6)), "y": np.zeros((0, C, 4, 6))}, "x and y are empty, (0, 24, 4, 6)"),
     ],
 )
 def test_an_io_file_that_is_none(arrays, message, tmp_path):
