@@ -2,13 +2,14 @@
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases import CASES, DTYPES, Ability
+from selfattn_core.conformance.runs import Run, all_runs, chosen_layout, is_claimed
 
 __all__ = [
     "ABILITIES",
@@ -64,7 +65,8 @@ class Backend(Protocol):
     def expected_failures(self) -> Mapping[str, tuple[str, str]]:
         """Known failures: {"SA-FWD-001", or …"/float32", or …"/float32/channels_last": (reason, link)}.
 
-        One that passes is reported as a failure: it is to be taken out.
+        They are wrong answers: an exception, a crash or a timeout is not expected. One that passes is reported as a
+        failure: it is to be taken out.
         """
 
     def build(self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str) -> Any:
@@ -261,12 +263,30 @@ def _problems(candidate: Any) -> list[str]:
 def _expectation_problems(candidate: Any) -> list[str]:
     problems = []
     ids = {case.id for case in CASES}
-    for key, why in expected_failures_of(candidate).items():
+    expected = expected_failures_of(candidate)
+    claimed = _claimed_runs(candidate) if expected else []
+    for key, why in expected.items():
         if key.partition("/")[0] not in ids:
             problems.append(f"expects {key} to fail, which is no case")
+        elif not any(run.is_named(key) for run in claimed):
+            problems.append(
+                f"expects {key} to fail, which names no run that it claims, as in {all_runs()[0].id} or its beginning"
+            )
         if not _is_reason(why):
             problems.append(f"expects {key} to fail for {why!r}, where (reason, link) is needed")
     return problems
+
+
+def _claimed_runs(candidate: Any) -> list[Run]:
+    """What a backend will be asked for, as it is reported; nothing where it does not say what it claims."""
+    if not all(hasattr(candidate, name) for name in ("claims", "layouts")) or not candidate.layouts():
+        return []
+    claims, layouts, dtypes = candidate.claims(), candidate.layouts(), dtypes_of(candidate)
+    return [
+        replace(run, layout=chosen_layout(run, layouts))
+        for run in all_runs()
+        if is_claimed(run, claims, layouts, dtypes) and not declined(candidate, run.case.config)
+    ]
 
 
 def _is_reason(why: object) -> bool:

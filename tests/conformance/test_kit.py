@@ -336,6 +336,12 @@ def test_an_expected_failure_is_told_apart(on_path):
     assert not only.conformant("core")
 
 
+def test_a_crash_is_never_the_expected_failure(on_path):
+    report = run_backend("toy_backends:KnownCrash", runs=[r for r in FEW if r.case.id == "SA-MAP-001"])
+    assert {outcome.status for outcome in report.outcomes} == {"error"}
+    assert not report.passed
+
+
 def test_a_failure_that_is_no_more_is_a_failure(on_path):
     report = run_backend("toy_backends:StaleFailure", runs=FEW)
     bad = [outcome for outcome in report.outcomes if outcome.status != "pass"]
@@ -350,6 +356,17 @@ def test_a_failure_that_is_no_more_is_a_failure(on_path):
         ("toy_backends:Boastful", "claims telepathy, where there are forward, map"),
         ("toy_backends:Placeless", "has no layouts"),
         ("toy_backends:UnknownFailure", "expects SA-XYZ-001 to fail, which is no case; expects SA-FWD-001"),
+        (
+            "toy_backends:UnclaimedFailure",
+            (
+                "expects SA-FWD-001/float23 to fail, which names no run that it claims, as in "
+                "SA-FWD-001/float32/channels_last or its beginning; expects SA-CMP-001 to fail"
+            ),
+        ),
+        (
+            "toy_backends:UnclaimedFailure",
+            "expects SA-FWD-001/float32/channels_first to fail, which names no run that it claims",
+        ),
         ("toy_backends:Absent", "toy_backends has no 'Absent'"),
         ("no_such_module:Backend", "No module named 'no_such_module'"),
     ],

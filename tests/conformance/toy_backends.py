@@ -163,6 +163,11 @@ class KnownFailure(NotANumber):
         return {"SA-FWD-001": ("it divides by zero", "https://example.org/1")}
 
 
+class KnownCrash(Dies):
+    def expected_failures(self):
+        return {"SA-MAP-001": ("it is slow", "https://example.org/1")}
+
+
 class StaleFailure(Good):
     def expected_failures(self):
         return {"SA-FWD-001/float64": ("it divided by zero", "https://example.org/1")}
@@ -171,6 +176,12 @@ class StaleFailure(Good):
 class UnknownFailure(Good):
     def expected_failures(self):
         return {"SA-XYZ-001": ("no such case", "https://example.org/1"), "SA-FWD-001": "no link"}
+
+
+class UnclaimedFailure(Good):
+    def expected_failures(self):
+        why = ("nobody would ever know", "https://example.org/1")
+        return dict.fromkeys(("SA-FWD-001/float23", "SA-CMP-001", "SA-FWD-001/float32/channels_first"), why)
 
 
 class Lacking(InferenceOnly):
