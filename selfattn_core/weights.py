@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import check_params, parameter_table, state_table, widen
 
-__all__ = ["load", "save", "save_blocks", "write_atomically"]
+__all__ = ["configs_of", "load", "save", "save_blocks", "write_atomically"]
 
 FORMAT = "selfattn"
 VERSION = "1"
@@ -153,7 +153,12 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
     with handle as file:
         metadata = file.metadata() or {}
         names = list(file.keys())
-        configs = _configs(path, metadata, names)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: is not a selfattn file: its metadata says format={metadata.get('format')!r}, expected {FORMAT!r}; "
+                f"its tensors are {', '.join(names[:4]) or 'none'}{', …' if len(names) > 4 else ''}."
+            )
+        configs = configs_of(path, metadata)
         name = _choose(path, list(configs), block)
         config = configs[name]
         prefix = f"{name}." if name else ""
@@ -274,13 +279,23 @@ def _link_new(beside: Path, path: Path) -> None:
         beside.replace(path)
 
 
-def _configs(path: Path, metadata: Mapping[str, str], names: list[str]) -> dict[str, SelfAttentionConfig]:
-    """The config of each block; a file of one unnamed block has the name ""."""
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: is not a selfattn file: its metadata says format={metadata.get('format')!r}, expected {FORMAT!r}; "
-            f"its tensors are {', '.join(names[:4]) or 'none'}{', …' if len(names) > 4 else ''}."
-        )
+def configs_of(path: PathLike, metadata: Mapping[str, str]) -> dict[str, SelfAttentionConfig]:
+    """The config of each block of a canonical file, from its metadata.
+
+    Args:
+        path: of the file, for messages.
+        metadata: of a file whose `format` is "selfattn".
+
+    Returns:
+        The configs by block; a file of one unnamed block has the name "".
+
+    Raises:
+        ValueError: if the file is of another version, or its config cannot be read.
+
+    Example:
+        >>> configs_of("layer.safetensors", {"version": "1", "config": '{"channels": 16}'})[""].qk_channels
+        2
+    """
     if metadata.get("version") != VERSION:
         raise ValueError(
             f"{path}: is of version {metadata.get('version')!r}; this selfattn reads version {VERSION!r}: upgrade selfattn."
@@ -292,7 +307,7 @@ def _configs(path: Path, metadata: Mapping[str, str], names: list[str]) -> dict[
         if all(isinstance(value, dict) for value in options.values()):
             return {name: SelfAttentionConfig.from_dict(block) for name, block in options.items()}
         return {"": SelfAttentionConfig.from_dict(options)}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the config in its metadata cannot be read: {error}") from error
 
 

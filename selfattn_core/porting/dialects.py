@@ -277,7 +277,7 @@ def dialect(name: str) -> Dialect:
         return parse_dialect(_read(Path(name)), name)
     known = dialect_names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
+        near = difflib.get_close_matches(name.lower(), known, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise PortError(
             f"dialect {name!r} is unknown; {hint}`selfattn dialects` lists them, and a file of your own ends in .toml."

@@ -1,6 +1,5 @@
 """The blocks of a file that a dialect describes, or everything that stands in the way, at once."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,7 +12,7 @@ from selfattn_core.porting.matching import KeyIndex, Match, match, normal, prefi
 from selfattn_core.porting.readers import Tensors
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.settings import Settings
-from selfattn_core.weights import FORMAT, VERSION
+from selfattn_core.weights import FORMAT, configs_of
 
 __all__ = ["Found", "canonical_configs", "find_blocks", "index_of", "shown"]
 
@@ -165,16 +164,7 @@ def canonical_configs(tensors: Tensors, chosen: Dialect) -> dict[str, SelfAttent
     """
     if chosen.name != "canonical" or tensors.metadata.get("format") != FORMAT:
         return None
-    if tensors.metadata.get("version") != VERSION:
-        raise PortError(
-            f"{tensors.path}: is of version {tensors.metadata.get('version')!r}; this selfattn reads {VERSION!r}: upgrade it."
-        )
     try:
-        options = json.loads(tensors.metadata.get("config", ""))
-        several = bool(options) and all(isinstance(value, dict) for value in options.values())
-        return {
-            name: SelfAttentionConfig.from_dict(value)
-            for name, value in (options if several else {"": options}).items()
-        }
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise PortError(f"{tensors.path}: the config in its metadata cannot be read: {error}") from error
+        return configs_of(tensors.path, tensors.metadata)
+    except ValueError as error:
+        raise PortError(str(error)) from error

@@ -156,7 +156,7 @@ def candidates(tensors: Tensors) -> list[str]:
 def _blocks(tensors: Tensors, own: Sequence[str]) -> list[BlockFound]:
     index = index_of(tensors)
     places: dict[str, list[Fit]] = {}
-    for name in (*own, *dialect_names()):
+    for name in dict.fromkeys((*own, *dialect_names())):
         chosen = dialect(name)
         for prefix in prefixes(chosen, index):
             places.setdefault(prefix, []).append(_fit(chosen, index, prefix, tensors))

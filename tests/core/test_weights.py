@@ -217,6 +217,7 @@ def test_tensors_of_no_block_are_reported(tmp_path):
         ({"config": None}, "the config in its metadata cannot be read"),
         ({"config": "{"}, "the config in its metadata cannot be read"),
         ({"config": "[]"}, "the config in its metadata cannot be read"),
+        ({"config": "[" * 100_000}, "the config in its metadata cannot be read"),
         ({"config": '{"channels": 11, "heads": 4}'}, "unknown option 'heads'"),
         ({"config": '{"channels": "11"}'}, "channels='11' must be a positive integer"),
     ],

@@ -78,6 +78,7 @@ def test_json(run, tmp_path):
         (("inspect", "absent.npz"), "absent.npz: no such file"),
         (("inspect", "a.npz", "--from", "biggn"), "is unknown"),
         (("dialects", "biggn"), "did you mean biggan"),
+        (("dialects", "BigGAN"), "did you mean biggan"),
         (("inspect", "a.npz", "--json", "a.npz"), "--json a.npz: would replace FILE; name another file."),
         (("inspect", "a.npz", "--json", "./a.npz"), "would replace FILE"),
         (("inspect", "a.npz", "--json", "absent/x.json"), "there is no folder absent"),
@@ -182,3 +183,8 @@ def test_arrays_that_are_no_numbers_are_left_out_of_an_npz(run, tmp_path):
     done = run("port", "b.npz", "p.safetensors", "--from", "biggan")
     assert done.exit_code == 2
     assert "theta.weight.npy: holds Python objects, which only unpickling could read" in done.output
+
+
+def test_a_built_in_dialect_that_is_named_is_listed_once(run, tmp_path):
+    path, _ = written(tmp_path, "heykeetae, plain")
+    assert run("inspect", path.name, "--from", "heykeetae").output.count(" heykeetae: ") == 1
