@@ -215,7 +215,8 @@ def check_params(
         finite: whether NaN and infinity are problems.
 
     Returns:
-        A new dict in the order of `parameter_table`, then `state_table`, with gamma as (1,); the arrays are not copied.
+        A new dict in the order of `parameter_table`, then `state_table`, with gamma as (1,); the arrays are not
+        copied, except to the byte order of the machine.
 
     Raises:
         ValueError: naming every missing, extra, misshapen, non-floating and non-finite tensor at once.
@@ -237,6 +238,8 @@ def check_params(
         if name not in params:
             continue
         array = np.asarray(params[name])
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
         if name == "gamma" and array.size == 1:
             array = array.reshape(1)
         if array.shape != row.shape:

@@ -90,6 +90,14 @@ def test_non_contiguous_arrays_are_stored_as_they_read(tmp_path, view):
     assert_same(load(tmp_path / "layer.safetensors")[1], params)
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_either_byte_order_is_stored_as_it_reads(tmp_path, order):
+    params = random_params()
+    given = {name: array.astype(array.dtype.newbyteorder(order)) for name, array in params.items()}
+    save(tmp_path / "layer.safetensors", CONFIG, given)
+    assert_same(load(tmp_path / "layer.safetensors")[1], params)
+
+
 def test_bfloat16_is_widened_exactly(tmp_path):
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 arrays exist only with ml_dtypes")
     params = random_params(dtype=ml_dtypes.bfloat16)
