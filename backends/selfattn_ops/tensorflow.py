@@ -334,6 +334,8 @@ def _sweep(
     however many steps it takes, and one step without a rest is no loop.
     """
     steps, rest = total // step, total % step
+    # Of nothing as well: XLA compiles the loop also where it takes no step.
+    size = _smallest(step, total)
     parts: list[list[tf.Tensor]] = []
 
     def once(start: _Size, count: _Size) -> None:
@@ -342,7 +344,7 @@ def _sweep(
         sums[:] = [one + other for one, other in zip(sums, addends, strict=True)]
 
     def again(index: tf.Tensor, arrays: list[tf.TensorArray], totals: list[tf.Tensor]) -> Any:
-        results, addends = body(index * step, step)
+        results, addends = body(index * step, size)
         added = [tf.ensure_shape(one + other, one.shape) for one, other in zip(totals, addends, strict=True)]
         return (
             index + 1,
@@ -351,7 +353,7 @@ def _sweep(
         )
 
     if isinstance(steps, int) and steps == 1:
-        once(0, step)
+        once(0, size)
     else:
         arrays = [tf.TensorArray(dtype, size=tf.cast(steps, tf.int32)) for dtype in dtypes]
         _, arrays, sums = tf.while_loop(

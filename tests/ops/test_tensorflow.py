@@ -312,6 +312,15 @@ def test_the_batch_is_split_where_rows_are_not_enough(small_budget, mode, leadin
         assert set(small_budget) == shapes
 
 
+@pytest.mark.parametrize("mode", ["unknown sizes", "xla, unknown sizes"])
+@pytest.mark.parametrize(("leading", "rows"), [((0,), 13), ((2,), 0)])
+def test_nothing_is_attended_from_in_a_size_that_was_unknown(mode, leading, rows):
+    given = operands(leading, rows, 7)
+    got = in_mode(second(attend, 4), mode, given)(*given)
+    assert [x.shape for x in got] == [x.shape for x in given]
+    assert not any(x.numpy().any() for x in got)
+
+
 def operations(graph):
     """Every operation of a graph and of the functions it calls."""
     definition = graph.as_graph_def()
