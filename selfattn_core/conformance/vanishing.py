@@ -44,7 +44,7 @@ def terms_through_the_map(
         >>> from selfattn_core import init_params
         >>> config = SelfAttentionConfig(8)
         >>> one_position = np.ones((2, 1, 1, 8))
-        >>> params = init_params(config, seed=0, dtype=np.float64, gamma=0.5)
+        >>> params = init_params(config, seed=0, dtype=np.float64) | {"gamma": np.array([0.5])}
         >>> terms_through_the_map(config, params, one_position, one_position)["key.kernel"] > 0
         True
     """
