@@ -1,12 +1,14 @@
 """What `selfattn attend` does: from files of weights, features and an image to a picture of the attention map."""
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 from numpy.typing import NDArray
 
 from selfattn_core import spec
@@ -14,7 +16,7 @@ from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.installed import require
 from selfattn_core.maps import MapStatistics, map_statistics, position_of, unflatten
 from selfattn_core.params import is_floating
-from selfattn_core.weights import load
+from selfattn_core.weights import FORMAT, load
 
 __all__ = ["Attended", "attend_files", "read_features", "read_image"]
 
@@ -75,7 +77,7 @@ def attend_files(
         OSError: if a file cannot be read.
         ValueError: if files do not fit each other, or a point is outside the image.
     """
-    config, params = load(weights, block=block)
+    config, params = _layer(weights, block)
     pixels = read_image(image)
     outside = [(y, x) for y, x in points if not (0 <= y < pixels.shape[0] and 0 <= x < pixels.shape[1])]
     if outside:
@@ -140,11 +142,11 @@ def read_features(
         other = -3 if channel == -1 else -1
         flag = "channels_first" if channel == -1 else "channels_last"
         hint = (
-            f"they are {flag}: pass --layout {flag}"
+            f"they are {flag}: pass --layout {flag}."
             if features.shape[other] == config.channels
             else "are they the input of this layer?"
         )
-        raise ValueError(f"{received} with C = {config.channels}: {hint}.")
+        raise ValueError(f"{received} with C = {config.channels}: {hint}")
     if features.ndim == 4:
         if sample is None and len(features) != 1:
             raise ValueError(
@@ -178,6 +180,7 @@ def read_image(path: Path) -> Array:
     require("selfattn attend", ["matplotlib", "PIL"], "viz")
     from PIL import Image, UnidentifiedImageError
 
+    _check_is_file(path)
     try:
         with Image.open(path) as picture:
             grey = picture.mode in ("1", "L", "LA")
@@ -188,9 +191,31 @@ def read_image(path: Path) -> Array:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _layer(path: Path, block: str | None) -> tuple[SelfAttentionConfig, dict[str, Array]]:
+    """What `load` gives; its errors in the words of the command."""
+    try:
+        return load(path, block=block)
+    except ValueError as error:
+        words = (
+            str(error)
+            .replace("pass block= one of", "pass --block, one of")
+            .replace("pass no block", "pass no --block")
+        )
+        if path.is_file() and not _is_canonical(path):
+            words += f" If it is a checkpoint, make a canonical file of it: selfattn port {path} FILE.safetensors --from …"
+        raise ValueError(words) from error
+
+
+def _is_canonical(path: Path) -> bool:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except safetensors.SafetensorError:
+        return False
+
+
 def _array(path: Path, name: str | None) -> Array:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
+    _check_is_file(path)
     try:
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
@@ -203,8 +228,12 @@ def _array(path: Path, name: str | None) -> Array:
                     key: archive[key] if key in chosen and len(chosen) == 1 else np.empty(0)
                     for key in archive.files
                 }
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: cannot be read as .npy or .npz: {error}.") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # numpy's own words advise to unpickle.
+        raise ValueError(
+            f"{path}: cannot be read as .npy or .npz: it is damaged, another format, or holds Python objects, which are "
+            "not unpickled; expected an array of numbers, as numpy.save writes it."
+        ) from error
     if name is None and len(arrays) == 1:
         return next(iter(arrays.values()))
     if name is None:
@@ -215,3 +244,10 @@ def _array(path: Path, name: str | None) -> Array:
         held = "a single array: pass no --array" if "" in arrays else f"the arrays {', '.join(arrays)}"
         raise ValueError(f"{path}: has no array {name!r}; it holds {held}.")
     return arrays[name]
+
+
+def _check_is_file(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, where a file is expected.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")

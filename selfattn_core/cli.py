@@ -173,8 +173,18 @@ def attend(
     import warnings
 
     from selfattn_core.attend import attend_files
-    from selfattn_core.viz import attention_figure, save_figure
+    from selfattn_core.report_files import target_problems
+    from selfattn_core.viz import COLOURS, attention_figure, save_figure
 
+    inputs = {"WEIGHTS": weights, "FEATURES": features, "--image": image}
+    if problems := target_problems(
+        {"out": str(out)}, keep={role: path for role, path in inputs.items() if path.is_file()}
+    ):
+        raise click.UsageError(f"{'; '.join(problems)}.")
+    if len(points) > len(COLOURS):
+        raise click.UsageError(
+            f"--at: got {len(points)} points; expected 1 to {len(COLOURS)}, as there are that many colours."
+        )
     if out.exists() and not force:
         raise click.UsageError(
             f"--out {out}: exists already and was left as it is; pass --force to replace it."

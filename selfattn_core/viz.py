@@ -325,7 +325,7 @@ def _draw(
     size, grid_size = image.shape[:2], grid.shape[:2]
     statistics = map_statistics(grid, kv_pool=kv_pool)
     if lines := [line for line in (title, "" if gamma is None else _gamma_line(gamma)) if line]:
-        figure.suptitle("\n".join(lines), fontsize=9)
+        figure.suptitle("\n".join(lines), fontsize=9, parse_math=False)
     (first, *panels), (nothing, *bars) = figure.subplots(
         2, 1 + len(points), squeeze=False, gridspec_kw={"height_ratios": (20, 1)}
     )

@@ -40,7 +40,8 @@ def conform(
         targets: form to file; "-" is standard output.
 
     Returns:
-        The exit code: 2 if a name turns out to be no backend, or else 1 if something failed, or else 3 if something is not installed, or else 0.
+        The exit code: 2 if a name turns out to be no backend, or else 1 if something failed, or else 3 if something is
+        not installed, or else 0.
 
     Raises:
         click.UsageError: if a name or a target is wrong, before anything is run.
@@ -106,6 +107,10 @@ def tell_difference(old: Path, new: Path) -> int:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, where a file is expected.")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

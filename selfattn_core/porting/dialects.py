@@ -295,6 +295,10 @@ def _data() -> Any:
 
 
 def _read(path: Path) -> str:
+    if path.is_dir():
+        raise PortError(f"{path}: cannot be read as a dialect: it is a folder.")
+    if not path.exists():
+        raise PortError(f"{path}: cannot be read as a dialect: no such file.")
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise PortError(f"{path}: has {path.stat().st_size} bytes; a dialect has a few thousand.")

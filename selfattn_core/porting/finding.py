@@ -94,7 +94,7 @@ def find_blocks(
 def _chosen(
     tensors: Tensors, dialect: Dialect, index: KeyIndex, there: list[str], prefix: Sequence[str] | None
 ) -> list[str]:
-    known = [shown(one, index) or "''" for one in there]
+    known = [shown(one, index).rstrip("./") or "''" for one in there]
     if prefix is None:
         if len(there) > 1:
             raise PortError(

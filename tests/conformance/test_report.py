@@ -407,4 +407,9 @@ def test_the_command_tells_a_regression_by_its_exit_code(data, tmp_path):
     new.write_text("no json", encoding="utf-8")
     assert run(main, ["conform", "--diff", str(old), str(new)]).exit_code == 2
     assert run(main, ["conform", "--diff", str(old), str(tmp_path / "none.json")]).exit_code == 2
+    assert (
+        f"{tmp_path / 'none.json'}: no such file."
+        in run(main, ["conform", "--diff", str(old), str(tmp_path / "none.json")]).output
+    )
+    assert "is a folder" in run(main, ["conform", "--diff", str(old), str(tmp_path)]).output
     assert run(main, ["conform", "torch", "--diff", str(old), str(old)]).exit_code == 2

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from click.testing import CliRunner
 from PIL import Image
 
@@ -86,7 +87,7 @@ def test_a_block_of_a_file_with_several(files):
     assert attend(files, weights="gan.safetensors", more=["--block", "g"]).exit_code == 0
     result = attend(files, weights="gan.safetensors", out="other.png")
     assert result.exit_code == 2
-    assert "pass block= one of: g, d" in result.output
+    assert "pass --block, one of: g, d" in result.output
 
 
 def draw(config):
@@ -127,6 +128,7 @@ def spoiled(folder):
     np.save(folder / "nan.npy", np.full((H, W, C), np.nan, np.float32))
     np.save(folder / "objects.npy", np.array([{}], object), allow_pickle=True)
     (folder / "text.npy").write_text("not an array", encoding="utf-8")
+    safetensors.numpy.save_file({"w": np.ones(3, np.float32)}, folder / "foreign.safetensors")
     (folder / "text.safetensors").write_text("not weights", encoding="utf-8")
 
 
@@ -139,13 +141,13 @@ def spoiled(folder):
         ),
         ({"at": ("3",)}, "got '3'; expected y,x in pixels"),
         ({"at": ("-1,3", "0,80")}, "points -1,3, 0,80 outside"),
-        ({"at": ("1,1",) * 7}, "got 7 points; expected 1 to 6"),
+        ({"at": ("1,1",) * 7}, "--at: got 7 points; expected 1 to 6"),
         ({"features": "missing.npy"}, "missing.npy: no such file"),
         ({"features": "narrow.npy"}, "with C = 16: are they the input of this layer?"),
         ({"features": "flat.npy"}, "its rank is 2"),
         ({"features": "whole.npy"}, "floating point"),
         ({"features": "nan.npy"}, "NaN"),
-        ({"features": "objects.npy"}, "cannot be read as .npy or .npz"),
+        ({"features": "objects.npy"}, "holds Python objects, which are not unpickled; expected"),
         ({"features": "text.npy"}, "cannot be read as .npy or .npz"),
         ({"features": "batch.npy"}, "holds a batch of 2; pass --sample, 0 to 1"),
         ({"features": "batch.npy", "more": ["--sample", "2"]}, "has no sample 2"),
@@ -155,8 +157,15 @@ def spoiled(folder):
         ({"features": "x.npz", "more": ["--array", "y"]}, "has no array 'y'; it holds the arrays x, other"),
         ({"features": "x.npy", "more": ["--array", "y"]}, "pass no --array"),
         ({"weights": "text.safetensors"}, "cannot be read as .safetensors"),
+        ({"weights": "text.safetensors"}, "make a canonical file of it: selfattn port"),
+        ({"weights": "foreign.safetensors"}, "make a canonical file of it: selfattn port"),
+        ({"out": "image.png", "more": ["--force"]}, "would replace --image; name another"),
+        ({"out": "./x.npy", "more": ["--force"]}, "would replace FEATURES; name another"),
+        ({"out": "layer.safetensors", "more": ["--force"]}, "would replace WEIGHTS; name another"),
+        ({"more": ["--image", "nowhere.png"]}, "nowhere.png: no such file."),
+        ({"more": ["--image", "/"]}, "/: is a folder, where a file is expected"),
         ({"out": "map.text"}, "got the suffix '.text'"),
-        ({"out": "nowhere/map.png"}, "no such folder"),
+        ({"out": "nowhere/map.png"}, "there is no folder"),
     ],
     ids=lambda value: " ".join(f"{key}" for key in value) if isinstance(value, dict) else "",
 )
@@ -165,8 +174,15 @@ def test_bad_input_exits_2_and_writes_nothing(files, arguments, message):
     before = set(files.iterdir())
     result = attend(files, **arguments)
     assert result.exit_code == 2, result.output
-    assert message in " ".join(result.stderr.split())
+    assert " ".join(message.split()) in " ".join(result.stderr.split())
+    assert "allow_pickle" not in result.stderr
+    assert "?." not in result.stderr
     assert set(files.iterdir()) == before
+
+
+def test_a_title_is_text_and_no_formula(files):
+    result = attend(files, more=["--title", r"a $\foo$"])
+    assert result.exit_code == 0, result.output
 
 
 def test_a_picture_that_is_no_picture(files):

@@ -68,7 +68,10 @@ def test_json(run, tmp_path):
             "the softmax runs over the output positions",
         ),
         (("port", "a.npz", "o.safetensors", "--from", "heykeeta"), "did you mean heykeetae"),
-        (("port", "a.npz", "o.safetensors", "--from", "absent.toml"), "cannot be read as a dialect"),
+        (
+            ("port", "a.npz", "o.safetensors", "--from", "absent.toml"),
+            "absent.toml: cannot be read as a dialect: no such file.",
+        ),
         (("port", "a.npz", "o.safetensors", "--from", "biggan", "--set", "sn_eps"), "expected NAME=VALUE"),
         (("port", "a.npz", "o.safetensors", "--from", "biggan", "--set", "eps=1"), "eps is no setting of it"),
         (("port", "a.npz", "o.safetensors", "--from", "biggan", "--prefix", "x"), "has no block 'x'"),

@@ -373,12 +373,12 @@ def network(tmp_path):
 
 
 def test_several_blocks_need_a_name(network, tmp_path):
-    assert "holds 2 blocks that look like heykeetae: attn1., attn2." in refusal(
+    assert "holds 2 blocks that look like heykeetae: attn1, attn2. Say" in refusal(
         network, tmp_path, dialect="heykeetae"
     )
     said = refusal(network, tmp_path, dialect="heykeetae", prefix="attn3")
     assert "has no block 'attn3'" in said
-    assert "attn1., attn2." in said
+    assert "attn1, attn2." in said
     for spelled in ("attn2", "attn2.", "attn2/"):
         assert load(network, dialect="heykeetae", prefix=spelled)[1]["gamma"] == np.float32(1.4)
 
