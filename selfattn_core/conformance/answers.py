@@ -119,6 +119,10 @@ def _spectral_norm(backend: Backend, model: Any, case: Case, given: Inputs) -> M
         # An evaluation leaves the state where it is.
         backend.forward(model, given.x)
         return backend.params(model)
+    if case.of == "evaluation":
+        y = backend.forward(model, given.x)
+        backend.vjp(model, given.x, given.dy)
+        return {"y": y, "y again": backend.forward(model, given.x), **backend.params(model)}
     return _value(backend, model, case, given)
 
 

@@ -45,7 +45,7 @@ __all__ = [
 
 Array = NDArray[Any]
 Level = Literal["core", "training", "gan", "deploy"]
-Computation = Literal["forward", "map", "vjp", "r1", "mixed", "params", "spectral_norm"]
+Computation = Literal["forward", "map", "vjp", "r1", "mixed", "params", "spectral_norm", "evaluation"]
 Family = Literal[
     "forward",
     "map",
@@ -122,7 +122,7 @@ class Case:
         logits: standard deviation of the entries of q kᵀ.
         constant: whether every position of the input is the same.
         of: which computation a case of the families "dtype", "compiled", "memory" and "spectral_norm" is about; of
-            the last, "spectral_norm" is a pass in training.
+            the last, "spectral_norm" is a pass in training, and "evaluation" what calls in evaluation leave behind.
         dtypes: in which it is run.
         second_shape: (B, H, W) of the other input of a "sizes" case.
         integers: whether x and the weights are small multiples of a power of two: projections are exact, in 16 bits too,
@@ -173,6 +173,7 @@ def needs(case: Case) -> frozenset[Ability]:
         >>> sorted(needs(next(case for case in CASES if case.family == "saved")))
         ['forward', 'params', 'saved']
     """
+    of: set[Ability] = {"vjp", "params"} if case.of == "evaluation" else {case.of}
     by_family: Mapping[Family, set[Ability]] = {
         "forward": {"forward"},
         "map": {"map"},
@@ -185,14 +186,14 @@ def needs(case: Case) -> frozenset[Ability]:
         "params": {"params"},
         "init": {"init"},
         "trajectory": {"forward", "vjp"},
-        "spectral_norm": {"spectral_norm", "forward", case.of},
+        "spectral_norm": {"spectral_norm", "forward", *of},
         "r1": {"r1"},
         "mixed": {"mixed"},
-        "dtype": {case.of},
-        "compiled": {"compiled", case.of},
+        "dtype": of,
+        "compiled": {"compiled", *of},
         "saved": {"saved", "forward", "params"},
         "per_sample": {"per_sample"},
-        "memory": {"memory", case.of},
+        "memory": {"memory", *of},
     }
     return frozenset(by_family[case.family])
 
@@ -369,6 +370,8 @@ def _spectral(ids: Iterator[str]) -> Iterator[Case]:
             dtypes = _ONE_DTYPE if of in ("map", "r1", "mixed") else ("float32", "float64")
             described = "one training pass moves the state once" if of == "spectral_norm" else of
             yield Case(next(ids), "spectral_norm", f"{described}: {title}", config, of=of, dtypes=dtypes)
+    title = "forward and vjp leave the state where it is: pooled with out projection"
+    yield Case(next(ids), "spectral_norm", title, full, of="evaluation", dtypes=_ONE_DTYPE)
 
 
 def _deploy(number: Any) -> Iterator[Case]:

@@ -48,7 +48,8 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0) -> Outcome:
         verdicts = distribution_verdicts(run.case.config, found)
     else:
         of = run.case.of if family == "spectral_norm" else family
-        exact = inputs(run.case, run.dtype, seed).params if of in ("params", "saved", "spectral_norm") else {}
+        weighed = of in ("params", "saved", "spectral_norm", "evaluation")
+        exact = inputs(run.case, run.dtype, seed).params if weighed else {}
         if of == "spectral_norm":
             # A pass moves the state, and nothing else.
             exact = {name: array for name, array in exact.items() if name in parameter_table(run.case.config)}

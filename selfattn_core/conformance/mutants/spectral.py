@@ -88,8 +88,24 @@ class MovesInEvaluation(Reference):
         self.held = spec.power_iteration(model.config, self.held)
         return y
 
+    def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        self.held = spec.power_iteration(model.config, self.held)
+        return {"y": Reference.forward(self, replace(model, params=self.held), x), **self.held}
+
     def params(self, model: Model) -> dict[str, Array]:  # noqa: ARG002 - the state is kept here
         return self.held
+
+
+class MovesWithGradients(MovesInEvaluation):
+    """The state is left alone by an evaluation, unless its gradient is taken."""
+
+    def forward(self, model: Model, x: Array) -> Array:
+        return Reference.forward(self, replace(model, params=self.held), x)
+
+    def vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        gradients = super().vjp(replace(model, params=self.held), x, dy)
+        self.held = spec.power_iteration(model.config, self.held)
+        return gradients
 
 
 _BACK = "return np.asarray((dW - np.sum(dW * self.applied) * self.direction) / self.sigma)"
@@ -109,6 +125,7 @@ _TABLE: tuple[tuple[str, type[Reference], str], ...] = (
         MovesInEvaluation,
         "taki0112/Self-Attention-GAN-Tensorflow, rosinality/sagan-pytorch, compare_gan",
     ),
+    ("norm moves where a gradient is taken in evaluation", MovesWithGradients, ""),
     ("iteration in evaluation", IteratesInEvaluation, "flax.linen.SpectralNorm, ajbrock/BigGAN-PyTorch"),
 )
 
