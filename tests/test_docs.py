@@ -15,6 +15,7 @@ import pytest
 
 from selfattn_core.cli import main
 from selfattn_core.conformance.backend import METHODS
+from selfattn_core.conformance.cases import CASES, LEVELS, WHERE_CLAIMED, needs, through
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for folder in ("docs", "examples") for path in (ROOT / folder).rglob("*.md"))
@@ -113,8 +114,21 @@ def test_the_backend_of_the_page_for_authors_is_conformant(tmp_path):
 
 def test_the_page_for_authors_lists_every_claim_with_its_method():
     text = (ROOT / "docs" / "conformance-backends.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)\(", text, re.M))
-    assert rows == dict(METHODS)
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)\(", text, re.M)
+    assert rows == list(METHODS.items())
+    for optional in ("declines", "update", "dtypes", "expected_failures"):
+        assert f"`{optional}(" in text
+
+
+def test_the_page_for_users_says_which_claims_each_level_needs():
+    text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    said: set[str] = set()
+    for part, level in zip(re.search(r"Conformant at (.*?)\. ", text)[1].split("; "), LEVELS, strict=True):
+        name, *claims = re.findall(r"`(\w+)`", part)
+        said |= set(claims)
+        families = set(through(level)) - set(WHERE_CLAIMED)
+        needed = set().union(*(needs(case) for case in CASES if case.family in families))
+        assert (name, said) == (level, needed)
 
 
 @pytest.mark.parametrize(
