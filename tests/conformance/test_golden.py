@@ -161,6 +161,16 @@ def test_the_reader_notices_a_wrong_vector(tmp_path):
     assert f"{name}: is not the file that SHA256SUMS lists" in reader(tmp_path).stdout
 
 
+def test_the_reader_says_in_a_line_that_there_are_no_vectors(tmp_path):
+    command = [sys.executable, "-I", str(ROOT / "examples" / "golden_reader.py")]
+    for arguments, named in (([], "golden-vectors"), ([str(tmp_path)], str(tmp_path))):
+        result = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
+        )
+        assert result.returncode == 2
+        assert result.stderr == f"{named}: has no SHA256SUMS; name the folder of the golden vectors\n"
+
+
 def test_singles_are_float32():
     generator = np.random.Generator(np.random.PCG64(0))
     a, b = (generator.standard_normal(500).astype(np.float32) for _ in range(2))

@@ -26,6 +26,13 @@ def test_every_folder_of_backends_is_a_package_of_the_wheel():
     assert not (ROOT / "backends" / "__init__.py").exists()
 
 
+@pytest.mark.parametrize("file", ["Makefile", "mkdocs.yml", "golden-vectors/SHA256SUMS", "docs/hooks.py"])
+def test_the_sdist_holds_what_tests_and_pages_are_made_from(file):
+    assert (ROOT / file).is_file()
+    included = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert f"/{Path(file).parts[0]}" in included
+
+
 def test_an_empty_folder_is_noticed(tmp_path):
     (tmp_path / "backends" / "selfattn_other").mkdir(parents=True)
     assert sorted(folders(tmp_path)) != sorted(PACKAGES)
