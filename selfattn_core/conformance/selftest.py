@@ -29,7 +29,7 @@ class Kill:
         mutant: which.
         outcome: the run that saw it best: of those that failed, the one with the largest finite error, or else the
             first; None if it survived.
-        failed: how many runs of its family did not pass.
+        failed: how many runs of its family saw it.
         asked: how many there were.
     """
 
@@ -101,7 +101,9 @@ def judge_in_process(backend: Backend, runs: Iterable[Run], seed: int = 0) -> It
 
 
 def _kill(mutant: Mutant, outcomes: list[Outcome]) -> Kill:
-    bad = [outcome for outcome in outcomes if outcome.status != "pass"]
+    # One that breaks down shows nothing of what the cases see.
+    seen = ("fail", "error") if mutant.raises else ("fail",)
+    bad = [outcome for outcome in outcomes if outcome.status in seen]
     compared = [outcome for outcome in bad if 0 < outcome.ratio < np.inf]
     best = max(compared, key=lambda outcome: outcome.ratio) if compared else next(iter(bad), None)
     return Kill(mutant, best, len(bad), len(outcomes))

@@ -1,5 +1,7 @@
 """Every broken implementation that ships with the kit is caught by the family that is there for it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,15 @@ def test_the_unedited_spec_survives():
     assert kill.outcome is None
     assert kill.failed == 0 < kill.asked
     assert "SURVIVED" in as_table(as_data([], kills=[kill]))
+
+
+def test_one_that_breaks_down_is_not_caught_by_that():
+    mutant = edited("breaks down", "determinism", ("layer.gamma * layer.z", "layer.gamma * layer.missing"))
+    (kill,) = self_test([mutant])
+    assert kill.outcome is None
+    assert kill.failed == 0 < kill.asked
+    (declared,) = self_test([dataclasses.replace(mutant, raises=True)])
+    assert declared.outcome is not None
 
 
 def test_a_backend_of_linear_memory_is_not_caught():

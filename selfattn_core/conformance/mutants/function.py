@@ -264,6 +264,7 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
         seen_in="the authors' code and every BigGAN",
+        raises=True,
     ),
     edited(
         "the last whole windows of an odd map, not the first",

@@ -22,15 +22,19 @@ class Mutant:
         family: the cases that have to see it.
         make: a backend with the bug.
         seen_in: where the bug was published or is habit; empty if it is merely one edit away.
+        raises: whether the bug is an exception; the others have to give a wrong answer.
     """
 
     name: str
     family: Family
     make: Callable[[], Backend]
     seen_in: str = ""
+    raises: bool = False
 
 
-def edited(name: str, family: Family, *edits: tuple[str, str], seen_in: str = "") -> Mutant:
+def edited(
+    name: str, family: Family, *edits: tuple[str, str], seen_in: str = "", raises: bool = False
+) -> Mutant:
     """A mutant that is the spec with some of its text replaced.
 
     Args:
@@ -38,6 +42,7 @@ def edited(name: str, family: Family, *edits: tuple[str, str], seen_in: str = ""
         family: the cases that have to see it.
         edits: (what stands in `selfattn_core/spec.py` exactly once, what shall stand there).
         seen_in: where the bug was published.
+        raises: as for `Mutant`.
 
     Example:
         >>> mutant = edited("residual dropped", "forward", ("layer.gamma * layer.z + layer.x", "layer.gamma * layer.z"))
@@ -50,7 +55,7 @@ def edited(name: str, family: Family, *edits: tuple[str, str], seen_in: str = ""
         backend.name = name
         return backend
 
-    return Mutant(name, family, make, seen_in)
+    return Mutant(name, family, make, seen_in, raises)
 
 
 def _module(name: str, edits: tuple[tuple[str, str], ...]) -> ModuleType:
