@@ -1,6 +1,7 @@
 """Whether the weights of new layers are drawn as the table of parameters says."""
 
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -29,33 +30,45 @@ def distribution_verdicts(config: SelfAttentionConfig, found: Mapping[str, Array
         found: "<draw>: <canonical name>" to array, the last draw with the seed of the first.
     """
     verdicts = [
-        _verdict(row.name, _problem(row, [found[f"{draw}: {row.name}"] for draw in range(INITIAL_DRAWS)]))
+        _verdict(row.name, _strange(row, found) or _problem(row, _draws(row, found)))
         for row in parameter_table(config).values()
     ]
-    queries = [found[f"{draw}: query.kernel"] for draw in range(INITIAL_DRAWS)]
-    key = found["0: key.kernel"]
-    fits = all(array.shape == key.shape and array.dtype == key.dtype for array in queries)
-    if fits and queries[0].size:
-        problems = [
-            words
-            for words, first, second in (
-                ("query and key of one layer are alike", queries[0], key),
-                ("layers of two seeds are alike", queries[0], queries[1]),
-            )
-            if _alike(first, second)
-        ]
-        if not np.array_equal(queries[0], queries[-1]):
-            problems.append("one seed gives two different layers")
+    rows = parameter_table(config)
+    drawn = [name for name, row in rows.items() if row.initial != "zeros" and not _strange(row, found)]
+    problems = [
+        f"{one} and {other} of one layer are alike"
+        for one, other in combinations(drawn, 2)
+        if np.prod(rows[one].shape) == np.prod(rows[other].shape)
+        and _alike(found[f"0: {one}"], found[f"0: {other}"])
+    ]
+    problems += [
+        f"{name} of two seeds is alike" for name in drawn if _alike(found[f"0: {name}"], found[f"1: {name}"])
+    ]
+    problems += [
+        f"one seed gives two different {name}"
+        for name in drawn
+        if not np.array_equal(found[f"0: {name}"], found[f"{INITIAL_DRAWS - 1}: {name}"])
+    ]
+    if drawn:
         verdicts.append(_verdict("independence", "; ".join(problems)))
     return verdicts
 
 
-def _problem(row: Parameter, draws: list[Array]) -> str:
+def _draws(row: Parameter, found: Mapping[str, Array]) -> list[Array]:
+    return [found[f"{draw}: {row.name}"] for draw in range(INITIAL_DRAWS)]
+
+
+def _strange(row: Parameter, found: Mapping[str, Array]) -> str:
+    draws = _draws(row, found)
     strange = [
         f"{draw.dtype} {draw.shape}" for draw in draws if draw.shape != row.shape or draw.dtype != np.float32
     ]
     if strange:
         return f"got {', '.join(dict.fromkeys(strange))}, expected float32 {row.shape}"
+    return ""
+
+
+def _problem(row: Parameter, draws: list[Array]) -> str:
     if row.initial == "zeros":
         return "is not zero" if any(draw.any() for draw in draws) else ""
     limit = glorot_limit(*row.shape)

@@ -209,6 +209,20 @@ class SeedIgnored(Draws):
         return super().initial(config, 0)
 
 
+class OutLikeValue(Draws):
+    """Two kernels of one size, drawn from generators of the same seed."""
+
+    def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
+        drawn = super().initial(config, seed)
+        value = drawn["value.kernel"]
+        return drawn | ({"out.kernel": value.reshape(value.T.shape)} if config.out_projection else {})
+
+
+class SeedIgnoredByValue(Draws):
+    def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
+        return super().initial(config, seed) | {"value.kernel": super().initial(config, 0)["value.kernel"]}
+
+
 class SeedlessDraws(Draws):
     def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
         return super().initial(config, int(np.random.default_rng().integers(2**31)))
@@ -314,6 +328,13 @@ _TABLE: tuple[tuple[str, Family, type[Reference], str], ...] = (
     ("torch's default kernels", "init", TorchDefault, "torch.nn.Conv2d"),
     ("query and key start equal", "init", OneSeedForAll, "one seeded initializer for all Keras children"),
     ("seed ignored", "init", SeedIgnored, ""),
+    ("seed ignored by the value", "init", SeedIgnoredByValue, ""),
+    (
+        "out projection starts as the value",
+        "init",
+        OutLikeValue,
+        "one seeded initializer for all Keras children",
+    ),
     ("a new draw for one seed", "init", SeedlessDraws, ""),
     ("gamma not saved", "saved", SavesWithoutGamma, "gamma as a plain tensor or an untracked variable"),
     ("saved in 16 bits", "saved", SavesHalf, ""),
