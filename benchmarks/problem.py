@@ -158,7 +158,10 @@ class Problem:
         params = {key: array.astype(np.float64) for key, array in self.params.items()}
         x, weight = self.operands["x"].astype(np.float64), self.weight.astype(np.float64)
         dy = None if self.cell.step == "forward" else weight
-        magnitudes = spec.magnitudes(self.config, params, x, dy, second=self.cell.step == "r1")
+        cotangents = None
+        if self.cell.step == "r1":
+            cotangents = {"x": 2 * spec.vjp(self.config, params, x, weight)["x"]}
+        magnitudes = spec.magnitudes(self.config, params, x, dy, cotangents=cotangents)
         return _Answers(
             self._layer(params, x, weight),
             self._layer(self.params, self.operands["x"], self.weight),

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from selfattn_core.installed import missing_modules
-
 ROOT = Path(__file__).parents[2]
 CHECKS = Path(__file__).parent / "keras_checks"
 
@@ -39,8 +37,6 @@ def python(*arguments, **environment):
     ],
 )
 def test_layer(backend, files, environment):
-    if missing := missing_modules(["keras", backend]):
-        pytest.skip(f"{' and '.join(missing)} not installed")
     paths = [str(path) for path in sorted(CHECKS.glob(files))]
     assert paths
     done = python("-m", "pytest", "-q", *paths, KERAS_BACKEND=backend, **environment)
@@ -93,8 +89,6 @@ def test_a_keras_backend_that_has_no_core_is_refused():
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_importing_changes_no_setting_and_loads_one_core(backend):
-    if missing := missing_modules(["keras", backend]):
-        pytest.skip(f"{' and '.join(missing)} not installed")
     script = """
 import random, sys, keras
 settings = lambda: (keras.config.floatx(), keras.config.image_data_format(), keras.config.dtype_policy().name,

@@ -99,7 +99,8 @@ def test_either_byte_order_is_stored_as_it_reads(tmp_path, order):
 
 
 def test_bfloat16_is_widened_exactly(tmp_path):
-    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 arrays exist only with ml_dtypes")
+    import ml_dtypes
+
     params = random_params(dtype=ml_dtypes.bfloat16)
     wide = {name: array.astype(np.float32) for name, array in params.items()}
     save(tmp_path / "layer.safetensors", CONFIG, params)

@@ -72,7 +72,6 @@ def test_the_two_sets_of_digits_share_no_image_and_are_always_the_same():
 
 
 def test_the_numpy_model_is_the_torch_model(folder, model, held_out):
-    pytest.importorskip("torch")
     from examples.digits import torch_model
 
     logits = torch_model.logits(torch_model.load(folder), held_out.images)
@@ -90,7 +89,8 @@ def test_the_numpy_model_is_the_torch_model(folder, model, held_out):
 
 
 def test_torch_weights_come_back_from_the_files_bit_for_bit(folder, tmp_path_factory):
-    torch = pytest.importorskip("torch")
+    import torch
+
     from examples.digits import torch_model
 
     model = torch_model.load(folder)
@@ -127,8 +127,6 @@ def test_every_framework_of_the_library_is_asked():
 
 @pytest.mark.parametrize("framework", PROGRAMS)
 def test_every_framework_agrees_in_its_own_process(framework, folder, model, held_out, monkeypatch):
-    if frameworks.missing_modules(REGISTRY[framework].requires):
-        pytest.skip(f"{framework} is not installed")
     monkeypatch.setattr(os, "environ", environment())
     row = judged(model, held_out, frameworks.ask(framework, folder))
     assert not row.problem
@@ -171,7 +169,6 @@ def test_a_planted_bug_is_found(bug, model, held_out):
 
 
 def test_a_process_that_reads_other_weights_is_found(folder, model, held_out, monkeypatch):
-    pytest.importorskip("torch")
     monkeypatch.setattr(os, "environ", environment())
     shifted = model.attention | {"value.bias": model.attention["value.bias"] + np.float32(1e-3)}
     save(folder / files.ATTENTION, CONFIG, shifted, overwrite=True)
@@ -226,7 +223,6 @@ def test_the_answer_of_an_earlier_run_does_not_count(folder, model, held_out, mo
 
 
 def test_a_training_that_falls_short_fails_loudly(tmp_path):
-    pytest.importorskip("torch")
     process = subprocess.run(
         [sys.executable, "-m", "examples.digits", "--epochs", "1", "--folder", str(tmp_path)],
         cwd=ROOT,
@@ -244,7 +240,6 @@ def test_a_training_that_falls_short_fails_loudly(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_an_interrupt_ends_it_without_a_traceback(tmp_path):
-    pytest.importorskip("torch")
     # A shell's background job, and so this test in it, may have been started with interrupts ignored. They are allowed
     # again by the new process itself: between fork and exec, JAX in this process would warn.
     script = (
