@@ -257,27 +257,39 @@ class SelfAttention2D(keras.layers.Layer):
             x: (B, H, W, C) or (B, C, H, W), as `data_format` says.
             return_attention_scores: whether to return (y, A) instead of y.
             training: whether this is a step of training, which matters to spectral norm alone.
+
+        Raises:
+            ValueError: if the input's shape does not fit; as `tf.errors.InvalidArgumentError` where the size of the map
+                was unknown when a `tf.function` was traced, and not at all where XLA compiles that, which has no
+                assertions.
         """
         self._check(x)
         # TensorFlow's CPU has no channels-first convolution for every dtype, and Keras adds the bias of one to the wrong
         # axis where W equals the number of channels. To a 1×1 kernel the two formats are one.
         maps = x if self.data_format == "channels_last" else ops.transpose(x, (0, 2, 3, 1))  # (B, H, W, C)
+        _check_running(maps, self.kv_pool)
+        given, maps = maps, _never_empty(maps)
         batch, height, width = ops.shape(maps)[:3]
-        query = _rows(_apply(self.query, maps, training))  # (B, N, Dk)
-        key = _rows(_pool(_apply(self.key, maps, training), self.kv_pool))  # (B, M, Dk)
-        value = _rows(_pool(_apply(self.value, maps, training), self.kv_pool))  # (B, M, Dv)
+        # Handed on, since Keras' own context knows it in `__call__`, but not in `stateless_call`.
+        mode = {} if training is None else {"training": training}
+        query = _rows(self.query(maps, **mode))  # (B, N, Dk)
+        key = _rows(_pool(self.key(maps, **mode), self.kv_pool))  # (B, M, Dk)
+        value = _rows(_pool(self.value(maps, **mode), self.kv_pool))  # (B, M, Dv)
         if return_attention_scores:
             attended, attention = _ops.attend_with_map(query, key, value, block_size=self.block_size)
         else:
             attended = _ops.attend(query, key, value, block_size=self.block_size)  # (B, N, Dv)
         attended = ops.reshape(attended, (batch, height, width, value.shape[-1]))  # (B, H, W, Dv)
         if self.out_projection:
-            attended = _apply(self.out, attended, training)  # (B, H, W, C)
+            attended = self.out(attended, **mode)  # (B, H, W, C)
         arithmetic = "float64" if self.compute_dtype == "float64" else "float32"
         gamma, attended, maps = (ops.cast(term, arithmetic) for term in (self.gamma, attended, maps))
         y = ops.cast(gamma * attended + maps, self.compute_dtype)  # (B, H, W, C)
+        y = y if maps is given else y[: ops.shape(given)[0]]
         y = y if self.data_format == "channels_last" else ops.transpose(y, (0, 3, 1, 2))  # the shape of x
-        return (y, attention) if return_attention_scores else y
+        if not return_attention_scores:
+            return y
+        return y, (attention if maps is given else attention[: ops.shape(given)[0]])
 
     def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
         """The shape of y, which is that of x."""
@@ -386,13 +398,26 @@ def _rows(maps: Tensor) -> Tensor:
     return ops.reshape(maps, (batch, height * width, channels))
 
 
-def _apply(child: Any, maps: Tensor, training: bool | None) -> Tensor:
-    """What the child gives, which for an empty batch on TensorFlow would have the shape of the child's input."""
-    # Handed on, since Keras' own context knows it in `__call__`, but not in `stateless_call`.
-    mode = {} if training is None else {"training": training}
-    if keras.backend.backend() == "tensorflow" and maps.shape[0] == 0:
-        return child(ops.pad(maps, ((0, 1), (0, 0), (0, 0), (0, 0))), **mode)[:0]
-    return child(maps, **mode)
+def _check_running(maps: Tensor, side: int) -> None:
+    """Refuse maps (B, H, W, C) smaller than a pooling window where only TensorFlow's running graph knows their size."""
+    if side == 1 or keras.backend.backend() != "tensorflow" or None not in maps.shape[1:3]:
+        return
+    tf = importlib.import_module("tensorflow")
+    tf.debugging.assert_greater_equal(
+        tf.shape(maps)[1:3],
+        side,
+        f"SelfAttention2D: its map of (H, W) positions is smaller than one {side}×{side} pooling window "
+        f"(kv_pool={side}).",
+    )
+
+
+def _never_empty(maps: Tensor) -> Tensor:
+    """(B, H, W, C), and one sample of zeros if B is 0 on TensorFlow, which fails at a convolution of no sample."""
+    if keras.backend.backend() != "tensorflow" or maps.shape[0]:
+        return maps
+    batch, *sizes = ops.shape(maps)
+    missing = ops.cast(ops.equal(batch, 0), "int32")
+    return ops.concatenate([maps, ops.zeros((missing, *sizes), maps.dtype)], axis=0)
 
 
 def _own(option: Any, child: str) -> Any:

@@ -434,6 +434,44 @@ if FRAMEWORK == "tensorflow":
         assert error(gamma.numpy(), want["gamma"], eps) <= GRADIENT
         assert error(kernel.numpy()[0, 0], want["value.kernel"], eps) <= GRADIENT
 
+    @pytest.mark.parametrize("compiled", [False, True], ids=["graph", "XLA"])
+    def test_an_empty_batch_whose_size_was_unknown(compiled):
+        config = CONFIGS["pooled with biases"]
+        import tensorflow as tf
+
+        layer = from_canonical(config, designed(config, dtype="float32")[0], data_format=LAYOUTS[0])
+
+        @tf.function(jit_compile=compiled, input_signature=[tf.TensorSpec([None, 5, 7, 11])])
+        def run(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y, A = layer(x, return_attention_scores=True)
+            return y, A, tape.gradient(y, [x, *(weight.value for weight in layer.trainable_weights)])
+
+        y, A, gradients = run(np.zeros((0, 5, 7, 11), "float32"))
+        assert (y.shape, A.shape) == ((0, 5, 7, 11), (0, 35, 6))
+        assert gradients[0].shape == (0, 5, 7, 11)
+        assert not any(gradient.numpy().any() for gradient in gradients)
+        # The same graph, of one sample: nothing is added then.
+        x = np.random.default_rng(0).standard_normal((1, 5, 7, 11)).astype("float32")
+        np.testing.assert_allclose(run(x)[0], layer(x), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_a_map_smaller_than_a_window_whose_size_was_unknown(layout):
+        import tensorflow as tf
+
+        layer = from_canonical(POOLED, designed(POOLED, dtype="float32")[0], data_format=layout)
+        shape, native = (
+            ([None, None, None, 11], (0, 1, 2, 3))
+            if layout == "channels_last"
+            else ([None, 11, None, None], (0, 3, 1, 2))
+        )
+        run = tf.function(layer, input_signature=[tf.TensorSpec(shape)])
+        for height, width in ((1, 5), (5, 1)):
+            with pytest.raises(tf.errors.InvalidArgumentError, match=r"smaller than one 2×2 pooling window"):
+                run(np.zeros((2, height, width, 11), "float32").transpose(native))
+        assert run(np.zeros((2, 2, 3, 11), "float32").transpose(native)).shape[0] == 2
+
 
 if FRAMEWORK == "jax":
 
