@@ -47,6 +47,7 @@ class SelfAttention2d(nn.Module):
         kv_pool: side of the max-pooling window over key and value; 1 is none.
         spectral_norm: whether the kernels are divided by their spectral norms. A forward pass in training mode improves
             the estimate of the norms by one power iteration; one in evaluation mode changes nothing.
+            Checkpointed, each forward pass needs its backward pass before the next: see `SpectralConv2d`.
         block_size: query positions attended from at a time; None chooses by size. Changes memory, not the result.
         device: of the parameters.
         dtype: of the parameters.

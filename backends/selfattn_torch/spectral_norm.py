@@ -20,7 +20,9 @@ class SpectralConv2d(Projection):
     `weight` is the raw kernel, which is what is trained. A call in training mode first moves the buffers `u` and `v` by
     one power iteration, a call in evaluation mode does not; both are constants to the gradient, which goes through W
     in sigma. A call that repeats an earlier one, as activation checkpointing does while it goes backward, does not
-    move them again.
+    move them again. It takes them as they are then: a checkpointed call needs its backward pass before the next call in
+    training mode, or its gradient is that of the later state. A loss of real and fake images takes both in one batch,
+    or a backward pass after each.
 
     This is `torch.nn.utils.parametrizations.spectral_norm`, except that reading `weight` moves nothing, and that the
     layer can be pickled and initialised late. A state dict of `torch.nn.utils.spectral_norm` or of the

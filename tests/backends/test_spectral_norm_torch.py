@@ -185,6 +185,18 @@ def test_checkpointing_does_not_move_the_state_again(use_reentrant):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_with_a_backward_after_each_of_two_forwards(use_reentrant):
+    layer, maps, weights = layer_and_maps()
+    twin = copy.deepcopy(layer)
+    real, fake = maps.clone().requires_grad_(), (-2 * maps).requires_grad_()
+    torch.add(*((twin(batch) * weights).sum() for batch in (real, fake))).backward()
+    for batch in (real, fake):
+        checkpoint(layer, batch, use_reentrant=use_reentrant).backward(weights)
+    for ours, theirs in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_the_state_dict_is_frozen():
     names = {name: tuple(value.shape) for name, value in layer_and_maps()[0].state_dict().items()}
     assert {name: shape for name, shape in names.items() if not name.endswith("bias")} == {
