@@ -115,7 +115,9 @@ class FlaxBackend:
         layout: str,  # noqa: ARG002 - the protocol's, and there is but one
     ) -> Model:
         """The layer; float64 needs a process in which JAX has it (JAX_ENABLE_X64=1)."""
-        return Model(config, dtype, *self.kind.build(config, params, dtype))
+        # Operation by operation, JAX compiles each of them for each size: three times as long, for one dtype.
+        compiled = dtype != "float32"
+        return Model(config, dtype, *self.kind.build(config, params, dtype), compiled=compiled)
 
     def update(self, model: Model, params: Mapping[str, Array]) -> Model:
         """The same static part over other arrays."""
