@@ -90,6 +90,7 @@ class FlaxBackend:
                 "params",
                 "init",
                 "spectral_norm",
+                "training_vjp",
                 "r1",
                 "mixed",
                 "compiled",
@@ -150,6 +151,13 @@ class FlaxBackend:
         """The output in training, and the weights with the state after it."""
         y, state = self.kind.train(model.static, model.tree, model.state, model.given(x))
         return {"y": _array(y), **self.kind.export(model.static, model.tree, state)}
+
+    def training_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
+        """Gradients by reverse mode, in training."""
+        gradients = _training_vjp(
+            self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy)
+        )
+        return _named(model, *gradients)
 
     def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
         """The penalty by reverse mode over reverse mode."""
@@ -219,6 +227,14 @@ _vjp = _static(_first)
 
 
 @_static
+def _training_vjp(
+    kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array
+) -> tuple[Any, jax.Array]:
+    _, pull, _ = jax.vjp(lambda tree, x: kind.train(static, tree, state, x), tree, x, has_aux=True)
+    return pull(dy)
+
+
+@_static
 def _r1(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, w: jax.Array) -> Any:
     def penalty(tree: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(jax.grad(lambda x: jnp.sum(w * kind.apply(static, tree, state, x)))(x) ** 2)
@@ -265,7 +281,8 @@ def _nnx_attention(static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Arra
 
 
 def _nnx_train(static: Any, tree: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    layer = nnx.merge(static, tree, state)
+    # A variable may be moved only where it was made, which inside a derivative is there.
+    layer = nnx.merge(static, tree, state, copy=True)
     layer.train()
     y = layer(x)
     return y, _nnx_split(layer)[2]

@@ -95,6 +95,7 @@ class KerasBackend:
             "params",
             "init",
             "spectral_norm",
+            "training_vjp",
             "r1",
             "mixed",
             "saved",
@@ -152,6 +153,10 @@ class KerasBackend:
         """The output with `training=True`, and the weights after it."""
         y = model.maps(model.layer(model.given(x), training=True))
         return {"y": y, **to_canonical(model.layer)}
+
+    def training_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
+        """Gradients by reverse mode, with `training=True`."""
+        return model.named(_vjp(model, model.given(x), model.given(dy), training=True))
 
     def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
         """The penalty by reverse mode over reverse mode."""
@@ -217,16 +222,16 @@ if _FRAMEWORK == "tensorflow":
     def _forward(model: Model, x: Tensor) -> Tensor:
         return _as_claimed(model, "forward", model.layer)(x)
 
-    def _vjp(model: Model, x: Tensor, dy: Tensor) -> list[Tensor]:
+    def _vjp(model: Model, x: Tensor, dy: Tensor, training: bool = False) -> list[Tensor]:
         def gradients(x: Tensor, dy: Tensor) -> list[Tensor]:
             sources = [x, *model.values]
             with tf.GradientTape() as tape:
                 tape.watch(sources)
-                y = model.layer(x)
+                y = model.layer(x, training=training)
             found: list[Tensor] = tape.gradient(y, sources, dy, unconnected_gradients="zero")
             return found
 
-        found: list[Tensor] = _as_claimed(model, "vjp", gradients)(x, dy)
+        found: list[Tensor] = _as_claimed(model, f"vjp {training}", gradients)(x, dy)
         return found
 
     def _r1(model: Model, x: Tensor, w: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -251,13 +256,13 @@ if _FRAMEWORK == "tensorflow":
 elif _FRAMEWORK == "jax":
     import jax
 
-    def _call(model: Model, x: Tensor, *values: Tensor) -> Tensor:
+    def _call(model: Model, x: Tensor, *values: Tensor, training: bool = False) -> Tensor:
         given = {
             variable(model.layer, name).path: value for name, value in zip(model.names, values, strict=True)
         }
         trainable = [given[each.path] for each in model.layer.trainable_variables]
         state = [each.value for each in model.layer.non_trainable_variables]
-        return model.layer.stateless_call(trainable, state, x)[0]
+        return model.layer.stateless_call(trainable, state, x, training=training)[0]
 
     def _compiled(model: Model, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if model.kept is None:
@@ -271,13 +276,16 @@ elif _FRAMEWORK == "jax":
             return model.layer(x)
         return _compiled(model, "forward", lambda *given: _call(model, *given))(x, *model.values)
 
-    def _gradients(model: Model, dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        _, pullback = jax.vjp(lambda *inputs: _call(model, *inputs), *inputs)
+    def _gradients(model: Model, dy: Tensor, *inputs: Tensor, training: bool = False) -> tuple[Tensor, ...]:
+        _, pullback = jax.vjp(lambda *inputs: _call(model, *inputs, training=training), *inputs)
         return tuple(pullback(dy))
 
-    def _vjp(model: Model, x: Tensor, dy: Tensor) -> list[Tensor]:
+    def _vjp(model: Model, x: Tensor, dy: Tensor, training: bool = False) -> list[Tensor]:
         # Compiled as a whole: operation by operation takes many times as long at these sizes.
-        return list(_compiled(model, "vjp", lambda *given: _gradients(model, *given))(dy, x, *model.values))
+        gradients = _compiled(
+            model, f"vjp {training}", lambda *given: _gradients(model, *given, training=training)
+        )
+        return list(gradients(dy, x, *model.values))
 
     def _r1(model: Model, x: Tensor, w: Tensor) -> tuple[Tensor, list[Tensor]]:
         def penalised(w: Tensor, *inputs: Tensor) -> Any:
@@ -314,9 +322,10 @@ else:
     def _sources(model: Model, x: Tensor) -> list[Tensor]:
         return [x.requires_grad_(), *model.values]
 
-    def _vjp(model: Model, x: Tensor, dy: Tensor) -> list[Tensor]:
+    def _vjp(model: Model, x: Tensor, dy: Tensor, training: bool = False) -> list[Tensor]:
         sources = _sources(model, x)
-        return list(torch.autograd.grad(model.layer(x), sources, dy, materialize_grads=True))
+        y = model.layer(x, training=training)
+        return list(torch.autograd.grad(y, sources, dy, materialize_grads=True))
 
     def _r1(model: Model, x: Tensor, w: Tensor) -> tuple[Tensor, list[Tensor]]:
         sources = _sources(model, x)

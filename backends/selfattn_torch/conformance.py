@@ -66,6 +66,7 @@ class TorchBackend:
                 "params",
                 "init",
                 "spectral_norm",
+                "training_vjp",
                 "r1",
                 "mixed",
                 "compiled",
@@ -128,6 +129,13 @@ class TorchBackend:
         y = model.call(model.given(x))
         model.layer.eval()
         return {"y": _maps(y), **to_canonical(model.layer)}
+
+    def training_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
+        """Gradients by reverse mode, in training mode."""
+        model.layer.train()
+        gradients = self.vjp(model, x, dy)
+        model.layer.eval()
+        return gradients
 
     def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
         """The penalty by double backward."""

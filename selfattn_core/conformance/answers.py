@@ -39,7 +39,7 @@ def answers(
 
     if case.family == "trajectory":
         return train(backend, case, dtype, layout, seed)
-    if case.family == "init":
+    if "init" in (case.family, case.of):
         seeds = [*range(1, INITIAL_DRAWS), 1]
         return {
             f"{draw}: {name}": array
@@ -62,6 +62,8 @@ def _value(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[s
         return {"map": backend.attention_map(model, given.x)}
     if of == "vjp":
         return backend.vjp(model, given.x, given.dy)
+    if of == "training_vjp":
+        return backend.training_vjp(model, given.x, given.dy)
     if of == "r1":
         value, gradients = backend.r1(model, given.x, given.dy)
         return {"r1": np.array(value, np.float64), **gradients}
@@ -113,8 +115,8 @@ def _params(backend: Backend, model: Any, _: Case, __: Inputs) -> Mapping[str, A
 def _spectral_norm(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
     if case.of == "spectral_norm":
         return backend.training_pass(model, given.x)
-    if case.of == "mixed":
-        return _mixed(backend, model, case, given)
+    if case.of in ("mixed", "saved"):
+        return (_mixed if case.of == "mixed" else _saved)(backend, model, case, given)
     if case.of == "params":
         # An evaluation leaves the state where it is.
         backend.forward(model, given.x)

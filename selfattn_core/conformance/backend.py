@@ -94,6 +94,13 @@ class Backend(Protocol):
         the evaluation mode.
         """
 
+    def training_vjp(self, model: Any, x: Array, dy: Array) -> Mapping[str, Array]:
+        """The gradient of sum(dy∘y) of one forward pass in training mode: {"x": …, canonical name: …}.
+
+        As `training_pass` is, it is asked of layers with spectral norm: u and v are those after the power iteration, and
+        constant.
+        """
+
     def r1(self, model: Any, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
         """‖d sum(w∘y)/dx‖² and its gradient {"x": …, canonical name: …}."""
 
@@ -119,6 +126,7 @@ METHODS: Mapping[Ability, str] = {
     "params": "params",
     "init": "initial",
     "spectral_norm": "training_pass",
+    "training_vjp": "training_vjp",
     "r1": "r1",
     "mixed": "vjp_of_vjp",
     "compiled": "compiled",

@@ -45,7 +45,19 @@ __all__ = [
 
 Array = NDArray[Any]
 Level = Literal["core", "training", "gan", "deploy"]
-Computation = Literal["forward", "map", "vjp", "r1", "mixed", "params", "spectral_norm", "evaluation"]
+Computation = Literal[
+    "forward",
+    "map",
+    "vjp",
+    "r1",
+    "mixed",
+    "params",
+    "init",
+    "saved",
+    "spectral_norm",
+    "training_vjp",
+    "evaluation",
+]
 Family = Literal[
     "forward",
     "map",
@@ -74,6 +86,7 @@ Ability = Literal[
     "params",
     "init",
     "spectral_norm",
+    "training_vjp",
     "r1",
     "mixed",
     "compiled",
@@ -122,7 +135,8 @@ class Case:
         logits: standard deviation of the entries of q kᵀ.
         constant: whether every position of the input is the same.
         of: which computation a case of the families "dtype", "compiled", "memory" and "spectral_norm" is about; of
-            the last, "spectral_norm" is a pass in training, and "evaluation" what calls in evaluation leave behind.
+            the last, "spectral_norm" is a pass in training, "training_vjp" its derivatives, and "evaluation" what calls
+            in evaluation leave behind.
         dtypes: in which it is run.
         second_shape: (B, H, W) of the other input of a "sizes" case.
         integers: whether x and the weights are small multiples of a power of two: projections are exact, in 16 bits too,
@@ -174,6 +188,8 @@ def needs(case: Case) -> frozenset[Ability]:
         ['forward', 'params', 'saved']
     """
     of: set[Ability] = {"vjp", "params"} if case.of == "evaluation" else {case.of}
+    if case.of == "saved":
+        of = {"saved", "params"}
     by_family: Mapping[Family, set[Ability]] = {
         "forward": {"forward"},
         "map": {"map"},
@@ -372,6 +388,15 @@ def _spectral(ids: Iterator[str]) -> Iterator[Case]:
             yield Case(next(ids), "spectral_norm", f"{described}: {title}", config, of=of, dtypes=dtypes)
     title = "forward and vjp leave the state where it is: pooled with out projection"
     yield Case(next(ids), "spectral_norm", title, full, of="evaluation", dtypes=_ONE_DTYPE)
+    wide = SelfAttentionConfig(40, 10, 30, out_projection=True, spectral_norm=True)
+    further: tuple[tuple[Computation, str, SelfAttentionConfig], ...] = (
+        ("training_vjp", "vjp of a training pass, of the state after it: flat", flat),
+        ("training_vjp", "vjp of a training pass, of the state after it: pooled with out projection", full),
+        ("saved", "the framework's own file: pooled with out projection", full),
+        ("init", "weights and state of a new layer: out projection with biases", wide),
+    )
+    for of, title, config in further:
+        yield Case(next(ids), "spectral_norm", title, config, of=of, dtypes=_ONE_DTYPE)
 
 
 def _deploy(number: Any) -> Iterator[Case]:

@@ -15,7 +15,7 @@ from selfattn_core.conformance.runs import Run
 from selfattn_core.conformance.tolerance import Expectation, Verdict, expect, judge
 from selfattn_core.conformance.training import trained
 from selfattn_core.conformance.trajectory import judge_trajectory
-from selfattn_core.params import parameter_table
+from selfattn_core.params import parameter_table, state_table
 
 __all__ = ["compare", "memory_limit"]
 
@@ -39,10 +39,9 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0) -> Outcome:
             return Outcome(run, "fail", (), problem)
         verdicts = list(judge_trajectory(run.case, found, run.dtype, seed))
         losses = tuple(float(loss) for loss in found["loss"])
-    elif family == "init":
-        names = [
-            f"{draw}: {name}" for draw in range(INITIAL_DRAWS) for name in parameter_table(run.case.config)
-        ]
+    elif "init" in (family, run.case.of):
+        every = [*parameter_table(run.case.config), *state_table(run.case.config)]
+        names = [f"{draw}: {name}" for draw in range(INITIAL_DRAWS) for name in every]
         if problem := _names(found, names):
             return Outcome(run, "fail", (), problem)
         verdicts = distribution_verdicts(run.case.config, found)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core import spectral_norm
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.answers import INITIAL_DRAWS
 from selfattn_core.conformance.tolerance import Verdict
-from selfattn_core.params import Parameter, glorot_limit, parameter_table
+from selfattn_core.params import Parameter, glorot_limit, parameter_table, projections
 
 __all__ = ["distribution_verdicts"]
 
@@ -20,6 +21,9 @@ Array = NDArray[Any]
 # them once in 10⁹ draws.
 _LARGEST_DEPARTURE = 3.3
 _LARGEST_CORRELATION = 6.0
+
+_LEAST_SHARE = 0.7
+"""Of the norm, which 15 power iterations from a random start find at least."""
 
 
 def distribution_verdicts(config: SelfAttentionConfig, found: Mapping[str, Array]) -> list[Verdict]:
@@ -49,9 +53,27 @@ def distribution_verdicts(config: SelfAttentionConfig, found: Mapping[str, Array
         for name in drawn
         if not np.array_equal(found[f"0: {name}"], found[f"{INITIAL_DRAWS - 1}: {name}"])
     ]
+    verdicts += [
+        _verdict(f"{name}.norm", _state_problem(found, name))
+        for name in (projections(config) if config.spectral_norm else ())
+    ]
     if drawn:
         verdicts.append(_verdict("independence", "; ".join(problems)))
     return verdicts
+
+
+def _state_problem(found: Mapping[str, Array], name: str) -> str:
+    for draw in range(INITIAL_DRAWS):
+        kernel, u, v = (found[f"{draw}: {name}.{part}"].astype(np.float64) for part in ("kernel", "u", "v"))
+        if (v.shape + u.shape) != kernel.shape:
+            return f"got u {u.shape} and v {v.shape} of a kernel {kernel.shape}"
+        lengths = float(np.linalg.norm(u)), float(np.linalg.norm(v))
+        if not all(abs(length - 1) < 1e-5 for length in lengths):
+            return f"u and v have lengths {lengths[0]:.6g} and {lengths[1]:.6g}, expected 1"
+        share = spectral_norm.sigma(kernel, u, v) / np.linalg.norm(kernel, 2)
+        if not _LEAST_SHARE < share < 1 + 1e-5:
+            return f"σ is {share:.3g} × the norm of the kernel, expected {_LEAST_SHARE:g} at least"
+    return ""
 
 
 def _draws(row: Parameter, found: Mapping[str, Array]) -> list[Array]:

@@ -66,6 +66,7 @@ class Reference:
                 "params",
                 "init",
                 "spectral_norm",
+                "training_vjp",
                 "r1",
                 "mixed",
                 "compiled",
@@ -133,6 +134,11 @@ class Reference:
         """A power iteration, then the output."""
         moved = self.function.power_iteration(model.config, model.params)
         return {"y": self.forward(Model(model.config, moved, model.layout), x), **moved}
+
+    def training_vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        """A power iteration, then first derivatives."""
+        moved = self.function.power_iteration(model.config, model.params)
+        return self.vjp(Model(model.config, moved, model.layout), x, dy)
 
     def r1(self, model: Model, x: Array, w: Array) -> tuple[float, dict[str, Array]]:
         """The penalty and its gradient."""

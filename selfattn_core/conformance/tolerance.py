@@ -226,7 +226,7 @@ def _samples(case: Case, wide: Inputs) -> list[tuple[Array, Array]]:
 
 
 def _is_derivative(case: Case) -> bool:
-    return bool({case.family, case.of} & {"vjp", "r1", "mixed", "per_sample"})
+    return bool({case.family, case.of} & {"vjp", "training_vjp", "r1", "mixed", "per_sample"})
 
 
 def _cotangents(case: Case, wide: Inputs, x: Array, dy: Array) -> Mapping[str, Array] | None:

@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases import Family
 from selfattn_core.conformance.mutants.mutant import Mutant, edited
 from selfattn_core.conformance.reference import Model, Reference
-from selfattn_core.params import fold_spectral_norm, projections
+from selfattn_core.params import fold_spectral_norm, init_params, projections
 
 __all__ = ["MUTANTS"]
 
@@ -108,6 +109,50 @@ class MovesWithGradients(MovesInEvaluation):
         return gradients
 
 
+class ThroughTheIteration(Reference):
+    """The gradient goes through the power iteration, as if u and v were not constants: by differences of the loss."""
+
+    def training_vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        wide = {name: array.astype(np.float64) for name, array in model.params.items()}
+
+        def loss(name: str, change: Array) -> float:
+            moved = spec.power_iteration(model.config, {**wide, name: wide[name] + change})
+            y = spec.forward(model.config, moved, x.astype(np.float64))
+            return float(np.sum(dy * y))
+
+        gradients = super().training_vjp(model, x, dy)
+        for name in (f"{projection}.kernel" for projection in projections(model.config)):
+            steps = 1e-5 * np.eye(wide[name].size).reshape(-1, *wide[name].shape)
+            slopes = [(loss(name, step) - loss(name, -step)) / 2e-5 for step in steps]
+            gradients[name] = np.array(slopes, x.dtype).reshape(wide[name].shape)
+        return gradients
+
+
+class StateAsBefore(Reference):
+    """The derivatives of a training pass are those of the state before it."""
+
+    def training_vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        return self.vjp(model, x, dy)
+
+
+class SavesWithoutState(Reference):
+    def saved(self, model: Model, folder: str) -> Model:
+        loaded = super().saved(model, folder)
+        fresh = init_params(model.config, 0, model.params["gamma"].dtype)
+        state = {name: fresh[name] for name in model.params if name[-2:] in (".u", ".v")}
+        return replace(loaded, params={**loaded.params, **state})
+
+
+class StateOfNoKernel(Reference):
+    """u and v of unit length, and of no power iteration."""
+
+    def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
+        drawn = super().initial(config, seed)
+        state = {name: array for name, array in drawn.items() if name[-2:] in (".u", ".v")}
+        flat = {name: np.full_like(array, array.size**-0.5) for name, array in state.items()}
+        return drawn | flat
+
+
 _BACK = "return np.asarray((dW - np.sum(dW * self.applied) * self.direction) / self.sigma)"
 _TABLE: tuple[tuple[str, type[Reference], str], ...] = (
     ("state never moves", StateStays, ""),
@@ -126,6 +171,10 @@ _TABLE: tuple[tuple[str, type[Reference], str], ...] = (
         "taki0112/Self-Attention-GAN-Tensorflow, rosinality/sagan-pytorch, compare_gan",
     ),
     ("norm moves where a gradient is taken in evaluation", MovesWithGradients, ""),
+    ("gradient through the power iteration", ThroughTheIteration, "u and v that are not detached"),
+    ("derivatives in training of the state before", StateAsBefore, ""),
+    ("state not saved", SavesWithoutState, ""),
+    ("state of a new layer not warmed up", StateOfNoKernel, ""),
     ("iteration in evaluation", IteratesInEvaluation, "flax.linen.SpectralNorm, ajbrock/BigGAN-PyTorch"),
 )
 
