@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.conformance.backend import ABILITIES
+from selfattn_core.conformance.cases import DTYPES
 from selfattn_core.params import widen
 from selfattn_flax import linen, weights
 from selfattn_flax.nnx import SelfAttention2D
@@ -82,23 +84,7 @@ class FlaxBackend:
 
     def claims(self) -> frozenset[str]:
         """Everything the kit asks for."""
-        return frozenset(
-            {
-                "forward",
-                "map",
-                "vjp",
-                "params",
-                "init",
-                "spectral_norm",
-                "training_vjp",
-                "r1",
-                "mixed",
-                "compiled",
-                "saved",
-                "per_sample",
-                "memory",
-            }
-        )
+        return frozenset(ABILITIES)
 
     def layouts(self) -> tuple[str, ...]:
         """Flax has one."""
@@ -106,7 +92,7 @@ class FlaxBackend:
 
     def dtypes(self) -> tuple[str, ...]:
         """All that the kit knows."""
-        return ("float32", "float64", "bfloat16", "float16")
+        return DTYPES
 
     def build(
         self,

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.conformance.backend import ABILITIES
+from selfattn_core.conformance.cases import DTYPES
 from selfattn_core.params import widen
 from selfattn_keras.layer import SelfAttention2D, Tensor
 from selfattn_keras.weights import from_canonical, to_canonical, variable
@@ -88,21 +90,8 @@ class KerasBackend:
 
     def claims(self) -> frozenset[str]:
         """What Keras offers on this framework: it compiles nothing on torch, and has no gradients per sample but JAX's."""
-        everywhere = {
-            "forward",
-            "map",
-            "vjp",
-            "params",
-            "init",
-            "spectral_norm",
-            "training_vjp",
-            "r1",
-            "mixed",
-            "saved",
-            "memory",
-        }
-        own = {"tensorflow": {"compiled"}, "jax": {"compiled", "per_sample"}}
-        return frozenset(everywhere | own.get(_FRAMEWORK, set()))
+        lacking = {"tensorflow": {"per_sample"}, "jax": set(), "torch": {"compiled", "per_sample"}}
+        return frozenset(ABILITIES) - lacking[_FRAMEWORK]
 
     def layouts(self) -> tuple[str, ...]:
         """Both data formats."""
@@ -110,7 +99,7 @@ class KerasBackend:
 
     def dtypes(self) -> tuple[str, ...]:
         """All that the kit knows."""
-        return ("float32", "float64", "bfloat16", "float16")
+        return DTYPES
 
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.conformance.backend import ABILITIES
+from selfattn_core.conformance.cases import DTYPES
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.weights import from_canonical, to_canonical
 
@@ -58,23 +60,7 @@ class TorchBackend:
 
     def claims(self) -> frozenset[str]:
         """Everything the kit asks for."""
-        return frozenset(
-            {
-                "forward",
-                "map",
-                "vjp",
-                "params",
-                "init",
-                "spectral_norm",
-                "training_vjp",
-                "r1",
-                "mixed",
-                "compiled",
-                "saved",
-                "per_sample",
-                "memory",
-            }
-        )
+        return frozenset(ABILITIES)
 
     def layouts(self) -> tuple[str, ...]:
         """Both memory formats."""
@@ -82,7 +68,7 @@ class TorchBackend:
 
     def dtypes(self) -> tuple[str, ...]:
         """All that the kit knows."""
-        return ("float32", "float64", "bfloat16", "float16")
+        return DTYPES
 
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from examples.command import FAILED, MISSING, positive, run
 from examples.digits import data, files, numpy_model
 from examples.digits.compare import Row, compare, expect, table
 from examples.digits.frameworks import PROGRAMS, ask
@@ -20,10 +21,6 @@ from selfattn_core.installed import missing_modules
 
 LEAST_ACCURACY = 0.95
 LEAST_GAMMA = 0.1
-
-FAILED = 1
-MISSING = 3
-INTERRUPTED = 130
 
 
 def main() -> int:
@@ -83,18 +80,12 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.digits", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--epochs", type=_positive, default=10, help="of the training (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=10, help="of the training (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/digits"), help="for the files (default: %(default)s)"
     )
     return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
-    return int(text)
 
 
 def _train(training: data.Digits, arguments: argparse.Namespace, folder: Path) -> None:
@@ -146,9 +137,4 @@ def _program(name: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
+    run(main)

@@ -9,14 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+from examples.command import BAD_INPUT, FAILED, MISSING, positive, run
 from examples.digits import data
 from examples.gan import files
 from selfattn_core.installed import missing_modules
-
-FAILED = 1
-BAD_INPUT = 2
-MISSING = 3
-INTERRUPTED = 130
 
 FULL_STEPS = 1000
 QUICK_STEPS = 3
@@ -93,7 +89,7 @@ def _arguments() -> argparse.Namespace:
         prog="python -m examples.gan_flax", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, to see it run")
-    parser.add_argument("--steps", type=_positive, help=f"of the training (default: {FULL_STEPS})")
+    parser.add_argument("--steps", type=positive, help=f"of the training (default: {FULL_STEPS})")
     parser.add_argument("--seed", type=int, default=1, help="of the training (default: %(default)s)")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/gan"), help="with the checkpoint (default: %(default)s)"
@@ -101,16 +97,5 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
-    return int(text)
-
-
 if __name__ == "__main__":
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
+    run(main)

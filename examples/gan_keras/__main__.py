@@ -13,13 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from examples.command import BAD_INPUT, FAILED, MISSING, run
 from examples.gan import agreement, files
 from selfattn_core.installed import missing_modules
-
-FAILED = 1
-BAD_INPUT = 2
-MISSING = 3
-INTERRUPTED = 130
 
 _ROOT = Path(__file__).parents[2]
 
@@ -86,9 +82,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
+    run(main)

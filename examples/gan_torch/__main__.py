@@ -9,12 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from examples.command import FAILED, MISSING, positive, run
 from examples.digits import data
 from selfattn_core.installed import missing_modules
-
-FAILED = 1
-MISSING = 3
-INTERRUPTED = 130
 
 FULL_STEPS = 3000
 QUICK_STEPS = 20
@@ -84,7 +81,7 @@ def _arguments() -> argparse.Namespace:
         prog="python -m examples.gan_torch", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, to see it run")
-    parser.add_argument("--steps", type=_positive, help=f"of the training (default: {FULL_STEPS})")
+    parser.add_argument("--steps", type=positive, help=f"of the training (default: {FULL_STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/gan"), help="for the files (default: %(default)s)"
@@ -92,16 +89,5 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
-    return int(text)
-
-
 if __name__ == "__main__":
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
+    run(main)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from selfattn_core import spec
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.backend import ABILITIES
 from selfattn_core.params import init_params
 
 __all__ = ["Model", "Reference"]
@@ -58,22 +59,7 @@ class Reference:
 
     def claims(self) -> frozenset[str]:
         """Everything but "memory"."""
-        return frozenset(
-            {
-                "forward",
-                "map",
-                "vjp",
-                "params",
-                "init",
-                "spectral_norm",
-                "training_vjp",
-                "r1",
-                "mixed",
-                "compiled",
-                "saved",
-                "per_sample",
-            }
-        )
+        return frozenset(ABILITIES) - {"memory"}
 
     def layouts(self) -> tuple[str, ...]:
         """Both."""

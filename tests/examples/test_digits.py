@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from examples import command
 from examples.digits import __main__ as program
 from examples.digits import compare, data, files, frameworks, numpy_model, picture
 from examples.digits.frameworks import PROGRAMS, Answer
@@ -260,6 +261,6 @@ def test_an_interrupt_ends_it_without_a_traceback(tmp_path):
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == program.INTERRUPTED
+    assert process.returncode == command.INTERRUPTED
     assert "Interrupted." in errors
     assert "Traceback" not in errors
