@@ -73,6 +73,10 @@ def conform(
 
     reports = run_backends(chosen, seed=seed, level=level, tell=tell)
     kills = self_test(seed=seed) if with_self_test else []
+    for kill in kills:
+        if kill.unasked:
+            click.echo(f"not tried, {kill.mutant.name!r}: {kill.unasked}", err=True)
+    kills = [kill for kill in kills if not kill.unasked]
     data = as_data(reports, seed=seed, level=level, kills=kills)
     show(data, error_stream=bool(to_output))
     for form, target in targets.items():

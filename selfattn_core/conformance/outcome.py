@@ -18,7 +18,7 @@ class Outcome:
     Args:
         run: which.
         status: "error" is a crash, an exception or a timeout; "unclaimed" an ability, dtype or layout that the backend
-            does not have; an expected failure that passes is a "fail".
+            does not have, or memory where it cannot be measured; an expected failure that passes is a "fail".
         verdicts: one for each quantity that was compared.
         message: why it is not a pass.
         reason: why a failure was expected; empty if none was.

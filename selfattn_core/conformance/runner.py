@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.conformance.backend import REGISTRY, Registered
-from selfattn_core.conformance.cases import LEVELS, WHERE_CLAIMED, Level, through
+from selfattn_core.conformance.cases import LEVELS, WHERE_CLAIMED, Case, Level, through
 from selfattn_core.conformance.compare import compare
 from selfattn_core.conformance.outcome import Outcome
 from selfattn_core.conformance.runs import Run, all_runs, chosen_layout, is_claimed
@@ -91,14 +91,22 @@ class BackendReport:
         """Whether it is conformant at a level.
 
         That is: every case of the level, and of those below it, was run and passed in at least one dtype and layout,
-        and none of their runs failed, be it expected or not. What a backend does not claim it is not conformant in.
+        and none of their runs failed, be it expected or not. What a backend does not claim it is not conformant in; but
+        of the family dtype, cases that exist in none of its dtypes are not asked for, if there is one that does.
         """
         families = set(through(level)) - set(WHERE_CLAIMED)
-        asked = [outcome for outcome in self.outcomes if outcome.run.case.family in families]
+        asked = [
+            outcome
+            for outcome in self.outcomes
+            if outcome.run.case.family in families and self._has_dtype_for(outcome.run.case)
+        ]
         passed = {outcome.run.case.id for outcome in asked if outcome.status == "pass"}
         bad = any(outcome.status not in ("pass", "unclaimed") for outcome in asked)
         ran = {outcome.run.case.family for outcome in asked}
         return ran == families and not bad and passed == {outcome.run.case.id for outcome in asked}
+
+    def _has_dtype_for(self, case: Case) -> bool:
+        return case.family != "dtype" or not set(case.dtypes).isdisjoint(self.dtypes)
 
     @property
     def level(self) -> Level | None:

@@ -10,6 +10,7 @@ from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.backend import Backend, dtypes_of
 from selfattn_core.conformance.cases import Family, inputs
 from selfattn_core.conformance.compare import compare
+from selfattn_core.conformance.memory import PeakUnknownError
 from selfattn_core.conformance.mutants import MUTANTS, Mutant
 from selfattn_core.conformance.outcome import Outcome
 from selfattn_core.conformance.runs import Run, all_runs, is_claimed
@@ -31,12 +32,14 @@ class Kill:
             first; None if it survived.
         failed: how many runs of its family saw it.
         asked: how many there were.
+        unasked: why there were none, on this system; empty if there were.
     """
 
     mutant: Mutant
     outcome: Outcome | None
     failed: int
     asked: int
+    unasked: str = ""
 
     @property
     def multiple(self) -> float:
@@ -93,6 +96,9 @@ def judge_in_process(backend: Backend, runs: Iterable[Run], seed: int = 0) -> It
         try:
             with np.errstate(all="ignore"):
                 found = answers(backend, run.case, inputs(run.case, run.dtype, seed), run.dtype, layout, seed)
+        except PeakUnknownError as error:
+            yield Outcome(run, "unclaimed", (), str(error))
+            continue
         except Exception:
             yield Outcome(run, "error", (), traceback.format_exc(limit=-1).strip())
             continue
@@ -104,6 +110,8 @@ def _kill(mutant: Mutant, outcomes: list[Outcome]) -> Kill:
     # One that breaks down shows nothing of what the cases see.
     seen = ("fail", "error") if mutant.raises else ("fail",)
     bad = [outcome for outcome in outcomes if outcome.status in seen]
+    asked = [outcome for outcome in outcomes if outcome.status != "unclaimed"]
+    unasked = outcomes[0].message if outcomes and not asked else ""
     compared = [outcome for outcome in bad if 0 < outcome.ratio < np.inf]
     best = max(compared, key=lambda outcome: outcome.ratio) if compared else next(iter(bad), None)
-    return Kill(mutant, best, len(bad), len(outcomes))
+    return Kill(mutant, best, len(bad), len(asked), unasked)

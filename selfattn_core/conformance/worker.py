@@ -27,6 +27,7 @@ from selfattn_core.conformance.backend import (
     resolve,
 )
 from selfattn_core.conformance.cases import CASES, inputs
+from selfattn_core.conformance.memory import PeakUnknownError
 from selfattn_core.conformance.runs import Run, chosen_layout, is_claimed
 from selfattn_core.params import widen
 
@@ -102,6 +103,8 @@ def main(job_file: str) -> None:
                 arrays = [widen(np.asarray(value)) for value in found.values()]
                 np.savez(folder / f"{index}.npz", *arrays, allow_pickle=False)
                 tell(event="answered", run=index, names=list(found), seconds=seconds)
+            except PeakUnknownError as error:
+                tell(event="declined", run=index, reason=str(error))
             except Exception:
                 tell(event="raised", run=index, error=traceback.format_exc(limit=-3))
         tell(event="finished")

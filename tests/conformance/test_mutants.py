@@ -67,6 +67,23 @@ def test_a_backend_of_linear_memory_is_not_caught():
     assert kill.outcome is None
 
 
+def test_what_cannot_be_asked_here_is_said_and_is_no_survivor(monkeypatch, tmp_path):
+    from click.testing import CliRunner
+
+    from selfattn_core.cli import main
+
+    monkeypatch.setattr("selfattn_core.conformance.memory._RESET", tmp_path / "absent" / "clear_refs")
+    dense = next(mutant for mutant in MUTANTS if mutant.family == "memory")
+    (kill,) = self_test([dense])
+    assert kill.asked == 0
+    assert "cannot be reset" in kill.unasked
+    monkeypatch.setattr(selftest, "MUTANTS", (dense, MUTANTS[0]))
+    result = CliRunner().invoke(main, ["conform", "--self-test"])
+    assert result.exit_code == 0, result.output
+    assert f"not tried, '{dense.name}': memory cannot be measured here" in result.stderr
+    assert "1 of 1 mutants caught." in result.output
+
+
 def test_an_edit_that_fits_no_longer_is_told():
     mutant = edited("stale", "forward", ("no such text", ""))
     with pytest.raises(ValueError, match="'no such text' stands 0 times in the spec"):

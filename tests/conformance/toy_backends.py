@@ -8,10 +8,12 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
 from selfattn_core import spec
+from selfattn_core.conformance import memory
 
 
 class Good:
@@ -156,6 +158,28 @@ class Core(InferenceOnly):
 class SinglePrecision(Core):
     def dtypes(self):
         return ("float32",)
+
+
+class Frugal(InferenceOnly):
+    """Of linear memory, if of no attention."""
+
+    def claims(self):
+        return frozenset({"forward", "memory"})
+
+    def forward(self, model, x):
+        return x if x.size > 2**14 else super().forward(model, x)
+
+
+class NeverForgets(Frugal):
+    """On a system that does not forget the peak of a process."""
+
+    def __init__(self):
+        memory._RESET = Path(__file__) / "clear_refs"
+
+    def claims(self):
+        return frozenset({"forward", "memory", "vjp", "r1"})
+
+    vjp, r1 = Good.vjp, Good.r1
 
 
 class KnownFailure(NotANumber):
