@@ -1,9 +1,9 @@
-"""Reads the golden vectors with nothing of selfattn, and checks a layer with them: here, fifteen lines of numpy.
+"""Reads the golden vectors with nothing of selfattn, and checks a layer with them: here, one in plain numpy.
 
     python examples/golden_reader.py golden-vectors
 
-The same in another language is a JSON parser and a loop; docs/golden-vectors.md describes the files. Replace `attend`
-by your own layer.
+The same in another language is a JSON parser and a loop; docs/golden-vectors.md describes the files. Replace `Layer`
+and `answers` by your own, and answer None to what yours does not do.
 """
 
 import hashlib
@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 DTYPES = {"F32": "<f4", "F64": "<f8"}
+STEP = 2.0**-60
 
 
-def read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """The description and the arrays of a file.
+def read(path: Path) -> tuple[dict, dict[str, dict[str, np.ndarray]]]:
+    """The description of a file, and its arrays: first "input", "params", "cotangents" or "want", then the name.
 
     Args:
         path: a .safetensors file: eight bytes of length, that much JSON, then the arrays' bytes.
@@ -26,38 +27,200 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     description = json.loads(header.pop("__metadata__")["golden"])
-    arrays = {}
-    for name, entry in header.items():
+    groups: dict[str, dict[str, np.ndarray]] = {"input": {}, "params": {}, "cotangents": {}, "want": {}}
+    for entry_name, entry in header.items():
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        arrays[name] = np.frombuffer(content[begin:end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return description, arrays
+        group, _, name = entry_name.partition(".")
+        array = np.frombuffer(content[begin:end], DTYPES[entry["dtype"]])
+        groups[group][name] = array.reshape(entry["shape"])
+    return description, groups
 
 
-def attend(config: dict, params: dict[str, np.ndarray], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The layer under test: y (B, H, W, C) and the map (B, N, M), in the dtype of its arguments."""
+class Layer:
+    """The layer under test: its output, its map and its first derivatives, in the dtype of the arguments.
 
-    def project(name: str, maps: np.ndarray) -> np.ndarray:
-        return maps @ params[f"{name}.kernel"] + params.get(f"{name}.bias", x.dtype.type(0))
+    Args:
+        config: of the file.
+        params: of the file.
+        x: (B, H, W, C).
+    """
 
-    def pooled(maps: np.ndarray) -> np.ndarray:
+    def __init__(self, config: dict, params: dict[str, np.ndarray], x: np.ndarray) -> None:
+        batch, height, width, channels = x.shape
+        self.config, self.params, self.shape = config, params, x.shape
+        self.rows = x.reshape(batch, height * width, channels)
+        # Which positions each pooling window holds, (M, p²); what is beyond the last whole window is in none.
         p = config["kv_pool"]
-        b, h, w, c = maps.shape
-        whole = maps[:, : h // p * p, : w // p * p]
-        return whole.reshape(b, h // p, p, w // p, p, c).max(axis=(2, 4)).reshape(b, (h // p) * (w // p), c)
+        down, across = height // p, width // p
+        positions = np.arange(height * width).reshape(height, width)[: down * p, : across * p]
+        self.windows = positions.reshape(down, p, across, p).swapaxes(1, 2).reshape(down * across, p * p)
+        self.q = self.project("query", self.rows)
+        key, value = self.project("key", self.rows), self.project("value", self.rows)
+        self.key_winners, self.value_winners = self.winners(key), self.winners(value)
+        self.k = np.take_along_axis(key, self.key_winners, axis=1)
+        self.v = np.take_along_axis(value, self.value_winners, axis=1)
+        scores = self.q @ self.k.swapaxes(1, 2)
+        exponentials = np.exp(scores - scores.real.max(axis=-1, keepdims=True))
+        self.map = exponentials / exponentials.sum(axis=-1, keepdims=True)
+        self.o = self.map @ self.v
+        self.z = self.project("out", self.o) if config["out_projection"] else self.o
+        self.y = (params["gamma"] * self.z + self.rows).reshape(x.shape)
 
-    b, h, w, _ = x.shape
-    q = project("query", x).reshape(b, h * w, config["qk_channels"])
-    scores = q @ pooled(project("key", x)).swapaxes(1, 2)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    attended = (weights @ pooled(project("value", x))).reshape(b, h, w, config["value_channels"])
-    if config["out_projection"]:
-        attended = project("out", attended)
-    return params["gamma"] * attended + x, weights
+    def norm(self, name: str) -> np.ndarray:
+        """The spectral norm of a kernel as u and v estimate it."""
+        return self.params[f"{name}.v"] @ self.params[f"{name}.kernel"] @ self.params[f"{name}.u"]
+
+    def kernel(self, name: str) -> np.ndarray:
+        """The matrix that is applied."""
+        kernel = self.params[f"{name}.kernel"]
+        return kernel / self.norm(name) if self.config["spectral_norm"] else kernel
+
+    def project(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """A 1×1 convolution is a product with a matrix."""
+        projected = rows @ self.kernel(name)
+        return projected + self.params[f"{name}.bias"] if self.config["use_bias"] else projected
+
+    def winners(self, rows: np.ndarray) -> np.ndarray:
+        """The position of the largest value of each window and channel, (B, M, D): the first, if several are equal."""
+        first = rows[:, self.windows].real.argmax(axis=2)
+        return self.windows[np.arange(len(self.windows))[:, None], first]
+
+    def scattered(self, pooled: np.ndarray, winners: np.ndarray) -> np.ndarray:
+        """The gradient of each window at its winner, (B, N, D)."""
+        rows = np.zeros((*self.rows.shape[:2], pooled.shape[-1]), pooled.dtype)
+        np.put_along_axis(rows, winners, pooled, axis=1)
+        return rows
+
+    def gradients(self, dy: np.ndarray) -> dict[str, np.ndarray]:
+        """The gradient of sum(dy∘y) towards x and every parameter."""
+        g = dy.reshape(self.rows.shape)
+        scaled = self.params["gamma"] * g
+        to_o = scaled @ self.kernel("out").T if self.config["out_projection"] else scaled
+        # The sum over keys of A∘dA, by way of the output: a fused kernel never has all of A.
+        subtracted = (to_o * self.o).sum(axis=-1, keepdims=True)
+        to_scores = self.map * (to_o @ self.v.swapaxes(1, 2) - subtracted)
+        projected = {
+            "query": to_scores @ self.k,
+            "key": self.scattered(to_scores.swapaxes(1, 2) @ self.q, self.key_winners),
+            "value": self.scattered(self.map.swapaxes(1, 2) @ to_o, self.value_winners),
+        }
+        found = {"x": g + sum(d @ self.kernel(name).T for name, d in projected.items())}
+        if self.config["out_projection"]:
+            projected["out"] = scaled
+        for name, d in projected.items():
+            rows = self.o if name == "out" else self.rows
+            to_kernel = np.einsum("bni,bnj->ij", rows, d)
+            if self.config["spectral_norm"]:
+                along = (to_kernel * self.kernel(name)).sum()
+                direction = np.outer(self.params[f"{name}.v"], self.params[f"{name}.u"])
+                to_kernel = (to_kernel - along * direction) / self.norm(name)
+            found[f"{name}.kernel"] = to_kernel
+            if self.config["use_bias"]:
+                found[f"{name}.bias"] = d.sum(axis=(0, 1))
+        found["gamma"] = (g * self.z).sum().reshape(1)
+        return {name: array.reshape(self.shape) if name == "x" else array for name, array in found.items()}
+
+
+def second_derivatives(
+    config: dict,
+    params: dict[str, np.ndarray],
+    x: np.ndarray,
+    dy: np.ndarray,
+    cotangents: dict[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """The gradient of the sum over names of sum(cotangent∘gradients[name]), towards dy, x and every parameter.
+
+    Second derivatives are symmetric, so this is how y and the gradients move if x and the parameters move along the
+    cotangents. A step so small that its square is nothing, into the imaginary direction, says that without a
+    difference of two numbers; where you can differentiate twice, do that.
+    """
+
+    def moved(name: str, array: np.ndarray) -> np.ndarray:
+        along = cotangents.get(name, np.zeros_like(array))
+        return array + 1j * (along * array.dtype.type(STEP))
+
+    layer = Layer(config, {name: moved(name, array) for name, array in params.items()}, moved("x", x))
+    found = {"dy": layer.y} | layer.gradients(dy)
+    return {name: array.imag / x.dtype.type(STEP) for name, array in found.items()}
+
+
+def after_power_iteration(config: dict, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The state that a pass in training moves on before anything else is computed; the kernels are left as they are."""
+    moved = dict(params)
+    for name in ("query", "key", "value", "out") if config["out_projection"] else ("query", "key", "value"):
+        kernel = params[f"{name}.kernel"]
+        u = params[f"{name}.v"] @ kernel
+        u = u / max(np.sqrt(u @ u), 1e-12)
+        v = kernel @ u
+        moved |= {f"{name}.u": u, f"{name}.v": v / max(np.sqrt(v @ v), 1e-12)}
+    return moved
+
+
+def answers(golden: dict, groups: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray] | None:
+    """What the layer says to a file, by the names of its "want"; None if it does not do that.
+
+    Args:
+        golden: the description.
+        groups: the arrays, in the dtype to compute in.
+    """
+    config, params, x = golden["config"], groups["params"], groups["input"]["x"]
+    computation = golden["computation"]
+    if computation in ("training_pass", "training_vjp"):
+        params = after_power_iteration(config, params)
+    layer = Layer(config, params, x)
+    found = None
+    if computation == "forward":
+        found = {"y": layer.y}
+    elif computation == "map":
+        found = {"map": layer.map}
+    elif computation == "training_pass":
+        found = {"y": layer.y} | params
+    elif computation in ("vjp", "training_vjp"):
+        found = layer.gradients(groups["input"]["dy"])
+    elif computation == "mixed":
+        found = second_derivatives(config, params, x, groups["input"]["dy"], groups["cotangents"])
+    elif computation == "r1":
+        w = groups["input"]["w"]
+        dx = layer.gradients(w)["x"]
+        found = {"r1": (dx * dx).sum().reshape(1)} | second_derivatives(config, params, x, w, {"x": 2 * dx})
+    return found
+
+
+def complaints(golden: dict, groups: dict[str, dict[str, np.ndarray]], dtype: str) -> list[str] | None:
+    """What is wrong with the layer's answer to a file, a line for each quantity; None if it has no answer.
+
+    Args:
+        golden: the description.
+        groups: the arrays.
+        dtype: to compute in, "float32" or "float64".
+    """
+    cast = {
+        group: {name: array.astype(dtype) for name, array in arrays.items()}
+        for group, arrays in groups.items()
+        if group != "want"
+    }
+    got = answers(golden, cast)
+    if got is None:
+        return None
+    lines = []
+    for name, want in groups["want"].items():
+        where = f"{golden['case']} ({golden['title']}), {dtype}: {name}"
+        if name not in got or got[name].shape != want.shape or got[name].dtype != dtype:
+            lines.append(f"{where}: is missing, or not of shape {want.shape} and {dtype}")
+            continue
+        tolerance = golden["tolerances"][name]
+        allowed = min(golden["factor"] * tolerance["floor"], tolerance["cap"])
+        if dtype == "float64":
+            allowed *= 2.0**-29
+        error = np.abs(got[name] - want).max(initial=0.0)
+        # NaN is no number that is at most something.
+        if not error <= allowed:
+            lines.append(f"{where}: error {error:.3g}, allowed {allowed:.3g}")
+    return lines
 
 
 def main(folder: Path) -> int:
-    """Check the files of the families "forward" and "map" in both dtypes.
+    """Check every file in both dtypes.
 
     Args:
         folder: of the golden vectors.
@@ -68,32 +231,23 @@ def main(folder: Path) -> int:
     if not (folder / "SHA256SUMS").is_file():
         print(f"{folder}: has no SHA256SUMS; name the folder of the golden vectors", file=sys.stderr)
         return 2
-    checked = failed = 0
+    checked = failed = unanswered = 0
     for line in (folder / "SHA256SUMS").read_text(encoding="ascii").splitlines():
         digest, name = line.split("  ")
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             print(f"{name}: is not the file that SHA256SUMS lists")
             failed += 1
             continue
-        golden, arrays = read(folder / name)
-        if golden["family"] not in ("forward", "map"):
-            continue
-        for dtype, shrink in (("float32", 1.0), ("float64", 2.0**-29)):
-            params = {
-                key[7:]: value.astype(dtype) for key, value in arrays.items() if key.startswith("params.")
-            }
-            y, attention = attend(golden["config"], params, arrays["input.x"].astype(dtype))
-            quantity, got = ("y", y) if golden["family"] == "forward" else ("map", attention)
-            error = np.abs(got - arrays[f"want.{quantity}"]).max(initial=0.0)
-            tolerance = golden["tolerances"][quantity]
-            allowed = shrink * min(golden["factor"] * tolerance["floor"], tolerance["cap"])
-            checked += 1
-            if not error <= allowed:
-                print(
-                    f"{golden['case']} ({golden['title']}), {dtype}: error {error:.3g}, allowed {allowed:.3g}"
-                )
-                failed += 1
-    print(f"{checked} comparisons, {failed} failed")
+        golden, groups = read(folder / name)
+        for dtype in ("float32", "float64"):
+            lines = complaints(golden, groups, dtype)
+            if lines is None:
+                unanswered += 1
+                continue
+            checked += len(groups["want"])
+            failed += len(lines)
+            print("".join(f"{complaint}\n" for complaint in lines), end="")
+    print(f"{checked} comparisons, {failed} failed; {unanswered} computations were not answered")
     return int(failed > 0 or checked == 0)
 
 

@@ -79,7 +79,7 @@ __all__ = ["VERSION", "attention_map", "forward", "magnitudes", "power_iteration
 Array = NDArray[Any]
 
 VERSION = 1
-"""Of the function that this module defines: another one whenever a golden vector changes."""
+"""Of the function that this module defines: another one whenever a golden vector asks or expects something else."""
 
 
 def forward(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array) -> Array:
@@ -255,7 +255,7 @@ def power_iteration(config: SelfAttentionConfig, params: Mapping[str, Array]) ->
         >>> [bool((moved[name] == params[name]).all()) for name in ("value.kernel", "value.v")]
         [True, False]
     """
-    moved = check_params(config, params, finite=False)
+    moved = _checked(config, params)
     for name in projections(config) if config.spectral_norm else ():
         kernel, v = moved[f"{name}.kernel"], moved[f"{name}.v"]
         dtype = _arithmetic(kernel.dtype)

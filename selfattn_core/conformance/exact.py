@@ -6,6 +6,7 @@ everywhere, and right to the last bit. `Single` is float32 arithmetic in one fix
 """
 
 import decimal
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -32,8 +33,8 @@ def fifty_digits() -> Iterator[None]:
 class Single:
     """A float32 number, every operation of which is rounded correctly.
 
-    Sums and products of float32 values are computed in float64 and rounded: with more than twice the digits, that is
-    the same as rounding once.
+    Sums, products, quotients and roots of float32 values are computed in float64 and rounded: with more than twice the
+    digits, that is the same as rounding once.
 
     Args:
         value: a number that float32 holds.
@@ -51,41 +52,57 @@ class Single:
     def __float__(self) -> float:
         return self.value
 
-    def __add__(self, other: "Single | int") -> "Single":
-        return _rounded(self.value + _value(other))
+    def __add__(self, other: "Single | float") -> "Single":
+        value = _value(other)
+        return NotImplemented if value is None else _rounded(self.value + value)
 
-    def __mul__(self, other: "Single | int") -> "Single":
-        return _rounded(self.value * _value(other))
+    def __sub__(self, other: "Single | float") -> "Single":
+        value = _value(other)
+        return NotImplemented if value is None else _rounded(self.value - value)
+
+    def __rsub__(self, other: "Single | float") -> "Single":
+        value = _value(other)
+        return NotImplemented if value is None else _rounded(value - self.value)
+
+    def __mul__(self, other: "Single | float") -> "Single":
+        value = _value(other)
+        return NotImplemented if value is None else _rounded(self.value * value)
+
+    def __truediv__(self, other: "Single | float") -> "Single":
+        value = _value(other)
+        return NotImplemented if value is None else _rounded(self.value / value)
 
     __radd__ = __add__
     __rmul__ = __mul__
 
-    def __sub__(self, other: "Single | int") -> "Single":
-        return _rounded(self.value - _value(other))
-
-    def __truediv__(self, other: "Single | int") -> "Single":
-        return _rounded(self.value / _value(other))
-
     def __abs__(self) -> "Single":
         return Single(abs(self.value))
 
-    def __lt__(self, other: "Single | int") -> bool:
-        return self.value < _value(other)
+    def __lt__(self, other: "Single | float") -> bool:
+        value = _value(other)
+        return NotImplemented if value is None else self.value < value
 
-    def __gt__(self, other: "Single | int") -> bool:
-        return self.value > _value(other)
+    def __gt__(self, other: "Single | float") -> bool:
+        value = _value(other)
+        return NotImplemented if value is None else self.value > value
 
-    def __le__(self, other: "Single | int") -> bool:
-        return self.value <= _value(other)
+    def __le__(self, other: "Single | float") -> bool:
+        value = _value(other)
+        return NotImplemented if value is None else self.value <= value
 
-    def __ge__(self, other: "Single | int") -> bool:
-        return self.value >= _value(other)
+    def __ge__(self, other: "Single | float") -> bool:
+        value = _value(other)
+        return NotImplemented if value is None else self.value >= value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Single | int) and self.value == _value(other)
+        return self.value == _value(other)
 
     def __hash__(self) -> int:
         return hash(self.value)
+
+    def sqrt(self) -> "Single":
+        """The square root; numpy's `sqrt` calls it on arrays of dtype object."""
+        return _rounded(math.sqrt(self.value))
 
     def exp(self) -> "Single":
         """The exponential, by way of fifty digits; numpy's `exp` calls it on arrays of dtype object."""
@@ -134,10 +151,13 @@ def _objects(array: Array, number: Any) -> Array:
     return objects
 
 
-def _value(number: Single | int) -> float:
-    # Integers are the zeros of numpy's own making, and the spec's factors 2.
-    return number.value if type(number) is Single else float(number)
+def _value(number: object) -> float | None:
+    """What float32 arithmetic takes a number for; None of what is none, arrays for example, which then take over."""
+    if type(number) is Single:
+        return number.value
+    # The zeros of numpy's own making, the spec's factors 2, and its constants, which numpy rounds alike.
+    return float(np.float32(number)) if isinstance(number, int | float) else None
 
 
-def _rounded(value: float) -> Single:
+def _rounded(value: float) -> "Single":
     return Single(float(np.float32(value)))

@@ -4,15 +4,19 @@
     python -m selfattn_core.conformance.golden FOLDER --check   # compute all of it again, compare every bit
 
 The expectations are the spec's, computed in fifty-digit decimals and rounded once, so they do not depend on the
-machine; the noise floors are those of float32 arithmetic in one fixed order, which do not either. A file that is there
-is never replaced by one that differs: a spec that gives other values is another version of it (`spec.VERSION`).
+machine; the noise floors are those of float32 arithmetic in one fixed order, which do not either.
+
+A file that is there is never replaced by one that differs in silence. Two numbers in it say which one it is: `version`
+is that of the function (`spec.VERSION`), and other arrays need another one; `edition` is that of the files (`EDITION`),
+and arrays that are the same with other tolerances, or described in another way, need another one. Files of new cases
+need neither.
 
 docs/golden-vectors.md describes the files.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +26,40 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.cases import CASES, Case, Inputs, inputs
 from selfattn_core.conformance.exact import fifty_digits, to_decimals, to_floats, to_singles
-from selfattn_core.conformance.tolerance import ALLOWANCES, CAPS, EPS, FACTOR, ulps
+from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.tolerance import FACTOR, expectations
 from selfattn_core.weights import write_atomically
 
-__all__ = ["FORMAT", "SUMS", "differences", "golden_cases", "vector", "write"]
+__all__ = ["EDITION", "FORMAT", "SUMS", "differences", "golden_cases", "vector", "write"]
 
 Array = NDArray[Any]
 
 FORMAT = "selfattn golden vector"
 SUMS = "SHA256SUMS"
 
-_FAMILIES = ("forward", "map", "vjp", "r1")
-_CONFIG = ("channels", "qk_channels", "value_channels", "out_projection", "use_bias", "kv_pool")
+EDITION = 2
+"""Of the files: another one whenever one that is there changes, though the function gives the same. CHANGELOG.md says how."""
+
+_FAMILIES = ("forward", "map", "vjp", "r1", "mixed")
+_OF_SPECTRAL_NORM = ("forward", "map", "vjp", "r1", "mixed", "spectral_norm", "training_vjp")
+"""What spectral norm is asked that is answered by values, and not by what a framework keeps."""
+
+_CONFIG = (
+    "channels",
+    "qk_channels",
+    "value_channels",
+    "out_projection",
+    "use_bias",
+    "kv_pool",
+    "spectral_norm",
+)
 """The options that a file gives; those that came later are at their defaults."""
+
+_OUTPUT_GRADIENTS = {"vjp": "dy", "training_vjp": "dy", "mixed": "dy", "r1": "w"}
+"""What the gradient of y is called, by computation."""
 
 _POSITIONS = 60
 """Of the largest maps: their N×M attention is written out."""
@@ -45,7 +68,10 @@ _POSITIONS = 60
 def golden_cases() -> list[Case]:
     """The cases that have a file: the values and derivatives of every layer on maps of moderate size."""
     return [
-        case for case in CASES if case.family in _FAMILIES and case.shape[1] * case.shape[2] <= _POSITIONS
+        case
+        for case in CASES
+        if (case.family in _FAMILIES or (case.family == "spectral_norm" and case.of in _OF_SPECTRAL_NORM))
+        and case.shape[1] * case.shape[2] <= _POSITIONS
     ]
 
 
@@ -61,32 +87,28 @@ def vector(case: Case) -> bytes:
     given = inputs(case, "float32")
     with fifty_digits():
         exact = _map(given, to_decimals)
-        wanted = {name: to_floats(value) for name, value in _quantities(case, exact).items()}
-        allowed = ulps(case, exact, wanted)
-    single = {name: to_floats(value) for name, value in _quantities(case, _map(given, to_singles)).items()}
-    eps = EPS["float32"]
-    tolerances = {}
-    for name, want in wanted.items():
-        ulp = eps * allowed[name]
-        error = float(np.abs(single[name] - want).max(initial=0))
-        tolerances[name] = {
-            "floor": error + ALLOWANCES[case.family] * ulp,
-            "cap": CAPS[case.family] * ulp,
-        }
+        wanted = _answers(case, exact)
+        single = _answers(case, _map(given, to_singles))
+        errors = {name: float(np.abs(single[name] - want).max(initial=0)) for name, want in wanted.items()}
+        expected = expectations(case, exact, wanted, errors, "float32")
+    computation = _computation(case)
     tensors = {"input.x": given.x}
-    if case.family in ("vjp", "r1"):
-        tensors["input.dy" if case.family == "vjp" else "input.w"] = given.dy
+    if gradient := _OUTPUT_GRADIENTS.get(computation):
+        tensors[f"input.{gradient}"] = given.dy
     tensors |= {f"params.{name}": value for name, value in given.params.items()}
+    tensors |= {f"cotangents.{name}": value for name, value in given.cotangents.items()}
     tensors |= {f"want.{name}": value for name, value in wanted.items()}
     description = {
         "format": FORMAT,
         "version": spec.VERSION,
+        "edition": EDITION,
         "case": case.id,
         "family": case.family,
+        "computation": computation,
         "title": case.title,
         "config": {name: getattr(case.config, name) for name in _CONFIG},
         "factor": FACTOR,
-        "tolerances": tolerances,
+        "tolerances": {name: {"floor": each.floor, "cap": each.cap} for name, each in expected.items()},
     }
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
     # One entry: the order of several is not fixed.
@@ -104,7 +126,8 @@ def write(folder: Path) -> list[str]:
         The names of the files that were written.
 
     Raises:
-        ValueError: if a file that is there has other content at the same version of the spec; nothing is written.
+        ValueError: if a file that is there has other arrays at the same version of the spec, or another description
+            at the same edition; nothing is written.
     """
     contents = dict(_contents())
     changed = [
@@ -112,11 +135,9 @@ def write(folder: Path) -> list[str]:
         for name, content in contents.items()
         if (folder / name).exists() and (folder / name).read_bytes() != content
     ]
-    if same := [name for name in changed if _version(folder / name) == spec.VERSION]:
-        raise ValueError(
-            f"{', '.join(same)}: what the spec gives is not what is there, and both are of version {spec.VERSION}; "
-            "a function that gives other values is another one: raise VERSION in selfattn_core/spec.py if it is meant."
-        )
+    refusals = {name: _refusal(folder / name, contents[name]) for name in changed}
+    if lines := [f"{name}: {why}" for name, why in refusals.items() if why]:
+        raise ValueError("nothing is written:\n  " + "\n  ".join(lines))
     written = [name for name in contents if name in changed or not (folder / name).exists()]
     for name in written:
         write_atomically(folder / name, contents[name], overwrite=True)
@@ -167,38 +188,70 @@ def _contents(cases: list[Case] | None = None) -> Iterator[tuple[str, bytes]]:
         yield f"{case.id}.safetensors", vector(case)
 
 
+def _computation(case: Case) -> str:
+    """What is computed, in the words of the files."""
+    if case.family != "spectral_norm":
+        return case.family
+    return "training_pass" if case.of == "spectral_norm" else case.of
+
+
 def _map(given: Inputs, number: Any) -> Inputs:
     params = {name: number(value) for name, value in given.params.items()}
-    return Inputs(params, number(given.x), number(given.dy))
+    cotangents = {name: number(value) for name, value in given.cotangents.items()}
+    return Inputs(params, number(given.x), number(given.dy), cotangents=cotangents)
 
 
-def _quantities(case: Case, given: Inputs) -> Mapping[str, Array]:
-    if case.family == "forward":
-        return {"y": spec.forward(case.config, given.params, given.x)}
-    if case.family == "map":
-        return {"map": spec.attention_map(case.config, given.params, given.x)}
-    if case.family == "vjp":
-        return spec.vjp(case.config, given.params, given.x, given.dy)
-    value, gradients = spec.r1(case.config, given.params, given.x, given.dy)
-    return {"r1": np.array([value], object)} | gradients
+def _answers(case: Case, given: Inputs) -> dict[str, Array]:
+    """What the spec says, rounded to float64; scalars as arrays of one."""
+    found = answers(Reference(), case, given, "object", "channels_last")
+    return {name: np.atleast_1d(to_floats(value)) for name, value in found.items()}
 
 
-def _version(path: Path) -> int:
+def _refusal(path: Path, content: bytes) -> str:
+    """Why a file that is there may not be replaced by this content; empty if it may."""
+    try:
+        version, edition, arrays = _opened(path)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        return f"cannot be read ({error}): delete it if it is to be written again"
+    if version < spec.VERSION:
+        return ""
+    if names := _differing(arrays, safetensors.numpy.load(content)):
+        return (
+            f"{', '.join(names)} would be different, and version {version} is what the function has: "
+            "raise VERSION in selfattn_core/spec.py if the function is meant to be another one"
+        )
+    if edition >= EDITION:
+        return (
+            f"the description would be different, and edition {edition} is what the files have: "
+            "raise EDITION in selfattn_core/conformance/golden.py if it is meant"
+        )
+    return ""
+
+
+def _opened(path: Path) -> tuple[int, int, dict[str, Array]]:
+    """Version, edition and arrays of a file."""
+    arrays = safetensors.numpy.load_file(path)
     with safetensors.safe_open(path, "numpy") as file:
-        return int(json.loads(file.metadata()["golden"])["version"])
+        description = json.loads(file.metadata()["golden"])
+    # Files of the first edition do not say so.
+    return int(description["version"]), int(description.get("edition", 1)), arrays
 
 
 def _difference(there: bytes, computed: bytes) -> str:
     try:
-        old, new = safetensors.numpy.load(there), safetensors.numpy.load(computed)
+        old = safetensors.numpy.load(there)
     except safetensors.SafetensorError as error:
         return f"cannot be read: {error}"
-    names = [
+    names = _differing(old, safetensors.numpy.load(computed))
+    return f"{', '.join(names) or 'the description'} would be different"
+
+
+def _differing(old: dict[str, Array], new: dict[str, Array]) -> list[str]:
+    return [
         name
         for name in {**old, **new}
         if name not in old or name not in new or not _equal(old[name], new[name])
     ]
-    return f"{', '.join(names) or 'the description'} would be different"
 
 
 def _equal(one: Array, other: Array) -> bool:

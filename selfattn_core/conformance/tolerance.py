@@ -33,8 +33,8 @@ __all__ = [
     "Expectation",
     "Verdict",
     "expect",
+    "expectations",
     "judge",
-    "ulps",
 ]
 
 Array = NDArray[Any]
@@ -120,30 +120,37 @@ def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
     reference = want if other == dtype else quantities(case, _cast(noisy), "float64")
     noise = quantities(case, noisy, other)
     ratio = EPS[dtype] / EPS[other]
-    sizes = ulps(case, wide, want)
-    if vanished := {name for name in want if sizes[name] == 0}:
-        terms = _terms(case, wide)
-        sizes |= {name: terms.get(name, 0.0) for name in vanished}
-    expectations = {}
-    for name, value in want.items():
-        kind = _kind(case, name)
-        ulp = EPS[dtype] * sizes[name]
-        with np.errstate(invalid="ignore"):
-            error = _largest(noise[name].astype(np.float64) - reference[name]) * ratio
-        expectations[name] = Expectation(value, error + ALLOWANCES[kind] * ulp, CAPS[kind] * ulp)
-    return expectations
+    with np.errstate(invalid="ignore"):
+        errors = {
+            name: _largest(noise[name].astype(np.float64) - value) * ratio
+            for name, value in reference.items()
+        }
+    return expectations(case, wide, want, errors, dtype)
 
 
-def ulps(case: Case, wide: Inputs, want: Mapping[str, Array]) -> dict[str, float]:
-    """What one ulp of each quantity is, in eps.
+def expectations(
+    case: Case, wide: Inputs, want: Mapping[str, Array], errors: Mapping[str, float], dtype: str
+) -> dict[str, Expectation]:
+    """What each quantity should be and the noise floor and cap around it, of a spec with these errors.
 
     Args:
         case: of any family whose quantities are compared with the noise floor.
-        wide: its input, in at least float64.
-        want: what each quantity should be.
+        wide: its input, in at least float64; arrays of dtype object are computed with as the spec does.
+        want: what each quantity should be, in float64.
+        errors: the largest absolute error that the spec makes in each.
+        dtype: one of `EPS`, which the errors are in.
     """
     sums, growth = _sizes(case, wide)
-    return {name: sums.get(name, _largest(value)) * growth for name, value in want.items()}
+    sizes = {name: sums.get(name, _largest(value)) * growth for name, value in want.items()}
+    if vanished := {name for name in want if sizes[name] == 0}:
+        terms = _terms(case, wide)
+        sizes |= {name: terms.get(name, 0.0) for name in vanished}
+    found = {}
+    for name, value in want.items():
+        kind = _kind(case, name)
+        ulp = EPS[dtype] * sizes[name]
+        found[name] = Expectation(value, errors[name] + ALLOWANCES[kind] * ulp, CAPS[kind] * ulp)
+    return found
 
 
 def judge(quantity: str, got: Array, expectation: Expectation, dtype: str) -> Verdict:
