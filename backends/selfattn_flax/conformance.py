@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import nnx, serialization, traverse_util
+from flax import nnx, serialization
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
@@ -56,7 +56,7 @@ class Model:
         static: what is not an array.
         tree: its parameters.
         state: what else it holds.
-        compiled: whether `forward` is compiled; derivatives always are.
+        compiled: whether `forward` and `vjp` are compiled; everything else always is.
     """
 
     config: SelfAttentionConfig
@@ -64,7 +64,7 @@ class Model:
     static: Any
     tree: Any
     state: Any
-    compiled: bool = False
+    compiled: bool = True
 
     def given(self, x: Array) -> jax.Array:
         """(B, H, W, C) as the layer takes it."""
@@ -102,17 +102,15 @@ class FlaxBackend:
         layout: str,  # noqa: ARG002 - the protocol's, and there is but one
     ) -> Model:
         """The layer; float64 needs a process in which JAX has it (JAX_ENABLE_X64=1)."""
-        # Operation by operation, JAX compiles each of them for each size: three times as long, for one dtype.
-        compiled = dtype != "float32"
-        return Model(config, dtype, *self.kind.build(config, params, dtype), compiled=compiled)
+        return Model(config, dtype, *self.kind.build(config, params, dtype))
 
     def update(self, model: Model, params: Mapping[str, Array]) -> Model:
         """The same static part over other arrays."""
-        return replace(model, tree=_like(model, params), compiled=True)
+        return replace(model, tree=_like(model, params))
 
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
-        apply = _forward if model.compiled else _eager
+        apply = _forward if model.compiled else _apply
         return _array(apply(self.kind, model.static, model.tree, model.state, model.given(x)))
 
     def attention_map(self, model: Model, x: Array) -> Array:
@@ -121,8 +119,10 @@ class FlaxBackend:
 
     def vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode."""
+        gradients = _vjp if model.compiled else _first
         return _named(
-            model, *_vjp(self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy))
+            model,
+            *gradients(self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy)),
         )
 
     def params(self, model: Model) -> Mapping[str, Array]:
@@ -135,7 +135,7 @@ class FlaxBackend:
 
     def training_pass(self, model: Model, x: Array) -> Mapping[str, Array]:
         """The output in training, and the weights with the state after it."""
-        y, state = self.kind.train(model.static, model.tree, model.state, model.given(x))
+        y, state = _training_pass(self.kind, model.static, model.tree, model.state, model.given(x))
         return {"y": _array(y), **self.kind.export(model.static, model.tree, state)}
 
     def training_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
@@ -156,15 +156,19 @@ class FlaxBackend:
         self, model: Model, x: Array, dy: Array, cotangents: Mapping[str, Array]
     ) -> Mapping[str, Array]:
         """Second derivatives by reverse mode over reverse mode."""
-        given = (_like(model, cotangents), model.given(cotangents["x"]))
-        tree, by_x, by_dy = _second(
+        given = (jax.tree.leaves(_like(model, cotangents)), model.given(cotangents["x"]))
+        leaves, by_x, by_dy = _second(
             self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy), given
         )
-        return {"dy": _array(by_dy)} | _named(model, tree, by_x)
+        return {"dy": _array(by_dy)} | _named(model, leaves, by_x)
 
     def compiled(self, model: Model) -> Model:
-        """By `jax.jit`."""
-        return replace(model, compiled=True)
+        """By `jax.jit`, as all models of this backend are."""
+        return model
+
+    def eager(self, model: Model) -> Model:
+        """Operation by operation."""
+        return replace(model, compiled=False)
 
     def saved(self, model: Model, folder: str) -> Model:
         """By Flax's own serialization of the trees."""
@@ -185,16 +189,16 @@ class FlaxBackend:
         return _named(model, *gradients)
 
 
-# Compiled as a whole: operation by operation takes many times as long at these sizes. Layers of one config are static in
-# the same way, so that each function is compiled once for each size.
+# Layers of one config are static in the same way, so that each function is compiled once for each size. Gradients by
+# parameters leave as leaves, whose names are no part of the program: those of the two layers are then the same.
 _static = partial(jax.jit, static_argnums=(0, 1))
 
 
-def _eager(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Array:
+def _apply(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Array:
     return kind.apply(static, tree, state, x)
 
 
-_forward = _static(_eager)
+_forward = _static(_apply)
 
 
 @_static
@@ -204,20 +208,27 @@ def _attention(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) -> 
 
 def _first(
     kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array
-) -> tuple[Any, jax.Array]:
+) -> tuple[list[jax.Array], jax.Array]:
     _, pull = jax.vjp(lambda tree, x: kind.apply(static, tree, state, x), tree, x)
-    return pull(dy)
+    by_tree, by_x = pull(dy)
+    return jax.tree.leaves(by_tree), by_x
 
 
 _vjp = _static(_first)
 
 
 @_static
+def _training_pass(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    return kind.train(static, tree, state, x)
+
+
+@_static
 def _training_vjp(
     kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array
-) -> tuple[Any, jax.Array]:
+) -> tuple[list[jax.Array], jax.Array]:
     _, pull, _ = jax.vjp(lambda tree, x: kind.train(static, tree, state, x), tree, x, has_aux=True)
-    return pull(dy)
+    by_tree, by_x = pull(dy)
+    return jax.tree.leaves(by_tree), by_x
 
 
 @_static
@@ -225,7 +236,8 @@ def _r1(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, w: jax.Arr
     def penalty(tree: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(jax.grad(lambda x: jnp.sum(w * kind.apply(static, tree, state, x)))(x) ** 2)
 
-    return jax.value_and_grad(penalty, (0, 1))(tree, x)
+    value, (by_tree, by_x) = jax.value_and_grad(penalty, (0, 1))(tree, x)
+    return value, (jax.tree.leaves(by_tree), by_x)
 
 
 @_static
@@ -233,13 +245,14 @@ def _second(
     kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array, cotangents: Any
 ) -> Any:
     _, pull = jax.vjp(lambda tree, x, dy: _first(kind, static, tree, state, x, dy), tree, x, dy)
-    return pull(cotangents)
+    by_tree, by_x, by_dy = pull(cotangents)
+    return jax.tree.leaves(by_tree), by_x, by_dy
 
 
 @_static
 def _per_sample(
     kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array
-) -> tuple[Any, jax.Array]:
+) -> tuple[list[jax.Array], jax.Array]:
     return jax.vmap(partial(_first, kind, static), (None, None, 0, 0))(tree, state, x, dy)
 
 
@@ -329,22 +342,23 @@ def _array(array: jax.Array) -> Array:
     return np.array(widen(np.asarray(array)))
 
 
+def _leaf_names(model: Model) -> list[str]:
+    """The canonical names of its parameters, in the order of the leaves of its tree."""
+    return sorted(parameter_table(model.config), key=lambda name: name.split("."))
+
+
 def _like(model: Model, arrays: Mapping[str, Array]) -> Any:
     """Arrays of canonical names and shapes as a tree like the model's."""
-    shaped = {
-        name: arrays[name][None, None] if name.endswith("kernel") else arrays[name]
-        for name in parameter_table(model.config)
-    }
-    leaves = jax.tree.leaves(traverse_util.unflatten_dict(shaped, sep="."))
+    shaped = (
+        arrays[name][None, None] if name.endswith("kernel") else arrays[name] for name in _leaf_names(model)
+    )
     structure = jax.tree.structure(model.tree)
-    return jax.tree.unflatten(structure, [jnp.asarray(leaf, model.dtype) for leaf in leaves])
+    return jax.tree.unflatten(structure, [jnp.asarray(leaf, model.dtype) for leaf in shaped])
 
 
-def _named(model: Model, by_tree: Any, by_x: jax.Array) -> dict[str, Array]:
-    tree = nnx.to_pure_dict(by_tree) if isinstance(by_tree, nnx.State) else by_tree
-    flat = traverse_util.flatten_dict(tree, sep=".")
+def _named(model: Model, leaves: list[jax.Array], by_x: jax.Array) -> dict[str, Array]:
     named = {"x": _array(by_x)}
-    for name in parameter_table(model.config):
-        array = _array(flat[name])
+    for name, leaf in zip(_leaf_names(model), leaves, strict=True):
+        array = _array(leaf)
         named[name] = array[..., 0, 0, :, :] if name.endswith("kernel") else array
     return named

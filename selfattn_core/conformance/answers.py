@@ -132,7 +132,10 @@ def _spectral_norm(backend: Backend, model: Any, case: Case, given: Inputs) -> M
 
 
 def _compiled(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
-    return _value(backend, backend.compiled(model), case, given)
+    if not case.eager:
+        return _value(backend, backend.compiled(model), case, given)
+    eager = getattr(backend, "eager", None)
+    return _value(backend, model if eager is None else eager(model), case, given)
 
 
 def _saved(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:

@@ -43,9 +43,10 @@ class Backend(Protocol):
     is whatever `build` returns; the kit only hands it back. A 16-bit dtype travels as float32 arrays whose values the
     format holds: the backend casts on the way in, and may widen on the way out.
 
-    Two further methods are optional. `declines(config)` says why there is no layer for a config, or "": its cases are
+    Three further methods are optional. `declines(config)` says why there is no layer for a config, or "": its cases are
     then listed as unclaimed, with that reason. `update(model, params)` gives a model with these weights, which may be the
-    given one, changed: a training trajectory then keeps one model, where it otherwise calls `build` for each step.
+    given one, changed: a training trajectory then keeps one model, where it otherwise calls `build` for each step. `eager(model)`
+    gives the model computing operation by operation, for a backend of which `build` gives a compiled one.
     """
 
     name: str

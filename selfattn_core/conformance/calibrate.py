@@ -8,7 +8,6 @@ false alarms, which is to be 0. Where a backend is named, its part of the file a
 import argparse
 import datetime as dt
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.backend import REGISTRY, Backend, dtypes_of, resolve
 from selfattn_core.conformance.cases import Family, Inputs, inputs
 from selfattn_core.conformance.compare import compare
-from selfattn_core.conformance.runner import ENVIRONMENT
+from selfattn_core.conformance.environment import environment
 from selfattn_core.conformance.runs import LAYOUTS, Run, all_runs, is_claimed
 from selfattn_core.conformance.tolerance import FACTORS
 from selfattn_core.weights import write_atomically
@@ -154,7 +153,7 @@ def main() -> int:
         command = [sys.executable, "-m", __spec__.name, "--in-process", registered.target]
         done = subprocess.run(
             [*command, "--seeds", str(options.seeds)],
-            env={**os.environ, **ENVIRONMENT, **registered.environment},
+            env=environment(registered.environment),
             stdout=subprocess.PIPE,
             text=True,
             check=True,

@@ -143,6 +143,7 @@ class Case:
             and pooling windows hold equal values.
         poison: (b, h, w, c) of the entry of x that is not finite, and what it is.
         optimizer: what a "trajectory" takes its steps with.
+        eager: whether a "compiled" case asks for the layer uncompiled, operation by operation.
     """
 
     id: str
@@ -159,6 +160,7 @@ class Case:
     integers: bool = False
     poison: tuple[tuple[int, int, int, int], float] | None = None
     optimizer: Literal["", "momentum", "adam"] = ""
+    eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -428,6 +430,10 @@ def _deploy(number: Any) -> Iterator[Case]:
     for title, config in (_LAYERS[0], _LAYERS[5]):
         yield Case(next(ids), "compiled", title, config, dtypes=_ONE_DTYPE)
         yield Case(next(ids), "compiled", f"gradients: {title}", config, of="vjp", dtypes=_ONE_DTYPE)
+    # Frameworks compile as a whole, or operation by operation; what `build` gives does one of them.
+    for of, title, config in (("forward", *_LAYERS[5]), ("vjp", *_LAYERS[0]), ("vjp", *_LAYERS[5])):
+        described = f"{of} operation by operation: {title}"
+        yield Case(next(ids), "compiled", described, config, of=of, dtypes=_ONE_DTYPE, eager=True)
     ids = number("SAV")
     for title, config in (_LAYERS[0], _LAYERS[1], _LAYERS[4]):
         yield Case(next(ids), "saved", f"the framework's own file: {title}", config)

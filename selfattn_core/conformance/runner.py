@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from numpy.typing import NDArray
 from selfattn_core.conformance.backend import REGISTRY, Registered
 from selfattn_core.conformance.cases import LEVELS, WHERE_CLAIMED, Case, Level, through
 from selfattn_core.conformance.compare import compare
+from selfattn_core.conformance.environment import environment
 from selfattn_core.conformance.outcome import Outcome
 from selfattn_core.conformance.runs import Run, all_runs, chosen_layout, is_claimed
 from selfattn_core.installed import missing_modules
 
 __all__ = [
-    "ENVIRONMENT",
     "BackendReport",
     "Outcome",
     "Run",
@@ -35,15 +36,6 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-
-ENVIRONMENT: Mapping[str, str] = {
-    # float64 needs x64 in JAX, and full float32 products need the reduced formats of accelerators off. They are set
-    # here, in a process that only checks, and nowhere in the library.
-    "JAX_ENABLE_X64": "1",
-    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-    "NVIDIA_TF32_OVERRIDE": "0",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-}
 
 _STARTUP_SECONDS = 300.0
 _MOST_PROCESSES = 12
@@ -116,7 +108,13 @@ class BackendReport:
 
 
 def run_backend(
-    name: str, *, seed: int = 0, runs: Sequence[Run] | None = None, timeout: float = 120.0
+    name: str,
+    *,
+    seed: int = 0,
+    runs: Sequence[Run] | None = None,
+    timeout: float = 120.0,
+    processes: int = 1,
+    programs: Path | None = None,
 ) -> BackendReport:
     """Start a backend in its own process, ask it everything and compare.
 
@@ -127,6 +125,8 @@ def run_backend(
         seed: of the inputs.
         runs: which; by default all.
         timeout: seconds that one run may take.
+        processes: that run at once, as for `environment`.
+        programs: where JAX keeps what it has compiled, as for `environment`.
 
     Raises:
         ValueError: if the name is neither.
@@ -141,8 +141,9 @@ def run_backend(
         return BackendReport(name, missing=tuple(missing), extra=registered.extra)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="selfattn-conform-") as scratch:
-        session = _Session(registered, Path(scratch), all_runs() if runs is None else runs, seed, timeout)
-        report = session.report(name)
+        variables = environment(registered.environment, processes=processes, programs=programs)
+        asked = all_runs() if runs is None else runs
+        report = _Session(registered.target, variables, Path(scratch), asked, seed, timeout).report(name)
     return replace(report, seconds=time.monotonic() - began)
 
 
@@ -167,14 +168,20 @@ def run_backends(
         One report for each name, in their order.
     """
     runs = all_runs(level=level)
+    processes = min(2, len(names), os.cpu_count() or 1)
 
-    def one(name: str) -> BackendReport:
-        report = run_backend(name, seed=seed, runs=runs, timeout=timeout)
+    def one(name: str, programs: str) -> BackendReport:
+        report = run_backend(
+            name, seed=seed, runs=runs, timeout=timeout, processes=processes, programs=Path(programs)
+        )
         tell(name, _summary(report))
         return report
 
-    with ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 1 else 1) as pool:
-        return list(pool.map(one, names))
+    with (
+        tempfile.TemporaryDirectory(prefix="selfattn-programs-") as programs,
+        ThreadPoolExecutor(max(1, processes)) as pool,
+    ):
+        return list(pool.map(one, names, repeat(programs)))
 
 
 def _summary(report: BackendReport) -> str:
@@ -190,9 +197,16 @@ class _Session:
     """The processes of one backend, one after the other until every run has an answer or an end."""
 
     def __init__(
-        self, registered: Registered, folder: Path, runs: Sequence[Run], seed: int, timeout: float
+        self,
+        target: str,
+        variables: Mapping[str, str],
+        folder: Path,
+        runs: Sequence[Run],
+        seed: int,
+        timeout: float,
     ) -> None:
-        self.registered, self.folder, self.seed, self.timeout = registered, folder, seed, timeout
+        self.target, self.variables = target, variables
+        self.folder, self.seed, self.timeout = folder, seed, timeout
         self.runs = runs
         self.events: dict[int, dict[str, Any]] = {}
         self.ready: dict[str, Any] | None = None
@@ -260,7 +274,7 @@ class _Session:
             for index, run in ((index, self.runs[index]) for index in pending)
         ]
         job = {
-            "target": self.registered.target,
+            "target": self.target,
             "folder": str(self.folder),
             "progress": str(progress),
             "seed": self.seed,
@@ -271,7 +285,7 @@ class _Session:
         with output.open("wb") as stream:
             return subprocess.Popen(
                 [sys.executable, "-m", "selfattn_core.conformance.worker", str(job_file)],
-                env={**os.environ, **ENVIRONMENT, **self.registered.environment},
+                env=dict(self.variables),
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,

@@ -1,16 +1,45 @@
 """Broken layers that need a framework to be broken are caught by the families that are there for them."""
 
+import pytest
+
 from selfattn_core.conformance.runner import all_runs, run_backend
+
+KERAS = "selfattn_keras.conformance.mutants"
+
+
+def statuses(target, cases):
+    """The outcomes of these cases, by case, and the report."""
+    report = run_backend(target, runs=[run for run in all_runs() if run.case.id in cases])
+    assert not report.error
+    return report, {
+        case: {outcome.status for outcome in report.outcomes if outcome.run.case.id == case} for case in cases
+    }
 
 
 def test_a_gamma_that_is_no_parameter_of_torch():
     """As in the published f/g/h layer: its output is right, but it is neither trained nor saved."""
-    asked = {"SA-FWD-001", "SA-SAV-001", "SA-VJP-001"}
-    runs = [run for run in all_runs() if run.case.id in asked]
-    report = run_backend("selfattn_torch.conformance:PlainGamma", runs=runs)
-    status = {
-        case: {outcome.status for outcome in report.outcomes if outcome.run.case.id == case} for case in asked
-    }
+    report, status = statuses(
+        "selfattn_torch.conformance:PlainGamma", {"SA-FWD-001", "SA-SAV-001", "SA-VJP-001"}
+    )
     assert status["SA-FWD-001"] == {"pass"}
     assert "pass" not in status["SA-SAV-001"] | status["SA-VJP-001"]
     assert report.level is None
+
+
+@pytest.mark.parametrize("framework", ["tensorflow", "torch"])
+def test_a_gamma_that_is_no_variable_of_keras(framework, monkeypatch):
+    """As in copies written for Keras 2, where a `tf.Variable` was enough."""
+    monkeypatch.setenv("KERAS_BACKEND", framework)
+    report, status = statuses(f"{KERAS}:GammaUntracked", {"SA-FWD-001", "SA-SAV-001"})
+    assert status == {"SA-FWD-001": {"pass"}, "SA-SAV-001": {"error"}}
+    assert "expected 1 variables, but received 0" in report.outcomes[-1].message
+
+
+@pytest.mark.parametrize("framework", ["tensorflow", "jax"])
+def test_a_projection_that_is_created_in_every_call(framework, monkeypatch):
+    """As in copies of DANet, whose answers are never twice the same."""
+    monkeypatch.setenv("KERAS_BACKEND", framework)
+    _, status = statuses(f"{KERAS}:ProjectsAnew", {"SA-MAP-001", "SA-FWD-001", "SA-DET-001"})
+    assert status["SA-MAP-001"] == {"pass"}
+    assert status["SA-FWD-001"] == {"fail"}
+    assert "pass" not in status["SA-DET-001"]

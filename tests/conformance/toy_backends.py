@@ -221,3 +221,11 @@ class Boastful(InferenceOnly):
 class Placeless(InferenceOnly):
     def layouts(self):
         return ()
+
+
+class Surroundings(InferenceOnly):
+    """Says in its versions what it finds in the environment."""
+
+    def versions(self):
+        names = ("OMP_NUM_THREADS", "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_X64")
+        return {name: os.environ[name] for name in names if name in os.environ}

@@ -271,6 +271,24 @@ class CompiledWithoutKeyBackward(Reference):
         return gradients | {"key.kernel": 0 * gradients["key.kernel"]} if self.is_compiled else gradients
 
 
+class EagerInHalf(CompiledInHalf):
+    def compiled(self, model: Model) -> Model:
+        return model
+
+    def eager(self, model: Model) -> Model:
+        return super().compiled(model)
+
+
+class EagerWithoutKeyBackward(CompiledWithoutKeyBackward):
+    """As a rule of derivation that only the compiler has."""
+
+    def compiled(self, model: Model) -> Model:
+        return model
+
+    def eager(self, model: Model) -> Model:
+        return super().compiled(model)
+
+
 class PerSampleMean(Reference):
     def per_sample_vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
         whole = self.vjp(model, x, dy)
@@ -341,6 +359,8 @@ _TABLE: tuple[tuple[str, Family, type[Reference], str], ...] = (
     ("nothing saved", "saved", SavesNothing, ""),
     ("compiled in 16 bits", "compiled", CompiledInHalf, ""),
     ("compiled without the key's backward", "compiled", CompiledWithoutKeyBackward, ""),
+    ("uncompiled in 16 bits", "compiled", EagerInHalf, ""),
+    ("uncompiled without the key's backward", "compiled", EagerWithoutKeyBackward, ""),
     ("mean gradient for each sample", "per_sample", PerSampleMean, ""),
     ("gamma has no gradient", "vjp", ParametersDetached, "the published f/g/h layer for PyTorch"),
     ("N×N array where none was asked for", "memory", Dense, "every published layer"),

@@ -1,0 +1,51 @@
+"""Mutants for the kit's own tests: what layers of Keras get wrong that numpy cannot show."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+from numpy.typing import NDArray
+
+from selfattn_core import SelfAttentionConfig
+from selfattn_keras.conformance import KerasBackend
+from selfattn_keras.conformance.model import Model
+from selfattn_keras.layer import SelfAttention2D, Tensor
+
+__all__ = ["GammaUntracked", "ProjectsAnew"]
+
+Array = NDArray[Any]
+
+
+class GammaUntracked(KerasBackend):
+    """Gamma is the framework's own variable, a `tf.Variable` on TensorFlow: Keras 3 neither trains nor saves it."""
+
+    def build(
+        self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
+    ) -> Model:
+        """The layer, with its weight replaced."""
+        model = super().build(config, params, dtype, layout)
+        gamma = model.layer.gamma.value
+        del model.layer.gamma
+        model.layer.gamma = gamma
+        return model
+
+
+class ProjectsAnew(KerasBackend):
+    """The value's projection is created in `call`, so that every call has other weights."""
+
+    def build(
+        self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
+    ) -> Model:
+        """The broken layer, with these weights wherever it keeps any."""
+        layer = _ProjectingAnew.from_spec(config, data_format=layout, dtype=dtype)
+        return self.eager(self.update(Model(layer), params))
+
+
+class _ProjectingAnew(SelfAttention2D):
+    def call(self, x: Tensor, *, return_attention_scores: bool = False, training: bool | None = None) -> Any:
+        value = keras.layers.Conv2D(
+            self.config.value_channels, 1, data_format="channels_last", dtype=self.dtype_policy
+        )
+        # Past Keras, which would say that the layer is built.
+        object.__setattr__(self, "value", value)
+        return super().call(x, return_attention_scores=return_attention_scores, training=training)

@@ -1,0 +1,50 @@
+"""What the process of a backend finds in its environment, where it has to stand before anything is imported."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["environment"]
+
+_ARITHMETIC: Mapping[str, str] = {
+    # float64 needs x64 in JAX, and full float32 products need the reduced formats of accelerators off. They are set
+    # here, in a process that only checks, and nowhere in the library.
+    "JAX_ENABLE_X64": "1",
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+
+
+def environment(
+    own: Mapping[str, str], *, processes: int = 1, programs: Path | None = None
+) -> dict[str, str]:
+    """The environment of this process, with what a backend needs.
+
+    Args:
+        own: what this backend needs beyond what all of them do.
+        processes: that run at once; each gets its share of the cores, or as many threads as the caller's own
+            environment says.
+        programs: the folder in which JAX keeps what it has compiled. Two backends that make the same program of a case
+            then compile it once. The caller's own is taken if there is one; without either nothing is kept.
+
+    Example:
+        >>> environment({"KERAS_BACKEND": "jax"}, processes=10_000)["KERAS_BACKEND"]
+        'jax'
+    """
+    threads = str(max(1, _cores() // processes))
+    preferred = dict.fromkeys(_THREADS, threads) if processes > 1 else {}
+    if programs is not None:
+        preferred |= {
+            "JAX_COMPILATION_CACHE_DIR": str(programs),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+    return {**preferred, **os.environ, **_ARITHMETIC, **own}
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

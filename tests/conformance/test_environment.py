@@ -1,0 +1,61 @@
+"""What the processes of backends find in their environment."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from selfattn_core.conformance import environment as module
+from selfattn_core.conformance.environment import environment
+from selfattn_core.conformance.runner import run_backend, run_backends
+from selfattn_core.conformance.runs import all_runs
+
+HERE = Path(__file__).parent
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])))
+    for name in (*THREADS, "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_one_process_has_all_threads():
+    assert not set(THREADS) & set(environment({}))
+
+
+@pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 2, "4"), (3, 2, "1"), (1, 2, "1")])
+def test_processes_share_the_cores(monkeypatch, cores, processes, threads):
+    monkeypatch.setattr(module, "_cores", lambda: cores)
+    found = environment({}, processes=processes)
+    assert {found[name] for name in THREADS} == {threads}
+
+
+def test_the_callers_own_wishes_count(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "kept")
+    found = environment({}, processes=2, programs=tmp_path)
+    assert found["OMP_NUM_THREADS"] == "7"
+    assert found["JAX_COMPILATION_CACHE_DIR"] == "kept"
+
+
+def test_but_not_where_they_change_numbers(monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_X64", "0")
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    found = environment({"KERAS_BACKEND": "jax"})
+    assert (found["JAX_ENABLE_X64"], found["KERAS_BACKEND"]) == ("1", "jax")
+
+
+def test_backends_run_with_it(monkeypatch):
+    """Two at once have half of the cores each, and one folder of programs, which is gone afterwards."""
+    monkeypatch.setattr(module, "_cores", lambda: 6)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    reports = run_backends(["toy_backends:Surroundings", "toy_backends:Surroundings"], level="core")
+    first, second = (report.versions for report in reports)
+    assert first == second
+    assert first["OMP_NUM_THREADS"] == "3"
+    assert not Path(first["JAX_COMPILATION_CACHE_DIR"]).exists()
+    assert first["JAX_ENABLE_X64"] == "1"
+    alone = run_backend("toy_backends:Surroundings", runs=all_runs(level="core")[:1])
+    assert set(alone.versions) == {"JAX_ENABLE_X64"}
