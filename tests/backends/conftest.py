@@ -30,7 +30,8 @@ class Run:
         penalty: weight of the gradient penalty.
         end: parameters and state after the last step.
         bounds: how far from `end` each array may be: 32 times as far as it goes when every number of the start is
-            moved by up to one eps.
+            moved by up to one eps. (It is moved by one of float32, which is far beyond the rounding of the run itself,
+            and goes as far in proportion.)
     """
 
     config: SelfAttentionConfig
@@ -64,12 +65,13 @@ def training_run():
         steps = [
             tuple(generator.standard_normal(shape).astype(dtype) for _ in range(2)) for _ in range(STEPS)
         ]
-        eps = float(np.finfo(dtype).eps)
+        eps = float(np.finfo(np.float32).eps)
         moved = {
             name: array * (1 + eps * generator.uniform(-1, 1, array.shape)) for name, array in start.items()
         }
         end, other = (_descend(params, steps) for params in (start, moved))
-        bounds = {name: 32 * float(np.abs(end[name] - other[name]).max()) for name in end}
+        allowed = 32 * float(np.finfo(dtype).eps) / eps
+        bounds = {name: allowed * float(np.abs(end[name] - other[name]).max()) for name in end}
         return Run(CONFIG, start, steps, RATE, PENALTY, end, bounds)
 
     return run
