@@ -357,8 +357,8 @@ def _like(model: Model, arrays: Mapping[str, Array]) -> Any:
 
 
 def _named(model: Model, leaves: list[jax.Array], by_x: jax.Array) -> dict[str, Array]:
+    arrays = {name: _array(leaf) for name, leaf in zip(_leaf_names(model), leaves, strict=True)}
     named = {"x": _array(by_x)}
-    for name, leaf in zip(_leaf_names(model), leaves, strict=True):
-        array = _array(leaf)
-        named[name] = array[..., 0, 0, :, :] if name.endswith("kernel") else array
+    for name in parameter_table(model.config):
+        named[name] = arrays[name][..., 0, 0, :, :] if name.endswith("kernel") else arrays[name]
     return named
