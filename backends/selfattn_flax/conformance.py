@@ -1,6 +1,6 @@
 """The two Flax layers as backends of the conformance kit."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from selfattn_core import SelfAttentionConfig, parameter_table
 from selfattn_core.conformance.backend import ABILITIES
 from selfattn_core.conformance.cases import DTYPES
-from selfattn_core.params import widen
+from selfattn_core.params import state_table, widen
 from selfattn_flax import linen, weights
 from selfattn_flax.nnx import SelfAttention2D
 
@@ -106,7 +106,8 @@ class FlaxBackend:
 
     def update(self, model: Model, params: Mapping[str, Array]) -> Model:
         """The same static part over other arrays."""
-        return replace(model, tree=_like(model, params))
+        state = _filled(model.state, state_table(model.config), params, model.dtype)
+        return replace(model, tree=_like(model, params), state=state)
 
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
@@ -342,22 +343,30 @@ def _array(array: jax.Array) -> Array:
     return np.array(widen(np.asarray(array)))
 
 
-def _leaf_names(model: Model) -> list[str]:
-    """The canonical names of its parameters, in the order of the leaves of its tree."""
-    return sorted(parameter_table(model.config), key=lambda name: name.split("."))
+def _in_leaf_order(names: Iterable[str]) -> list[str]:
+    """Canonical names in the order of the leaves of a tree."""
+    return sorted(names, key=lambda name: name.split("."))
+
+
+def _filled(tree: Any, names: Iterable[str], arrays: Mapping[str, Array], dtype: DTypeLike) -> Any:
+    """The tree with these arrays, of canonical names and shapes, for its leaves."""
+    leaves = [
+        jnp.asarray(arrays[name][None, None] if name.endswith("kernel") else arrays[name], dtype)
+        for name in _in_leaf_order(names)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def _like(model: Model, arrays: Mapping[str, Array]) -> Any:
     """Arrays of canonical names and shapes as a tree like the model's."""
-    shaped = (
-        arrays[name][None, None] if name.endswith("kernel") else arrays[name] for name in _leaf_names(model)
-    )
-    structure = jax.tree.structure(model.tree)
-    return jax.tree.unflatten(structure, [jnp.asarray(leaf, model.dtype) for leaf in shaped])
+    return _filled(model.tree, parameter_table(model.config), arrays, model.dtype)
 
 
 def _named(model: Model, leaves: list[jax.Array], by_x: jax.Array) -> dict[str, Array]:
-    arrays = {name: _array(leaf) for name, leaf in zip(_leaf_names(model), leaves, strict=True)}
+    arrays = {
+        name: _array(leaf)
+        for name, leaf in zip(_in_leaf_order(parameter_table(model.config)), leaves, strict=True)
+    }
     named = {"x": _array(by_x)}
     for name in parameter_table(model.config):
         named[name] = arrays[name][..., 0, 0, :, :] if name.endswith("kernel") else arrays[name]

@@ -1,18 +1,23 @@
 """How near right backends come to the limits: `python -m selfattn_core.conformance.calibrate [BACKEND …]`.
 
-Every backend answers 200 seeds, each a quarter of the cases in turns, so that a case meets 50 of them. The result is
-`calibration.json` beside this file: the worst error in noise floors by backend, family and dtype, and the number of
-false alarms, which is to be 0. Where a backend is named, its part of the file alone is measured anew.
+Every backend answers every case that is compared with the noise floor, in each of its dtypes, for 200 seeds, in its
+layouts by turns; a training trajectory, which is 200 steps, for every tenth seed. The result is `calibration.json`
+beside this file: the worst error in noise floors by backend, family and dtype, and the false alarms, of which there are
+to be none. Where a backend is named, its part of the file alone is measured anew.
 """
 
 import argparse
 import datetime as dt
 import json
+import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ from numpy.typing import NDArray
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.backend import REGISTRY, Backend, dtypes_of, resolve
-from selfattn_core.conformance.cases import Family, Inputs, inputs
+from selfattn_core.conformance.cases import Computation, Family, Inputs, inputs
 from selfattn_core.conformance.compare import compare
 from selfattn_core.conformance.environment import environment
 from selfattn_core.conformance.runs import LAYOUTS, Run, all_runs, is_claimed
@@ -31,47 +36,74 @@ from selfattn_core.weights import write_atomically
 
 Array = NDArray[Any]
 
-__all__ = ["RESULT", "calibrated_runs", "measure"]
+__all__ = ["RESULT", "SEEDS", "TRAJECTORY_TURNS", "calibrated_runs", "measure"]
 
 RESULT = Path(__file__).with_name("calibration.json")
 SEEDS = 200
-TURNS = 4
+TRAJECTORY_TURNS = 10
 
-_FAMILIES: tuple[Family, ...] = ("forward", "map", "vjp", "r1", "mixed", "dtype")
+_FAMILIES: tuple[Family, ...] = (
+    "forward",
+    "map",
+    "sizes",
+    "batch",
+    "permutation",
+    "determinism",
+    "nonfinite",
+    "vjp",
+    "trajectory",
+    "spectral_norm",
+    "r1",
+    "mixed",
+    "dtype",
+)
+_COMPUTATIONS: tuple[Computation, ...] = (
+    "forward",
+    "map",
+    "vjp",
+    "r1",
+    "mixed",
+    "spectral_norm",
+    "training_vjp",
+)
 _MOST_POSITIONS = 100
 
 
 def calibrated_runs() -> list[Run]:
-    """The runs that are calibrated: values, at sizes that 200 seeds can be had of."""
+    """The runs that are calibrated: values, at sizes that 200 seeds can be had of; of each dtype one layout."""
     return [
         run
         for run in all_runs()
         if run.case.family in _FAMILIES
+        and run.case.of in _COMPUTATIONS
         and run.case.shape[1] * run.case.shape[2] <= _MOST_POSITIONS
         and run.layout == LAYOUTS[0]
     ]
 
 
-def measure(backend: Backend, seeds: int) -> dict[str, Any]:
+def measure(backend: Backend, seeds: int, runs: Sequence[Run] | None = None) -> dict[str, Any]:
     """The worst errors of a backend, in this process.
 
     Args:
         backend: which.
         seeds: how many.
+        runs: which; by default all that are calibrated.
     """
     began = time.monotonic()
     claims, layouts, dtypes = backend.claims(), backend.layouts(), dtypes_of(backend)
-    runs = [run for run in calibrated_runs() if is_claimed(run, claims, layouts, dtypes)]
+    asked_for = calibrated_runs() if runs is None else runs
+    claimed = [run for run in asked_for if is_claimed(run, claims, layouts, dtypes)]
     worst: dict[str, dict[str, Any]] = {}
     alarms: list[str] = []
     asked = 0
-    kept = _Kept(backend, layouts[0])
+    kept = _Kept(backend)
     for seed in range(1, seeds + 1):
-        for index, run in enumerate(runs):
-            if (index + seed) % TURNS:
+        layout = layouts[seed % len(layouts)]
+        for run in claimed:
+            if run.case.family == "trajectory" and seed % TRAJECTORY_TURNS:
                 continue
             given = inputs(run.case, run.dtype, seed)
-            outcome = compare(run, kept.answers(run, given), seed)
+            outcome = compare(run, kept.answers(run, given, layout, seed), seed)
             asked += 1
             key = f"{run.case.family}/{run.dtype}"
             if outcome.status != "pass":
@@ -95,27 +127,24 @@ def measure(backend: Backend, seeds: int) -> dict[str, Any]:
 
 
 class _Kept:
-    """A backend that, where it can give other weights to a layer, builds one layer for each case and dtype.
+    """A backend that, where it can give other weights to a layer, builds one layer for each case, dtype and layout.
 
     What a framework has compiled for that layer then serves every seed.
     """
 
-    def __init__(self, backend: Backend, layout: str) -> None:
-        self.backend, self.layout = backend, layout
-        self.models: dict[tuple[str, str], Any] = {}
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.models: dict[tuple[str, ...], Any] = {}
 
-    def answers(self, run: Run, given: Inputs) -> Mapping[str, Any]:
+    def answers(self, run: Run, given: Inputs, layout: str, seed: int) -> Mapping[str, Any]:
         """What the backend says to a run."""
-        return answers(_Once(self, run), run.case, given, run.dtype, self.layout)
+        return answers(_Once(self, run), run.case, given, run.dtype, layout, seed)
 
-    def build(self, run: Run, config: SelfAttentionConfig, params: Mapping[str, Array]) -> Any:
-        key = (run.case.id, run.dtype)
+    def build(self, run: Run, config: SelfAttentionConfig, params: Mapping[str, Array], layout: str) -> Any:
+        key = (run.case.id, run.dtype, layout)
         backend: Any = self.backend
         if key not in self.models or not hasattr(backend, "update"):
-            self.models[key] = backend.build(config, params, run.dtype, self.layout)
-            # Operation by operation, JAX compiles anew at every call.
-            if "jax" in backend.versions():
-                self.models[key] = backend.compiled(self.models[key])
+            self.models[key] = backend.build(config, params, run.dtype, layout)
         if hasattr(backend, "update"):
             self.models[key] = backend.update(self.models[key], params)
         return self.models[key]
@@ -127,8 +156,8 @@ class _Once:
     def __init__(self, kept: _Kept, run: Run) -> None:
         self.kept, self.run = kept, run
 
-    def build(self, config: SelfAttentionConfig, params: Mapping[str, Array], *_: str) -> Any:
-        return self.kept.build(self.run, config, params)
+    def build(self, config: SelfAttentionConfig, params: Mapping[str, Array], _: str, layout: str) -> Any:
+        return self.kept.build(self.run, config, params, layout)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kept.backend, name)
@@ -148,19 +177,29 @@ def main() -> int:
         return 0
     if unknown := [name for name in options.backends if name not in REGISTRY]:
         parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(REGISTRY)}")
-    for name in options.backends or REGISTRY:
+    names = options.backends or list(REGISTRY)
+    processes = min(2, len(names), os.cpu_count() or 1)
+
+    def measured(name: str, programs: str) -> tuple[str, dict[str, Any]]:
         registered = REGISTRY[name]
         command = [sys.executable, "-m", __spec__.name, "--in-process", registered.target]
         done = subprocess.run(
             [*command, "--seeds", str(options.seeds)],
-            env=environment(registered.environment),
+            env=environment(registered.environment, processes=processes, programs=Path(programs)),
             stdout=subprocess.PIPE,
             text=True,
             check=True,
         )
-        found = json.loads(done.stdout.splitlines()[-1])
-        sys.stdout.write(f"{name}: {found['runs']} runs, {len(found['false_alarms'])} false alarms\n")
-        _keep(name, found)
+        return name, json.loads(done.stdout.splitlines()[-1])
+
+    with (
+        tempfile.TemporaryDirectory(prefix="selfattn-programs-") as folder,
+        ThreadPoolExecutor(processes) as pool,
+    ):
+        for name, found in pool.map(measured, names, repeat(folder)):
+            sys.stdout.write(f"{name}: {found['runs']} runs, {len(found['false_alarms'])} false alarms\n")
+            sys.stdout.flush()
+            _keep(name, found)
     kept = json.loads(RESULT.read_text(encoding="utf-8"))
     return int(any(found["false_alarms"] for found in kept["backends"].values()))
 
