@@ -16,6 +16,7 @@ from keras import ops
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.config import check_options
 from selfattn_core.params import projections
+from selfattn_keras.projection import Projection
 from selfattn_keras.spectral_norm import SpectralConv2D
 from selfattn_ops.blocks import check_block_size
 
@@ -47,9 +48,9 @@ class SelfAttention2D(keras.layers.Layer):
     ```
 
     Unlike `keras.layers.MultiHeadAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value
-    differ. The children `query`, `key`, `value` (and `out`) are plain 1×1 `Conv2D`; the paper's f is `key` and its g
-    is `query`, much PyTorch code has them the other way round, and the paper's h is `value`. They are channels-last in
-    both data formats, and have the same weights in both. With `spectral_norm` they are
+    differ. The children `query`, `key`, `value` (and `out`) are 1×1 `Conv2D` (`selfattn_keras.projection.Projection`);
+    the paper's f is `key` and its g is `query`, much PyTorch code has them the other way round, and the paper's h is
+    `value`. They are channels-last in both data formats, and have the same weights in both. With `spectral_norm` they are
     `selfattn_keras.spectral_norm.SpectralConv2D`, which apply their raw kernel over its spectral norm.
 
     | array | shape |
@@ -213,19 +214,19 @@ class SelfAttention2D(keras.layers.Layer):
         """Create the projections and gamma for the channels of this input."""
         config = self._config_for(input_shape)
         config.check_input(input_shape, layout=self._layout, layer="SelfAttention2D")
-        conv2d = SpectralConv2D if self.spectral_norm else keras.layers.Conv2D
+        projection = SpectralConv2D if self.spectral_norm else Projection
         for name, (channels_in, channels_out) in projections(config).items():
-            conv = conv2d(
+            conv = projection(
                 channels_out,
                 1,
                 data_format="channels_last",
                 use_bias=config.use_bias,
-                kernel_initializer=_own(self.kernel_initializer, name),
-                bias_initializer=_own(self.bias_initializer, name),
-                kernel_regularizer=_own(self.kernel_regularizer, name),
-                bias_regularizer=_own(self.bias_regularizer, name),
-                kernel_constraint=_own(self.kernel_constraint, name),
-                bias_constraint=_own(self.bias_constraint, name),
+                kernel_initializer=own_copy(self.kernel_initializer, name),
+                bias_initializer=own_copy(self.bias_initializer, name),
+                kernel_regularizer=own_copy(self.kernel_regularizer, name),
+                bias_regularizer=own_copy(self.bias_regularizer, name),
+                kernel_constraint=own_copy(self.kernel_constraint, name),
+                bias_constraint=own_copy(self.bias_constraint, name),
                 dtype=self.dtype_policy,
                 name=name,
             )
@@ -420,7 +421,7 @@ def _never_empty(maps: Tensor) -> Tensor:
     return ops.concatenate([maps, ops.zeros((missing, *sizes), maps.dtype)], axis=0)
 
 
-def _own(option: Any, child: str) -> Any:
+def own_copy(option: Any, child: str) -> Any:
     """A child's own copy of an initializer, regularizer or constraint.
 
     Random initializers draw from a fixed seed, so one that is shared, or copied with its seed, would give query and

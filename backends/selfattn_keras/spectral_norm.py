@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from selfattn_core.spectral_norm import EPS, WARM_UP
+from selfattn_keras.projection import Projection
 
 __all__ = ["SpectralConv2D"]
 
@@ -16,7 +17,7 @@ Tensor = Any
 
 
 @keras.saving.register_keras_serializable(package="selfattn")
-class SpectralConv2D(keras.layers.Conv2D):
+class SpectralConv2D(Projection):
     """A 1×1 `keras.layers.Conv2D` that applies kernel / sigma, sigma = vᵀ K u, where K is `kernel` as (C_in, C_out).
 
     `kernel` is the raw kernel, which is what is trained. A call with `training=True` first moves the non-trainable

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.params import check_params, state_table, widen
+from selfattn_core.params import check_params, projections, state_table, widen
 from selfattn_core.porting.anything import load_any
 from selfattn_core.weights import PathLike
-from selfattn_keras.layer import SelfAttention2D
+from selfattn_keras.layer import SelfAttention2D, own_copy
 
 Array = NDArray[Any]
 
@@ -74,7 +74,14 @@ def from_canonical(
     # Unseeded initializers draw their seed from Python's random state, which is the caller's.
     state = random.getstate()
     try:
-        layer = SelfAttention2D.from_spec(config, block_size=block_size, data_format=data_format, dtype=dtype)
+        # What is overwritten at once is not drawn, for JAX compiles a draw for each shape. The initializers are then
+        # those of any layer, for whoever makes another one of its config.
+        layer = SelfAttention2D.from_spec(
+            config, block_size=block_size, data_format=data_format, kernel_initializer="zeros", dtype=dtype
+        )
+        layer.kernel_initializer = keras.initializers.get("glorot_uniform")
+        for name in projections(config):
+            getattr(layer, name).kernel_initializer = own_copy(layer.kernel_initializer, name)
     finally:
         random.setstate(state)
     for name, array in arrays.items():
