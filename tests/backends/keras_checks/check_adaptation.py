@@ -77,7 +77,7 @@ def test_int8_quantizes_dense_layers_only_and_says_so():
     model = keras.Model(x, dense(layer(x)))
     with pytest.warns(UserWarning, match="quantize") as warned:
         model.quantize("int8")
-    assert len([warning for warning in warned if "Conv2D" in str(warning.message)]) == 4
+    assert len([warning for warning in warned if "Projection" in str(warning.message)]) == 4
     assert dense.quantization_mode == "int8"
     for name, array in to_canonical(layer).items():
         np.testing.assert_array_equal(array, GIVEN.params[name])

@@ -1,0 +1,74 @@
+"""The projections are what `keras.layers.Conv2D` computes, in the form that suits the framework."""
+
+import keras
+import numpy as np
+import pytest
+
+from selfattn_core import SelfAttentionConfig, init_params
+from selfattn_core.params import projections
+from selfattn_keras import SelfAttention2D, from_canonical
+from selfattn_keras.projection import Projection
+
+FRAMEWORK = keras.backend.backend()
+FULL = SelfAttentionConfig(12, 3, 5, out_projection=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 5, 7, 6), {"kernel_size": 1}),
+        ((0, 5, 7, 6), {"kernel_size": 1}),
+        ((2, 5, 7, 6), {"kernel_size": 1, "use_bias": False, "activation": "relu"}),
+        ((2, 5, 7, 6), {"kernel_size": (1, 3)}),
+        ((2, 5, 7, 6), {"kernel_size": 1, "strides": (1, 2)}),
+        ((2, 5, 7, 6), {"kernel_size": 1, "groups": 2}),
+        ((2, 6, 5, 7), {"kernel_size": 1, "data_format": "channels_first"}),
+    ],
+)
+def test_it_is_a_convolution(shape, options):
+    if FRAMEWORK == "tensorflow" and (0 in shape or "groups" in options or "data_format" in options):
+        pytest.skip("TensorFlow's CPU has no such convolution")
+    options = {"data_format": "channels_last", **options}
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    convolution, projection = keras.layers.Conv2D(4, **options), Projection(4, **options)
+    want = keras.ops.convert_to_numpy(convolution(x))
+    projection(x)
+    projection.set_weights([weight + 0 for weight in convolution.get_weights()])
+    got = keras.ops.convert_to_numpy(projection(x))
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+def test_its_config_makes_another():
+    twin = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(Projection(4, 1)))
+    assert type(twin) is Projection
+    assert twin.filters == 4
+
+
+@pytest.mark.skipif(FRAMEWORK != "jax", reason="the form is JAX's alone")
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_no_convolution_is_left_on_jax(spectral_norm):
+    import jax
+
+    layer = SelfAttention2D.from_spec(
+        SelfAttentionConfig(12, 3, 5, out_projection=True, spectral_norm=spectral_norm)
+    )
+    program = str(jax.make_jaxpr(layer)(np.ones((2, 5, 7, 12), np.float32)))
+    assert "dot_general" in program
+    assert "conv_general_dilated" not in program
+
+
+def test_a_loaded_layer_has_the_initializers_of_any_other():
+    """Its weights are not drawn only to be overwritten; another layer of its config draws its own."""
+    loaded, new = from_canonical(FULL, init_params(FULL, seed=1)), SelfAttention2D.from_spec(FULL)
+    for name in ("kernel_initializer", "bias_initializer", "gamma_initializer"):
+        assert type(getattr(loaded, name)) is type(getattr(new, name))
+    seeds = set()
+    for name in projections(FULL):
+        one, other = getattr(loaded, name), getattr(new, name)
+        assert type(one.kernel_initializer) is type(other.kernel_initializer)
+        seeds.add(one.kernel_initializer.seed)
+    assert len(seeds) == len(projections(FULL))
+    twin = SelfAttention2D.from_config(loaded.get_config())
+    twin.build((None, None, None, 12) if twin.data_format == "channels_last" else (None, 12, None, None))
+    assert all(keras.ops.any(getattr(twin, name).kernel != 0) for name in projections(FULL))
