@@ -25,7 +25,7 @@ from selfattn_core.porting.anything import load_any
 from selfattn_core.weights import PathLike
 from selfattn_flax.maps import unflatten
 from selfattn_flax.nnx import KERNEL_INIT, ZEROS_INIT, pool, residual, rows
-from selfattn_flax.pointwise import pointwise
+from selfattn_flax.projection import LinenProjection
 from selfattn_flax.spectral_norm import LinenSpectralConv
 from selfattn_flax.weights import to_numpy, to_tree
 from selfattn_ops.blocks import check_block_size
@@ -44,7 +44,7 @@ class SelfAttention2D(nn.Module):
     ```
 
     Unlike `nn.MultiHeadDotProductAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value
-    differ. The children `query`, `key`, `value` (and `out`) are plain 1×1 `nn.Conv`; the paper's f is `key` and its g
+    differ. The children `query`, `key`, `value` (and `out`) are 1×1 `nn.Conv`; the paper's f is `key` and its g
     is `query`, much PyTorch code has them the other way round, and the paper's h is `value`. The parameters are the
     tree of `selfattn_flax.SelfAttention2D`. With `spectral_norm` the children are
     `selfattn_flax.spectral_norm.LinenSpectralConv`, which apply their raw kernel over its spectral norm.
@@ -186,7 +186,7 @@ class SelfAttention2D(nn.Module):
             dtype=x.dtype,
             floating=jnp.issubdtype(x.dtype, jnp.floating),
         )
-        conv = partial(nn.Conv, conv_general_dilated=pointwise)
+        conv: Any = LinenProjection
         if self.spectral_norm:
             evaluates = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
             conv = partial(LinenSpectralConv, use_running_average=evaluates)

@@ -3,7 +3,6 @@
 Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3.
 """
 
-from functools import partial
 from typing import Self
 
 import jax
@@ -15,7 +14,7 @@ from jax.typing import DTypeLike
 
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.params import projections
-from selfattn_flax.pointwise import pointwise
+from selfattn_flax.projection import NNXProjection
 from selfattn_flax.spectral_norm import NNXSpectralConv
 from selfattn_ops.blocks import check_block_size
 from selfattn_ops.jax import attend, attend_with_map
@@ -32,7 +31,7 @@ class SelfAttention2D(nnx.Module):
     ```
 
     Unlike `nnx.MultiHeadAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value differ. The
-    children `query`, `key`, `value` (and `out`) are plain 1×1 `nnx.Conv`; the paper's f is `key` and its g is
+    children `query`, `key`, `value` (and `out`) are 1×1 `nnx.Conv`; the paper's f is `key` and its g is
     `query`, much PyTorch code has them the other way round, and the paper's h is `value`. With `spectral_norm` they are
     `selfattn_flax.spectral_norm.NNXSpectralConv`, which apply their raw kernel over its spectral norm.
 
@@ -105,7 +104,7 @@ class SelfAttention2D(nnx.Module):
         )
         self.block_size = check_block_size(block_size)
         self.dtype = dtype
-        conv = NNXSpectralConv if spectral_norm else partial(nnx.Conv, conv_general_dilated=pointwise)
+        conv = NNXSpectralConv if spectral_norm else NNXProjection
         for name, widths in projections(self.config).items():
             child = conv(
                 *widths,

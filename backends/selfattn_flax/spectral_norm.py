@@ -10,12 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.linen.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from selfattn_core.spectral_norm import EPS, WARM_UP
-from selfattn_flax.pointwise import pointwise
+from selfattn_flax.projection import project
 
 __all__ = ["LinenSpectralConv", "NNXSpectralConv"]
 
@@ -89,7 +88,7 @@ class NNXSpectralConv(nnx.Conv):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """The convolution of the inputs (…, C_in)."""
         bias = None if self.bias is None else self.bias[...]
-        return _apply(inputs, self.normalised_kernel(), bias, self.dtype, self.precision)
+        return project(inputs, self.normalised_kernel(), bias, self.dtype, self.precision)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """What `nnx.view` calls."""
@@ -125,7 +124,7 @@ class LinenSpectralConv(nn.Conv):
         v = self.variable("batch_stats", "v", lambda: _following_v(kernel, u.value))
         if not (self.use_running_average or self.is_initializing()):
             u.value, v.value = _power_iteration(kernel, v.value)
-        return _apply(inputs, _normalised(kernel, u.value, v.value), bias, self.dtype, self.precision)
+        return project(inputs, _normalised(kernel, u.value, v.value), bias, self.dtype, self.precision)
 
 
 def _initial_u(key: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -173,16 +172,3 @@ def _back(matrix: jax.Array, u: jax.Array) -> jax.Array:
 
 def _unit(vector: jax.Array) -> jax.Array:
     return vector / jnp.maximum(jnp.sqrt(jnp.sum(vector**2)), EPS)
-
-
-def _apply(
-    inputs: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    dtype: DTypeLike | None,
-    precision: jax.lax.PrecisionLike,
-) -> jax.Array:
-    """What `Conv` does with a 1×1 kernel."""
-    inputs, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=dtype)
-    outputs = pointwise(inputs, kernel, (1, 1), "VALID", precision=precision)
-    return outputs if bias is None else outputs + bias

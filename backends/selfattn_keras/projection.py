@@ -5,10 +5,12 @@ from typing import Any
 import keras
 from keras import ops
 
-__all__ = ["Projection"]
+__all__ = ["Projection", "add_bias"]
 
 # Tensors of the backend; Keras has no common type for them.
 Tensor = Any
+
+_NARROW = ("bfloat16", "float16")
 
 
 @keras.saving.register_keras_serializable(package="selfattn")
@@ -16,7 +18,8 @@ class Projection(keras.layers.Conv2D):
     """A `keras.layers.Conv2D`, of which JAX computes 1×1 kernels as one product of matrices.
 
     All positions are rows of one matrix: XLA's CPU library takes longer for the gradients of a convolution, and longer
-    to compile them. TensorFlow and PyTorch gain nothing from it. Results are those of a `Conv2D`, to rounding.
+    to compile them. TensorFlow and PyTorch gain nothing from it. Results are those of a `Conv2D`, to rounding, but the
+    gradient of the bias is summed in at least float32.
 
     The arguments are those of `keras.layers.Conv2D`.
 
@@ -25,6 +28,13 @@ class Projection(keras.layers.Conv2D):
         >>> tuple(projection(keras.random.normal((2, 5, 7, 6))).shape)
         (2, 5, 7, 3)
     """
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """The convolution of the inputs (B, H, W, C_in), and the bias."""
+        if not self.use_bias or self.data_format != "channels_last" or self.compute_dtype not in _NARROW:
+            return super().call(inputs)
+        outputs = add_bias(self.convolution_op(inputs, self.kernel), self.bias)
+        return outputs if self.activation is None else self.activation(outputs)
 
     def convolution_op(self, inputs: Tensor, kernel: Tensor) -> Tensor:
         """The convolution of the inputs (B, H, W, C_in), without bias; what Keras' own `call` calls.
@@ -44,3 +54,25 @@ class Projection(keras.layers.Conv2D):
     def _is_product(self) -> bool:
         once = (self.kernel_size, self.strides, self.groups) == ((1, 1), (1, 1), 1)
         return once and self.data_format == "channels_last"
+
+
+def add_bias(outputs: Tensor, bias: Tensor) -> Tensor:
+    """A bias along the last axis, added to 16 bits in float32.
+
+    Args:
+        outputs: of a convolution, (…, C_out).
+        bias: (C_out,).
+
+    Returns:
+        The sum, in the dtype of `outputs`.
+
+    Example:
+        >>> keras.backend.standardize_dtype(add_bias(ops.ones((2, 3), "bfloat16"), ops.ones(3)).dtype)
+        'bfloat16'
+    """
+    dtype = keras.backend.standardize_dtype(outputs.dtype)
+    bias = ops.cast(bias, dtype)
+    if dtype not in _NARROW:
+        return ops.add(outputs, bias)
+    # The gradient of what is broadcast is a sum over all positions, and in 16 bits XLA's stands still at a few hundred.
+    return ops.cast(ops.cast(outputs, "float32") + ops.cast(bias, "float32"), dtype)

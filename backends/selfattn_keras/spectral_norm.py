@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from selfattn_core.spectral_norm import EPS, WARM_UP
-from selfattn_keras.projection import Projection
+from selfattn_keras.projection import Projection, add_bias
 
 __all__ = ["SpectralConv2D"]
 
@@ -84,8 +84,9 @@ class SpectralConv2D(Projection):
         kernel = ops.cast(self.normalised_kernel(training), self.compute_dtype)
         outputs = self.convolution_op(inputs, kernel)
         if self.use_bias:
-            across = (1, 1, 1, -1) if self.data_format == "channels_last" else (1, -1, 1, 1)
-            outputs = outputs + ops.reshape(ops.cast(self.bias, self.compute_dtype), across)
+            last = self.data_format == "channels_last"
+            outputs = add_bias(outputs if last else ops.moveaxis(outputs, 1, -1), self.bias)
+            outputs = outputs if last else ops.moveaxis(outputs, -1, 1)
         return outputs if self.activation is None else self.activation(outputs)
 
     def save_own_variables(self, store: Any) -> None:

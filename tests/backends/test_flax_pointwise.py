@@ -10,6 +10,7 @@ from flax import nnx
 from selfattn_flax import SelfAttention2D
 from selfattn_flax.linen import SelfAttention2D as LinenSelfAttention2D
 from selfattn_flax.pointwise import pointwise
+from selfattn_flax.projection import LinenProjection, NNXProjection
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -26,7 +27,7 @@ def test_it_is_the_convolution(shape, dtype):
         )
 
     want, pull_back = jax.vjp(convolution, x, kernel)
-    got, pull_back_product = jax.vjp(lambda x, kernel: pointwise(x, kernel, (1, 1), "SAME"), x, kernel)
+    got, pull_back_product = jax.vjp(pointwise, x, kernel)
     tolerance = 8 * float(jnp.finfo(dtype).eps)
     for one, other in zip((got, *pull_back_product(cotangent)), (want, *pull_back(cotangent)), strict=True):
         assert one.shape == other.shape
@@ -35,6 +36,30 @@ def test_it_is_the_convolution(shape, dtype):
         np.testing.assert_allclose(
             np.asarray(one, np.float64), np.asarray(other, np.float64), rtol=0, atol=tolerance * scale
         )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("ours", "flax"), [(NNXProjection, nnx.Conv), (LinenProjection, nn.Conv)], ids=["nnx", "linen"]
+)
+def test_the_gradient_of_a_bias_is_a_sum_that_does_not_stand_still(ours, flax, dtype):
+    x = jax.random.normal(jax.random.key(0), (1, 64, 64, 6), dtype)
+
+    def run(conv):
+        if issubclass(conv, nnx.Module):
+            graph, tree = nnx.split(conv(6, 4, (1, 1), param_dtype=dtype, rngs=nnx.Rngs(0)))
+            y, pull = jax.vjp(lambda tree: nnx.merge(graph, tree)(x), tree)
+            return y, pull(jnp.ones_like(y))[0]["bias"][...]
+        module = conv(4, (1, 1), param_dtype=dtype)
+        y, pull = jax.vjp(lambda tree: module.apply(tree, x), module.init(jax.random.key(0), x))
+        return y, pull(jnp.ones_like(y))[0]["params"]["bias"]
+
+    y, gradient = run(ours)
+    assert y.dtype == gradient.dtype == dtype
+    np.testing.assert_array_equal(gradient, 64 * 64)
+    np.testing.assert_allclose(
+        y.astype(jnp.float32), run(flax)[0].astype(jnp.float32), atol=4 * float(jnp.finfo(dtype).eps)
+    )
 
 
 def test_the_children_compute_products_and_are_called():

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from selfattn_core import SelfAttentionConfig, parameter_table, spec
+from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec
 from selfattn_core.conformance import REGISTRY
 from selfattn_core.conformance.cases import Ability
 from selfattn_keras import SelfAttention2D, from_canonical
@@ -270,6 +270,18 @@ def test_sixteen_bits(policy, layout):
     y = y if layout == "channels_last" else y.transpose(0, 2, 3, 1)
     eps = {"bfloat16": 2.0**-7, "float16": 2.0**-10}[compute]
     assert error(y, spec.forward(POOLED, *wide(params, x)), eps) <= 4
+
+
+@pytest.mark.parametrize("spectral_norm", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_gradient_of_a_bias_is_a_sum_that_does_not_stand_still(dtype, spectral_norm):
+    # What is added up in bfloat16, one by one, ends at 256.
+    config = dataclasses.replace(CONFIGS["out projection"], spectral_norm=spectral_norm)
+    params, x, dy = designed(config, shape=(256, 4, 4), dtype="float32", gamma=1.0)
+    if spectral_norm:
+        params = init_params(config, seed=0) | params
+    gradients = backend.vjp(backend.build(config, params, dtype, "channels_last"), x, np.ones_like(dy))
+    np.testing.assert_array_equal(np.float64(gradients["out.bias"]), 256 * 16)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
