@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,9 @@ def answers(
     def build() -> Any:
         return backend.build(case.config, given.params, dtype, layout)
 
+    if case.view:
+        given = replace(given, x=_view(case, given.x), dy=_view(case, given.dy))
+
     if case.family == "trajectory":
         return train(backend, case, dtype, layout, seed)
     if "init" in (case.family, case.of):
@@ -57,6 +61,17 @@ def answers(
             "rebuilt": backend.forward(build(), given.x),
         }
     return _ASK[case.family](backend, build(), case, given)
+
+
+def _view(case: Case, maps: Array) -> Array:
+    """The same values, not contiguous."""
+    if case.view == "transposed":
+        return np.moveaxis(np.ascontiguousarray(np.moveaxis(maps, 3, 1)), 1, 3)
+    batch, height, width, channels = maps.shape
+    between = np.zeros((batch, height, 2 * width, 2 * channels), maps.dtype)
+    view = between[:, :, ::2, ::2]
+    view[...] = maps
+    return view
 
 
 def _value(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from selfattn_core import spec
+from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.backend import REGISTRY, resolve
-from selfattn_core.conformance.cases import CASES, FAMILIES, LEVELS, Inputs, _decided, inputs, needs
+from selfattn_core.conformance.cases import CASES, FAMILIES, LEVELS, Inputs, _decided, inputs, needs, rounded
 from selfattn_core.conformance.memory import PeakUnknownError, peak_growth
 from selfattn_core.conformance.mutants import edited
+from selfattn_core.conformance.mutants.sixteen_bits import InBfloat16
 from selfattn_core.conformance.outcome import Outcome
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.report import as_data, as_table
@@ -167,6 +169,82 @@ def test_a_right_backend_need_not_cancel_exactly():
         )
         > 0
     )
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        (),
+        # As fused kernels have it: from an output and with factors of products that are rounded to 16 bits.
+        (
+            ("self.D = _rowsum(layer.A * self.dA)", "self.D = _rowsum(self.G * layer.o)"),
+            (
+                "self.dS = layer.A * (self.dA - self.D)",
+                "self.dS = layer.store(layer.A * (self.dA - self.D)); layer.A = layer.store(layer.A)",
+            ),
+        ),
+    ],
+    ids=["in float32", "fused"],
+)
+def test_right_arithmetic_in_bfloat16_is_right(edits):
+    runs = [run for run in small_runs(("dtype",)) if run.case.of == "vjp"]
+    for seed in range(4):
+        outcomes = list(judge_in_process(InBfloat16(*edits), runs, seed))
+        assert [outcome.message for outcome in outcomes if outcome.status != "pass"] == []
+    assert {outcome.run.dtype for outcome in outcomes} == {"bfloat16"}
+
+
+def test_what_is_projected_from_integers_is_exact_in_16_bits():
+    cases = [case for case in CASES if case.integers and case.family == "dtype"]
+    assert {case.of for case in cases} == {"forward", "map", "vjp"}
+    for case in cases:
+        given = inputs(case, "bfloat16", 3)
+        for role in ("query", "key", "value"):
+            kernel, bias = given.params[f"{role}.kernel"], given.params.get(f"{role}.bias", np.float32(0))
+            values = given.x @ kernel + bias
+            assert (rounded(values, "bfloat16") == values).all()
+
+
+def test_draws_that_16_bits_do_not_hold_are_drawn_again():
+    case = next(case for case in CASES if case.integers and case.family == "dtype")
+    good = inputs(case, "float64")
+    draws = iter([dataclasses.replace(good, x=good.x * 100), good])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfattn_core.conformance.cases._draw", lambda *_: next(draws))
+        assert inputs(case, "float64").x.tobytes() == good.x.tobytes()
+
+
+def test_sums_of_one_sign_grow_where_a_case_says_so():
+    (case,) = (case for case in CASES if case.one_sign)
+    given = inputs(case, "float64", 1)
+    gradients = spec.vjp(case.config, given.params, given.x, given.dy)
+    assert all((gradients[name] > 0).all() for name in ("gamma", "value.bias", "out.bias", "out.kernel"))
+
+
+def test_views_hold_the_same_values_and_are_not_contiguous():
+    cases = [case for case in CASES if case.view]
+    assert {(case.family, case.view) for case in cases} == {
+        (family, view) for family in ("forward", "vjp") for view in ("strided", "transposed")
+    }
+    seen = []
+
+    class Sees(Reference):
+        def forward(self, model, x):
+            seen.append(x)
+            return super().forward(model, x)
+
+        def vjp(self, model, x, dy):
+            seen.extend((x, dy))
+            return super().vjp(model, x, dy)
+
+    for case in cases:
+        given = inputs(case, "float32")
+        seen.clear()
+        answers(Sees(), case, given, "float32", "channels_last")
+        for got, want in zip(seen, (given.x, given.dy), strict=False):
+            assert not got.flags.c_contiguous
+            np.testing.assert_array_equal(got, want)
+        assert len(seen) == (2 if case.family == "vjp" else 1)
 
 
 @pytest.mark.parametrize("family", ["vjp", "r1"])

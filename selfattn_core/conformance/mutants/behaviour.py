@@ -110,6 +110,31 @@ class ChannelsFirstAsWidthHeight(Reference):
         return back.swapaxes(1, 2).reshape(batch, height, width, channels)
 
 
+def as_contiguous_memory(maps: Array) -> Array:
+    """What stands in memory from the first entry on, whatever the strides are."""
+    strides = np.zeros(maps.shape, maps.dtype).strides
+    return np.lib.stride_tricks.as_strided(maps, maps.shape, strides, writeable=False)
+
+
+class StridesIgnored(Reference):
+    """As one that hands the address of x to compiled code."""
+
+    def forward(self, model: Model, x: Array) -> Array:
+        return super().forward(model, as_contiguous_memory(x))
+
+
+class OrderOfMemory(Reference):
+    """Flattened in the order of memory, which after a transposition is not that of the axes."""
+
+    def forward(self, model: Model, x: Array) -> Array:
+        return super().forward(model, x.ravel(order="K").reshape(x.shape))
+
+
+class StridesOfGradientIgnored(Reference):
+    def vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        return super().vjp(model, x, as_contiguous_memory(dy))
+
+
 class Exports(Reference):
     """Weights that are right inside and wrong outside."""
 
@@ -333,6 +358,9 @@ _TABLE: tuple[tuple[str, Family, type[Reference], str], ...] = (
     ("float64 computed in float32", "forward", NarrowsFloat64, "JAX without x64"),
     ("channels-first by a reshape", "forward", ChannelsFirstReshaped, ""),
     ("channels-first as (B, C, W, H)", "forward", ChannelsFirstAsWidthHeight, ""),
+    ("strides of the input ignored", "forward", StridesIgnored, ""),
+    ("input flattened in the order of memory", "forward", OrderOfMemory, ""),
+    ("strides of the gradient ignored", "vjp", StridesOfGradientIgnored, ""),
     ("key bias not exported", "params", KeyBiasLost, ""),
     ("kernels exported transposed", "params", KernelsTransposed, ""),
     ("parameters under other names", "params", ForeignNames, ""),

@@ -10,7 +10,7 @@ from selfattn_core.conformance.backend import Backend
 from selfattn_core.conformance.cases import Family
 from selfattn_core.conformance.reference import Reference
 
-__all__ = ["Mutant", "edited"]
+__all__ = ["Mutant", "edited", "edited_spec"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,27 @@ def edited(
     """
 
     def make() -> Backend:
-        backend = Reference(_module(name, edits))
+        backend = Reference(edited_spec(name, edits))
         backend.name = name
         return backend
 
     return Mutant(name, family, make, seen_in, raises)
 
 
-def _module(name: str, edits: tuple[tuple[str, str], ...]) -> ModuleType:
+def edited_spec(name: str, edits: tuple[tuple[str, str], ...]) -> ModuleType:
+    """The spec with some of its text replaced, as a module.
+
+    Args:
+        name: of the bug, for messages.
+        edits: as for `edited`.
+
+    Raises:
+        ValueError: if what is to be replaced does not stand in the spec exactly once.
+
+    Example:
+        >>> edited_spec("negated", (("layer.gamma * layer.z + layer.x", "-layer.x"),)).VERSION
+        1
+    """
     source = inspect.getsource(spec)
     for old, new in edits:
         if source.count(old) != 1:
