@@ -9,7 +9,6 @@ to be none. Where a backend is named, its part of the file alone is measured ane
 import argparse
 import datetime as dt
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.backend import REGISTRY, Backend, dtypes_of, resolve
 from selfattn_core.conformance.cases import Computation, Family, Inputs, inputs
 from selfattn_core.conformance.compare import compare
-from selfattn_core.conformance.environment import environment
+from selfattn_core.conformance.environment import cores, environment
 from selfattn_core.conformance.runs import LAYOUTS, Run, all_runs, is_claimed
 from selfattn_core.conformance.tolerance import FACTORS
 from selfattn_core.weights import write_atomically
@@ -178,7 +177,7 @@ def main() -> int:
     if unknown := [name for name in options.backends if name not in REGISTRY]:
         parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(REGISTRY)}")
     names = options.backends or list(REGISTRY)
-    processes = min(2, len(names), os.cpu_count() or 1)
+    processes = min(2, len(names), cores())
 
     def measured(name: str, programs: str) -> tuple[str, dict[str, Any]]:
         registered = REGISTRY[name]

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["environment"]
+__all__ = ["cores", "environment"]
 
 _ARITHMETIC: Mapping[str, str] = {
     # float64 needs x64 in JAX, and full float32 products need the reduced formats of accelerators off. They are set
@@ -13,6 +13,12 @@ _ARITHMETIC: Mapping[str, str] = {
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     "NVIDIA_TF32_OVERRIDE": "0",
     "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+
+# Each by itself would take most of an accelerator's memory for its own.
+_SHARED_ACCELERATOR: Mapping[str, str] = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
 }
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
@@ -25,8 +31,8 @@ def environment(
 
     Args:
         own: what this backend needs beyond what all of them do.
-        processes: that run at once; each gets its share of the cores, or as many threads as the caller's own
-            environment says.
+        processes: that run at once; each gets its share of the cores and, as it needs it, of an accelerator's
+            memory, unless the caller's own environment says otherwise.
         programs: the folder in which JAX keeps what it has compiled. Two backends that make the same program of a case
             then compile it once. The caller's own is taken if there is one; without either nothing is kept.
 
@@ -34,8 +40,8 @@ def environment(
         >>> environment({"KERAS_BACKEND": "jax"}, processes=10_000)["KERAS_BACKEND"]
         'jax'
     """
-    threads = str(max(1, _cores() // processes))
-    preferred = dict.fromkeys(_THREADS, threads) if processes > 1 else {}
+    threads = str(max(1, cores() // processes))
+    preferred = {**dict.fromkeys(_THREADS, threads), **_SHARED_ACCELERATOR} if processes > 1 else {}
     if programs is not None:
         preferred |= {
             "JAX_COMPILATION_CACHE_DIR": str(programs),
@@ -45,6 +51,11 @@ def environment(
     return {**preferred, **os.environ, **_ARITHMETIC, **own}
 
 
-def _cores() -> int:
-    """That this process may use."""
+def cores() -> int:
+    """How many cores this process may use.
+
+    Example:
+        >>> cores() >= 1
+        True
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from selfattn_core.conformance import environment as module
+from selfattn_core.conformance import runner
 from selfattn_core.conformance.environment import environment
 from selfattn_core.conformance.runner import run_backend, run_backends
 from selfattn_core.conformance.runs import all_runs
@@ -27,7 +28,7 @@ def test_one_process_has_all_threads():
 
 @pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 2, "4"), (3, 2, "1"), (1, 2, "1")])
 def test_processes_share_the_cores(monkeypatch, cores, processes, threads):
-    monkeypatch.setattr(module, "_cores", lambda: cores)
+    monkeypatch.setattr(module, "cores", lambda: cores)
     found = environment({}, processes=processes)
     assert {found[name] for name in THREADS} == {threads}
 
@@ -47,15 +48,38 @@ def test_but_not_where_they_change_numbers(monkeypatch):
     assert (found["JAX_ENABLE_X64"], found["KERAS_BACKEND"]) == ("1", "jax")
 
 
-def test_backends_run_with_it(monkeypatch):
+def test_backends_run_with_it(monkeypatch, tmp_path):
     """Two at once have half of the cores each, and one folder of programs, which is gone afterwards."""
-    monkeypatch.setattr(module, "_cores", lambda: 6)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("TOY_PROCESSES", str(tmp_path / "processes"))
+    for each in (module, runner):
+        monkeypatch.setattr(each, "cores", lambda: 6)
     reports = run_backends(["toy_backends:Surroundings", "toy_backends:Surroundings"], level="core")
     first, second = (report.versions for report in reports)
     assert first == second
     assert first["OMP_NUM_THREADS"] == "3"
     assert not Path(first["JAX_COMPILATION_CACHE_DIR"]).exists()
     assert first["JAX_ENABLE_X64"] == "1"
+    assert len(set((tmp_path / "processes").read_text().split())) == 2
     alone = run_backend("toy_backends:Surroundings", runs=all_runs(level="core")[:1])
     assert set(alone.versions) == {"JAX_ENABLE_X64"}
+
+
+def test_a_single_backend_has_both_processes(monkeypatch, tmp_path):
+    """Each answers half of the runs, which are reported in their order; what one of them loses is its own."""
+    monkeypatch.setattr(runner, "cores", lambda: 2)
+    monkeypatch.setenv("TOY_PROCESSES", str(tmp_path / "processes"))
+    (report,) = run_backends(["toy_backends:Surroundings"], level="core")
+    assert len(set((tmp_path / "processes").read_text().split())) == 2
+    assert report.versions["OMP_NUM_THREADS"] == "1"
+    assert [outcome.run.id for outcome in report.outcomes] == [run.id for run in all_runs(level="core")]
+    whole = run_backend("toy_backends:Surroundings", runs=all_runs(level="core"))
+    assert [outcome.status for outcome in report.outcomes] == [outcome.status for outcome in whole.outcomes]
+
+
+def test_a_part_that_dies():
+    runs = [run for run in all_runs() if run.case.id in ("SA-FWD-001", "SA-MAP-001")]
+    report = run_backend("toy_backends:Dies", runs=runs, parts=2)
+    whole = run_backend("toy_backends:Dies", runs=runs)
+    assert [outcome.status for outcome in report.outcomes] == [outcome.status for outcome in whole.outcomes]
+    assert {outcome.status for outcome in report.outcomes} == {"pass", "error", "unclaimed"}
+    assert run_backend("toy_backends:Lacking", runs=runs, parts=2).refused

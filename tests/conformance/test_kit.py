@@ -333,7 +333,7 @@ def test_a_crash_is_an_error_in_its_case_and_the_others_run(on_path, name, words
 
 
 def test_a_backend_that_always_dies_is_not_started_for_ever(on_path, monkeypatch):
-    monkeypatch.setattr("selfattn_core.conformance.runner._MOST_PROCESSES", 2)
+    monkeypatch.setattr("selfattn_core.conformance.session._MOST_PROCESSES", 2)
     report = run_backend("toy_backends:Dies", runs=FEW)
     messages = [outcome.message for outcome in report.outcomes if outcome.run.case.family == "map"]
     assert [("in this case" in message, "not reached" in message) for message in messages] == [

@@ -224,7 +224,12 @@ class Placeless(InferenceOnly):
 
 
 class Surroundings(InferenceOnly):
-    """Says in its versions what it finds in the environment."""
+    """Says in its versions what it finds in the environment, and writes down which processes it lives in."""
+
+    def __init__(self):
+        if "TOY_PROCESSES" in os.environ:
+            with Path(os.environ["TOY_PROCESSES"]).open("a", encoding="utf-8") as file:
+                file.write(f"{os.getpid()}\n")
 
     def versions(self):
         names = ("OMP_NUM_THREADS", "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_X64")

@@ -1,0 +1,200 @@
+"""The processes of a backend: started, watched, ended where they stand still, and their answers compared."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfattn_core.conformance.compare import compare
+from selfattn_core.conformance.outcome import BackendReport, Outcome
+from selfattn_core.conformance.runs import Run, chosen_layout, is_claimed
+
+__all__ = ["Session"]
+
+_STARTUP_SECONDS = 300.0
+_MOST_PROCESSES = 12
+_LOOK_AGAIN_SECONDS = 0.02
+
+
+class Session:
+    """The processes that are asked the same runs, one after the other until every run has an answer or an end.
+
+    Args:
+        target: "module:object".
+        variables: the environment of a process.
+        folder: for what the processes write, empty.
+        runs: to ask.
+        seed: of the inputs.
+        timeout: seconds that one run may take.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        variables: Mapping[str, str],
+        folder: Path,
+        runs: Sequence[Run],
+        seed: int,
+        timeout: float,
+    ) -> None:
+        self.target, self.variables = target, variables
+        self.folder, self.seed, self.timeout = folder, seed, timeout
+        self.runs = runs
+        self.events: dict[int, dict[str, Any]] = {}
+        self.ready: dict[str, Any] | None = None
+        self.failure = ""
+        self.refused = False
+
+    def report(self, name: str) -> BackendReport:
+        """Start processes until all is answered, and compare."""
+        for number in range(_MOST_PROCESSES):
+            if not (pending := self.pending()):
+                break
+            if not self.work(number, pending):
+                break
+        if self.ready is None:
+            return BackendReport(name, error=self.failure, refused=self.refused)
+        return BackendReport(
+            name,
+            self.ready["versions"],
+            tuple(self.ready["claims"]),
+            tuple(self.ready["layouts"]),
+            tuple(self.ready["dtypes"]),
+            tuple(self.outcome(index) for index in range(len(self.runs))),
+        )
+
+    def pending(self) -> list[int]:
+        """Runs that have no end yet."""
+        waiting = [index for index in range(len(self.runs)) if index not in self.events]
+        if self.ready is None:
+            return waiting
+        return [index for index in waiting if self.claimed(self.runs[index])]
+
+    def claimed(self, run: Run) -> bool:
+        """Whether the backend, which has started, has to answer it."""
+        ready = self.ready or {}
+        return is_claimed(run, ready["claims"], ready["layouts"], ready["dtypes"])
+
+    def work(self, number: int, pending: list[int]) -> bool:
+        """One process, to its end; whether another one would be of use."""
+        progress = self.folder / f"progress-{number}.jsonl"
+        output = self.folder / f"output-{number}.txt"
+        ending = self.watch(self.start(number, pending, progress, output), progress)
+        lines = _lines(progress)
+        ready = next((line for line in lines if line["event"] == "ready"), None)
+        self.ready = self.ready or ready
+        if ready is None:
+            failed = next((line for line in lines if line["event"] == "failed"), {})
+            self.refused = failed.get("refused", False)
+            self.failure = (
+                failed.get("error", "").strip() or f"{ending or 'it did not start'}: {_tail(output)}"
+            )
+            return False
+        ended = {line["run"]: line for line in lines if "run" in line}
+        for index, event in ended.items():
+            if event["event"] == "started":
+                words = f"{ending or 'the process ended early'} in this case: {_tail(output)}"
+                self.events[index] = {"event": "raised", "error": words}
+            else:
+                self.events[index] = event
+        self.failure = ending or "the process ended early"
+        return bool(ended)
+
+    def start(self, number: int, pending: list[int], progress: Path, output: Path) -> subprocess.Popen[bytes]:
+        """A worker for these runs."""
+        runs = [
+            {"index": index, "case": run.case.id, "dtype": run.dtype, "layout": run.layout}
+            for index, run in ((index, self.runs[index]) for index in pending)
+        ]
+        job = {
+            "target": self.target,
+            "folder": str(self.folder),
+            "progress": str(progress),
+            "seed": self.seed,
+            "runs": runs,
+        }
+        job_file = self.folder / f"job-{number}.json"
+        job_file.write_text(json.dumps(job), encoding="utf-8")
+        with output.open("wb") as stream:
+            return subprocess.Popen(
+                [sys.executable, "-m", "selfattn_core.conformance.worker", str(job_file)],
+                env=dict(self.variables),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+
+    def watch(self, process: subprocess.Popen[bytes], progress: Path) -> str:
+        """Wait until the process ends, or end it where it stands still; says how it ended if not by itself."""
+        size, since = -1, time.monotonic()
+        try:
+            while process.poll() is None:
+                now = time.monotonic()
+                grown = progress.stat().st_size if progress.exists() else 0
+                if grown != size:
+                    size, since = grown, now
+                limit = self.timeout if size > 0 else _STARTUP_SECONDS
+                if now - since > limit:
+                    return f"the process was ended after {limit:g} s"
+                time.sleep(_LOOK_AGAIN_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+        code = process.returncode
+        if code == 0:
+            return ""
+        return f"the process died by signal {-code}" if code < 0 else f"the process exited with code {code}"
+
+    def outcome(self, index: int) -> Outcome:
+        """What came of a run, and whether that was expected."""
+        run = self.runs[index]
+        if not self.claimed(run):
+            return Outcome(run, "unclaimed")
+        run = replace(run, layout=chosen_layout(run, (self.ready or {})["layouts"]))
+        event = self.events.get(index, {"event": "unreached"})
+        if event["event"] == "answered":
+            with np.load(self.folder / f"{index}.npz") as file:
+                found = compare(run, dict(zip(event["names"], file.values(), strict=True)), self.seed)
+        elif event["event"] == "declined":
+            return Outcome(run, "unclaimed", (), event["reason"])
+        elif event["event"] == "malformed":
+            found = Outcome(run, "fail", (), event["error"])
+        elif event["event"] == "raised":
+            found = Outcome(run, "error", (), event["error"].strip())
+        else:
+            found = Outcome(run, "error", (), f"not reached: {self.failure}")
+        return self.as_expected(replace(found, seconds=event.get("seconds", 0.0)))
+
+    def as_expected(self, outcome: Outcome) -> Outcome:
+        """The outcome of a run whose failure the backend may have announced."""
+        expected: Mapping[str, list[str]] = (self.ready or {}).get("expected_failures", {})
+        for key, (reason, link) in expected.items():
+            if outcome.run.is_named(key):
+                # A wrong answer was announced, not that there is none: a crash may hide any other.
+                if outcome.status == "error":
+                    return outcome
+                if outcome.status == "fail":
+                    return replace(outcome, status="expected-failure", reason=reason, link=link)
+                stale = f"passes, and was expected to fail ({reason}; {link}): take {key} out of expected_failures"
+                return replace(outcome, status="fail", message=stale, reason=reason, link=link)
+        return outcome
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that a process may have died writing."""
+    if not path.exists():
+        return []
+    written = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in written]
+
+
+def _tail(path: Path) -> str:
+    """The last that the process printed."""
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    return " | ".join(text.splitlines()[-3:]) or "it printed nothing"
