@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.conformance.backend import Backend
-from selfattn_core.conformance.cases import Case, Family, Inputs
+from selfattn_core.conformance.cases import Case, Family
+from selfattn_core.conformance.inputs import Inputs
 from selfattn_core.conformance.memory import peak_growth
 from selfattn_core.conformance.training import train
 

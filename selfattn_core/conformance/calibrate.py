@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.backend import REGISTRY, Backend, dtypes_of, resolve
-from selfattn_core.conformance.cases import Computation, Family, Inputs, inputs
+from selfattn_core.conformance.cases import Computation, Family
 from selfattn_core.conformance.compare import compare
 from selfattn_core.conformance.environment import cores, environment
+from selfattn_core.conformance.inputs import Inputs, inputs
 from selfattn_core.conformance.runs import LAYOUTS, Run, all_runs, is_claimed
 from selfattn_core.conformance.tolerance import FACTORS
 from selfattn_core.weights import write_atomically

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.conformance.answers import INITIAL_DRAWS
-from selfattn_core.conformance.cases import Case, inputs
+from selfattn_core.conformance.cases import Case
 from selfattn_core.conformance.initial import distribution_verdicts
+from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.outcome import Outcome
 from selfattn_core.conformance.runs import Run
 from selfattn_core.conformance.tolerance import Expectation, Verdict, expect, judge

@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 
 from selfattn_core import spec
 from selfattn_core.conformance.answers import answers
-from selfattn_core.conformance.cases import CASES, Case, Inputs, inputs
+from selfattn_core.conformance.cases import CASES, Case
 from selfattn_core.conformance.exact import fifty_digits, to_decimals, to_floats, to_singles
+from selfattn_core.conformance.inputs import Inputs, inputs
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.tolerance import FACTOR, expectations
 from selfattn_core.weights import write_atomically

@@ -8,8 +8,9 @@ import numpy as np
 
 from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.backend import Backend, dtypes_of
-from selfattn_core.conformance.cases import Family, inputs
+from selfattn_core.conformance.cases import Family
 from selfattn_core.conformance.compare import compare
+from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.memory import PeakUnknownError
 from selfattn_core.conformance.mutants import MUTANTS, Mutant
 from selfattn_core.conformance.outcome import Outcome

@@ -6,9 +6,9 @@ floors, and at most a hard cap in ulp so that a noisy spec cannot hide a bug. Tw
 times the ratio of the epsilons: float64 has nothing wider to be compared with, and numpy has no bfloat16.
 
 An ulp here is eps times the largest wanted value, and grows with the logits beyond 8, as the softmax's own error
-does; but not in 16 bits where queries and keys are exact, for what rounds their logits then is float32. Gradients of biases and of gamma are sums that cancel: their ulp is eps times the sum of their absolute terms
-(`spec.magnitudes`). What is exactly zero because all its terms cancel has the ulp of those terms
-(`vanishing.terms_through_the_map`).
+does; but not in 16 bits where queries and keys are exact, for what rounds their logits then is float32. Gradients of
+biases and of gamma are sums that cancel: their ulp is eps times the sum of their absolute terms (`spec.magnitudes`).
+What is exactly zero because all its terms cancel has the ulp of those terms (`vanishing.terms_through_the_map`).
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from selfattn_core import spec
 from selfattn_core.conformance.answers import answers
-from selfattn_core.conformance.cases import Case, Inputs, inputs
+from selfattn_core.conformance.cases import Case
+from selfattn_core.conformance.inputs import Inputs, inputs
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.vanishing import terms_through_the_map
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from selfattn_core import spec
 from selfattn_core.conformance.backend import Backend
-from selfattn_core.conformance.cases import Case, clear_windows, inputs
+from selfattn_core.conformance.cases import Case
+from selfattn_core.conformance.inputs import clear_windows, inputs
 from selfattn_core.conformance.optimizers import OPTIMIZERS, Optimizer
 from selfattn_core.params import parameter_table
 

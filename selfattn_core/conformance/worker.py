@@ -26,7 +26,8 @@ from selfattn_core.conformance.backend import (
     expected_failures_of,
     resolve,
 )
-from selfattn_core.conformance.cases import CASES, inputs
+from selfattn_core.conformance.cases import CASES
+from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.memory import PeakUnknownError
 from selfattn_core.conformance.runs import Run, chosen_layout, is_claimed
 from selfattn_core.params import widen

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import selfattn_core
-from selfattn_core.conformance.cases import CASES, inputs
+from selfattn_core.conformance.cases import CASES
+from selfattn_core.conformance.inputs import inputs
 
 CHAIN = (
     ("selfattn_torch", {}),

@@ -8,7 +8,8 @@ import torch
 import selfattn_flax
 import selfattn_torch
 from selfattn_core import spec
-from selfattn_core.conformance.cases import CASES, inputs
+from selfattn_core.conformance.cases import CASES
+from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.tolerance import expect, judge
 from selfattn_flax import linen
 

@@ -16,8 +16,9 @@ from click.testing import CliRunner
 from selfattn_core import spec
 from selfattn_core.conformance import golden
 from selfattn_core.conformance.answers import answers
-from selfattn_core.conformance.cases import CASES, Inputs, inputs
+from selfattn_core.conformance.cases import CASES
 from selfattn_core.conformance.exact import Single, fifty_digits, to_decimals, to_floats, to_singles
+from selfattn_core.conformance.inputs import Inputs, inputs
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.tolerance import FACTOR, expect
 from selfattn_core.conformance.vanishing import terms_through_the_map

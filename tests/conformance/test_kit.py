@@ -15,7 +15,8 @@ import pytest
 from selfattn_core import spec
 from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.backend import REGISTRY, resolve
-from selfattn_core.conformance.cases import CASES, FAMILIES, LEVELS, Inputs, _decided, inputs, needs, rounded
+from selfattn_core.conformance.cases import CASES, FAMILIES, LEVELS, needs
+from selfattn_core.conformance.inputs import Inputs, _decided, inputs, rounded
 from selfattn_core.conformance.memory import PeakUnknownError, peak_growth
 from selfattn_core.conformance.mutants import edited
 from selfattn_core.conformance.mutants.sixteen_bits import InBfloat16
@@ -105,7 +106,7 @@ def test_no_pooling_window_of_an_input_is_decided_by_rounding():
     assert not _decided(case, tied)
     draws = iter([tied, clear])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfattn_core.conformance.cases._draw", lambda *_: next(draws))
+        patch.setattr("selfattn_core.conformance.inputs._draw", lambda *_: next(draws))
         assert inputs(case, "float64").x.tobytes() == clear.x.tobytes()
 
 
@@ -210,7 +211,7 @@ def test_draws_that_16_bits_do_not_hold_are_drawn_again():
     good = inputs(case, "float64")
     draws = iter([dataclasses.replace(good, x=good.x * 100), good])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfattn_core.conformance.cases._draw", lambda *_: next(draws))
+        patch.setattr("selfattn_core.conformance.inputs._draw", lambda *_: next(draws))
         assert inputs(case, "float64").x.tobytes() == good.x.tobytes()
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from selfattn_core import spec
-from selfattn_core.conformance.cases import CASES, clear_windows
+from selfattn_core.conformance.cases import CASES
 from selfattn_core.conformance.compare import compare
+from selfattn_core.conformance.inputs import clear_windows
 from selfattn_core.conformance.optimizers import Adam, Momentum
 from selfattn_core.conformance.runs import Run
 from selfattn_core.conformance.tolerance import FACTOR

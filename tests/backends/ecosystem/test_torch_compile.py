@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 from selfattn_core import spec
-from selfattn_core.conformance.cases import CASES, inputs
+from selfattn_core.conformance.cases import CASES
+from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.tolerance import expect, judge
 from selfattn_torch import from_canonical
 

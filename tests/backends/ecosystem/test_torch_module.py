@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.conformance.cases import CASES, inputs
+from selfattn_core.conformance.cases import CASES
+from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.tolerance import expect, judge
 from selfattn_core.params import glorot_limit, projections
 from selfattn_torch import SelfAttention2d, from_canonical, to_canonical

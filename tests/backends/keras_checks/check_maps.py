@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from selfattn_core.conformance.cases import CASES, inputs
+from selfattn_core.conformance.cases import CASES
+from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.tolerance import expect, judge
 from selfattn_keras import SelfAttention2D, attention_grid, from_canonical
 
