@@ -6,9 +6,10 @@ floors, and at most a hard cap in ulp so that a noisy spec cannot hide a bug. Tw
 times the ratio of the epsilons: float64 has nothing wider to be compared with, and numpy has no bfloat16.
 
 An ulp here is eps times the largest wanted value, and grows with the logits beyond 8, as the softmax's own error
-does; but not in 16 bits where queries and keys are exact, for what rounds their logits then is float32. Gradients of
-biases and of gamma are sums that cancel: their ulp is eps times the sum of their absolute terms (`spec.magnitudes`).
-What is exactly zero because all its terms cancel has the ulp of those terms (`vanishing.terms_through_the_map`).
+does (from 1 on where the map is uniform, and the spec makes no such error); but not in 16 bits where queries and keys
+are exact, for what rounds their logits then is float32. Gradients of biases and of gamma are sums that cancel: their ulp
+is eps times the sum of their absolute terms (`spec.magnitudes`). What is exactly zero because all its terms cancel has
+the ulp of those terms (`vanishing.terms_through_the_map`).
 """
 
 from collections.abc import Mapping
@@ -215,7 +216,9 @@ def _sizes(case: Case, wide: Inputs) -> tuple[dict[str, float], float]:
             case.config, wide.params, x, dy if _is_derivative(case) else None, cotangents=cotangents
         )
         sums = {name: max(value, sums.get(name, 0.0)) for name, value in found.items()}
-    return sums, max(1.0, sums.pop("logits") / _ORDINARY_LOGITS)
+    # Equal logits are rounded alike by the spec, so its map has no error to show; by others they need not be.
+    ordinary = 1.0 if case.constant and case.family == "map" else _ORDINARY_LOGITS
+    return sums, max(1.0, sums.pop("logits") / ordinary)
 
 
 def _terms(case: Case, wide: Inputs) -> dict[str, float]:
