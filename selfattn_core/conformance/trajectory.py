@@ -24,7 +24,10 @@ _CURVE_ULP, _CURVE_CAP = 4.0, 256.0
 """Ulp of the first loss: added to the floor of the curve, and never to be exceeded."""
 
 _WEIGHT_ULP, _WEIGHT_CAP = 4.0, 2048.0
-"""The same for final weights, in ulp of the largest weight of the tensor."""
+"""The same for final weights, in ulp of the largest weight of the tensor, at the start or at the end.
+
+A gamma that comes down from 0.5 to 0.03 has been rounded as 0.5.
+"""
 
 
 def judge_trajectory(
@@ -51,7 +54,8 @@ def judge_trajectory(
     verdicts = [_verdict("loss", found["loss"], want.losses, floors, cap, "float64")]
     for name, value in quantities(case, want).items():
         if name != "loss":
-            ulp = eps * float(np.abs(value).max())
+            start = problem(case, seed).start[name]
+            ulp = eps * float(max(np.abs(value).max(), np.abs(start).max()))
             floor = float(np.abs(noise.params[name] - value).max()) * scale + _WEIGHT_ULP * ulp
             verdicts.append(_verdict(name, found[name], value, np.asarray(floor), _WEIGHT_CAP * ulp, dtype))
     return tuple(verdicts)
