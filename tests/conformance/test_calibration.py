@@ -1,6 +1,7 @@
 """The limits have been tried on right backends: what was measured is committed, and was no false alarm."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +27,19 @@ def test_the_committed_calibration_has_no_false_alarm():
         assert measured["false_alarms"] == []
         for key, worst in measured["worst"].items():
             assert worst["floors"] <= FACTORS[key.partition("/")[2]]
+
+
+def test_the_page_says_what_was_measured():
+    page = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text(encoding="utf-8")
+    measured = json.loads(RESULT.read_text(encoding="utf-8"))["backends"].values()
+    worst = max(each["floors"] for found in measured for each in found["worst"].values())
+    (runs,) = {found["runs"] for found in measured}
+    assert f"{runs:,} runs each" in page
+    assert f"the worst was {worst:.1f} floors" in page
+    assert (
+        f"The limits are {FACTORS['float32']:g} in float32 and float64, and {FACTORS['float16']:g} in 16 bits"
+        in page
+    )
 
 
 def test_the_measurement_sees_an_alarm_and_the_worst():
