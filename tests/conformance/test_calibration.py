@@ -53,5 +53,5 @@ def test_the_measurement_sees_an_alarm_and_the_worst():
     assert right["false_alarms"] == []
     assert right["worst"]["forward/float32"]["floors"] <= 1
     assert wrong["false_alarms"]
-    assert {alarm[:6] for alarm in wrong["false_alarms"]} == {"SA-MAP", "SA-SPN"}
+    assert {alarm[:6] for alarm in wrong["false_alarms"]} == {"SA-MAP", "SA-SPN", "SA-DTY"}
     assert wrong["worst"]["map/float64"]["floors"] > FACTORS["float64"]
