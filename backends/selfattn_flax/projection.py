@@ -1,5 +1,7 @@
 """The 1×1 convolutions of the layers, for NNX and for Linen."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,10 +22,10 @@ class NNXProjection(nnx.Conv):
         (1, 2, 2, 3)
     """
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The convolution of the inputs (…, C_in)."""
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """The convolution of the inputs (…, C_in), on an explicit mesh sharded as `out_sharding` says."""
         bias = None if self.bias is None else self.bias[...]
-        return project(inputs, self.kernel[...], bias, self.dtype, self.precision)
+        return project(inputs, self.kernel[...], bias, self.dtype, self.precision, out_sharding)
 
 
 class LinenProjection(nn.Conv):
@@ -50,6 +52,7 @@ def project(
     bias: jax.Array | None,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
+    out_sharding: Any = None,
 ) -> jax.Array:
     """What `Conv` does with a 1×1 kernel.
 
@@ -59,6 +62,7 @@ def project(
         bias: (C_out,), or None.
         dtype: of the computation; by default promoted from the others.
         precision: of the product.
+        out_sharding: of the result, on an explicit mesh.
 
     Returns:
         (…, C_out).
@@ -68,7 +72,7 @@ def project(
         Array([4., 4., 4., 4.], dtype=float32)
     """
     inputs, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=dtype)
-    outputs = pointwise(inputs, kernel, precision=precision)
+    outputs = pointwise(inputs, kernel, precision=precision, out_sharding=out_sharding)
     if bias is None:
         return outputs
     # The gradient of what is broadcast is a sum over all positions, and in 16 bits XLA's stands still at a few hundred.

@@ -464,7 +464,7 @@ def _gradients_in_16_bits(ids: Iterator[str]) -> Iterator[Case]:
         )
     title, config = _LAYERS[4]
     described = f"gradients, long sums: {title}"
-    # A sum of this length stands still in bfloat16, and not yet in float16.
+    # The sums stand still in bfloat16; in float16 the largest of them overflow.
     yield Case(next(ids), "dtype", described, config, (128, 5, 7), of="vjp", dtypes=half[:1], one_sign=True)
     title, config = _LAYERS[3]
     yield Case(next(ids), "dtype", f"R1: {title}", config, of="r1", dtypes=half)

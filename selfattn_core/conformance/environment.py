@@ -42,7 +42,7 @@ def environment(
     """
     threads = str(max(1, cores() // processes))
     preferred = {**dict.fromkeys(_THREADS, threads), **_SHARED_ACCELERATOR} if processes > 1 else {}
-    if programs is not None:
+    if programs is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         preferred |= {
             "JAX_COMPILATION_CACHE_DIR": str(programs),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -81,3 +81,12 @@ def test_the_children_compute_products_and_are_called():
     layer.key = lambda maps: jnp.zeros((*maps.shape[:-1], 2))
     _, sown = nnx.capture(layer, nnx.Intermediate)(x, sow_weights=True)
     np.testing.assert_allclose(sown["attention_weights"][0], 1 / 35, rtol=1e-6)
+
+
+def test_a_projection_takes_the_sharding_of_its_result():
+    """As `nnx.Conv` does, on a mesh whose axes are explicit."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        projection = NNXProjection(6, 4, (1, 1), rngs=nnx.Rngs(0))
+        y = projection(jnp.ones((2, 3, 5, 6)), out_sharding=jax.sharding.PartitionSpec("d"))
+    assert jax.typeof(y).sharding.spec == jax.sharding.PartitionSpec("d", None, None, None)

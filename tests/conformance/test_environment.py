@@ -39,6 +39,7 @@ def test_the_callers_own_wishes_count(monkeypatch, tmp_path):
     found = environment({}, processes=2, programs=tmp_path)
     assert found["OMP_NUM_THREADS"] == "7"
     assert found["JAX_COMPILATION_CACHE_DIR"] == "kept"
+    assert "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in found
 
 
 def test_but_not_where_they_change_numbers(monkeypatch):
@@ -83,3 +84,20 @@ def test_a_part_that_dies():
     assert [outcome.status for outcome in report.outcomes] == [outcome.status for outcome in whole.outcomes]
     assert {outcome.status for outcome in report.outcomes} == {"pass", "error", "unclaimed"}
     assert run_backend("toy_backends:Lacking", runs=runs, parts=2).refused
+
+
+def test_a_backend_that_only_one_process_can_hold(monkeypatch, tmp_path):
+    """What one of two processes could not start for is asked again when the other one has ended."""
+    monkeypatch.setenv("TOY_LOCK", str(tmp_path / "lock"))
+    runs = all_runs(level="core")[:6]
+    report = run_backend("toy_backends:Exclusive", runs=runs, parts=2)
+    assert not report.error
+    assert [outcome.run.id for outcome in report.outcomes] == [run.id for run in runs]
+    assert {outcome.status for outcome in report.outcomes} == {"pass", "unclaimed"}
+
+
+def test_only_memory_may_be_past_measuring():
+    runs = [run for run in all_runs() if run.case.id == "SA-FWD-001"]
+    report = run_backend("toy_backends:SaysMemory", runs=runs)
+    assert "pass" not in {outcome.status for outcome in report.outcomes}
+    assert "error" in {outcome.status for outcome in report.outcomes}

@@ -43,3 +43,11 @@ def test_a_projection_that_is_created_in_every_call(framework, monkeypatch):
     assert status["SA-MAP-001"] == {"pass"}
     assert status["SA-FWD-001"] == {"fail"}
     assert "pass" not in status["SA-DET-001"]
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_a_state_that_moves_in_evaluation(framework, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", framework)
+    _, status = statuses(f"{KERAS}:MovesInEvaluation", {"SA-SPN-003", "SA-SPN-008", "SA-SPN-010"})
+    assert status["SA-SPN-003"] == {"pass"}
+    assert status["SA-SPN-008"] == status["SA-SPN-010"] == {"fail"}

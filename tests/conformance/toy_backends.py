@@ -4,6 +4,7 @@ Named "module:Class" on the command line, like anybody's own backend. Wrong answ
 ship with the kit.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -234,3 +235,18 @@ class Surroundings(InferenceOnly):
     def versions(self):
         names = ("OMP_NUM_THREADS", "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_X64")
         return {name: os.environ[name] for name in names if name in os.environ}
+
+
+class Exclusive(Good):
+    """Holds what only one process can have, as a device, for a second after it has started."""
+
+    def __init__(self):
+        lock = Path(os.environ["TOY_LOCK"])
+        lock.touch(exist_ok=False)
+        atexit.register(lock.unlink)
+        time.sleep(1)
+
+
+class SaysMemory(Good):
+    def forward(self, model, x):
+        raise memory.PeakUnknownError("forward")

@@ -29,13 +29,17 @@ class Pure:
 
     def call(self, x: Tensor, *values: Tensor, with_map: bool = False) -> Any:
         """Y, or y and the map."""
+        return self.called(x, *values, with_map=with_map)[0]
+
+    def called(self, x: Tensor, *values: Tensor, with_map: bool = False) -> Any:
+        """The same, and what is not trained after it."""
         layer = self.model.layer
         given = {
             variable(layer, name).path: value for name, value in zip(self.model.names, values, strict=True)
         }
         trainable = [given[each.path] for each in layer.trainable_variables]
         options = {"return_attention_scores": True} if with_map else {}
-        return layer.stateless_call(trainable, self.state, x, training=self.training, **options)[0]
+        return layer.stateless_call(trainable, self.state, x, training=self.training, **options)
 
     def gradients(self, dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Those of sum(dy∘y) for x and each parameter."""
@@ -61,7 +65,11 @@ def _in_its_way(
 
 def forward(model: Model, x: Tensor) -> Tensor:
     """The output y."""
-    return _in_its_way(model, "forward", Pure.call, x, *model.values)
+    y, state = _in_its_way(model, "forward", Pure.called, x, *model.values)
+    # Where a pass moves what it should leave alone, the layer has moved.
+    for each, value in zip(model.layer.non_trainable_variables, state, strict=True):
+        each.assign(value)
+    return y
 
 
 def attention(model: Model, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from selfattn_keras.conformance import KerasBackend
 from selfattn_keras.conformance.model import Model
 from selfattn_keras.layer import SelfAttention2D, Tensor
 
-__all__ = ["GammaUntracked", "ProjectsAnew"]
+__all__ = ["GammaUntracked", "MovesInEvaluation", "ProjectsAnew"]
 
 Array = NDArray[Any]
 
@@ -39,6 +39,25 @@ class ProjectsAnew(KerasBackend):
         """The broken layer, with these weights wherever it keeps any."""
         layer = _ProjectingAnew.from_spec(config, data_format=layout, dtype=dtype)
         return self.eager(self.update(Model(layer), params))
+
+
+class MovesInEvaluation(KerasBackend):
+    """The state of the spectral norm moves in every pass, as in Keras' wrapper called with `training` left out."""
+
+    def build(
+        self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
+    ) -> Model:
+        """The broken layer with these weights."""
+        layer = _MovingAlways.from_spec(config, data_format=layout, dtype=dtype)
+        model = self.update(Model(layer), params)
+        return self.compiled(model) if keras.backend.backend() == "jax" else self.eager(model)
+
+
+class _MovingAlways(SelfAttention2D):
+    def call(self, x: Tensor, *, return_attention_scores: bool = False, training: bool | None = None) -> Any:
+        y = super().call(x, return_attention_scores=return_attention_scores, training=training)
+        self.query.normalised_kernel(training=True)
+        return y
 
 
 class _ProjectingAnew(SelfAttention2D):
