@@ -91,7 +91,7 @@ def test_nnx_prints_what_it_is_made_of():
         "key",
         "value",
         "out",
-        "Conv",
+        "Projection",
         f"{PARAMETERS} ({4 * PARAMETERS} B)",
         "float32[2,5,7,12]",
     ):
@@ -111,7 +111,7 @@ def test_linen_prints_what_it_is_made_of():
         "key",
         "value",
         "out",
-        "Conv",
+        "Projection",
         f"{PARAMETERS} ({4 * PARAMETERS} B)",
         "float32[2,5,7,12]",
     ):
