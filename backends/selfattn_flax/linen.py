@@ -24,8 +24,8 @@ from selfattn_core.params import check_params, projections, state_table
 from selfattn_core.porting.anything import load_any
 from selfattn_core.weights import PathLike
 from selfattn_flax.maps import unflatten
-from selfattn_flax.nnx import KERNEL_INIT, ZEROS_INIT, pool, residual, rows
-from selfattn_flax.projection import LinenProjection
+from selfattn_flax.nnx import pool, residual, rows
+from selfattn_flax.projection import KERNEL_INIT, ZEROS_INIT, LinenProjection
 from selfattn_flax.spectral_norm import LinenSpectralConv
 from selfattn_flax.weights import to_numpy, to_tree
 from selfattn_ops.blocks import check_block_size
@@ -193,7 +193,6 @@ class SelfAttention2D(nn.Module):
         convs = {
             name: conv(
                 channels,
-                (1, 1),
                 use_bias=self.use_bias,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,

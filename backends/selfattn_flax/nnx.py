@@ -14,13 +14,10 @@ from jax.typing import DTypeLike
 
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.params import projections
-from selfattn_flax.projection import NNXProjection
+from selfattn_flax.projection import KERNEL_INIT, ZEROS_INIT, NNXProjection
 from selfattn_flax.spectral_norm import NNXSpectralConv
 from selfattn_ops.blocks import check_block_size
 from selfattn_ops.jax import attend, attend_with_map
-
-KERNEL_INIT: Initializer = jax.nn.initializers.glorot_uniform()
-ZEROS_INIT: Initializer = jax.nn.initializers.zeros
 
 
 class SelfAttention2D(nnx.Module):
@@ -108,7 +105,6 @@ class SelfAttention2D(nnx.Module):
         for name, widths in projections(self.config).items():
             child = conv(
                 *widths,
-                (1, 1),
                 use_bias=use_bias,
                 dtype=dtype,
                 param_dtype=param_dtype,

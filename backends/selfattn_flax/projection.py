@@ -1,5 +1,7 @@
 """The 1×1 convolutions of the layers, for NNX and for Linen."""
 
+from collections.abc import Sequence
+from dataclasses import field
 from typing import Any
 
 import flax.linen as nn
@@ -7,20 +9,64 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.linen.dtypes import promote_dtype
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from selfattn_flax.pointwise import pointwise
 
-__all__ = ["LinenProjection", "NNXProjection", "project"]
+__all__ = ["KERNEL_INIT", "ZEROS_INIT", "LinenProjection", "NNXProjection", "project"]
+
+KERNEL_INIT: Initializer = jax.nn.initializers.glorot_uniform()
+ZEROS_INIT: Initializer = jax.nn.initializers.zeros
 
 
 class NNXProjection(nnx.Conv):
-    """A 1×1 `nnx.Conv` without strides or a mask, the gradient of whose bias is summed in at least float32.
+    """A 1×1 `nnx.Conv`, the gradient of whose bias is summed in at least float32.
+
+    It has no strides, groups or mask, nor a convolution or promotion of dtypes given from outside: of what `nnx.Conv`
+    takes, it takes what is listed here.
+
+    Args:
+        in_features: C_in.
+        out_features: C_out.
+        use_bias: whether there is a bias.
+        dtype: of the computation; by default promoted from the inputs and the parameters.
+        param_dtype: of the parameters.
+        precision: of the product of inputs and kernel.
+        kernel_init: of the kernel, by default as Glorot and Bengio say.
+        bias_init: of the bias.
+        rngs: where the initial parameters come from.
 
     Example:
-        >>> NNXProjection(6, 3, (1, 1), rngs=nnx.Rngs(0))(jnp.ones((1, 2, 2, 6))).shape
+        >>> NNXProjection(6, 3, rngs=nnx.Rngs(0))(jnp.ones((1, 2, 2, 6))).shape
         (1, 2, 2, 3)
     """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        kernel_init: Initializer = KERNEL_INIT,
+        bias_init: Initializer = ZEROS_INIT,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            (1, 1),
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            rngs=rngs,
+        )
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """The convolution of the inputs (…, C_in), on an explicit mesh sharded as `out_sharding` says."""
@@ -29,21 +75,44 @@ class NNXProjection(nnx.Conv):
 
 
 class LinenProjection(nn.Conv):
-    """A 1×1 `nn.Conv` without strides or a mask, the gradient of whose bias is summed in at least float32.
+    """A 1×1 `nn.Conv`, the gradient of whose bias is summed in at least float32.
+
+    Args:
+        features: C_out. The other fields that can be given are those of `nn.Conv` about biases, dtypes, precision and
+            initialisation, kernels by default as Glorot and Bengio say; it has no strides, groups or mask, nor a
+            convolution or promotion of dtypes given from outside.
 
     Example:
         >>> x = jnp.ones((1, 2, 2, 6))
-        >>> LinenProjection(3, (1, 1)).init_with_output(jax.random.key(0), x)[0].shape
+        >>> LinenProjection(3).init_with_output(jax.random.key(0), x)[0].shape
         (1, 2, 2, 3)
     """
+
+    kernel_size: int | Sequence[int] = field(default=(1, 1), init=False)
+    strides: int | Sequence[int] | None = field(default=1, init=False)
+    padding: Any = field(default="SAME", init=False)
+    input_dilation: int | Sequence[int] | None = field(default=1, init=False)
+    kernel_dilation: int | Sequence[int] | None = field(default=1, init=False)
+    feature_group_count: int = field(default=1, init=False)
+    mask: jax.Array | None = field(default=None, init=False)
+    promote_dtype: Any = field(default=promote_dtype, init=False)
+    conv_general_dilated: Any = field(default=None, init=False)
+    conv_general_dilated_cls: Any = field(default=None, init=False)
+    kernel_init: Initializer = KERNEL_INIT
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """The convolution of the inputs (…, C_in)."""
-        widths = (inputs.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, (1, 1, *widths), self.param_dtype)
-        bias = self.param("bias", self.bias_init, widths[1:], self.param_dtype) if self.use_bias else None
+        kernel, bias = self.weights(inputs.shape[-1])
         return project(inputs, kernel, bias, self.dtype, self.precision)
+
+    def weights(self, in_features: int) -> tuple[jax.Array, jax.Array | None]:
+        """The parameters: kernel (1, 1, C_in, C_out), and bias (C_out,) if there is one."""
+        shape = (1, 1, in_features, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", self.bias_init, shape[-1:], self.param_dtype)
 
 
 def project(

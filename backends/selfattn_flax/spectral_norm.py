@@ -6,6 +6,8 @@ both are constants to the gradient, which goes through K in sigma. Unlike Flax's
 kernel as it is, and iterate nothing in evaluation.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,14 +16,12 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from selfattn_core.spectral_norm import EPS, WARM_UP
-from selfattn_flax.projection import project
+from selfattn_flax.projection import KERNEL_INIT, ZEROS_INIT, LinenProjection, NNXProjection, project
 
 __all__ = ["LinenSpectralConv", "NNXSpectralConv"]
 
-_GLOROT: Initializer = jax.nn.initializers.glorot_uniform()
 
-
-class NNXSpectralConv(nnx.Conv):
+class NNXSpectralConv(NNXProjection):
     """A 1×1 `nnx.Conv` with spectral norm; u (C_out,) and v (C_in,) are `nnx.BatchStat`, as the state of `nnx.BatchNorm`.
 
     It begins in training mode; `train()`, `eval()` and `nnx.view(…, use_running_average=True)` change that.
@@ -29,7 +29,6 @@ class NNXSpectralConv(nnx.Conv):
     Args:
         in_features: C_in.
         out_features: C_out.
-        kernel_size: (1, 1); there for the sake of the signature of `nnx.Conv`.
         use_bias: whether there is a bias.
         dtype: of the computation; by default promoted from the inputs and the parameters.
         param_dtype: of the parameters and the state.
@@ -51,20 +50,18 @@ class NNXSpectralConv(nnx.Conv):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: tuple[int, int] = (1, 1),
         *,
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
-        kernel_init: Initializer = _GLOROT,
-        bias_init: Initializer = jax.nn.initializers.zeros,
+        kernel_init: Initializer = KERNEL_INIT,
+        bias_init: Initializer = ZEROS_INIT,
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(
             in_features,
             out_features,
-            kernel_size,
             use_bias=use_bias,
             dtype=dtype,
             param_dtype=param_dtype,
@@ -85,10 +82,11 @@ class NNXSpectralConv(nnx.Conv):
             self.u[...], self.v[...] = _power_iteration(kernel, self.v[...])
         return _normalised(kernel, self.u[...], self.v[...])
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The convolution of the inputs (…, C_in)."""
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """The convolution of the inputs (…, C_in), on an explicit mesh sharded as `out_sharding` says."""
         bias = None if self.bias is None else self.bias[...]
-        return project(inputs, self.normalised_kernel(), bias, self.dtype, self.precision)
+        kernel = self.normalised_kernel()
+        return project(inputs, kernel, bias, self.dtype, self.precision, out_sharding)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """What `nnx.view` calls."""
@@ -96,16 +94,16 @@ class NNXSpectralConv(nnx.Conv):
             self.use_running_average = use_running_average
 
 
-class LinenSpectralConv(nn.Conv):
+class LinenSpectralConv(LinenProjection):
     """A 1×1 `nn.Conv` with spectral norm; u (C_out,) and v (C_in,) are in the collection "batch_stats", as for `nn.BatchNorm`.
 
     Args:
         use_running_average: False moves u and v first, except in initialisation, which only makes them. The other
-            fields are those of `nn.Conv`.
+            fields are those of `LinenProjection`.
 
     Example:
         >>> x = jnp.ones((1, 2, 2, 6))
-        >>> conv = LinenSpectralConv(3, (1, 1), use_running_average=False)
+        >>> conv = LinenSpectralConv(3, use_running_average=False)
         >>> variables = conv.init(jax.random.key(0), x)
         >>> y, moved = conv.apply(variables, x, mutable=["batch_stats"])
         >>> sorted(moved["batch_stats"])
@@ -117,9 +115,7 @@ class LinenSpectralConv(nn.Conv):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """The convolution of the inputs (…, C_in)."""
-        widths = (inputs.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, (1, 1, *widths), self.param_dtype)
-        bias = self.param("bias", self.bias_init, widths[1:], self.param_dtype) if self.use_bias else None
+        kernel, bias = self.weights(inputs.shape[-1])
         u = self.variable("batch_stats", "u", lambda: _initial_u(self.make_rng("params"), kernel))
         v = self.variable("batch_stats", "v", lambda: _following_v(kernel, u.value))
         if not (self.use_running_average or self.is_initializing()):

@@ -31,9 +31,20 @@ class Projection(keras.layers.Conv2D):
 
     def call(self, inputs: Tensor) -> Tensor:
         """The convolution of the inputs (B, H, W, C_in), and the bias."""
-        if not self.use_bias or self.data_format != "channels_last" or self.compute_dtype not in _NARROW:
-            return super().call(inputs)
-        outputs = add_bias(self.convolution_op(inputs, self.kernel), self.bias)
+        return self.project(inputs, self.kernel)
+
+    def project(self, inputs: Tensor, kernel: Tensor) -> Tensor:
+        """What `call` computes, with this kernel.
+
+        Args:
+            inputs: the maps.
+            kernel: (1, 1, C_in, C_out).
+        """
+        outputs = self.convolution_op(inputs, kernel)
+        if self.use_bias:
+            last = self.data_format == "channels_last"
+            outputs = add_bias(outputs if last else ops.moveaxis(outputs, 1, -1), self.bias)
+            outputs = outputs if last else ops.moveaxis(outputs, -1, 1)
         return outputs if self.activation is None else self.activation(outputs)
 
     def convolution_op(self, inputs: Tensor, kernel: Tensor) -> Tensor:
@@ -43,7 +54,7 @@ class Projection(keras.layers.Conv2D):
             inputs: the maps.
             kernel: (1, 1, C_in, C_out).
         """
-        if keras.backend.backend() != "jax" or not self._is_product():
+        if keras.backend.backend() != "jax" or not self._is_product(inputs):
             return super().convolution_op(inputs, kernel)
         *grid, channels = inputs.shape
         product = ops.matmul(
@@ -51,9 +62,9 @@ class Projection(keras.layers.Conv2D):
         )
         return ops.reshape(product, (*grid, self.filters))
 
-    def _is_product(self) -> bool:
+    def _is_product(self, inputs: Tensor) -> bool:
         once = (self.kernel_size, self.strides, self.groups) == ((1, 1), (1, 1), 1)
-        return once and self.data_format == "channels_last"
+        return once and self.data_format == "channels_last" and len(inputs.shape) == 4
 
 
 def add_bias(outputs: Tensor, bias: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from selfattn_core.spectral_norm import EPS, WARM_UP
-from selfattn_keras.projection import Projection, add_bias
+from selfattn_keras.projection import Projection
 
 __all__ = ["SpectralConv2D"]
 
@@ -81,13 +81,7 @@ class SpectralConv2D(Projection):
             inputs: the maps.
             training: whether u and v move first.
         """
-        kernel = ops.cast(self.normalised_kernel(training), self.compute_dtype)
-        outputs = self.convolution_op(inputs, kernel)
-        if self.use_bias:
-            last = self.data_format == "channels_last"
-            outputs = add_bias(outputs if last else ops.moveaxis(outputs, 1, -1), self.bias)
-            outputs = outputs if last else ops.moveaxis(outputs, -1, 1)
-        return outputs if self.activation is None else self.activation(outputs)
+        return self.project(inputs, ops.cast(self.normalised_kernel(training), self.compute_dtype))
 
     def save_own_variables(self, store: Any) -> None:
         """Put the weights into the store, the state by its names."""

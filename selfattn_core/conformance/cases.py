@@ -29,6 +29,7 @@ __all__ = [
     "DTYPES",
     "FAMILIES",
     "LEVELS",
+    "SIXTEEN_BITS",
     "WHERE_CLAIMED",
     "Ability",
     "Case",
@@ -91,7 +92,8 @@ Ability = Literal[
 ]
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+SIXTEEN_BITS = ("bfloat16", "float16")
+DTYPES = ("float32", "float64", *SIXTEEN_BITS)
 
 LEVELS: Mapping[Level, tuple[Family, ...]] = {
     "core": ("forward", "map", "sizes", "batch", "permutation", "determinism", "nonfinite"),
@@ -253,6 +255,7 @@ _LARGE: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
 # Most cases are asked in float64, which says that the mathematics is right, and in float32, which says that the
 # arithmetic is. Where a compiler takes seconds for a case, the dtype that every backend has is enough.
 _ONE_DTYPE = ("float32",)
+_FIRST: tuple[Computation, ...] = ("forward", "vjp")
 _TRAINED: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
     ("flat form", SelfAttentionConfig(16), (3, 4, 5)),
     ("pooled form", SelfAttentionConfig.pooled(16), (2, 4, 5)),
@@ -392,10 +395,9 @@ def _spectral(ids: Iterator[str]) -> Iterator[Case]:
 
 
 def _deploy() -> Iterator[Case]:
-    half = ("bfloat16", "float16")
     ids = _number("DTY")
     for title, config in (_LAYERS[0], _LAYERS[1], _LAYERS[4]):
-        yield Case(next(ids), "dtype", f"float32 logits: {title}", config, logits=8.0, dtypes=half)
+        yield Case(next(ids), "dtype", f"float32 logits: {title}", config, logits=8.0, dtypes=SIXTEEN_BITS)
     yield Case(
         next(ids),
         "dtype",
@@ -406,7 +408,9 @@ def _deploy() -> Iterator[Case]:
         dtypes=("float16",),
     )
     for title, config in (_LAYERS[0], _LAYERS[1]):
-        yield Case(next(ids), "dtype", f"float32 logits: {title}", config, logits=8.0, of="map", dtypes=half)
+        yield Case(
+            next(ids), "dtype", f"float32 logits: {title}", config, logits=8.0, of="map", dtypes=SIXTEEN_BITS
+        )
     exact: tuple[tuple[str, SelfAttentionConfig, Computation], ...] = (
         (*_LAYERS[0], "forward"),
         (*_LAYERS[5], "forward"),
@@ -415,16 +419,27 @@ def _deploy() -> Iterator[Case]:
     for title, config, of in exact:
         # Query and key are exact, so that nothing but the logits can be rounded before the softmax.
         described = f"float32 logits of exact queries and keys: {title}"
-        yield Case(next(ids), "dtype", described, config, logits=30.0, integers=True, of=of, dtypes=half)
+        yield Case(
+            next(ids), "dtype", described, config, logits=30.0, integers=True, of=of, dtypes=SIXTEEN_BITS
+        )
     yield from _gradients_in_16_bits(ids)
     ids = _number("CMP")
     for title, config in (_LAYERS[0], _LAYERS[5]):
         yield Case(next(ids), "compiled", title, config, dtypes=_ONE_DTYPE)
         yield Case(next(ids), "compiled", f"gradients: {title}", config, of="vjp", dtypes=_ONE_DTYPE)
     # Frameworks compile as a whole, or operation by operation; what `build` gives does one of them.
-    for of, title, config in (("forward", *_LAYERS[5]), ("vjp", *_LAYERS[0]), ("vjp", *_LAYERS[5])):
+    usual, empty = (2, 5, 7), (0, 4, 6)
+    uncompiled: tuple[tuple[Computation, str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
+        ("forward", *_LAYERS[5], usual),
+        ("vjp", *_LAYERS[0], usual),
+        ("vjp", *_LAYERS[5], usual),
+        ("map", *_LAYERS[5], usual),
+        *((of, "empty batch, pooled", _POOLED, empty) for of in _FIRST),
+        *((of, *_LARGE[1]) for of in _FIRST),
+    )
+    for of, title, config, shape in uncompiled:
         described = f"{of} operation by operation: {title}"
-        yield Case(next(ids), "compiled", described, config, of=of, dtypes=_ONE_DTYPE, eager=True)
+        yield Case(next(ids), "compiled", described, config, shape, of=of, dtypes=_ONE_DTYPE, eager=True)
     ids = _number("SAV")
     for title, config in (_LAYERS[0], _LAYERS[1], _LAYERS[4]):
         yield Case(next(ids), "saved", f"the framework's own file: {title}", config)
@@ -447,27 +462,36 @@ def _deploy() -> Iterator[Case]:
 
 
 def _gradients_in_16_bits(ids: Iterator[str]) -> Iterator[Case]:
-    half = ("bfloat16", "float16")
     for title, config in (_LAYERS[0], _LAYERS[4]):
-        yield Case(next(ids), "dtype", f"gradients: {title}", config, of="vjp", dtypes=half)
+        yield Case(next(ids), "dtype", f"gradients: {title}", config, of="vjp", dtypes=SIXTEEN_BITS)
     for title, config in (_LAYERS[1], _LAYERS[5]):
         # Rounding would decide windows that are not exact.
         described = f"gradients, {_TIES}: {title}"
-        yield Case(next(ids), "dtype", described, config, of="vjp", dtypes=half, integers=True)
+        yield Case(next(ids), "dtype", described, config, of="vjp", dtypes=SIXTEEN_BITS, integers=True)
     # Only rows in which two keys come close show how the logits were rounded, so there are many. In float16 the products
     # of TensorFlow add up in it on some CPUs, which is noise at the same height.
     many = (64, 5, 7)
     for title, config in (_LAYERS[0], _LAYERS[4]):
         described = f"gradients, float32 logits of exact queries and keys: {title}"
         yield Case(
-            next(ids), "dtype", described, config, many, logits=40.0, integers=True, of="vjp", dtypes=half[:1]
+            next(ids),
+            "dtype",
+            described,
+            config,
+            many,
+            logits=40.0,
+            integers=True,
+            of="vjp",
+            dtypes=("bfloat16",),
         )
     title, config = _LAYERS[4]
     described = f"gradients, long sums: {title}"
-    # The sums stand still in bfloat16; in float16 the largest of them overflow.
-    yield Case(next(ids), "dtype", described, config, (128, 5, 7), of="vjp", dtypes=half[:1], one_sign=True)
+    # In bfloat16 alone for the same reason.
+    yield Case(
+        next(ids), "dtype", described, config, (128, 5, 7), of="vjp", dtypes=("bfloat16",), one_sign=True
+    )
     title, config = _LAYERS[3]
-    yield Case(next(ids), "dtype", f"R1: {title}", config, of="r1", dtypes=half)
+    yield Case(next(ids), "dtype", f"R1: {title}", config, of="r1", dtypes=SIXTEEN_BITS)
 
 
 CASES: tuple[Case, ...] = tuple(_rows())

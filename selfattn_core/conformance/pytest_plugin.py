@@ -16,8 +16,8 @@ import pytest
 
 from selfattn_core.conformance.backend import REGISTRY
 from selfattn_core.conformance.cases import LEVELS
-from selfattn_core.conformance.outcome import Outcome
-from selfattn_core.conformance.runner import BackendReport, run_backend
+from selfattn_core.conformance.outcome import BackendReport, Outcome
+from selfattn_core.conformance.runner import run_backend
 from selfattn_core.conformance.runs import Run, all_runs
 
 __all__ = [

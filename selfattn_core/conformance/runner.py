@@ -11,22 +11,13 @@ from pathlib import Path
 
 from selfattn_core.conformance.backend import REGISTRY, Registered
 from selfattn_core.conformance.cases import Level
-from selfattn_core.conformance.compare import compare
 from selfattn_core.conformance.environment import cores, environment
-from selfattn_core.conformance.outcome import BackendReport, Outcome
+from selfattn_core.conformance.outcome import BackendReport
 from selfattn_core.conformance.runs import Run, all_runs
 from selfattn_core.conformance.session import Session
 from selfattn_core.installed import missing_modules
 
-__all__ = [
-    "BackendReport",
-    "Outcome",
-    "Run",
-    "all_runs",
-    "compare",
-    "run_backend",
-    "run_backends",
-]
+__all__ = ["run_backend", "run_backends"]
 
 _MOST_AT_ONCE = 2
 

@@ -97,11 +97,10 @@ def judge_in_process(backend: Backend, runs: Iterable[Run], seed: int = 0) -> It
         try:
             with np.errstate(all="ignore"):
                 found = answers(backend, run.case, inputs(run.case, run.dtype, seed), run.dtype, layout, seed)
-        except PeakUnknownError as error:
-            yield Outcome(run, "unclaimed", (), str(error))
-            continue
-        except Exception:
-            yield Outcome(run, "error", (), traceback.format_exc(limit=-1).strip())
+        except Exception as error:
+            unmeasured = isinstance(error, PeakUnknownError) and run.case.family == "memory"
+            message = str(error) if unmeasured else traceback.format_exc(limit=-1).strip()
+            yield Outcome(run, "unclaimed" if unmeasured else "error", (), message)
             continue
         problem = malformed(found)
         yield Outcome(run, "fail", (), problem) if problem else compare(run, found, seed)

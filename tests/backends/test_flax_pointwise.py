@@ -11,6 +11,7 @@ from selfattn_flax import SelfAttention2D
 from selfattn_flax.linen import SelfAttention2D as LinenSelfAttention2D
 from selfattn_flax.pointwise import pointwise
 from selfattn_flax.projection import LinenProjection, NNXProjection
+from selfattn_flax.spectral_norm import LinenSpectralConv, NNXSpectralConv
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -46,11 +47,13 @@ def test_the_gradient_of_a_bias_is_a_sum_that_does_not_stand_still(ours, flax, d
     x = jax.random.normal(jax.random.key(0), (1, 64, 64, 6), dtype)
 
     def run(conv):
+        size = () if conv is ours else ((1, 1),)
+        options = {"param_dtype": dtype, "kernel_init": jax.nn.initializers.ones}
         if issubclass(conv, nnx.Module):
-            graph, tree = nnx.split(conv(6, 4, (1, 1), param_dtype=dtype, rngs=nnx.Rngs(0)))
+            graph, tree = nnx.split(conv(6, 4, *size, **options, rngs=nnx.Rngs(0)))
             y, pull = jax.vjp(lambda tree: nnx.merge(graph, tree)(x), tree)
             return y, pull(jnp.ones_like(y))[0]["bias"][...]
-        module = conv(4, (1, 1), param_dtype=dtype)
+        module = conv(4, *size, **options)
         y, pull = jax.vjp(lambda tree: module.apply(tree, x), module.init(jax.random.key(0), x))
         return y, pull(jnp.ones_like(y))[0]["params"]["bias"]
 
@@ -87,6 +90,28 @@ def test_a_projection_takes_the_sharding_of_its_result():
     """As `nnx.Conv` does, on a mesh whose axes are explicit."""
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        projection = NNXProjection(6, 4, (1, 1), rngs=nnx.Rngs(0))
+        projection = NNXProjection(6, 4, rngs=nnx.Rngs(0))
         y = projection(jnp.ones((2, 3, 5, 6)), out_sharding=jax.sharding.PartitionSpec("d"))
     assert jax.typeof(y).sharding.spec == jax.sharding.PartitionSpec("d", None, None, None)
+
+
+UNUSED = ("strides", "padding", "feature_group_count", "mask", "promote_dtype", "conv_general_dilated")
+
+
+@pytest.mark.parametrize("option", ["kernel_size", *UNUSED])
+@pytest.mark.parametrize("conv", [NNXProjection, NNXSpectralConv, LinenProjection, LinenSpectralConv])
+def test_a_projection_refuses_what_it_would_not_do(conv, option):
+    features, rngs = ((6, 4), {"rngs": nnx.Rngs(0)}) if issubclass(conv, nnx.Module) else ((4,), {})
+    with pytest.raises(TypeError, match=option):
+        conv(*features, **{option: None}, **rngs)
+
+
+@pytest.mark.parametrize(
+    "conv", [NNXProjection(6, 4, rngs=nnx.Rngs(0)), LinenProjection(4)], ids=["nnx", "linen"]
+)
+def test_a_projection_is_a_convolution_of_one_position(conv):
+    """What looks at the layers of a model by their class and fields finds what it knows."""
+    assert isinstance(conv, nnx.Conv | nn.Conv)
+    assert (conv.kernel_size, conv.strides, conv.feature_group_count, conv.mask) == ((1, 1), 1, 1, None)
+    if isinstance(conv, nn.Module):
+        assert conv.clone(features=5) == LinenProjection(5)

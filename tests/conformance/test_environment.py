@@ -26,7 +26,7 @@ def test_one_process_has_all_threads():
     assert not set(THREADS) & set(environment({}))
 
 
-@pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 2, "4"), (3, 2, "1"), (1, 2, "1")])
+@pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 2, "4"), (3, 2, "2"), (1, 2, "2")])
 def test_processes_share_the_cores(monkeypatch, cores, processes, threads):
     monkeypatch.setattr(module, "cores", lambda: cores)
     found = environment({}, processes=processes)

@@ -16,14 +16,16 @@ from selfattn_core import spec
 from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.backend import REGISTRY, resolve
 from selfattn_core.conformance.cases import CASES, FAMILIES, LEVELS, needs
+from selfattn_core.conformance.compare import compare
 from selfattn_core.conformance.inputs import Inputs, _decided, inputs, rounded
 from selfattn_core.conformance.memory import PeakUnknownError, peak_growth
 from selfattn_core.conformance.mutants import edited
 from selfattn_core.conformance.mutants.sixteen_bits import InBfloat16
-from selfattn_core.conformance.outcome import Outcome
+from selfattn_core.conformance.outcome import BackendReport, Outcome
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.report import as_data, as_table
-from selfattn_core.conformance.runner import BackendReport, Run, all_runs, compare, run_backend
+from selfattn_core.conformance.runner import run_backend
+from selfattn_core.conformance.runs import Run, all_runs
 from selfattn_core.conformance.selftest import judge_in_process, small_runs
 from selfattn_core.conformance.tolerance import CAPS, EPS, FACTOR, FACTORS, _terms, expect, judge
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from selfattn_core.cli import main
 from selfattn_core.conformance.cases import CASES
 from selfattn_core.conformance.mutants import MUTANTS
-from selfattn_core.conformance.outcome import Outcome
+from selfattn_core.conformance.outcome import BackendReport, Outcome
 from selfattn_core.conformance.report import (
     as_data,
     as_html,
@@ -25,7 +25,6 @@ from selfattn_core.conformance.report import (
     schema,
     show,
 )
-from selfattn_core.conformance.runner import BackendReport
 from selfattn_core.conformance.runs import Run, all_runs
 from selfattn_core.conformance.selftest import Kill
 from selfattn_core.conformance.tolerance import Verdict

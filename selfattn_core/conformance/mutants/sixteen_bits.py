@@ -28,6 +28,7 @@ _TOTAL = "return np.asarray(rows.sum(axis=(0, 1)))"
 _DGAMMA = 'gradients["gamma"] = np.sum(self.g * layer.z, keepdims=True).reshape(1)'
 _G = "self.g = layer.flatten(layer.check("
 _ARGMAX = "first = rows[:, windows].argmax(axis=2)"
+_MAP_CONSTANT = ("dot_A = A * centred", "dot_A = 0 * A * centred")
 _ADD_UP = (
     "from selfattn_core.conformance.mutants.sixteen_bits import added_up; "
     "return added_up({terms}).astype({like}.dtype)"
@@ -152,9 +153,17 @@ MUTANTS: tuple[Mutant, ...] = (
         "gradient in 16 bits without the row sum",
         ("self.dS = layer.A * (self.dA - self.D)", "self.dS = layer.A * self.dA"),
     ),
-    edited(
-        "penalty in 16 bits with the map held constant",
-        "dtype",
-        ("dot_A = A * centred", "dot_A = 0 * A * centred"),
+    edited("penalty in float16 with the map held constant", "dtype", _MAP_CONSTANT),
+    in_bfloat16("penalty in bfloat16 with the map held constant", _MAP_CONSTANT),
+    in_bfloat16(
+        "penalty in bfloat16 without the factor 2 of its gradient",
+        ('{"x": layer.unflatten(2 * dx)}', '{"x": layer.unflatten(dx)}'),
+    ),
+    in_bfloat16(
+        "penalty in bfloat16: no gradient of gamma",
+        (
+            'gradients["gamma"] = np.sum(g * self.dot_z, keepdims=True)',
+            'gradients["gamma"] = np.zeros(1, g.dtype)',
+        ),
     ),
 )

@@ -11,8 +11,7 @@ import numpy as np
 
 from selfattn_core import __version__, spec
 from selfattn_core.conformance.cases import LEVELS, Case, Level
-from selfattn_core.conformance.outcome import Outcome
-from selfattn_core.conformance.runner import BackendReport
+from selfattn_core.conformance.outcome import BackendReport, Outcome
 from selfattn_core.conformance.selftest import Kill
 from selfattn_core.conformance.tolerance import FACTORS
 from selfattn_core.conformance.training import reference

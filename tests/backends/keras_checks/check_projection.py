@@ -8,6 +8,7 @@ from selfattn_core import SelfAttentionConfig, init_params
 from selfattn_core.params import projections
 from selfattn_keras import SelfAttention2D, from_canonical
 from selfattn_keras.projection import Projection
+from selfattn_keras.spectral_norm import SpectralConv2D
 
 FRAMEWORK = keras.backend.backend()
 FULL = SelfAttentionConfig(12, 3, 5, out_projection=True)
@@ -37,6 +38,31 @@ def test_it_is_a_convolution(shape, options):
     got = keras.ops.convert_to_numpy(projection(x))
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"use_bias": False}])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16", "mixed_float16"])
+def test_it_is_a_convolution_in_other_dtypes(dtype, options):
+    x = np.random.default_rng(1).standard_normal((2, 5, 7, 6))
+    options = {"data_format": "channels_last", "bias_initializer": "ones", "dtype": dtype, **options}
+    convolution, projection = keras.layers.Conv2D(4, 1, **options), Projection(4, 1, **options)
+    want = convolution(x)
+    projection(x)
+    projection.set_weights([weight + 0 for weight in convolution.get_weights()])
+    got = projection(x)
+    narrow = keras.backend.standardize_dtype(want.dtype)
+    assert keras.backend.standardize_dtype(got.dtype) == narrow == convolution.compute_dtype
+    got, want = (keras.ops.convert_to_numpy(keras.ops.cast(each, "float64")) for each in (got, want))
+    eps = {"bfloat16": 2**-7, "float16": 2**-10}.get(narrow, 2**-23)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2 * eps * np.abs(want).max())
+
+
+@pytest.mark.parametrize("conv", [Projection, SpectralConv2D])
+def test_it_refuses_another_rank(conv):
+    projection = conv(4, 1, data_format="channels_last")
+    projection.build((None, None, None, 6))
+    with pytest.raises(Exception, match=r"(?i)dim|rank|shape|size"):
+        projection(np.ones((1, 2, 5, 7, 6), np.float32))
 
 
 def test_its_config_makes_another():
@@ -69,6 +95,22 @@ def test_a_loaded_layer_has_the_initializers_of_any_other():
         assert type(one.kernel_initializer) is type(other.kernel_initializer)
         seeds.add(one.kernel_initializer.seed)
     assert len(seeds) == len(projections(FULL))
+
+
+def test_loading_draws_nothing(monkeypatch):
+    def draw(*args, **kwargs):
+        raise AssertionError("a draw whose values are overwritten at once")
+
+    for name in ("normal", "uniform", "truncated_normal"):
+        monkeypatch.setattr(keras.random, name, draw)
+        monkeypatch.setattr(f"keras.src.backend.random.{name}", draw)
+    with pytest.raises(AssertionError, match="overwritten"):
+        SelfAttention2D.from_spec(FULL)
+    from_canonical(FULL, init_params(FULL, seed=1))
+
+
+def test_a_layer_made_of_the_config_of_a_loaded_one_draws():
+    loaded = from_canonical(FULL, init_params(FULL, seed=1))
     twin = SelfAttention2D.from_config(loaded.get_config())
     twin.build((None, None, None, 12) if twin.data_format == "channels_last" else (None, 12, None, None))
     assert all(keras.ops.any(getattr(twin, name).kernel != 0) for name in projections(FULL))

@@ -32,7 +32,7 @@ class Kind:
     Args:
         build: (config, canonical arrays, dtype) to (what is static, parameters, state).
         new: (config, seed) to the same, of a new layer.
-        apply: (static, parameters, state, x) to y, in evaluation.
+        apply: (static, parameters, state, x) to y and the state after it, in evaluation.
         attention: (static, parameters, state, x) to A.
         train: (static, parameters, state, x) to y and the state after it, in training.
         export: (static, parameters, state) to canonical arrays.
@@ -40,13 +40,13 @@ class Kind:
 
     build: Callable[[SelfAttentionConfig, Mapping[str, Array], str], tuple[Any, Any, Any]]
     new: Callable[[SelfAttentionConfig, int], tuple[Any, Any, Any]]
-    apply: Callable[[Any, Any, Any, jax.Array], jax.Array]
+    apply: Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any]]
     attention: Callable[[Any, Any, Any, jax.Array], jax.Array]
     train: Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any]]
     export: Callable[[Any, Any, Any], dict[str, Array]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Model:
     """A layer.
 
@@ -56,7 +56,7 @@ class Model:
         static: what is not an array.
         tree: its parameters.
         state: what else it holds.
-        compiled: whether `forward` and `vjp` are compiled; everything else always is.
+        compiled: whether `forward`, `attention_map` and `vjp` are compiled; everything else always is.
     """
 
     config: SelfAttentionConfig
@@ -112,11 +112,14 @@ class FlaxBackend:
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
         apply = _forward if model.compiled else _apply
-        return _array(apply(self.kind, model.static, model.tree, model.state, model.given(x)))
+        # Where a pass moves what it should leave alone, the layer has moved.
+        y, model.state = apply(self.kind, model.static, model.tree, model.state, model.given(x))
+        return _array(y)
 
     def attention_map(self, model: Model, x: Array) -> Array:
         """The map A."""
-        return _array(_attention(self.kind, model.static, model.tree, model.state, model.given(x)))
+        attention = _attention if model.compiled else _map
+        return _array(attention(self.kind, model.static, model.tree, model.state, model.given(x)))
 
     def vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode."""
@@ -195,22 +198,24 @@ class FlaxBackend:
 _static = partial(jax.jit, static_argnums=(0, 1))
 
 
-def _apply(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Array:
+def _apply(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     return kind.apply(static, tree, state, x)
 
 
 _forward = _static(_apply)
 
 
-@_static
-def _attention(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Array:
+def _map(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Array:
     return kind.attention(static, tree, state, x)
+
+
+_attention = _static(_map)
 
 
 def _first(
     kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
-    _, pull = jax.vjp(lambda tree, x: kind.apply(static, tree, state, x), tree, x)
+    _, pull, _ = jax.vjp(lambda tree, x: kind.apply(static, tree, state, x), tree, x, has_aux=True)
     by_tree, by_x = pull(dy)
     return jax.tree.leaves(by_tree), by_x
 
@@ -235,7 +240,7 @@ def _training_vjp(
 @_static
 def _r1(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, w: jax.Array) -> Any:
     def penalty(tree: Any, x: jax.Array) -> jax.Array:
-        return jnp.sum(jax.grad(lambda x: jnp.sum(w * kind.apply(static, tree, state, x)))(x) ** 2)
+        return jnp.sum(jax.grad(lambda x: jnp.sum(w * kind.apply(static, tree, state, x)[0]))(x) ** 2)
 
     value, (by_tree, by_x) = jax.value_and_grad(penalty, (0, 1))(tree, x)
     return value, (jax.tree.leaves(by_tree), by_x)
@@ -271,8 +276,11 @@ def _nnx_split(layer: SelfAttention2D) -> tuple[Any, Any, Any]:
     return nnx.split(layer, nnx.Param, ...)
 
 
-def _nnx_apply(static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Array:
-    return nnx.merge(static, tree, state)(x)
+def _nnx_apply(static: Any, tree: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    # A variable may be moved only where it was made, which inside a derivative is there.
+    layer = nnx.merge(static, tree, state, copy=True)
+    y = layer(x)
+    return y, nnx.split(layer, nnx.Param, ...)[2]
 
 
 def _nnx_attention(static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Array:
@@ -281,7 +289,6 @@ def _nnx_attention(static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Arra
 
 
 def _nnx_train(static: Any, tree: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    # A variable may be moved only where it was made, which inside a derivative is there.
     layer = nnx.merge(static, tree, state, copy=True)
     layer.train()
     y = layer(x)
@@ -309,8 +316,9 @@ def _linen_split(module: nn.Module, variables: Mapping[str, Any]) -> tuple[Any, 
     return module, variables["params"], state
 
 
-def _linen_apply(static: nn.Module, tree: Any, state: Any, x: jax.Array) -> jax.Array:
-    return static.apply({"params": tree, **state}, x, use_running_average=True)
+def _linen_apply(static: nn.Module, tree: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    # What Linen is not asked to let move cannot.
+    return static.apply({"params": tree, **state}, x, use_running_average=True), state
 
 
 def _linen_attention(static: nn.Module, tree: Any, state: Any, x: jax.Array) -> jax.Array:

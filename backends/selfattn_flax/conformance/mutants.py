@@ -1,0 +1,42 @@
+"""A mutant for the kit's own tests: what layers of NNX get wrong that numpy cannot show."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+from flax import nnx
+from numpy.typing import NDArray
+
+from selfattn_core import SelfAttentionConfig
+from selfattn_flax.conformance import FlaxBackend, Model, nnx_backend
+from selfattn_flax.nnx import SelfAttention2D
+
+__all__ = ["MovesInEvaluation"]
+
+Array = NDArray[Any]
+
+
+class MovesInEvaluation(FlaxBackend):
+    """The state of the spectral norm moves in every pass, as in a `nnx.SpectralNorm` that is never told to evaluate."""
+
+    def __init__(self) -> None:
+        super().__init__("moves in evaluation", nnx_backend.kind)
+
+    def build(
+        self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
+    ) -> Model:
+        """The broken layer with these weights."""
+        right = super().build(config, params, dtype, layout)
+        layer = _MovingAlways.from_config(config, param_dtype=dtype, rngs=nnx.Rngs(0))
+        layer.eval()
+        return replace(right, static=nnx.split(layer, nnx.Param, ...)[0])
+
+
+class _MovingAlways(SelfAttention2D):
+    def __call__(self, x: jax.Array, *, sow_weights: bool = False) -> jax.Array:
+        y = super().__call__(x, sow_weights=sow_weights)
+        self.query.set_view(use_running_average=False)
+        self.query.normalised_kernel()
+        self.query.set_view(use_running_average=True)
+        return y
