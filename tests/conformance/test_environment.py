@@ -67,11 +67,12 @@ def test_backends_run_with_it(monkeypatch, tmp_path):
 
 def test_a_single_backend_has_both_processes(monkeypatch, tmp_path):
     """Each answers half of the runs, which are reported in their order; what one of them loses is its own."""
-    monkeypatch.setattr(runner, "cores", lambda: 2)
+    for each in (module, runner):
+        monkeypatch.setattr(each, "cores", lambda: 6)
     monkeypatch.setenv("TOY_PROCESSES", str(tmp_path / "processes"))
     (report,) = run_backends(["toy_backends:Surroundings"], level="core")
     assert len(set((tmp_path / "processes").read_text().split())) == 2
-    assert report.versions["OMP_NUM_THREADS"] == "1"
+    assert report.versions["OMP_NUM_THREADS"] == "3"
     assert [outcome.run.id for outcome in report.outcomes] == [run.id for run in all_runs(level="core")]
     whole = run_backend("toy_backends:Surroundings", runs=all_runs(level="core"))
     assert [outcome.status for outcome in report.outcomes] == [outcome.status for outcome in whole.outcomes]

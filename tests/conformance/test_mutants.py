@@ -31,9 +31,15 @@ def test_errors_are_far_beyond_what_passes(kills):
     finite = [kill for kill in kills if 0 < kill.multiple < np.inf]
     assert len(finite) > len(kills) / 2
     close = {kill.mutant.name for kill in finite if kill.multiple < 16}
-    # In 16 bits a floor is as high as the error of one more rounding is large.
+    # In 16 bits a floor is as high as the error of one more rounding is large, and a gradient of R1 some twenty of them.
     backward = "in 16 bits in the backward pass"
-    assert close <= {"logits in 16 bits", f"logits {backward}", f"logits and softmax {backward}"}
+    assert close <= {
+        "logits in 16 bits",
+        f"logits {backward}",
+        f"logits and softmax {backward}",
+        "penalty in bfloat16 without the factor 2 of its gradient",
+        "penalty in bfloat16: no gradient of gamma",
+    }
 
 
 def test_every_family_has_one():
