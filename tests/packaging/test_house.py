@@ -48,7 +48,9 @@ def test_every_adapter_has_the_same_files_and_a_registered_backend():
     adapters = {Path(package).name for package in PACKAGES} - {"selfattn_core", "selfattn_ops"}
     assert {entry.target.partition(".")[0] for entry in REGISTRY.values()} == adapters
     for adapter in adapters:
-        modules = {path.stem for path in (ROOT / "backends" / adapter).iterdir()}
+        folder = ROOT / "backends" / adapter
+        modules = {path.stem for path in folder.glob("*.py")}
+        modules |= {path.parent.name for path in folder.glob("*/__init__.py")}
         assert {"__init__", "weights", "maps", "conformance"} < modules
         assert {"layer"} < modules or {"nnx", "linen"} < modules
 

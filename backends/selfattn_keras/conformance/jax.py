@@ -75,10 +75,10 @@ def forward(model: Model, x: Tensor) -> Tensor:
 def attention(model: Model, x: Tensor) -> Tensor:
     """The map A."""
 
-    def attention(pure: Pure, *inputs: Tensor) -> Tensor:
+    def mapped(pure: Pure, *inputs: Tensor) -> Tensor:
         return pure.call(*inputs, with_map=True)[1]
 
-    return _in_its_way(model, "map", attention, x, *model.values)
+    return _in_its_way(model, "map", mapped, x, *model.values)
 
 
 def vjp(model: Model, x: Tensor, dy: Tensor, training: bool = False) -> list[Tensor]:
