@@ -13,6 +13,7 @@ from selfattn_core.conformance import REGISTRY
 from selfattn_core.conformance.cases import Ability
 from selfattn_keras import SelfAttention2D, from_canonical
 from selfattn_keras.conformance import Model, backend
+from selfattn_keras.projection import Projection
 
 FRAMEWORK = keras.backend.backend()
 FLAT = SelfAttentionConfig(11, 3)
@@ -355,7 +356,7 @@ def test_nothing_is_computed_before_an_input_is_refused(monkeypatch):
     def bomb(*arguments, **keywords):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(keras.layers.Conv2D, "call", bomb)
+    monkeypatch.setattr(Projection, "call", bomb)
     with pytest.raises(AssertionError, match="computed"):
         layer(np.ones((2, 5, 7, 11), "float32"))
     for x in (

@@ -41,9 +41,9 @@ def test_it_is_a_convolution(shape, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"use_bias": False}])
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16", "mixed_float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed_float16"])
 def test_it_is_a_convolution_in_other_dtypes(dtype, options):
-    x = np.random.default_rng(1).standard_normal((2, 5, 7, 6))
+    x = np.random.default_rng(1).standard_normal((2, 5, 7, 6)).astype(np.float32)
     options = {"data_format": "channels_last", "bias_initializer": "ones", "dtype": dtype, **options}
     convolution, projection = keras.layers.Conv2D(4, 1, **options), Projection(4, 1, **options)
     want = convolution(x)
@@ -52,8 +52,8 @@ def test_it_is_a_convolution_in_other_dtypes(dtype, options):
     got = projection(x)
     narrow = keras.backend.standardize_dtype(want.dtype)
     assert keras.backend.standardize_dtype(got.dtype) == narrow == convolution.compute_dtype
-    got, want = (keras.ops.convert_to_numpy(keras.ops.cast(each, "float64")) for each in (got, want))
-    eps = {"bfloat16": 2**-7, "float16": 2**-10}.get(narrow, 2**-23)
+    got, want = (keras.ops.convert_to_numpy(keras.ops.cast(each, "float32")) for each in (got, want))
+    eps = {"bfloat16": 2**-7, "float16": 2**-10}[narrow]
     np.testing.assert_allclose(got, want, rtol=0, atol=2 * eps * np.abs(want).max())
 
 
