@@ -21,21 +21,19 @@ _SHARED_ACCELERATOR: Mapping[str, str] = {
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
 }
 
-# In one thread, what threads do to one another could not be seen.
-_FEWEST_THREADS = 2
-
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 
 
 def environment(
-    own: Mapping[str, str], *, processes: int = 1, programs: Path | None = None
+    own: Mapping[str, str], *, processes: int = 1, least_threads: int = 1, programs: Path | None = None
 ) -> dict[str, str]:
     """The environment of this process, with what a backend needs.
 
     Args:
         own: what this backend needs beyond what all of them do.
-        processes: that run at once; each gets its share of the cores, but at least two threads, and, as it needs it, of
-            an accelerator's memory, unless the caller's own environment says otherwise.
+        processes: that run at once; each gets its share of the cores and, as it needs it, of an accelerator's
+            memory, unless the caller's own environment says otherwise.
+        least_threads: that each gets, however few cores there are.
         programs: the folder in which JAX keeps what it has compiled. Two backends that make the same program of a case
             then compile it once. The caller's own is taken if there is one; without either nothing is kept.
 
@@ -43,7 +41,7 @@ def environment(
         >>> environment({"KERAS_BACKEND": "jax"}, processes=10_000)["KERAS_BACKEND"]
         'jax'
     """
-    threads = str(max(_FEWEST_THREADS, cores() // processes))
+    threads = str(max(least_threads, cores() // processes))
     preferred = {**dict.fromkeys(_THREADS, threads), **_SHARED_ACCELERATOR} if processes > 1 else {}
     if programs is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         preferred |= {

@@ -57,7 +57,13 @@ def run_backend(
     if missing:
         return BackendReport(name, missing=tuple(missing), extra=registered.extra)
     began = time.monotonic()
-    variables = environment(registered.environment, processes=max(parts, processes), programs=programs)
+    # Of a backend in parts there is nothing but them: in one thread, what threads do to one another would not be seen.
+    variables = environment(
+        registered.environment,
+        processes=max(parts, processes),
+        least_threads=min(2, parts),
+        programs=programs,
+    )
     asked = all_runs() if runs is None else runs
     parts = max(1, min(parts, len(asked)))
 

@@ -26,11 +26,13 @@ def test_one_process_has_all_threads():
     assert not set(THREADS) & set(environment({}))
 
 
-@pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 2, "4"), (3, 2, "2"), (1, 2, "2")])
+@pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 2, "4"), (3, 2, "1"), (1, 2, "1")])
 def test_processes_share_the_cores(monkeypatch, cores, processes, threads):
     monkeypatch.setattr(module, "cores", lambda: cores)
     found = environment({}, processes=processes)
     assert {found[name] for name in THREADS} == {threads}
+    found = environment({}, processes=processes, least_threads=2)
+    assert {found[name] for name in THREADS} == {str(max(2, int(threads)))}
 
 
 def test_the_callers_own_wishes_count(monkeypatch, tmp_path):
@@ -68,11 +70,11 @@ def test_backends_run_with_it(monkeypatch, tmp_path):
 def test_a_single_backend_has_both_processes(monkeypatch, tmp_path):
     """Each answers half of the runs, which are reported in their order; what one of them loses is its own."""
     for each in (module, runner):
-        monkeypatch.setattr(each, "cores", lambda: 6)
+        monkeypatch.setattr(each, "cores", lambda: 2)
     monkeypatch.setenv("TOY_PROCESSES", str(tmp_path / "processes"))
     (report,) = run_backends(["toy_backends:Surroundings"], level="core")
     assert len(set((tmp_path / "processes").read_text().split())) == 2
-    assert report.versions["OMP_NUM_THREADS"] == "3"
+    assert report.versions["OMP_NUM_THREADS"] == "2"
     assert [outcome.run.id for outcome in report.outcomes] == [run.id for run in all_runs(level="core")]
     whole = run_backend("toy_backends:Surroundings", runs=all_runs(level="core"))
     assert [outcome.status for outcome in report.outcomes] == [outcome.status for outcome in whole.outcomes]
