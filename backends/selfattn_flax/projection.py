@@ -1,7 +1,7 @@
 """The 1×1 convolutions of the layers, for NNX and for Linen."""
 
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import KW_ONLY, field
 from typing import Any
 
 import flax.linen as nn
@@ -77,10 +77,17 @@ class NNXProjection(nnx.Conv):
 class LinenProjection(nn.Conv):
     """A 1×1 `nn.Conv`, the gradient of whose bias is summed in at least float32.
 
+    As for `NNXProjection`, there are no strides, groups or mask, nor a convolution or promotion of dtypes given from
+    outside: these fields of `nn.Conv` are what they are by default.
+
     Args:
-        features: C_out. The other fields that can be given are those of `nn.Conv` about biases, dtypes, precision and
-            initialisation, kernels by default as Glorot and Bengio say; it has no strides, groups or mask, nor a
-            convolution or promotion of dtypes given from outside.
+        features: C_out.
+        use_bias: whether there is a bias.
+        dtype: of the computation; by default promoted from the inputs and the parameters.
+        param_dtype: of the parameters.
+        precision: of the product of inputs and kernel.
+        kernel_init: of the kernel, by default as Glorot and Bengio say.
+        bias_init: of the bias.
 
     Example:
         >>> x = jnp.ones((1, 2, 2, 6))
@@ -95,10 +102,17 @@ class LinenProjection(nn.Conv):
     kernel_dilation: int | Sequence[int] | None = field(default=1, init=False)
     feature_group_count: int = field(default=1, init=False)
     mask: jax.Array | None = field(default=None, init=False)
-    promote_dtype: Any = field(default=promote_dtype, init=False)
+    promote_dtype: Any = field(default_factory=lambda: promote_dtype, init=False)
     conv_general_dilated: Any = field(default=None, init=False)
     conv_general_dilated_cls: Any = field(default=None, init=False)
+    # By name alone: `nn.Conv` takes its window after the features, which would be taken for the first of them.
+    _: KW_ONLY
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: jax.lax.PrecisionLike = None
     kernel_init: Initializer = KERNEL_INIT
+    bias_init: Initializer = ZEROS_INIT
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:

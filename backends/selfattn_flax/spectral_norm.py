@@ -6,6 +6,7 @@ both are constants to the gradient, which goes through K in sigma. Unlike Flax's
 kernel as it is, and iterate nothing in evaluation.
 """
 
+from dataclasses import KW_ONLY
 from typing import Any
 
 import flax.linen as nn
@@ -110,6 +111,7 @@ class LinenSpectralConv(LinenProjection):
         ['u', 'v']
     """
 
+    _: KW_ONLY
     use_running_average: bool = True
 
     @nn.compact

@@ -1,5 +1,7 @@
 """A 1×1 convolution as a product: the same numbers as JAX's convolution, in what the layers' children call."""
 
+import inspect
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -95,15 +97,23 @@ def test_a_projection_takes_the_sharding_of_its_result():
     assert jax.typeof(y).sharding.spec == jax.sharding.PartitionSpec("d", None, None, None)
 
 
-UNUSED = ("strides", "padding", "feature_group_count", "mask", "promote_dtype", "conv_general_dilated")
+OURS = (NNXProjection, NNXSpectralConv, LinenProjection, LinenSpectralConv)
+USED = {"use_bias", "dtype", "param_dtype", "precision", "kernel_init", "bias_init", "rngs", "parent", "name"}
 
 
-@pytest.mark.parametrize("option", ["kernel_size", *UNUSED])
-@pytest.mark.parametrize("conv", [NNXProjection, NNXSpectralConv, LinenProjection, LinenSpectralConv])
-def test_a_projection_refuses_what_it_would_not_do(conv, option):
-    features, rngs = ((6, 4), {"rngs": nnx.Rngs(0)}) if issubclass(conv, nnx.Module) else ((4,), {})
-    with pytest.raises(TypeError, match=option):
-        conv(*features, **{option: None}, **rngs)
+@pytest.mark.parametrize("conv", OURS)
+def test_a_projection_refuses_what_it_would_not_do(conv):
+    flax, features, rngs = (nn.Conv, (4,), {})
+    if issubclass(conv, nnx.Module):
+        flax, features, rngs = (nnx.Conv, (6, 4), {"rngs": nnx.Rngs(0)})
+    options = set(list(inspect.signature(flax.__init__).parameters)[1 + len(features) :]) - USED
+    assert {"kernel_size", "strides", "mask", "promote_dtype", "conv_general_dilated"} < options
+    for option in options:
+        with pytest.raises(TypeError, match=option):
+            conv(*features, **{option: None}, **rngs)
+    for window in (3, (3, 3)):
+        with pytest.raises(TypeError, match="positional"):
+            conv(*features, window, **rngs)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +122,8 @@ def test_a_projection_refuses_what_it_would_not_do(conv, option):
 def test_a_projection_is_a_convolution_of_one_position(conv):
     """What looks at the layers of a model by their class and fields finds what it knows."""
     assert isinstance(conv, nnx.Conv | nn.Conv)
-    assert (conv.kernel_size, conv.strides, conv.feature_group_count, conv.mask) == ((1, 1), 1, 1, None)
+    flax = nn.Conv(4, (1, 1)) if isinstance(conv, nn.Module) else nnx.Conv(6, 4, (1, 1), rngs=nnx.Rngs(0))
+    for name in ("kernel_size", "strides", "padding", "feature_group_count", "mask", "promote_dtype"):
+        assert getattr(conv, name) == getattr(flax, name)
     if isinstance(conv, nn.Module):
         assert conv.clone(features=5) == LinenProjection(5)
