@@ -1,7 +1,8 @@
 """One policy for every comparison: the error beside the noise floor of the same arithmetic on the same input.
 
 The floor of a quantity is the error of the numpy spec, run in the dtype under test, against the spec in float64, plus
-a few ulp, since that error is one draw and can be small by luck. A comparison passes if the error is at most `FACTORS`
+a few ulp, since that error is one draw and can be small by luck. In float32 it is the larger one of two errors: the
+spec divides exponentials by their sum, fused kernels subtract its logarithm from the logits, and both are right. A comparison passes if the error is at most `FACTORS`
 floors, and at most a hard cap in ulp so that a noisy spec cannot hide a bug. Two dtypes borrow the error of another,
 times the ratio of the epsilons: float64 has nothing wider to be compared with, and numpy has no bfloat16.
 
@@ -14,6 +15,7 @@ the ulp of those terms (`vanishing.terms_through_the_map`).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from selfattn_core import spec
 from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.cases import SIXTEEN_BITS, Case
+from selfattn_core.conformance.edited import edited_spec
 from selfattn_core.conformance.inputs import Inputs, inputs
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.vanishing import terms_through_the_map
@@ -100,11 +103,11 @@ class Verdict:
     message: str = ""
 
 
-def quantities(case: Case, given: Inputs, dtype: str) -> dict[str, Array]:
-    """What the spec says to a case in a dtype that numpy has."""
+def quantities(case: Case, given: Inputs, dtype: str, reference: Reference | None = None) -> dict[str, Array]:
+    """What the spec, or another version of it, says to a case in a dtype that numpy has."""
     # Overflow and NaN are what some cases are about.
     with np.errstate(all="ignore"):
-        return dict(answers(Reference(), case, given, dtype, "channels_last"))
+        return dict(answers(reference or Reference(), case, given, dtype, "channels_last"))
 
 
 def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
@@ -121,14 +124,25 @@ def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
     other = _NOISE[dtype]
     noisy = given if other == dtype else inputs(case, other, seed)
     reference = want if other == dtype else quantities(case, _cast(noisy), "float64")
-    noise = quantities(case, noisy, other)
+    noises = [quantities(case, noisy, other)]
+    if other == "float32":
+        noises.append(quantities(case, noisy, other, _fused()))
     ratio = EPS[dtype] / EPS[other]
     with np.errstate(invalid="ignore"):
         errors = {
-            name: _largest(noise[name].astype(np.float64) - value) * ratio
+            name: max(_largest(noise[name].astype(np.float64) - value) for noise in noises) * ratio
             for name, value in reference.items()
         }
     return expectations(case, wide, want, errors, dtype)
+
+
+@cache
+def _fused() -> Reference:
+    """The spec with the softmax of fused kernels."""
+    quotient = "return np.asarray(weights / weights.sum(axis=-1, keepdims=True))"
+    logarithm = "np.log(weights.sum(axis=-1, keepdims=True))"
+    exponent = f"scores - (scores.max(axis=-1, keepdims=True) + {logarithm})"
+    return Reference(edited_spec("fused", ((quotient, f"return np.asarray(np.exp({exponent}))"),)))
 
 
 def expectations(

@@ -1,16 +1,14 @@
 """What a mutant is: a broken implementation that the kit has to catch."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
-from selfattn_core import spec
 from selfattn_core.conformance.backend import Backend
 from selfattn_core.conformance.cases import Family
+from selfattn_core.conformance.edited import edited_spec
 from selfattn_core.conformance.reference import Reference
 
-__all__ = ["Mutant", "edited", "edited_spec"]
+__all__ = ["Mutant", "edited"]
 
 
 @dataclass(frozen=True)
@@ -56,31 +54,3 @@ def edited(
         return backend
 
     return Mutant(name, family, make, seen_in, raises)
-
-
-def edited_spec(name: str, edits: tuple[tuple[str, str], ...]) -> ModuleType:
-    """The spec with some of its text replaced, as a module.
-
-    Args:
-        name: of the bug, for messages.
-        edits: as for `edited`.
-
-    Raises:
-        ValueError: if what is to be replaced does not stand in the spec exactly once.
-
-    Example:
-        >>> edited_spec("negated", (("layer.gamma * layer.z + layer.x", "-layer.x"),)).VERSION
-        1
-    """
-    source = inspect.getsource(spec)
-    for old, new in edits:
-        if source.count(old) != 1:
-            raise ValueError(
-                f"mutant {name!r}: {old!r} stands {source.count(old)} times in the spec; expected once: "
-                "the spec has changed, and the mutant is to follow."
-            )
-        source = source.replace(old, new)
-    module = ModuleType(spec.__name__)
-    # The source is this package's own, with the replacements of the table.
-    exec(compile(source, f"<{name}>", "exec"), module.__dict__)  # noqa: S102
-    return module

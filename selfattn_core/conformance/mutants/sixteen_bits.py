@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.backend import Backend
+from selfattn_core.conformance.edited import edited_spec
 from selfattn_core.conformance.inputs import rounded
-from selfattn_core.conformance.mutants.mutant import Mutant, edited, edited_spec
+from selfattn_core.conformance.mutants.mutant import Mutant, edited
 from selfattn_core.conformance.reference import Model, Reference
 
 __all__ = ["MUTANTS", "InBfloat16", "in_bfloat16"]
