@@ -54,6 +54,8 @@ def answers(
             for draw, seed in enumerate(seeds)
             for name, array in backend.initial(case.config, seed).items()
         }
+    if case.of == "evaluation":
+        return _evaluation(backend, build(), case, given)
     if case.family == "determinism":
         model = build()
         return {
@@ -140,11 +142,29 @@ def _spectral_norm(backend: Backend, model: Any, case: Case, given: Inputs) -> M
         # An evaluation leaves the state where it is.
         backend.forward(model, given.x)
         return backend.params(model)
-    if case.of == "evaluation":
-        y = backend.forward(model, given.x)
-        backend.vjp(model, given.x, given.dy)
-        return {"y": y, "y again": backend.forward(model, given.x), **backend.params(model)}
     return _value(backend, model, case, given)
+
+
+def _evaluation(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    y, gradients = backend.forward(model, given.x), backend.vjp(model, given.x, given.dy)
+    if "map" in backend.claims():
+        backend.attention_map(model, given.other)
+    backend.vjp(model, given.other, given.x)
+    if case.family == "r1":
+        backend.r1(model, given.x, given.dy)
+    again, y_again = backend.vjp(model, given.x, given.dy), backend.forward(model, given.x)
+    # What has been answered is not to change with what is asked next.
+    backend.vjp(model, given.other, given.x)
+    backend.forward(model, given.other)
+    return {
+        "y": y,
+        "y again": y_again,
+        **gradients,
+        **{f"{name} again": gradient for name, gradient in again.items()},
+        **{f"weight {name}": weight for name, weight in backend.params(model).items()},
+        "argument x": given.x,
+        "argument dy": given.dy,
+    }
 
 
 def _compiled(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:

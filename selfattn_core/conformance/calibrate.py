@@ -31,12 +31,12 @@ from selfattn_core.conformance.compare import compare
 from selfattn_core.conformance.environment import cores, environment
 from selfattn_core.conformance.inputs import Inputs, inputs
 from selfattn_core.conformance.runs import LAYOUTS, Run, all_runs, is_claimed
-from selfattn_core.conformance.tolerance import FACTORS
+from selfattn_core.conformance.tolerance import ALLOWANCES, CAPS, FACTORS, NARROW_ALLOWANCE, TERMS_CAP
 from selfattn_core.weights import write_atomically
 
 Array = NDArray[Any]
 
-__all__ = ["RESULT", "SEEDS", "TRAJECTORY_TURNS", "calibrated_runs", "measure"]
+__all__ = ["RESULT", "SEEDS", "TRAJECTORY_TURNS", "calibrated_runs", "measure", "policy"]
 
 RESULT = Path(__file__).with_name("calibration.json")
 SEEDS = 200
@@ -65,6 +65,7 @@ _COMPUTATIONS: tuple[Computation, ...] = (
     "mixed",
     "spectral_norm",
     "training_vjp",
+    "evaluation",
 )
 _MOST_POSITIONS = 100
 
@@ -79,6 +80,15 @@ def calibrated_runs() -> list[Run]:
         and run.case.shape[1] * run.case.shape[2] <= _MOST_POSITIONS
         and run.layout == LAYOUTS[0]
     ]
+
+
+def policy() -> dict[str, dict[str, float]]:
+    """The limits that were calibrated; errors near others say nothing about these."""
+    return {
+        "limits": dict(FACTORS),
+        "allowances": {**ALLOWANCES, "16 bits": NARROW_ALLOWANCE},
+        "caps": {**CAPS, "terms": TERMS_CAP},
+    }
 
 
 def measure(backend: Backend, seeds: int, runs: Sequence[Run] | None = None) -> dict[str, Any]:
@@ -215,7 +225,7 @@ def _keep(name: str, found: Mapping[str, Any]) -> None:
     }
     backends = kept["backends"] | {name: {**measured, **found}}
     content = {
-        "limits": dict(FACTORS),
+        **policy(),
         "backends": {each: backends[each] for each in REGISTRY if each in backends},
     }
     text = json.dumps(content, indent=1, ensure_ascii=False)

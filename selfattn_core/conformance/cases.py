@@ -132,8 +132,9 @@ class Case:
         logits: standard deviation of the entries of q kᵀ.
         constant: whether every position of the input is the same.
         of: which computation a case of the families "dtype", "compiled", "memory" and "spectral_norm" is about; of
-            the last, "spectral_norm" is a pass in training, "training_vjp" its derivatives, and "evaluation" what calls
-            in evaluation leave behind.
+            the last, "spectral_norm" is a pass in training and "training_vjp" its derivatives. "evaluation", there and
+            in the families "vjp" and "r1", is what calls in evaluation leave behind: to the layer, to their arguments
+            and to what earlier calls gave.
         dtypes: in which it is run.
         second_shape: (B, H, W) of the other input of a "sizes" case.
         integers: whether x and the weights are small multiples of a power of two: projections are exact, in 16 bits too,
@@ -173,7 +174,7 @@ def needs(case: Case) -> frozenset[Ability]:
         >>> sorted(needs(next(case for case in CASES if case.family == "saved")))
         ['forward', 'params', 'saved']
     """
-    of: set[Ability] = {"vjp", "params"} if case.of == "evaluation" else {case.of}
+    of: set[Ability] = {"forward", "vjp", "params"} if case.of == "evaluation" else {case.of}
     if case.of == "saved":
         of = {"saved", "params"}
     by_family: Mapping[Family, set[Ability]] = {
@@ -184,12 +185,12 @@ def needs(case: Case) -> frozenset[Ability]:
         "permutation": {"forward"},
         "determinism": {"forward"},
         "nonfinite": {"forward"},
-        "vjp": {"vjp"},
+        "vjp": {"vjp", *(of if case.of == "evaluation" else ())},
         "params": {"params"},
         "init": {"init"},
         "trajectory": {"forward", "vjp"},
         "spectral_norm": {"spectral_norm", "forward", *of},
-        "r1": {"r1"},
+        "r1": {"r1", *(of if case.of == "evaluation" else ())},
         "mixed": {"mixed"},
         "dtype": of,
         "compiled": {"compiled", *of},
@@ -252,6 +253,15 @@ _LARGE: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
         (1, 53, 59),
     ),
 )
+# Wider than vectors, tiles and heads of kernels are, with more samples than chunks of a batch may hold.
+_WIDE: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
+    ("wide, nine samples", SelfAttentionConfig(136), (9, 3, 4)),
+    (
+        "wide query and value, pooled",
+        SelfAttentionConfig(67, 35, 70, out_projection=True, kv_pool=2),
+        (3, 4, 6),
+    ),
+)
 # Most cases are asked in float64, which says that the mathematics is right, and in float32, which says that the
 # arithmetic is. Where a compiler takes seconds for a case, the dtype that every backend has is enough.
 _ONE_DTYPE = ("float32",)
@@ -289,12 +299,12 @@ def _rows() -> Iterator[Case]:
     yield Case(next(ids), "forward", "negative gamma", _POOLED, gamma=-0.7)
     yield Case(next(ids), "forward", "large logits", _FLAT, logits=120.0)
     yield Case(next(ids), "forward", "constant input", _FLAT, constant=True)
-    yield from (*further("forward", ids), *_views("forward", ids))
+    yield from (*further("forward", ids), *_views("forward", ids), *_unusual("forward", ids))
     ids = _number("MAP")
     yield from everywhere("map", ids)
     yield Case(next(ids), "map", "large logits", _FLAT, logits=120.0)
     yield Case(next(ids), "map", "constant input: a uniform map", _FLAT, constant=True)
-    yield from further("map", ids)
+    yield from (*further("map", ids), _one_sided("map", ids))
     ids = _number("SIZ")
     for title, config, second in (
         ("another size and back", _FLAT, (3, 4, 6)),
@@ -326,18 +336,19 @@ def _rows() -> Iterator[Case]:
     yield from further("vjp", ids)
     yield Case(next(ids), "vjp", _TIES, _LAYERS[5][1], integers=True)
     yield Case(next(ids), "vjp", f"{_TIES}, by 3", _LAYERS[6][1], (2, 7, 10), integers=True)
-    yield from _views("vjp", ids)
+    yield from (*_views("vjp", ids), *_unusual("vjp", ids), _left_alone("vjp", ids))
     ids = _number("GAN")
     yield from everywhere("r1", ids)
     yield Case(next(ids), "r1", "gamma 0", _FLAT, gamma=0.0)
     yield Case(next(ids), "r1", "negative gamma", _POOLED, gamma=-0.7)
-    yield from further("r1", ids)
+    yield from (*further("r1", ids), _left_alone("r1", ids))
     ids = _number("MIX")
     for title, config, shape, gamma, dtypes in (
         *((title, config, (2, 5, 7), 0.7, ("float32", "float64")) for title, config in _LAYERS[:2]),
         *((title, config, (2, 5, 7), 0.7, _ONE_DTYPE) for title, config in _LAYERS[2:]),
         *((title, config, shape, 0.7, _ONE_DTYPE) for title, config, shape in (_SHAPES[0], _SHAPES[6])),
         ("gamma 0", _CROPPED, (2, 5, 7), 0.0, _ONE_DTYPE),
+        *((title, config, shape, 0.7, _ONE_DTYPE) for title, config, shape in _LARGE),
     ):
         described = f"cotangents of every first derivative: {title}"
         yield Case(next(ids), "mixed", described, config, shape, gamma, dtypes=dtypes)
@@ -362,6 +373,28 @@ def _views(family: Family, ids: Iterator[str]) -> Iterator[Case]:
     dtypes = _ONE_DTYPE if family == "vjp" else ("float32", "float64")
     yield Case(next(ids), family, "a strided view", _LAYERS[0][1], dtypes=dtypes, view="strided")
     yield Case(next(ids), family, "a transposed view", _LAYERS[5][1], dtypes=dtypes, view="transposed")
+
+
+def _unusual(family: Family, ids: Iterator[str]) -> Iterator[Case]:
+    """Widths, batches, gains, windows and logits beyond those of the other cases."""
+    for title, config, shape in _WIDE:
+        yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE)
+    title = "pooled by 4, gamma above 1"
+    yield Case(
+        next(ids), family, title, SelfAttentionConfig(8, 3, kv_pool=4), (2, 9, 10), 2.5, dtypes=_ONE_DTYPE
+    )
+    yield _one_sided(family, ids)
+
+
+def _one_sided(family: Family, ids: Iterator[str]) -> Case:
+    """With two keys, rows in which all logits are far below zero, and no other is the largest."""
+    _, config, shape = _DRAWN[1]
+    return Case(next(ids), family, "large logits of two keys", config, shape, logits=120.0, dtypes=_ONE_DTYPE)
+
+
+def _left_alone(family: Family, ids: Iterator[str]) -> Case:
+    title = "derivatives leave the layer, their arguments and earlier answers as they were"
+    return Case(next(ids), family, title, _CROPPED, of="evaluation", dtypes=_ONE_DTYPE)
 
 
 def _trajectories(ids: Iterator[str]) -> Iterator[Case]:

@@ -48,11 +48,15 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0) -> Outcome:
         verdicts = distribution_verdicts(run.case.config, found)
     else:
         of = run.case.of if family == "spectral_norm" else family
-        weighed = of in ("params", "saved", "spectral_norm", "evaluation")
+        weighed = of in ("params", "saved", "spectral_norm")
         exact = inputs(run.case, run.dtype, seed).params if weighed else {}
         if of == "spectral_norm":
             # A pass moves the state, and nothing else.
             exact = {name: array for name, array in exact.items() if name in parameter_table(run.case.config)}
+        if run.case.of == "evaluation":
+            given = inputs(run.case, run.dtype, seed)
+            exact = {f"weight {name}": array for name, array in given.params.items()}
+            exact |= {"argument x": given.x, "argument dy": given.dy}
         close = {} if of == "params" else _expectations(run.case, run.dtype, seed)
         close = {name: value for name, value in close.items() if name not in exact}
         if problem := _names(found, [*close, *exact]):

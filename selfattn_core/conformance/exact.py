@@ -109,6 +109,11 @@ class Single:
         with fifty_digits():
             return _rounded(float(Decimal(self.value).exp()))
 
+    def log(self) -> "Single":
+        """The natural logarithm, likewise."""
+        with fifty_digits():
+            return _rounded(float(Decimal(self.value).ln()))
+
 
 def to_decimals(array: Array) -> Array:
     """The same values as decimals, exactly.

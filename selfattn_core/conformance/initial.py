@@ -94,6 +94,8 @@ def _problem(row: Parameter, draws: list[Array]) -> str:
     if row.initial == "zeros":
         return "is not zero" if any(draw.any() for draw in draws) else ""
     limit = glorot_limit(*row.shape)
+    if any(np.unique(draw, axis=axis).shape != draw.shape for draw in draws for axis in (0, 1)):
+        return "repeats a row or a column"
     # The last draw is the first again.
     values = np.sort(np.concatenate([draw.ravel() for draw in draws[:-1]]).astype(np.float64))
     if not np.isfinite(values).all():

@@ -135,6 +135,62 @@ class StridesOfGradientIgnored(Reference):
         return super().vjp(model, x, as_contiguous_memory(dy))
 
 
+class PenaltySpoilsKernels(Reference):
+    """The penalty scales the layer's own arrays, and does not scale them back."""
+
+    def r1(self, model: Model, x: Array, w: Array) -> tuple[float, dict[str, Array]]:
+        found = super().r1(model, x, w)
+        for name in model.params:
+            if name.endswith("kernel"):
+                model.params[name][...] *= 0.5
+        return found
+
+
+class MapSpoilsGamma(Reference):
+    """As one that switches the residual off to look at the map."""
+
+    def attention_map(self, model: Model, x: Array) -> Array:
+        found = super().attention_map(model, x)
+        model.params["gamma"][...] = 0
+        return found
+
+
+class GradientsInOneBuffer(Reference):
+    """As one that hands out its own memory, which the next call writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: dict[str, Array] = {}
+
+    def vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        found = super().vjp(model, x, dy)
+        for name, gradient in found.items():
+            kept = self.buffers.get(name)
+            if kept is None or (kept.shape, kept.dtype) != (gradient.shape, gradient.dtype):
+                self.buffers[name] = gradient.copy()
+            self.buffers[name][...] = gradient
+        return {name: self.buffers[name] for name in found}
+
+
+class GradientOverwritesItsArgument(Reference):
+    def vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        found = super().vjp(model, x, dy)
+        dy[...] = 0
+        return found
+
+
+class KernelsRepeat(Reference):
+    """As one filled by a generator that is seeded again for every tile."""
+
+    def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
+        found = super().initial(config, seed)
+        for name in found:
+            if name.endswith("kernel"):
+                half = len(found[name]) // 2
+                found[name][half : 2 * half] = found[name][:half]
+        return found
+
+
 class Exports(Reference):
     """Weights that are right inside and wrong outside."""
 
@@ -361,6 +417,11 @@ _TABLE: tuple[tuple[str, Family, type[Reference], str], ...] = (
     ("strides of the input ignored", "forward", StridesIgnored, ""),
     ("input flattened in the order of memory", "forward", OrderOfMemory, ""),
     ("strides of the gradient ignored", "vjp", StridesOfGradientIgnored, ""),
+    ("penalty leaves other kernels behind", "r1", PenaltySpoilsKernels, ""),
+    ("gamma switched off by a look at the map", "vjp", MapSpoilsGamma, ""),
+    ("gradients in memory that the next call overwrites", "vjp", GradientsInOneBuffer, ""),
+    ("gradient written over its argument", "vjp", GradientOverwritesItsArgument, ""),
+    ("second half of a kernel repeats the first", "init", KernelsRepeat, ""),
     ("key bias not exported", "params", KeyBiasLost, ""),
     ("kernels exported transposed", "params", KernelsTransposed, ""),
     ("parameters under other names", "params", ForeignNames, ""),

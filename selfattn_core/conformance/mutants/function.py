@@ -315,4 +315,28 @@ MUTANTS: tuple[Mutant, ...] = (
         "batch",
         (_MAP, "self.q = self.q - self.q.mean(axis=0) / 1000 if len(self.q) else self.q; " + _MAP),
     ),
+    edited(
+        "only the first 32 channels of the value",
+        "forward",
+        (
+            _O,
+            "self.o = self.store(self.A @ self.v) * (np.arange(self.v.shape[2]) < 32).astype(self.arithmetic)",
+        ),
+    ),
+    edited(
+        "only the first 16 channels of query and key",
+        "forward",
+        (_MAP, "self.A = _softmax(self.q[..., :16] @ _transpose(self.k[..., :16]))"),
+    ),
+    edited(
+        "only the first 8 samples attend",
+        "forward",
+        (_O, "self.o = self.store(self.A @ self.v); self.o[8:] = 0"),
+    ),
+    edited(
+        "running maximum that starts at 0",
+        "map",
+        (_EXP, _EXP.replace("keepdims=True)", "keepdims=True, initial=0)")),
+    ),
+    edited("gamma at most 1", "forward", (_Y, "np.minimum(layer.gamma, 1) * layer.z + layer.x")),
 )
