@@ -24,7 +24,9 @@ def test_a_gamma_that_is_no_parameter_of_torch():
         "selfattn_torch.conformance:PlainGamma", {"SA-FWD-001", "SA-SAV-001", "SA-VJP-001"}
     )
     assert status["SA-FWD-001"] == {"pass"}
-    assert "pass" not in status["SA-SAV-001"] | status["SA-VJP-001"]
+    for case in ("SA-SAV-001", "SA-VJP-001"):
+        assert status[case]
+        assert status[case] <= {"fail", "error"}
     assert report.level is None
 
 
@@ -44,7 +46,8 @@ def test_a_projection_that_is_created_in_every_call(framework, monkeypatch):
     _, status = statuses(f"{KERAS}:ProjectsAnew", {"SA-MAP-001", "SA-FWD-001", "SA-DET-001"})
     assert status["SA-MAP-001"] == {"pass"}
     assert status["SA-FWD-001"] == {"fail"}
-    assert "pass" not in status["SA-DET-001"]
+    assert status["SA-DET-001"]
+    assert status["SA-DET-001"] <= {"fail", "error"}
 
 
 @pytest.mark.parametrize(("adapter", "framework"), [("keras", "jax"), ("keras", "torch"), ("flax", "jax")])

@@ -55,7 +55,7 @@ class Model:
         dtype: of its parameters.
         static: what is not an array.
         tree: its parameters.
-        state: what else it holds.
+        state: what else it holds; a pass that moves what it should leave alone moves this.
         compiled: whether `forward`, `attention_map` and `vjp` are compiled; everything else always is.
     """
 
@@ -112,7 +112,6 @@ class FlaxBackend:
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
         apply = _forward if model.compiled else _apply
-        # Where a pass moves what it should leave alone, the layer has moved.
         y, model.state = apply(self.kind, model.static, model.tree, model.state, model.given(x))
         return _array(y)
 
@@ -123,11 +122,11 @@ class FlaxBackend:
 
     def vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode."""
-        gradients = _vjp if model.compiled else _first
-        return _named(
-            model,
-            *gradients(self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy)),
+        gradients = _vjp if model.compiled else _first_with_state
+        named, model.state = gradients(
+            self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy)
         )
+        return _named(model, *named)
 
     def params(self, model: Model) -> Mapping[str, Array]:
         """The weights as the adapter exports them."""
@@ -212,15 +211,21 @@ def _map(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) -> jax.Ar
 _attention = _static(_map)
 
 
+def _first_with_state(
+    kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array
+) -> tuple[tuple[list[jax.Array], jax.Array], Any]:
+    _, pull, state = jax.vjp(lambda tree, x: kind.apply(static, tree, state, x), tree, x, has_aux=True)
+    by_tree, by_x = pull(dy)
+    return (jax.tree.leaves(by_tree), by_x), state
+
+
+_vjp = _static(_first_with_state)
+
+
 def _first(
     kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
-    _, pull, _ = jax.vjp(lambda tree, x: kind.apply(static, tree, state, x), tree, x, has_aux=True)
-    by_tree, by_x = pull(dy)
-    return jax.tree.leaves(by_tree), by_x
-
-
-_vjp = _static(_first)
+    return _first_with_state(kind, static, tree, state, x, dy)[0]
 
 
 @_static

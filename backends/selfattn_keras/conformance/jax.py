@@ -43,8 +43,12 @@ class Pure:
 
     def gradients(self, dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Those of sum(dy∘y) for x and each parameter."""
-        _, pullback = jax.vjp(self.call, *inputs)
-        return tuple(pullback(dy))
+        return self.gradients_and_state(dy, *inputs)[0]
+
+    def gradients_and_state(self, dy: Tensor, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """The same, and what is not trained after it."""
+        _, pullback, state = jax.vjp(self.called, *inputs, has_aux=True)
+        return tuple(pullback(dy)), state
 
 
 def _in_its_way(
@@ -66,10 +70,14 @@ def _in_its_way(
 def forward(model: Model, x: Tensor) -> Tensor:
     """The output y."""
     y, state = _in_its_way(model, "forward", Pure.called, x, *model.values)
-    # Where a pass moves what it should leave alone, the layer has moved.
+    _keep(model, state)
+    return y
+
+
+def _keep(model: Model, state: list[Tensor]) -> None:
+    """Where a pass has moved what it should leave alone, the layer has moved."""
     for each, value in zip(model.layer.non_trainable_variables, state, strict=True):
         each.assign(value)
-    return y
 
 
 def attention(model: Model, x: Tensor) -> Tensor:
@@ -83,8 +91,11 @@ def attention(model: Model, x: Tensor) -> Tensor:
 
 def vjp(model: Model, x: Tensor, dy: Tensor, training: bool = False) -> list[Tensor]:
     """The gradients of sum(dy∘y) for x and each parameter."""
-    name = f"vjp {training}"
-    return list(_in_its_way(model, name, Pure.gradients, dy, x, *model.values, training=training))
+    function, name = Pure.gradients_and_state, f"vjp {training}"
+    gradients, state = _in_its_way(model, name, function, dy, x, *model.values, training=training)
+    if not training:
+        _keep(model, state)
+    return list(gradients)
 
 
 def r1(model: Model, x: Tensor, w: Tensor) -> tuple[Tensor, list[Tensor]]:
