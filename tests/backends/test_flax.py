@@ -104,7 +104,7 @@ def built(backend, config, params, **options):
 
 def function(backend, model):
     """The output as a function of the parameters and x."""
-    return lambda params, x: backend.kind.apply(model.static, params, model.state, x)
+    return lambda params, x: backend.kind.apply(model.static, params, model.state, x)[0]
 
 
 def test_the_registry_finds_both():
