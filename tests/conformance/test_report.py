@@ -1,6 +1,7 @@
 """The forms of a report: right data in, the same statements out of each, nothing that breaks them."""
 
 import copy
+import dataclasses
 import html.parser
 import json
 import re
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 
 from selfattn_core.cli import main
 from selfattn_core.conformance.cases import CASES
+from selfattn_core.conformance.command import FORMS
 from selfattn_core.conformance.mutants import MUTANTS
 from selfattn_core.conformance.outcome import BackendReport, Outcome
 from selfattn_core.conformance.report import (
@@ -30,7 +32,9 @@ from selfattn_core.conformance.selftest import Kill
 from selfattn_core.conformance.tolerance import Verdict
 from selfattn_core.conformance.training import STEPS, reference
 
-HOSTILE = 'a <script>alert("1")</script> & | `tick`\x00\x1b[31m\nsecond line'
+HOSTILE = (
+    'a <script>alert("1")</script> & | `tick` :X :smile: [red]\x00\x1b[31m\x9b1A\ufffe\udc80\nsecond line'
+)
 
 
 def runs_of(*cases: str) -> list[Run]:
@@ -41,9 +45,9 @@ def passing(run: Run, ratio: float = 0.5) -> Outcome:
     return Outcome(run, "pass", (Verdict("y", 1e-7, ratio, True),))
 
 
-def report(name: str, outcomes: list[Outcome], **more) -> BackendReport:
+def report(name: str, outcomes: list[Outcome], version: str = "1.2", **more) -> BackendReport:
     return BackendReport(
-        name, {"framework": "1.2"}, ("forward",), ("channels_last",), ("float32",), tuple(outcomes), **more
+        name, {"framework": version}, ("forward",), ("channels_last",), ("float32",), tuple(outcomes), **more
     )
 
 
@@ -70,7 +74,7 @@ def reports() -> list[BackendReport]:
     ]
     return [
         report("good", good, seconds=3.25),
-        report(f"bad {HOSTILE}", bad),
+        report(f"bad {HOSTILE}", bad, f"1.0 {HOSTILE}"),
         report("others", others),
         BackendReport("absent", missing=("framework",), extra="framework"),
         BackendReport("broken", error=f"Traceback\nImportError: {HOSTILE}"),
@@ -148,6 +152,21 @@ def test_the_table(data):
     assert "2 of 3 mutants caught." in table
 
 
+@pytest.mark.parametrize("form", [*FORMS.values(), as_table], ids=[*FORMS, "table"])
+def test_what_a_backend_says_spoils_no_form(data, form):
+    text = form(data)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\ud800-\udfff]", text)
+    assert text.encode("utf-8").decode("utf-8") == text
+    assert "udc80" in text, "it is said what could not be shown"
+    assert ":X :smile: [red]" in text
+
+
+def test_versions_are_shown_as_messages_are(reports):
+    strange = dataclasses.replace(reports[0], versions={"lib\x1b[31m\udc80": "1.0\x1b[31m\x00\udc80"})
+    (backend,) = as_data([strange])["backends"]
+    assert backend["versions"] == {"lib[31m\\udc80": "1.0[31m\\udc80"}
+
+
 def test_many_problems_are_cut_short_in_the_terminal_only(reports):
     outcomes = [
         Outcome(run, "fail", (), f"wrong {run.id}") for run in runs_of("SA-FWD-001", *_ids("SA-FWD-00"))
@@ -181,6 +200,21 @@ def test_rich_shows_the_same_as_plain_text(data, monkeypatch, capsys):
     monkeypatch.setattr("selfattn_core.conformance.report.table.find_spec", lambda _: None)
     show(data)
     assert capsys.readouterr().out == as_table(data) + "\n"
+
+
+def test_rich_takes_no_name_for_its_own_language(monkeypatch, capsys):
+    """Of an `…:X`, rich would make a cross, and of brackets a colour or a MarkupError."""
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    name = "nosuch.mod:X or a.b:smile: [red] [/]"
+    data = as_data([BackendReport(name, error="no :X: here")])
+    for terminal in (False, True):
+        monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda _, is_one=terminal: is_one))
+        show(data)
+        printed = capsys.readouterr().out
+        assert printed.count(name) == 3
+        assert "did not start: no :X: here" in printed
 
 
 def test_junit(data):

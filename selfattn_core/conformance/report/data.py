@@ -21,7 +21,8 @@ __all__ = ["SCHEMA", "as_data", "schema"]
 
 SCHEMA = 1
 
-_CONTROL = {code: None for code in (*range(32), 127) if chr(code) not in "\t\n"}
+# The control characters of ASCII and Latin-1, and what XML has no place for besides.
+_UNSHOWN = {code: None for code in (*range(32), *range(127, 160), 0xFFFE, 0xFFFF) if chr(code) not in "\t\n"}
 
 
 def as_data(
@@ -71,7 +72,7 @@ def _backend(report: BackendReport) -> dict[str, Any]:
         "layouts": list(report.layouts),
         "dtypes": list(report.dtypes),
         "seconds": round(report.seconds, 2),
-        "versions": dict(report.versions),
+        "versions": {_shown(name): _shown(version) for name, version in report.versions.items()},
         "missing": list(report.missing),
         "extra": report.extra,
         "error": _shown(report.error),
@@ -134,8 +135,10 @@ def _kill(kill: Kill) -> dict[str, Any]:
 
 
 def _shown(words: str) -> str:
-    """Without control characters: a backend may print what moves a terminal's cursor, and XML cannot hold them."""
-    return words.translate(_CONTROL)
+    """As every form can hold it: control characters, which move a terminal's cursor, are left out, and lone surrogates
+    spelled as an escape.
+    """
+    return words.translate(_UNSHOWN).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _number(value: float) -> float | None:

@@ -35,9 +35,8 @@ def as_markdown(data: Data) -> str:
         *((backend["name"], backend["versions"]) for backend in data["backends"]),
         ("spec", data["versions"]),
     ]:
-        lines.append(
-            f"| {_escaped(name)} | {', '.join(f'{key} {value}' for key, value in versions.items())} |"
-        )
+        listed = ", ".join(f"{key} {value}" for key, value in versions.items())
+        lines.append(f"| {_escaped(name)} | {_escaped(listed)} |")
     return "\n".join(lines) + "\n"
 
 

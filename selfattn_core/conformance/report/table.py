@@ -35,15 +35,16 @@ def show(data: Data, *, error_stream: bool = False) -> None:
         return
     from rich.console import Console
 
-    console = Console(stderr=error_stream, highlight=False)
+    # The names and messages of backends are no markup, and ":X" in a name is no emoji.
+    console = Console(stderr=error_stream, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         # A pipe has no width that lines should be broken at.
-        console.print(as_table(data), markup=False, soft_wrap=True)
+        console.print(as_table(data), soft_wrap=True)
         return
     if data["backends"]:
         console.print(_rich_table(data))
     for line in _below(data):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def as_table(data: Data) -> str:
