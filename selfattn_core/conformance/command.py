@@ -1,7 +1,10 @@
 """What `selfattn conform` does: run, show, write the reports that were asked for, and say by the exit code how it went."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +74,8 @@ def conform(
     def tell(name: str, words: str) -> None:
         click.echo(f"{name}: {words}", err=True)
 
-    reports = run_backends(chosen, seed=seed, level=level, tell=tell)
+    with _ended_by_sigterm():
+        reports = run_backends(chosen, seed=seed, level=level, tell=tell)
     kills = self_test(seed=seed) if with_self_test else []
     for kill in kills:
         if kill.unasked:
@@ -108,6 +112,24 @@ def tell_difference(old: Path, new: Path) -> int:
         raise click.UsageError(str(error)) from error
     click.echo(str(found))
     return CHECK_FAILED if found.regressions else 0
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM as an exception, which Ctrl-C is anyway: the processes of backends are ended and their files removed."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    # Only there can a handler be set.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -3,13 +3,15 @@
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import repeat, zip_longest
 from pathlib import Path
+from threading import Event
 
-from selfattn_core.conformance.backend import REGISTRY, Registered
+from selfattn_core.conformance.backend import REGISTRY, Registered, is_target
 from selfattn_core.conformance.cases import Level
 from selfattn_core.conformance.environment import cores, environment
 from selfattn_core.conformance.outcome import BackendReport
@@ -31,6 +33,7 @@ def run_backend(
     parts: int = 1,
     processes: int = 1,
     programs: Path | None = None,
+    stop: Event | None = None,
 ) -> BackendReport:
     """Start a backend in a process of its own, ask it everything and compare.
 
@@ -44,11 +47,13 @@ def run_backend(
         parts: processes of this backend that run at once, each with its part of the runs.
         processes: that run at once in all, as for `environment`.
         programs: where JAX keeps what it has compiled, as for `environment`.
+        stop: ends the processes when it is set, from another thread.
 
     Raises:
         ValueError: if the name is neither.
+        concurrent.futures.CancelledError: if it was told to stop.
     """
-    if name not in REGISTRY and ":" not in name:
+    if name not in REGISTRY and not is_target(name):
         raise ValueError(
             f"backend {name!r}: expected one of {', '.join(REGISTRY)}, or module:object for your own."
         )
@@ -66,13 +71,16 @@ def run_backend(
     )
     asked = all_runs() if runs is None else runs
     parts = max(1, min(parts, len(asked)))
+    stop = Event() if stop is None else stop
 
     def part(index: int) -> BackendReport:
         with tempfile.TemporaryDirectory(prefix="selfattn-conform-") as scratch:
-            session = Session(registered.target, variables, Path(scratch), asked[index::parts], seed, timeout)
-            return session.report(name)
+            mine = asked[index::parts]
+            return Session(registered.target, variables, Path(scratch), mine, seed, timeout, stop).report(
+                name
+            )
 
-    with ThreadPoolExecutor(parts) as pool:
+    with _threads(parts, stop) as pool:
         reports = list(pool.map(part, range(parts)))
     if any(not each.error for each in reports):
         # Some things, such as a device, only one process can hold.
@@ -104,6 +112,7 @@ def run_backends(
     runs = all_runs(level=level)
     processes = min(_MOST_AT_ONCE, cores())
     parts = processes if len(names) == 1 else 1
+    stop = Event()
 
     def one(name: str, programs: str) -> BackendReport:
         report = run_backend(
@@ -114,15 +123,28 @@ def run_backends(
             parts=parts,
             processes=processes,
             programs=Path(programs),
+            stop=stop,
         )
         tell(name, _summary(report))
         return report
 
     with (
         tempfile.TemporaryDirectory(prefix="selfattn-programs-") as programs,
-        ThreadPoolExecutor(processes) as pool,
+        _threads(processes, stop) as pool,
     ):
         return list(pool.map(one, names, repeat(programs)))
+
+
+@contextmanager
+def _threads(number: int, stop: Event) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose work is told to stop where an exception, such as that of Ctrl-C, ends the wait for it."""
+    with ThreadPoolExecutor(number) as pool:
+        try:
+            yield pool
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _whole(parts: Sequence[BackendReport]) -> BackendReport:

@@ -5,8 +5,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ __all__ = ["Session"]
 
 _STARTUP_SECONDS = 300.0
 _MOST_PROCESSES = 12
+_MOST_TIMEOUTS = 3
 _LOOK_AGAIN_SECONDS = 0.02
 
 
@@ -32,6 +35,7 @@ class Session:
         runs: to ask.
         seed: of the inputs.
         timeout: seconds that one run may take.
+        stop: set where nobody waits for the answers any more.
     """
 
     def __init__(
@@ -42,17 +46,23 @@ class Session:
         runs: Sequence[Run],
         seed: int,
         timeout: float,
+        stop: Event,
     ) -> None:
         self.target, self.variables = target, variables
         self.folder, self.seed, self.timeout = folder, seed, timeout
-        self.runs = runs
+        self.runs, self.stop = runs, stop
         self.events: dict[int, dict[str, Any]] = {}
         self.ready: dict[str, Any] | None = None
         self.failure = ""
         self.refused = False
+        self.timeouts = 0
 
     def report(self, name: str) -> BackendReport:
-        """Start processes until all is answered, and compare."""
+        """Start processes until all is answered, and compare.
+
+        Raises:
+            CancelledError: if it was told to stop.
+        """
         for number in range(_MOST_PROCESSES):
             if not (pending := self.pending()):
                 break
@@ -85,25 +95,32 @@ class Session:
         """One process, to its end; whether another one would be of use."""
         progress = self.folder / f"progress-{number}.jsonl"
         output = self.folder / f"output-{number}.txt"
-        ending = self.watch(self.start(number, pending, progress, output), progress)
+        ending, hung = self.watch(self.start(number, pending, progress, output), progress)
         lines = _lines(progress)
+        finished = bool(lines) and lines[-1]["event"] == "finished"
+        if not finished:
+            ending = ending or "the process exited with code 0"
         ready = next((line for line in lines if line["event"] == "ready"), None)
         self.ready = self.ready or ready
         if ready is None:
             failed = next((line for line in lines if line["event"] == "failed"), {})
             self.refused = failed.get("refused", False)
-            self.failure = (
-                failed.get("error", "").strip() or f"{ending or 'it did not start'}: {_tail(output)}"
-            )
+            died = f"{ending} while the backend was imported: {_tail(output)}"
+            self.failure = failed.get("error", "").strip() or died
             return False
         ended = {line["run"]: line for line in lines if "run" in line}
         for index, event in ended.items():
             if event["event"] == "started":
-                words = f"{ending or 'the process ended early'} in this case: {_tail(output)}"
+                words = f"{ending} in this case: {_tail(output)}"
                 self.events[index] = {"event": "raised", "error": words}
+                self.timeouts = self.timeouts + 1 if hung else 0
             else:
                 self.events[index] = event
-        self.failure = ending or "the process ended early"
+                self.timeouts = 0
+        self.failure = ending
+        if self.timeouts == _MOST_TIMEOUTS:
+            self.failure = f"given up after {_MOST_TIMEOUTS} timeouts in a row, of {self.timeout:g} s each"
+            return False
         return bool(ended)
 
     def start(self, number: int, pending: list[int], progress: Path, output: Path) -> subprocess.Popen[bytes]:
@@ -125,31 +142,36 @@ class Session:
             return subprocess.Popen(
                 [sys.executable, "-m", "selfattn_core.conformance.worker", str(job_file)],
                 env=dict(self.variables),
-                stdin=subprocess.DEVNULL,
+                # Never written to: it ends with this process, and the worker with it.
+                stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
 
-    def watch(self, process: subprocess.Popen[bytes], progress: Path) -> str:
-        """Wait until the process ends, or end it where it stands still; says how it ended if not by itself."""
+    def watch(self, process: subprocess.Popen[bytes], progress: Path) -> tuple[str, bool]:
+        """Wait until the process ends, or end it where it stands still; how it ended if not by itself, and if so."""
         size, since = -1, time.monotonic()
         try:
             while process.poll() is None:
+                if self.stop.is_set():
+                    raise CancelledError
                 now = time.monotonic()
                 grown = progress.stat().st_size if progress.exists() else 0
                 if grown != size:
                     size, since = grown, now
                 limit = self.timeout if size > 0 else _STARTUP_SECONDS
                 if now - since > limit:
-                    return f"the process was ended after {limit:g} s"
+                    return f"the process was ended after {limit:g} s", True
                 time.sleep(_LOOK_AGAIN_SECONDS)
         finally:
             process.kill()
-            process.wait()
+            # It waits, and closes what was held open.
+            process.communicate()
         code = process.returncode
         if code == 0:
-            return ""
-        return f"the process died by signal {-code}" if code < 0 else f"the process exited with code {code}"
+            return "", False
+        how = f"died by signal {-code}" if code < 0 else f"exited with code {code}"
+        return f"the process {how}", False
 
     def outcome(self, index: int) -> Outcome:
         """What came of a run, and whether that was expected."""

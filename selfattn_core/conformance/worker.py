@@ -1,7 +1,8 @@
 """One backend in its own process: it computes the cases it is asked for and writes the answers to a folder.
 
 Started by the runner as `python -m selfattn_core.conformance.worker JOB.json`, after the environment that a backend
-needs has been set. What it prints is only kept for the report of a failure.
+needs has been set, with a standard input that lasts as long as the runner. What it prints is only kept for the report
+of a failure.
 
 The folder receives `progress-<k>.jsonl` for the k-th process of a backend, one line when the backend is up, one before
 each run and one after it, so that a crash names the run that it happened in, and `<index>.npz` with the answers of
@@ -9,10 +10,13 @@ that run.
 """
 
 import json
+import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,7 @@ from selfattn_core.conformance.memory import PeakUnknownError
 from selfattn_core.conformance.runs import Run, chosen_layout, is_claimed
 from selfattn_core.params import widen
 
-__all__ = ["main", "malformed"]
+__all__ = ["end_with_parent", "main", "malformed"]
 
 
 def malformed(found: Any) -> str:
@@ -53,6 +57,26 @@ def malformed(found: Any) -> str:
         elif widen(np.asarray(value)).dtype.kind not in "fiubc":
             problems.append(f"{name}: got an array of dtype {value.dtype}, expected numbers")
     return "; ".join(problems)
+
+
+def end_with_parent() -> None:
+    """End this process when standard input does, which the runner holds open as long as it lives.
+
+    A runner that is killed can end nobody, and a backend that hangs would stay for ever. What the backend reads from
+    standard input is empty.
+    """
+    watched = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+
+    def watch() -> None:
+        # A backend may close what it did not open; that is no end of the runner.
+        with suppress(OSError):
+            if not os.read(watched, 1):
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(job_file: str) -> None:
@@ -114,4 +138,5 @@ def main(job_file: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(sys.argv[1])

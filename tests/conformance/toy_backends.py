@@ -121,9 +121,19 @@ class Leaves(Good):
         os._exit(9)
 
 
+class LeavesCalmly(Good):
+    def attention_map(self, model, x):
+        os._exit(0)
+
+
 class Hangs(Good):
     def attention_map(self, model, x):
         time.sleep(600)
+
+
+class LeavesAtOnce(Good):
+    def __init__(self):
+        os._exit(0)
 
 
 class InferenceOnly:
@@ -154,6 +164,17 @@ class Core(InferenceOnly):
 
     def attention_map(self, model, x):
         return spec.attention_map(*model, x)
+
+
+class NeverAnswers(InferenceOnly):
+    """Lives on for ever, and writes down that it does."""
+
+    def forward(self, model, x):
+        while True:
+            if "TOY_BEATS" in os.environ:
+                with Path(os.environ["TOY_BEATS"]).open("a", encoding="utf-8") as file:
+                    file.write(f"{os.getpid()}\n")
+            time.sleep(0.05)
 
 
 class SinglePrecision(Core):

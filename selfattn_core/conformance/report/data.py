@@ -135,9 +135,7 @@ def _kill(kill: Kill) -> dict[str, Any]:
 
 
 def _shown(words: str) -> str:
-    """As every form can hold it: control characters, which move a terminal's cursor, are left out, and lone surrogates
-    spelled as an escape.
-    """
+    """As every form can hold it: without what moves a terminal's cursor, and lone surrogates as escapes."""
     return words.translate(_UNSHOWN).encode("utf-8", "backslashreplace").decode("utf-8")
 
 

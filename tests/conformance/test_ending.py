@@ -1,0 +1,122 @@
+"""A run that is ended from outside leaves nothing behind: no process, and where it can still tidy up, no files."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import pytest
+
+from selfattn_core.conformance.command import _ended_by_sigterm
+from selfattn_core.conformance.environment import cores
+from selfattn_core.conformance.runner import run_backend
+from selfattn_core.conformance.runs import all_runs
+
+HERE = Path(__file__).parent
+PARTS = min(2, cores())
+
+# Of a shell that runs the tests in the background, processes inherit that SIGINT is ignored.
+COMMAND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from selfattn_core.cli import main
+main(prog_name="selfattn")
+"""
+
+
+def wait_for(condition, seconds: float = 30.0) -> bool:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    return condition()
+
+
+class Beats:
+    """What the processes of `NeverAnswers` write while they live."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def processes(self) -> set[str]:
+        return set(self.file.read_text(encoding="utf-8").split()) if self.file.exists() else set()
+
+    def stopped(self) -> bool:
+        before = self.file.stat().st_size
+        time.sleep(0.5)
+        return self.file.stat().st_size == before
+
+
+@pytest.fixture
+def beats(tmp_path, monkeypatch) -> Iterator[Beats]:
+    beats = Beats(tmp_path / "beats.txt")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("TOY_BEATS", str(beats.file))
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    yield beats
+    if not beats.stopped():
+        for process in beats.processes():
+            os.kill(int(process), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1), (signal.SIGKILL, -9)]
+)
+def test_no_process_outlives_the_command(beats, tmp_path, number, code):
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "conform", "toy_backends:NeverAnswers", "--level", "core"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert wait_for(lambda: len(beats.processes()) == PARTS)
+            process.send_signal(number)
+            _, told = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == code
+    assert "Traceback" not in told
+    assert "did not start" not in told, "what was ended is not told as a result"
+    assert beats.stopped()
+    if number != signal.SIGKILL:
+        assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_who_waits_in_another_thread_can_stop_it(beats):
+    stop = threading.Event()
+    threading.Thread(target=lambda: (wait_for(beats.processes), stop.set())).start()
+    with pytest.raises(CancelledError):
+        run_backend("toy_backends:NeverAnswers", runs=all_runs(level="core"), stop=stop)
+    assert beats.stopped()
+
+
+def test_the_handler_of_sigterm_is_there_for_a_while_only():
+    theirs = []
+    before = signal.signal(signal.SIGTERM, lambda *_: theirs.append(1))
+    try:
+        with pytest.raises(SystemExit, match="143"), _ended_by_sigterm():
+            signal.raise_signal(signal.SIGTERM)
+        assert theirs == []
+        signal.raise_signal(signal.SIGTERM)
+        assert theirs == [1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_other_threads_can_run_the_command():
+    found = []
+
+    def body() -> None:
+        with _ended_by_sigterm():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGTERM)]
