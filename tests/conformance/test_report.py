@@ -408,6 +408,56 @@ def test_backends_that_come_and_go(data):
     assert "absent: framework not installed" in back.regressions
 
 
+DAMAGES = {
+    "backends: got 3, expected array": lambda d: d.update(backends=3),
+    "seed: missing; versions: got 'new', expected object": lambda d: (
+        d.pop("seed"),
+        d.update(versions="new"),
+    ),
+    "backends[1]: got None, expected object": lambda d: d["backends"].__setitem__(1, None),
+    "backends[0].level: got 'perfect', which is none": lambda d: d["backends"][0].update(level="perfect"),
+    "backends[0].missing: got True, expected array": lambda d: d["backends"][0].update(missing=True),
+    "outcomes[0].ratios.y: got '0.5', expected number or null": (
+        lambda d: d["backends"][0]["outcomes"][0]["ratios"].update(y="0.5")
+    ),
+    "outcomes[0].ratios.y: got False, expected": lambda d: d["backends"][0]["outcomes"][0]["ratios"].update(
+        y=False
+    ),
+    "outcomes[0].status: got 'passed', expected one of pass, fail": (
+        lambda d: d["backends"][0]["outcomes"][0].update(status="passed")
+    ),
+    "factors.float64: missing": lambda d: d["factors"].pop("float64"),
+    "levels.training: missing": lambda d: d["levels"].pop("training"),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGES)
+def test_what_is_no_report_is_not_compared(data, words):
+    damaged = copy.deepcopy(data)
+    DAMAGES[words](damaged)
+    with pytest.raises(ValueError, match=re.escape(words)) as told:
+        difference(data, damaged)
+    assert "the second report is no report of selfattn conform --json: " in str(told.value)
+    with pytest.raises(ValueError, match="the first report"):
+        difference(damaged, data)
+
+
+def test_what_later_versions_add_does_not_keep_a_report_from_being_read(data):
+    later = copy.deepcopy(data)
+    later.update(remark=["more"])
+    later["backends"][0]["outcomes"][0].update(weather={"sky": "blue"})
+    assert str(difference(data, later)) == "nothing changed"
+
+
+def test_of_many_damages_some_are_told(data):
+    damaged = copy.deepcopy(data)
+    damaged["backends"] = [3] * 25
+    with pytest.raises(
+        ValueError, match=r"backends\[19\]: got 3, expected object; and 5 more\. Write it again"
+    ):
+        difference(data, damaged)
+
+
 def test_other_inputs_and_levels_are_not_compared(data):
     new = changed(data, 0, 1, ratios={"y": 4.5})
     new.update(seed=4, level="core")
@@ -437,6 +487,11 @@ def test_the_command_tells_a_regression_by_its_exit_code(data, tmp_path):
     strange = run(main, ["conform", "--diff", str(old), str(new)])
     assert strange.exit_code == 2
     assert "the second report has schema None, where this selfattn reads 1" in strange.output
+    new.write_text('{"schema": 1, "backends": 3}', encoding="utf-8")
+    damaged = run(main, ["conform", "--diff", str(old), str(new)])
+    assert damaged.exit_code == 2
+    assert "seed: missing" in damaged.output
+    assert "backends: got 3, expected array. Write it again." in damaged.output
     new.write_text("no json", encoding="utf-8")
     assert run(main, ["conform", "--diff", str(old), str(new)]).exit_code == 2
     assert run(main, ["conform", "--diff", str(old), str(tmp_path / "none.json")]).exit_code == 2

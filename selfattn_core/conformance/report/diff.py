@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from selfattn_core.conformance.report.check import report_problems
 from selfattn_core.conformance.report.summary import Data, ratio_of, run_id
 
 __all__ = ["Difference", "difference"]
@@ -12,6 +13,8 @@ _MOVED = 2.0
 
 _NOTICED = 0.5
 """Of what is allowed: ratios that stay below this share may move as they like."""
+
+_MOST_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,18 @@ def difference(old: Data, new: Data) -> Difference:
         new: the later one.
 
     Raises:
-        ValueError: if one of them is of another schema.
+        ValueError: if one of them is of another schema, or is no report.
     """
     for which, data in (("first", old), ("second", new)):
         if data.get("schema") != 1:
             raise ValueError(
                 f"the {which} report has schema {data.get('schema')!r}, where this selfattn reads 1: write it again."
+            )
+        if wrong := report_problems(data):
+            more = f"; and {len(wrong) - _MOST_PROBLEMS} more" if len(wrong) > _MOST_PROBLEMS else ""
+            raise ValueError(
+                f"the {which} report is no report of selfattn conform --json: "
+                f"{'; '.join(wrong[:_MOST_PROBLEMS])}{more}. Write it again."
             )
     found = Difference()
     found.versions.extend(_versions("selfattn", {"selfattn": old["selfattn"]}, {"selfattn": new["selfattn"]}))
