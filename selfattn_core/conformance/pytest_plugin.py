@@ -4,21 +4,24 @@
 
 adds one item for each case in each dtype and layout to whatever else is collected; to run nothing else, name a folder
 without tests, or this package: `--pyargs selfattn_core.conformance`. `-k` and `--deselect` choose among the items, and
-only the chosen ones are computed, in one process for each backend. What a backend does not claim is skipped and says so.
+only the chosen ones are computed, in one process for each backend. What a backend does not claim is skipped and says so;
+one that claims nothing of its level, or declines all that it claims, fails.
 
 The plugin is named on the command line, and is no entry point: installing selfattn changes nobody's test runs.
 """
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import pytest
 
-from selfattn_core.conformance.backend import REGISTRY
+from selfattn_core.conformance.backend import REGISTRY, is_target
 from selfattn_core.conformance.cases import LEVELS
 from selfattn_core.conformance.outcome import BackendReport, Outcome
 from selfattn_core.conformance.runner import run_backend
-from selfattn_core.conformance.runs import Run, all_runs
+from selfattn_core.conformance.runs import Run, all_runs, is_claimed
 
 __all__ = [
     "BackendCollector",
@@ -45,7 +48,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="deploy",
         help="how far to go; by default everything",
     )
-    group.addoption("--selfattn-seed", type=int, default=0, metavar="S", help="of the random inputs")
+    group.addoption("--selfattn-seed", type=_seed, default=0, metavar="S", help="of the random inputs")
+
+
+def _seed(words: str) -> int:
+    if not words.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"got {words!r}, expected a whole number that is not negative")
+    return int(words)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -64,14 +73,14 @@ def pytest_collection_modifyitems(
 ) -> None:
     """Add the items of each backend."""
     names = list(dict.fromkeys(config.getoption("selfattn_backend")))
-    if unknown := [name for name in names if name not in REGISTRY and ":" not in name]:
+    if unknown := [name for name in names if name not in REGISTRY and not is_target(name)]:
         raise pytest.UsageError(
             f"--selfattn-backend {', '.join(unknown)}: expected module:object, for example "
             f"my_package.mine:Backend, or one of {', '.join(REGISTRY)}."
         )
     runs = all_runs(level=config.getoption("selfattn_level"))
     for name in names:
-        collector = BackendCollector.from_parent(session, name=name, nodeid=name)
+        collector = BackendCollector.from_parent(session, name=name, nodeid=name, runs=runs)
         items.extend(CaseItem.from_parent(collector, name=run.id, run=run) for run in runs)
 
 
@@ -80,6 +89,10 @@ class BackendCollector(pytest.Collector):
 
     _outcomes: dict[Run, Outcome] | None = None
     _report: BackendReport | None = None
+
+    def __init__(self, *, runs: Sequence[Run], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.runs = runs
 
     def collect(self) -> Iterator[pytest.Item]:
         """Nothing: the items are made where the options are known."""
@@ -92,8 +105,21 @@ class BackendCollector(pytest.Collector):
                 item.run for item in self.session.items if isinstance(item, CaseItem) and item.parent is self
             ]
             self._report = run_backend(self.name, seed=self.config.getoption("selfattn_seed"), runs=chosen)
-            self._outcomes = {outcome.run: outcome for outcome in self._report.outcomes}
+            # The run of an outcome may be in another layout than was asked, where that is of no importance.
+            self._outcomes = dict(zip(chosen, self._report.outcomes, strict=False))
         return self._report, self._outcomes.get(run)
+
+    @cached_property
+    def answers_nothing(self) -> bool:
+        """Whether no chosen run was answered, once there is a report, and none that was left out might have been."""
+        report, outcomes = self._report, self._outcomes or {}
+        if report is None or any(outcome.status != "unclaimed" for outcome in outcomes.values()):
+            return False
+        return not any(
+            is_claimed(run, report.claims, report.layouts, report.dtypes)
+            for run in self.runs
+            if run not in outcomes
+        )
 
 
 class NotConformantError(Exception):
@@ -116,7 +142,11 @@ class CaseItem(pytest.Item):
         if outcome is None:
             raise NotConformantError(f"did not start: {report.error}")
         if outcome.status == "unclaimed":
-            pytest.skip(f"unclaimed{f': {outcome.message}' if outcome.message else ''}")
+            words = f"unclaimed{f': {outcome.message}' if outcome.message else ''}"
+            if self.parent.answers_nothing:
+                level = self.config.getoption("selfattn_level")
+                raise NotConformantError(f"{words}, as is everything else that is asked at level {level}")
+            pytest.skip(words)
         if outcome.status == "expected-failure":
             pytest.xfail(f"{outcome.reason} ({outcome.link})")
         if outcome.status != "pass":

@@ -557,6 +557,8 @@ def test_a_backend_whose_own_import_fails_is_shown_with_its_traceback(tmp_path, 
 def test_a_name_that_is_no_backend():
     with pytest.raises(ValueError, match="expected one of torch, keras-tensorflow"):
         run_backend("tensorfow")
+    with pytest.raises(ValueError, match="or module:object for your own"):
+        run_backend("torch:")
 
 
 def test_no_forward_case_can_see_the_key_bias():
@@ -608,6 +610,9 @@ def test_the_command_exits_by_what_it_found(on_path, tmp_path):
     refused = selfattn("conform", "toy_backends:Absent", "toy_backends:NotANumber", "--level", "core")
     assert refused.returncode == 2
     assert "did not start: backend 'toy_backends:Absent': toy_backends has no 'Absent'." in refused.stdout
+    nothing = selfattn("conform", "toy_backends:ClaimsNothing", "--level", "core")
+    assert nothing.returncode == 1
+    assert "toy_backends:ClaimsNothing: claims nothing that was asked at level core" in nothing.stdout
     one = tmp_path / "report"
     same = selfattn("conform", "torch", "--json", str(one), "--html", str(tmp_path / "." / "report"))
     assert same.returncode == 2

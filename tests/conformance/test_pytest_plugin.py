@@ -94,6 +94,36 @@ def test_a_failure_shows_the_verdict_and_no_traceback(theirs):
     assert "2 failed, 2 passed" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ClaimsNothing", "unclaimed, as is everything else that is asked at level core"),
+        ("DeclinesAll", "channels today, as is everything else that is asked at level core"),
+    ],
+)
+def test_a_backend_that_answers_nothing_fails_as_in_the_command(theirs, name, words):
+    level = ["--selfattn-backend", f"toy_backends:{name}", "--selfattn-level", "core", "--tb", "short", "-x"]
+    result = run_pytest(theirs, *level)
+    assert result.returncode == 1
+    assert words in result.stdout
+
+
+def test_what_was_not_chosen_might_have_been_answered(theirs):
+    """A backend without maps passes nothing among the maps, and fails nothing either."""
+    chosen = ["--selfattn-backend", "toy_backends:InferenceOnly", "-k", "MAP-001"]
+    result = run_pytest(theirs, *chosen)
+    assert result.returncode == 0, result.stdout
+    assert "skipped" in result.stdout
+    nothing = run_pytest(theirs, "--selfattn-backend", "toy_backends:ClaimsNothing", "-k", "MAP-001")
+    assert nothing.returncode == 1
+
+
+def test_a_backend_of_one_layout_is_asked_in_that_one(theirs):
+    result = run_pytest(theirs, "--selfattn-backend", "toy_backends:ChannelsFirst", "-k", "MAP-001", "-v")
+    assert result.returncode == 0, result.stdout
+    assert "SA-MAP-001/float64/channels_last PASSED" in result.stdout
+
+
 def test_expected_failures(theirs):
     result = run_pytest(
         theirs, "-rx", "--selfattn-backend", "toy_backends:KnownFailure", "-k", "FWD-001 and channels_last"
@@ -118,6 +148,13 @@ def test_wrong_options_are_told_at_once(theirs):
     assert result.returncode == 4
     assert "--selfattn-backend tensorfow: expected module:object" in result.stderr
     assert "Traceback" not in result.stderr
+    strange = run_pytest(theirs, "--selfattn-backend", ":", "--selfattn-backend", "a.b:")
+    assert strange.returncode == 4
+    assert "--selfattn-backend :, a.b:: expected module:object" in strange.stderr
+    for seed in ("-1", "1.5"):
+        negative = run_pytest(theirs, "--selfattn-seed", seed)
+        assert negative.returncode == 4
+        assert f"got {seed!r}, expected a whole number that is not negative" in negative.stderr
 
 
 def test_without_a_backend_it_changes_nothing(theirs):

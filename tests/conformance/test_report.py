@@ -179,6 +179,24 @@ def test_many_problems_are_cut_short_in_the_terminal_only(reports):
         assert form(data).count("wrong SA") == 18
 
 
+def test_a_backend_that_answers_nothing_is_told_why_it_fails():
+    runs = runs_of("SA-FWD-001")
+    nothing = [Outcome(run, "unclaimed") for run in runs]
+    declined = [nothing[0], Outcome(runs[1], "unclaimed", (), "cannot pool")]
+    some = [nothing[0], passing(runs[1])]
+    data = as_data([report("a", nothing), report("b", declined), report("c", some)], level="core")
+    first = "claims nothing that was asked at level core"
+    second = "answers nothing that was asked at level core; the first reason: cannot pool"
+    assert f"a: {first}\n\nb: {second}" in as_table(data)
+    assert "\nc: " not in as_table(data)
+    for form in (as_markdown, as_html):
+        assert f"{first}<" in form(data) or f"- {first}\n" in form(data)
+        assert second in form(data)
+    suites = list(ET.fromstring(as_junit(data)))  # noqa: S314 - of our own making
+    assert [suite.get("failures") for suite in suites] == ["1", "1", "0"]
+    assert suites[0].find("testcase[@name='claims']/failure").get("message") == first
+
+
 def _ids(prefix: str) -> list[str]:
     return [case.id for case in CASES if case.id.startswith(prefix)]
 

@@ -177,6 +177,21 @@ class NeverAnswers(InferenceOnly):
             time.sleep(0.05)
 
 
+class ClaimsNothing(Core):
+    def claims(self):
+        return frozenset()
+
+
+class DeclinesAll(Core):
+    def declines(self, config):
+        return f"no {config.channels} channels today"
+
+
+class ChannelsFirst(Core):
+    def layouts(self):
+        return ("channels_first",)
+
+
 class SinglePrecision(Core):
     def dtypes(self):
         return ("float32",)

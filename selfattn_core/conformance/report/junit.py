@@ -2,7 +2,7 @@
 
 from xml.etree import ElementTree as ET
 
-from selfattn_core.conformance.report.summary import Data, run_id
+from selfattn_core.conformance.report.summary import Data, run_id, unanswered
 
 __all__ = ["as_junit"]
 
@@ -15,7 +15,7 @@ def as_junit(data: Data) -> str:
     """
     root = ET.Element("testsuites", name="selfattn conform")
     for backend in data["backends"]:
-        _backend(root, backend)
+        _backend(root, data, backend)
     if data["kills"]:
         suite = ET.SubElement(root, "testsuite", name="self-test")
         for kill in data["kills"]:
@@ -29,7 +29,7 @@ def as_junit(data: Data) -> str:
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _backend(root: ET.Element, backend: Data) -> None:
+def _backend(root: ET.Element, data: Data, backend: Data) -> None:
     suite = ET.SubElement(root, "testsuite", name=backend["name"], time=f"{backend['seconds']:.3f}")
     if backend["versions"]:
         properties = ET.SubElement(suite, "properties")
@@ -39,6 +39,9 @@ def _backend(root: ET.Element, backend: Data) -> None:
         case = ET.SubElement(suite, "testcase", name="start", classname=backend["name"])
         words = backend["error"] or f"{', '.join(backend['missing'])} not installed"
         ET.SubElement(case, "error", message=words.splitlines()[-1]).text = words
+    if nothing := unanswered(data, backend):
+        case = ET.SubElement(suite, "testcase", name="claims", classname=backend["name"])
+        ET.SubElement(case, "failure", message=nothing)
     for outcome in backend["outcomes"]:
         case = ET.SubElement(
             suite, "testcase", name=run_id(outcome), classname=f"{backend['name']}.{outcome['family']}"

@@ -69,7 +69,7 @@ def _families(data: Data) -> list[str]:
 def _problems(data: Data) -> list[str]:
     lines = []
     for backend in data["backends"]:
-        if wrong := problems(backend):
+        if wrong := problems(data, backend):
             lines += [f"### {_escaped(backend['name'])}", ""]
             lines += [f"- {_escaped(line)}" for line in wrong[:_MOST_PROBLEMS]]
             if len(wrong) > _MOST_PROBLEMS:

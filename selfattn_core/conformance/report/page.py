@@ -129,7 +129,7 @@ def _card(data: Data, backend: Data) -> str:
 def _problems(data: Data) -> str:
     parts = []
     for backend in data["backends"]:
-        if wrong := problems(backend):
+        if wrong := problems(data, backend):
             parts.append(f"<h3>{escape(backend['name'])}</h3>{_items(wrong[:_FEW_PROBLEMS])}")
             if more := wrong[_FEW_PROBLEMS:]:
                 parts.append(f"<details><summary>and {len(more)} more</summary>{_items(more)}</details>")

@@ -20,6 +20,7 @@ __all__ = [
     "ratio_of",
     "run_id",
     "tested_levels",
+    "unanswered",
     "verdict",
     "worst",
 ]
@@ -153,12 +154,35 @@ def worst(data: Data, number: int) -> list[tuple[Data, Data, float]]:
     return sorted(found.values(), key=lambda row: -row[2])[:number]
 
 
-def problems(backend: Data) -> list[str]:
-    """What is wrong with a backend, one line each."""
+def unanswered(data: Data, backend: Data) -> str:
+    """Why a backend that was asked answered nothing at all, which is no pass; empty if it did answer.
+
+    Args:
+        data: the report.
+        backend: of `data["backends"]`.
+    """
+    outcomes = backend["outcomes"]
+    if not outcomes or any(outcome["status"] != "unclaimed" for outcome in outcomes):
+        return ""
+    reason = next((outcome["message"] for outcome in outcomes if outcome["message"]), "")
+    if reason:
+        return f"answers nothing that was asked at level {data['level']}; the first reason: {reason}"
+    return f"claims nothing that was asked at level {data['level']}"
+
+
+def problems(data: Data, backend: Data) -> list[str]:
+    """What is wrong with a backend, one line each.
+
+    Args:
+        data: the report.
+        backend: of `data["backends"]`.
+    """
     if backend["missing"]:
         return [f"{', '.join(backend['missing'])} not installed: pip install 'selfattn[{backend['extra']}]'"]
     if backend["error"]:
         return [f"did not start: {backend['error']}"]
+    if nothing := unanswered(data, backend):
+        return [nothing]
     return [
         f"{outcome['case']} ({outcome['title']}; {outcome['dtype']}, {outcome['layout']}): "
         f"{outcome['status']}: {outcome['message']}"

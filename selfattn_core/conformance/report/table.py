@@ -122,7 +122,7 @@ def _below(data: Data) -> list[str]:
         lines += [f"  {backend['name']}: {_versions(backend['versions'])}" for backend in data["backends"]]
         lines.append(f"  spec: {_versions(data['versions'])}")
     for backend in data["backends"]:
-        wrong = problems(backend)
+        wrong = problems(data, backend)
         lines += [""] if wrong else []
         lines += [f"{backend['name']}: {line}" for line in wrong[:_MOST_PROBLEMS]]
         if len(wrong) > _MOST_PROBLEMS:
