@@ -1,7 +1,8 @@
 """What a backend of the conformance kit is, and the six that ship with this library."""
 
 import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -140,6 +141,9 @@ METHODS: Mapping[Ability, str] = {
 ABILITIES: tuple[Ability, ...] = tuple(METHODS)
 
 
+_DTYPES = ("float32", "float64")
+
+
 @dataclass(frozen=True)
 class Registered:
     """Where a backend is found and what its process needs.
@@ -184,8 +188,8 @@ def resolve(target: str) -> Backend:
         target: "module:object"; the object is a backend, or a class or function that makes one.
 
     Raises:
-        NotABackendError: if the target is not spelled so, there is no such module or object, or the object lacks parts
-            of the protocol; names them.
+        NotABackendError: if the target is not spelled so, there is no such module or object, or the object has not the
+            form of the protocol; names what it lacks and what is of another kind.
 
     Example:
         >>> resolve("torch")
@@ -209,9 +213,7 @@ def resolve(target: str) -> Backend:
         if not hasattr(found, part):
             raise NotABackendError(f"backend {target!r}: {module_name} has no {attribute!r}.")
         found = getattr(found, part)
-    candidate: Any = found
-    if callable(candidate) and (isinstance(candidate, type) or not hasattr(candidate, "build")):
-        candidate = candidate()
+    candidate = _made(target, found)
     problems = _problems(candidate)
     if problems:
         raise NotABackendError(
@@ -239,7 +241,7 @@ def declined(backend: Backend, config: SelfAttentionConfig) -> str:
 
 def dtypes_of(backend: Backend) -> tuple[str, ...]:
     """What a backend computes in; float32 and float64 if it does not say."""
-    return tuple(backend.dtypes()) if hasattr(backend, "dtypes") else ("float32", "float64")
+    return tuple(backend.dtypes()) if hasattr(backend, "dtypes") else _DTYPES
 
 
 def expected_failures_of(backend: Backend) -> dict[str, tuple[str, str]]:
@@ -248,36 +250,101 @@ def expected_failures_of(backend: Backend) -> dict[str, tuple[str, str]]:
 
 
 _ALWAYS = ("name", "versions", "claims", "layouts", "build")
+_OPTIONAL = ("declines", "update", "eager")
+
+_SAYS: Mapping[str, tuple[type[Any], str]] = {
+    "versions": (Mapping, "a mapping of names to versions"),
+    "claims": (Iterable, f"a set of {', '.join(ABILITIES)}"),
+    "layouts": (Iterable, f"a tuple of {', '.join(get_args(Layout))}"),
+    "dtypes": (Iterable, f"a tuple of {', '.join(DTYPES)}"),
+    "expected_failures": (Mapping, "a mapping of runs to (reason, link)"),
+}
+"""What the methods without arguments have to say."""
+
+
+def _made(target: str, found: Any) -> Any:
+    """The backend that a target names, or that is made by what it names."""
+    if not callable(found) or (hasattr(found, "build") and not isinstance(found, type)):
+        return found
+    if needs := _needs(found):
+        raise NotABackendError(
+            f"backend {target!r}: it is called without arguments to make a backend, and needs {needs}; "
+            "name an object that is one, or a function that makes it."
+        )
+    return found()
+
+
+def _needs(function: Callable[..., Any]) -> str:
+    """The arguments without which it cannot be called."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        # Of some that are written in C it is not known.
+        return ""
+    given = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return ", ".join(
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind not in given
+    )
 
 
 def _problems(candidate: Any) -> list[str]:
-    missing = [name for name in _ALWAYS if not hasattr(candidate, name)]
-    claims = sorted(candidate.claims()) if hasattr(candidate, "claims") else []
-    known = [claim for claim in claims if claim in METHODS]
-    missing += [method for claim in known if not hasattr(candidate, method := METHODS[claim])]
-    problems = [f"lacks {', '.join(dict.fromkeys(missing))}"] if missing else []
-    layouts = list(candidate.layouts()) if hasattr(candidate, "layouts") else []
-    for kind, received, choices in (
-        ("claims", claims, ABILITIES),
-        ("layouts", layouts, get_args(Layout)),
-        ("dtypes", list(dtypes_of(candidate)), DTYPES),
-    ):
-        if strange := [name for name in received if name not in choices]:
+    said, problems = _sayings(candidate)
+    claims = said.get("claims", [])
+    wanted = [*_ALWAYS, *(METHODS[claim] for claim in claims if claim in ABILITIES)]
+    missing = [name for name in dict.fromkeys(wanted) if not hasattr(candidate, name)]
+    problems = ([f"lacks {', '.join(missing)}"] if missing else []) + problems
+    problems += _uncallable(candidate, wanted)
+    if not isinstance(name := getattr(candidate, "name", ""), str):
+        problems.append(f"name is {_short(name)}, where a string is needed")
+    for kind, choices in (("claims", ABILITIES), ("layouts", get_args(Layout)), ("dtypes", DTYPES)):
+        if strange := [each for each in said.get(kind, []) if each not in choices]:
             problems.append(f"{kind} {', '.join(map(str, strange))}, where there are {', '.join(choices)}")
-    if not layouts and "layouts" not in missing:
+    if said.get("layouts") == []:
         problems.append("has no layouts, where one of channels_last and channels_first is needed")
-    return problems + _expectation_problems(candidate)
+    expected = said.get("expected_failures", {})
+    # Where something else is wrong, what it would be asked is not known.
+    claimed = _claimed_runs(candidate, said) if expected and not problems else None
+    return problems + _expectation_problems(expected, claimed)
 
 
-def _expectation_problems(candidate: Any) -> list[str]:
+def _sayings(candidate: Any) -> tuple[dict[str, Any], list[str]]:
+    """What the methods without arguments say, mappings as such and the rest as lists; and those that say it wrongly."""
+    said: dict[str, Any] = {}
+    problems = []
+    for method, (kind, expected) in _SAYS.items():
+        if not callable(function := getattr(candidate, method, None)):
+            continue
+        if needs := _needs(function):
+            problems.append(f"{method}() needs {needs}, where it is called without arguments")
+            continue
+        answer: Any = function()
+        if not isinstance(answer, kind) or isinstance(answer, str | bytes):
+            problems.append(f"{method}() gives {_short(answer)}, where {expected} is needed")
+        else:
+            said[method] = dict(answer) if kind is Mapping else list(answer)
+    return said, problems
+
+
+def _uncallable(candidate: Any, wanted: Iterable[str]) -> list[str]:
+    """The methods that are there and are none."""
+    methods = dict.fromkeys([*wanted, *_SAYS, *_OPTIONAL])
+    there = {method: getattr(candidate, method) for method in methods if hasattr(candidate, method)}
+    return [
+        f"{method} is {_short(value)}, where a method is needed"
+        for method, value in there.items()
+        if method != "name" and not callable(value) and not (method in _OPTIONAL and value is None)
+    ]
+
+
+def _expectation_problems(expected: Mapping[Any, Any], claimed: list[Run] | None) -> list[str]:
     problems = []
     ids = {case.id for case in CASES}
-    expected = expected_failures_of(candidate)
-    claimed = _claimed_runs(candidate) if expected else []
     for key, why in expected.items():
-        if key.partition("/")[0] not in ids:
+        if str(key).partition("/")[0] not in ids:
             problems.append(f"expects {key} to fail, which is no case")
-        elif not any(run.is_named(key) for run in claimed):
+        elif claimed is not None and not any(run.is_named(key) for run in claimed):
             problems.append(
                 f"expects {key} to fail, which names no run that it claims, as in {all_runs()[0].id} or its beginning"
             )
@@ -286,16 +353,20 @@ def _expectation_problems(candidate: Any) -> list[str]:
     return problems
 
 
-def _claimed_runs(candidate: Any) -> list[Run]:
-    """What a backend will be asked for, as it is reported; nothing where it does not say what it claims."""
-    if not all(hasattr(candidate, name) for name in ("claims", "layouts")) or not candidate.layouts():
-        return []
-    claims, layouts, dtypes = candidate.claims(), candidate.layouts(), dtypes_of(candidate)
+def _claimed_runs(candidate: Any, said: Mapping[str, Any]) -> list[Run]:
+    """What a backend will be asked for, as it is reported."""
+    claims, layouts = said["claims"], said["layouts"]
+    dtypes = said.get("dtypes", _DTYPES)
     return [
         replace(run, layout=chosen_layout(run, layouts))
         for run in all_runs()
         if is_claimed(run, claims, layouts, dtypes) and not declined(candidate, run.case.config)
     ]
+
+
+def _short(value: object) -> str:
+    words = repr(value)
+    return words if len(words) <= 60 else f"{words[:59]}…"
 
 
 def _is_reason(why: object) -> bool:

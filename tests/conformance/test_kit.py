@@ -543,6 +543,51 @@ def test_a_backend_that_does_not_start(on_path, target, words):
     assert words in as_table(as_data([report]))
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "Formless",
+            [
+                "versions() gives None, where a mapping of names to versions is needed",
+                "layouts() gives 'channels_last', where a tuple of channels_last, channels_first is needed",
+                "dtypes() gives 'float32', where a tuple of",
+                "expected_failures() gives ['SA-FWD-001'], where a mapping of runs to (reason, link) is needed",
+                "forward is 3, where a method is needed",
+                "update is 'later', where a method is needed",
+                "name is None, where a string is needed",
+            ],
+        ),
+        ("ClaimsAWord", ["claims() gives 'forward', where a set of forward, map, vjp"]),
+        ("ClaimsNone", ["claims() gives None, where a set of forward"]),
+        ("ClaimsAttribute", ["claims is ('forward',), where a method is needed"]),
+        ("ClaimsOfSomething", ["claims() needs what, where it is called without arguments"]),
+        ("ClaimsMixed", ["claims 3, ['map'], where there are forward"]),
+        ("ExpectsNumber", ["lacks attention_map; expects 3 to fail, which is no case"]),
+        (
+            "Configured",
+            [
+                "it is called without arguments to make a backend, and needs path, device; name an object that",
+            ],
+        ),
+        ("configured", ["called without arguments to make a backend, and needs path;"]),
+        ("sys", ["lacks name, versions, claims, layouts, build"]),
+    ],
+)
+def test_what_has_not_the_form_of_a_backend_is_refused(on_path, name, words):
+    report = run_backend(f"toy_backends:{name}", runs=FEW[:1])
+    assert report.refused
+    assert "Traceback" not in report.error
+    for each in words:
+        assert each in report.error
+
+
+def test_the_form_of_a_backend_is_not_narrower_than_its_use(on_path):
+    report = run_backend("toy_backends:Generous", runs=FEW)
+    assert report.passed, report.error
+    assert report.claims == ("forward", "map")
+
+
 def test_a_backend_whose_own_import_fails_is_shown_with_its_traceback(tmp_path, monkeypatch):
     (tmp_path / "needy.py").write_text("import no_such_framework\n", encoding="utf-8")
     monkeypatch.setenv(

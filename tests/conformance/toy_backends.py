@@ -260,6 +260,85 @@ class Placeless(InferenceOnly):
         return ()
 
 
+class Formless(Core):
+    """Nothing has the kind that it should have."""
+
+    name = None
+    forward = 3
+    update = "later"
+
+    def versions(self):
+        return None
+
+    def claims(self):
+        return ("forward",)
+
+    def layouts(self):
+        return "channels_last"
+
+    def dtypes(self):
+        return "float32"
+
+    def expected_failures(self):
+        return ["SA-FWD-001"]
+
+
+class ClaimsAWord(Core):
+    def claims(self):
+        return "forward"
+
+
+class ClaimsNone(Core):
+    def claims(self):
+        return None
+
+
+class ClaimsAttribute(Core):
+    claims = ("forward",)
+
+
+class ClaimsOfSomething(Core):
+    def claims(self, what):
+        return frozenset({"forward", what})
+
+
+class ClaimsMixed(Core):
+    def claims(self):
+        return ["forward", 3, ["map"]]
+
+
+class ExpectsNumber(Lacking):
+    def expected_failures(self):
+        return {3: ("why", "where")}
+
+
+class Configured(Core):
+    def __init__(self, path, *, device, size=3):
+        self.path, self.device, self.size = path, device, size
+
+
+def configured(path):
+    return Configured(path, device="any")
+
+
+class Generous(Core):
+    """Says it all by other means than tuples, and takes what it does not need."""
+
+    declines = update = eager = None
+
+    def __init__(self, *args, size=3, **kwargs):
+        self.size = size
+
+    def claims(self):
+        return iter(["forward", "map"])
+
+    def layouts(self):
+        return {"channels_last": 1}
+
+    def expected_failures(self):
+        return {}
+
+
 class Surroundings(InferenceOnly):
     """Says in its versions what it finds in the environment, and writes down which processes it lives in."""
 
