@@ -41,17 +41,11 @@ def in_turns(name):
     ]
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """What JAX compiles for one backend serves the next, as in the command."""
-    return tmp_path_factory.mktemp("programs")
-
-
 @pytest.mark.parametrize("name", REGISTRY)
-def test_backend_is_conformant(name, programs, monkeypatch):
+def test_backend_is_conformant(name, monkeypatch):
     # Most of JAX's time is XLA's, for programs that are then run once.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    report = run_backend(name, runs=in_turns(name), programs=programs)
+    report = run_backend(name, runs=in_turns(name))
     assert report.passed, as_table(as_data([report]))
     unclaimed = {outcome.run.case.family for outcome in report.outcomes if outcome.status == "unclaimed"}
     assert unclaimed == UNCLAIMED.get(name, set())
