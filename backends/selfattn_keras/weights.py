@@ -74,14 +74,24 @@ def from_canonical(
     # Unseeded initializers draw their seed from Python's random state, which is the caller's.
     state = random.getstate()
     try:
-        # What is overwritten at once is not drawn, for JAX compiles a draw for each shape. The initializers are then
-        # those of any layer, for whoever makes another one of its config.
+        # What is overwritten at once is neither drawn nor filled by JAX, which compiles that for each shape. The
+        # initializers are then those of any layer, for whoever makes another one of its config.
         layer = SelfAttention2D.from_spec(
-            config, block_size=block_size, data_format=data_format, kernel_initializer="zeros", dtype=dtype
+            config,
+            block_size=block_size,
+            data_format=data_format,
+            kernel_initializer=_zeros,
+            bias_initializer=_zeros,
+            gamma_initializer=_zeros,
+            dtype=dtype,
         )
         layer.kernel_initializer = keras.initializers.get("glorot_uniform")
+        layer.bias_initializer = keras.initializers.get("zeros")
+        layer.gamma_initializer = keras.initializers.get("zeros")
         for name in projections(config):
-            getattr(layer, name).kernel_initializer = own_copy(layer.kernel_initializer, name)
+            child = getattr(layer, name)
+            child.kernel_initializer = own_copy(layer.kernel_initializer, name)
+            child.bias_initializer = own_copy(layer.bias_initializer, name)
     finally:
         random.setstate(state)
     for name, array in arrays.items():
@@ -89,6 +99,10 @@ def from_canonical(
         # A copy, for JAX takes over the memory of an array that it is given.
         target.assign(np.array(array, order="C").reshape(target.shape))
     return layer
+
+
+def _zeros(shape: tuple[int, ...], dtype: str | None = None) -> Array:  # noqa: ARG001 - Keras casts what it is given
+    return np.zeros(shape, np.float32)
 
 
 def load(

@@ -98,6 +98,7 @@ def test_a_loaded_layer_has_the_initializers_of_any_other():
     for name in projections(FULL):
         one, other = getattr(loaded, name), getattr(new, name)
         assert type(one.kernel_initializer) is type(other.kernel_initializer)
+        assert type(one.bias_initializer) is type(other.bias_initializer)
         seeds.add(one.kernel_initializer.seed)
     assert len(seeds) == len(projections(FULL))
 
