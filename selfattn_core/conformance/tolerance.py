@@ -2,10 +2,10 @@
 
 The floor of a quantity is the error of the numpy spec, run in the dtype under test, against the spec in float64, plus
 a few ulp, since that error is one draw and can be small by luck. In float32 it is the larger one of two errors: the
-spec divides exponentials by their sum, fused kernels subtract its logarithm from the logits and take D from the output,
-and both are right. A comparison passes if the error is at most `FACTORS`
-floors, and at most a hard cap in ulp so that a noisy spec cannot hide a bug. Two dtypes borrow the error of another,
-times the ratio of the epsilons: float64 has nothing wider to be compared with, and numpy has no bfloat16.
+spec divides exponentials by their sum, fused kernels subtract its logarithm from the logits and take D from the
+output, and both are right. A comparison passes if the error is at most `FACTORS` floors, and at most a hard cap in
+ulp so that a noisy spec cannot hide a bug. Two dtypes borrow the error of another, times the ratio of the epsilons:
+float64 has nothing wider to be compared with, and numpy has no bfloat16.
 
 An ulp here is eps times the largest wanted value, and grows with the logits beyond 8, as the softmax's own error
 does (from 1 on where the map is uniform, and the spec makes no such error); but not in 16 bits where queries and keys
