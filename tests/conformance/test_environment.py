@@ -12,13 +12,18 @@ from selfattn_core.conformance.runner import run_backend, run_backends
 from selfattn_core.conformance.runs import all_runs
 
 HERE = Path(__file__).parent
+PROGRAMS = (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
+)
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])))
-    for name in (*THREADS, "JAX_COMPILATION_CACHE_DIR"):
+    for name in (*THREADS, *PROGRAMS):
         monkeypatch.delenv(name, raising=False)
 
 
