@@ -1,4 +1,4 @@
-"""For all tests: what JAX compiles in one of them is not compiled again in another, nor in the processes they start."""
+"""For all tests: JAX compiles once what several need, and threads of OpenMP wait without taking the cores of others."""
 
 import os
 import shutil
@@ -15,6 +15,7 @@ MADE = pytest.StashKey[str]()
 
 
 def pytest_configure(config):
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A folder for each process of xdist, whose controller runs no tests: JAX does not write its files atomically.
     if PROGRAMS not in os.environ and config.getoption("numprocesses", None) is None:
         config.stash[MADE] = tempfile.mkdtemp(prefix="selfattn-tests-programs-")

@@ -42,7 +42,10 @@ def environment(
         'jax'
     """
     threads = str(max(least_threads, cores() // processes))
-    preferred = {**dict.fromkeys(_THREADS, threads), **_SHARED_ACCELERATOR} if processes > 1 else {}
+    preferred: dict[str, str] = {}
+    if processes > 1:
+        # A thread that spins while it waits takes the core from what it waits for.
+        preferred = {**dict.fromkeys(_THREADS, threads), "OMP_WAIT_POLICY": "PASSIVE", **_SHARED_ACCELERATOR}
     if programs is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         preferred |= {
             "JAX_COMPILATION_CACHE_DIR": str(programs),

@@ -24,20 +24,22 @@ def layouts(name):
     return LAYOUTS[:1] if name.startswith("flax") else LAYOUTS
 
 
-# They share the compiler, which takes a second for a derivative, and the attention itself: of the families below each is
-# asked a third.
-SHARING = ("keras-jax", "flax-nnx", "flax-linen")
-SHARED = ("vjp", "r1", "mixed", "dtype")
+# They share the attention itself and, on JAX, the compiler, which takes a second for a derivative: of the families below
+# each is asked its part.
+GROUPS = (("keras-jax", "flax-nnx", "flax-linen"), ("torch", "keras-torch"), ("keras-tensorflow",))
+SHARED = ("forward", "map", "vjp", "r1", "mixed", "dtype")
 
 
 def in_turns(name):
     """Of each case one run."""
     runs = [run for run in all_runs() if run.layout in layouts(name)]
     grouped = [list(group) for _, group in groupby(runs, key=lambda run: run.case.id)]
+    (sharing,) = (group for group in GROUPS if name in group)
+    parts = len(sharing)
     return [
-        group[turn // 3 % len(group)]
+        group[turn // parts % len(group)]
         for turn, group in enumerate(grouped)
-        if name not in SHARING or group[0].case.family not in SHARED or SHARING[turn % 3] == name
+        if group[0].case.family not in SHARED or sharing[turn % parts] == name
     ]
 
 
@@ -54,7 +56,7 @@ def test_backend_is_conformant(name, monkeypatch):
     assert report.level == LEVELS[name]
 
 
-@pytest.mark.parametrize("names", [["torch"], ["keras-torch"], SHARING])
+@pytest.mark.parametrize("names", GROUPS)
 def test_the_turns_leave_nothing_out(names):
     runs = [run for name in names for run in in_turns(name)]
     assert {run.case for run in runs} == set(CASES)
