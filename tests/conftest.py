@@ -3,27 +3,25 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
-PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
-KEEPS_ALL = {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
-MADE = pytest.StashKey[str]()
+from selfattn_core.conformance.environment import kept_programs
+
+PROGRAMS = pytest.StashKey[Path]()
 
 
 def pytest_configure(config):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # A folder for each process of xdist, whose controller runs no tests: JAX does not write its files atomically.
-    if PROGRAMS not in os.environ and config.getoption("numprocesses", None) is None:
-        config.stash[MADE] = tempfile.mkdtemp(prefix="selfattn-tests-programs-")
-        os.environ |= {PROGRAMS: config.stash[MADE], **KEEPS_ALL}
+    # A folder for each process of xdist, whose controller runs no tests.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and config.getoption("numprocesses", None) is None:
+        config.stash[PROGRAMS] = Path(tempfile.mkdtemp(prefix="selfattn-tests-programs-"))
+        os.environ |= kept_programs(config.stash[PROGRAMS])
 
 
 def pytest_unconfigure(config):
-    if MADE in config.stash:
-        for name in (PROGRAMS, *KEEPS_ALL):
+    if PROGRAMS in config.stash:
+        for name in kept_programs(config.stash[PROGRAMS]):
             os.environ.pop(name, None)
-        shutil.rmtree(config.stash[MADE], ignore_errors=True)
+        shutil.rmtree(config.stash[PROGRAMS], ignore_errors=True)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["cores", "environment"]
+__all__ = ["cores", "environment", "kept_programs"]
 
 _ARITHMETIC: Mapping[str, str] = {
     # float64 needs x64 in JAX, and full float32 products need the reduced formats of accelerators off. They are set
@@ -47,12 +47,26 @@ def environment(
         # A thread that spins while it waits takes the core from what it waits for.
         preferred = {**dict.fromkeys(_THREADS, threads), "OMP_WAIT_POLICY": "PASSIVE", **_SHARED_ACCELERATOR}
     if programs is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        preferred |= {
-            "JAX_COMPILATION_CACHE_DIR": str(programs),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
+        preferred |= kept_programs(programs)
     return {**preferred, **os.environ, **_ARITHMETIC, **own}
+
+
+def kept_programs(folder: Path) -> dict[str, str]:
+    """The variables by which JAX keeps all that it compiles in a folder.
+
+    Args:
+        folder: of one process at a time, or of processes that take a damaged program for none: JAX does not write its
+            files atomically.
+
+    Example:
+        >>> kept_programs(Path("programs"))["JAX_COMPILATION_CACHE_DIR"]
+        'programs'
+    """
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def cores() -> int:

@@ -11,6 +11,8 @@ import selfattn_flax
 from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec
 from selfattn_core.params import fold_spectral_norm, projections, state_table
 from selfattn_flax import linen
+from selfattn_flax.conformance import nnx_backend
+from selfattn_flax.conformance.mutants import MovesInEvaluation
 
 CONFIG = SelfAttentionConfig(11, 3, 5, out_projection=True, kv_pool=2, spectral_norm=True)
 EPS = float(np.finfo(np.float32).eps)
@@ -290,3 +292,13 @@ def test_the_option_is_checked():
     with pytest.raises(ValueError, match="spectral_norm=1 must be True or False"):
         selfattn_flax.SelfAttention2D(16, spectral_norm=1, rngs=nnx.Rngs(0))
     assert set(parameter_table(CONFIG)).isdisjoint(state_table(CONFIG))
+
+
+@pytest.mark.parametrize("call", ["forward", "vjp"])
+def test_the_kit_sees_the_state_that_a_call_moves(call):
+    """By its own backend, of a layer that moves what an evaluation should leave alone."""
+    params, x = designed()
+    for backend, moves in ((MovesInEvaluation(), True), (nnx_backend, False)):
+        model = backend.build(CONFIG, params, "float32", "channels_last")
+        getattr(backend, call)(model, *((x,) if call == "forward" else (x, x)))
+        assert (backend.params(model)["query.u"] != params["query.u"]).any() == moves

@@ -7,28 +7,25 @@ import pytest
 
 from selfattn_core.conformance import environment as module
 from selfattn_core.conformance import runner
-from selfattn_core.conformance.environment import environment
+from selfattn_core.conformance.environment import environment, kept_programs
 from selfattn_core.conformance.runner import run_backend, run_backends
 from selfattn_core.conformance.runs import all_runs
 
 HERE = Path(__file__).parent
-PROGRAMS = (
-    "JAX_COMPILATION_CACHE_DIR",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
-)
+PROGRAMS = tuple(kept_programs(Path()))
+WAITING = "OMP_WAIT_POLICY"
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])))
-    for name in (*THREADS, *PROGRAMS):
+    for name in (*THREADS, *PROGRAMS, WAITING):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_one_process_has_all_threads():
-    assert not set(THREADS) & set(environment({}))
+    assert not {*THREADS, WAITING} & set(environment({}))
 
 
 @pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 2, "4"), (3, 2, "1"), (1, 2, "1")])
@@ -36,6 +33,7 @@ def test_processes_share_the_cores(monkeypatch, cores, processes, threads):
     monkeypatch.setattr(module, "cores", lambda: cores)
     found = environment({}, processes=processes)
     assert {found[name] for name in THREADS} == {threads}
+    assert found[WAITING] == "PASSIVE", "a thread that spins takes the core of another process"
     found = environment({}, processes=processes, least_threads=2)
     assert {found[name] for name in THREADS} == {str(max(2, int(threads)))}
 

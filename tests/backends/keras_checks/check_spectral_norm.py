@@ -8,6 +8,8 @@ from keras import ops
 from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec
 from selfattn_core.params import fold_spectral_norm, projections, state_table
 from selfattn_keras import SelfAttention2D, from_canonical, load, save, to_canonical
+from selfattn_keras.conformance import backend
+from selfattn_keras.conformance.mutants import MovesInEvaluation
 from selfattn_keras.spectral_norm import SpectralConv2D
 from selfattn_keras.weights import variable
 
@@ -305,3 +307,13 @@ def test_the_option_is_checked_and_kept():
         SelfAttention2D(spectral_norm=1)
     layer = SelfAttention2D(3, spectral_norm=True)
     assert SelfAttention2D.from_config(layer.get_config()).spectral_norm is True
+
+
+@pytest.mark.parametrize("call", ["forward", "vjp"])
+def test_the_kit_sees_the_state_that_a_call_moves(call):
+    """By its own backend, of a layer that moves what an evaluation should leave alone."""
+    params, x = designed()
+    for kit, moves in ((MovesInEvaluation(), True), (backend, False)):
+        model = kit.build(CONFIG, params, DTYPE, "channels_last")
+        getattr(kit, call)(model, *((x,) if call == "forward" else (x, x)))
+        assert (kit.params(model)["query.u"] != params["query.u"]).any() == moves
