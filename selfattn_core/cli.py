@@ -9,12 +9,13 @@ import click
 
 from selfattn_core import __version__
 from selfattn_core.exit_codes import MISSING
+from selfattn_core.guard import GuardedGroup
 from selfattn_core.porting import commands
 
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=GuardedGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="selfattn")
 def main() -> None:
     """SAGAN-style 2-D self-attention: one function in PyTorch, Keras and Flax, proven equal."""

@@ -1,9 +1,11 @@
 """The one message for a framework that is not installed."""
 
+import importlib
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
-__all__ = ["missing_modules", "require"]
+__all__ = ["imported", "missing_modules", "require"]
 
 
 def missing_modules(modules: Sequence[str]) -> list[str]:
@@ -40,3 +42,23 @@ def require(package: str, modules: Sequence[str], extra: str) -> None:
             f"pip install 'selfattn[{extra}]'",
             name=missing[0],
         )
+
+
+def imported(module: str) -> Any:
+    """A module that is installed, by its name, so that nothing of ours imports a framework before it is needed.
+
+    Args:
+        module: its full name.
+
+    Raises:
+        ImportError: if it cannot be loaded, for whatever reason; a shared library that is missing or of another processor
+            is an OSError to Python.
+
+    Example:
+        >>> imported("json").__name__
+        'json'
+    """
+    try:
+        return importlib.import_module(module)
+    except OSError as error:
+        raise ImportError(str(error), name=module) from error

@@ -1,18 +1,40 @@
-"""Files that a command's reports go to, looked at before the work is done."""
+"""Files that a command's results go to: looked at before the work is done, and written after it."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["STANDARD_OUTPUT", "target_problems"]
+import click
+
+from selfattn_core.writing import is_standard_output, write_atomically
+
+__all__ = [
+    "STANDARD_OUTPUT",
+    "is_replaced",
+    "is_same",
+    "report_target",
+    "target_problems",
+    "would_replace",
+    "write_report",
+]
 
 STANDARD_OUTPUT = "-"
+
+
+def report_target(target: str) -> str:
+    """The target, and "-" where it is another name of standard output.
+
+    Example:
+        >>> report_target("/dev/stdout"), report_target("report.json")
+        ('-', 'report.json')
+    """
+    return STANDARD_OUTPUT if target and is_standard_output(target) else target
 
 
 def target_problems(
     targets: Mapping[str, str], *, keep: Mapping[str, str | os.PathLike[str]] | None = None
 ) -> list[str]:
-    """Why reports cannot be written there; a report replaces what it finds.
+    """Why reports cannot be written there; a report replaces the file that it finds.
 
     Args:
         targets: file by the option's name; "-" is standard output, about which nothing is said.
@@ -40,25 +62,68 @@ def target_problems(
             problems.append(f"{given}: there is no folder {path.parent}")
         elif path.is_dir():
             problems.append(f"{given}: is a folder, where a file is expected")
-        else:
+        elif is_replaced(path):
             problems += [
-                f"{given}: would replace {name}{'' if same else ', or a part of it'}; name another file"
+                f"{given}: would replace {name}{'' if is_same(path, Path(kept)) else ', or a part of it'}; name another file"
                 for name, kept in (keep or {}).items()
-                if (same := _is_same(path, Path(kept))) or _is_part(path, Path(kept))
+                if would_replace(path, kept)
             ]
     return problems
 
 
-def _is_same(path: Path, kept: Path) -> bool:
+def is_replaced(path: Path) -> bool:
+    """Whether writing there makes a file or replaces one; a device or a pipe is written into.
+
+    Example:
+        >>> is_replaced(Path("report.json")), is_replaced(Path(os.devnull))
+        (True, False)
+    """
+    return path.is_file() or not path.exists()
+
+
+def is_same(path: Path, kept: Path) -> bool:
+    """Whether two names are of one file, as of a symbolic or a hard link.
+
+    Example:
+        >>> is_same(Path("layer.npz"), Path("./layer.npz"))
+        True
+    """
     if os.path.realpath(path) == os.path.realpath(kept):
         return True
-    # Two names of one file, as of a hard link.
     return path.exists() and kept.exists() and path.samefile(kept)
 
 
-def _is_part(path: Path, kept: Path) -> bool:
-    """Whether it lies in a checkpoint that is a folder, or is one of the files that a TensorFlow checkpoint's name begins."""
+def would_replace(path: str | os.PathLike[str], kept: str | os.PathLike[str]) -> bool:
+    """Whether writing to a path would replace another file or folder, or a part of it.
+
+    Args:
+        path: what is going to be written.
+        kept: a file, a checkpoint that is a folder, or what the names of a TensorFlow checkpoint's files begin with.
+
+    Example:
+        >>> would_replace("model.index", "model"), would_replace("model.json", "model")
+        (True, False)
+    """
+    path, kept = Path(path), Path(kept)
+    if is_same(path, kept):
+        return True
     real, whole = os.path.realpath(path), os.path.realpath(kept)
     if kept.is_dir():
         return Path(whole) in Path(real).parents
     return real == f"{whole}.index" or real.startswith(f"{whole}.data-")
+
+
+def write_report(target: str, text: str) -> None:
+    """Write a report to a file, whole or not at all, or to standard output.
+
+    Args:
+        target: a path, or "-".
+        text: the report, which ends with a new line.
+
+    Raises:
+        OSError: if it cannot be written; an existing file is left as it was.
+    """
+    if target == STANDARD_OUTPUT:
+        click.echo(text, nl=False)
+        return
+    write_atomically(Path(target), text.encode(), overwrite=True)

@@ -29,7 +29,8 @@ from selfattn_core.maps import (
     unflatten,
     upsample,
 )
-from selfattn_core.weights import PathLike, write_atomically
+from selfattn_core.weights import PathLike
+from selfattn_core.writing import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,8 @@ absent option has its default, or, in a file of several blocks, a JSON object of
 
 import json
 import os
-import secrets
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import check_params, parameter_table, state_table, widen
+from selfattn_core.writing import write_atomically
 
 __all__ = ["configs_of", "load", "save", "save_blocks", "write_atomically"]
 
@@ -225,58 +225,6 @@ def _write(path: Path, tensors: dict[str, Array], config: str, overwrite: bool, 
     ):
         raise RuntimeError("safetensors did not store the arrays as they are; nothing was written.")
     write_atomically(path, content, overwrite=overwrite)
-
-
-def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview], *, overwrite: bool) -> None:
-    """Put the content at the path so that a reader, a crash or a full disk never sees half of it.
-
-    Args:
-        path: the target; a symbolic link is followed.
-        content: all bytes of the file, in one piece or in several.
-        overwrite: whether an existing file may be replaced.
-
-    Raises:
-        FileExistsError: if the target exists and `overwrite` is False.
-        OSError: if it cannot be written; an existing target is left as it was.
-    """
-    path = Path(os.path.realpath(path))
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder; name a file in it. Nothing was written.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"{path}: exists already and was left as it is; pass overwrite=True to replace it."
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder; nothing was written.")
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        # "x" gives the new file the permissions that the process' umask asks for.
-        with beside.open("xb") as file:
-            for piece in [content] if isinstance(content, bytes) else content:
-                file.write(piece)
-                # Or it would be held while the next one is made.
-                del piece
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            beside.replace(path)
-        else:
-            _link_new(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _link_new(beside: Path, path: Path) -> None:
-    """Rename without replacing: unlike a rename, a hard link fails where another process was faster."""
-    try:
-        path.hardlink_to(beside)
-    except FileExistsError:
-        raise FileExistsError(
-            f"{path}: exists already and was left as it is; pass overwrite=True to replace it."
-        ) from None
-    except OSError:
-        # A file system without hard links.
-        beside.replace(path)
 
 
 def configs_of(path: PathLike, metadata: Mapping[str, str]) -> dict[str, SelfAttentionConfig]:

@@ -32,7 +32,7 @@ from selfattn_core.conformance.environment import cores, environment
 from selfattn_core.conformance.inputs import Inputs, inputs
 from selfattn_core.conformance.runs import LAYOUTS, Run, all_runs, is_claimed
 from selfattn_core.conformance.tolerance import ALLOWANCES, CAPS, FACTORS, NARROW_ALLOWANCE, TERMS_CAP
-from selfattn_core.weights import write_atomically
+from selfattn_core.writing import write_atomically
 
 Array = NDArray[Any]
 

@@ -1,10 +1,7 @@
 """What `selfattn conform` does: run, show, write the reports that were asked for, and say by the exit code how it went."""
 
 import json
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,14 @@ from selfattn_core.conformance.report import as_data, as_html, as_junit, as_mark
 from selfattn_core.conformance.runner import run_backends
 from selfattn_core.conformance.selftest import self_test
 from selfattn_core.exit_codes import BAD_INPUT, CHECK_FAILED, MISSING
-from selfattn_core.report_files import target_problems
-from selfattn_core.weights import write_atomically
+from selfattn_core.reading import read_text
+from selfattn_core.report_files import (
+    STANDARD_OUTPUT,
+    is_replaced,
+    report_target,
+    target_problems,
+    write_report,
+)
 
 __all__ = ["FORMS", "conform", "tell_difference"]
 
@@ -48,23 +51,25 @@ def conform(
 
     Raises:
         click.UsageError: if a name or a target is wrong, before anything is run.
+        OSError: if a report could not be written after all; the others are.
     """
     problems = [
         f"unknown backend {name}; known are {', '.join(REGISTRY)}, or module:object for your own"
         for name in names
         if name not in REGISTRY and not is_target(name)
     ]
+    targets = {form: report_target(target) for form, target in targets.items()}
     problems += target_problems(targets)
     places: dict[Path, list[str]] = {}
     for form, target in targets.items():
-        if target != "-":
+        if target != STANDARD_OUTPUT and is_replaced(Path(target)):
             places.setdefault(Path(target).resolve(), []).append(f"--{form}")
     problems += [
         f"{' and '.join(options)} cannot all go to {place}"
         for place, options in places.items()
         if len(options) > 1
     ]
-    to_output = [form for form, target in targets.items() if target == "-"]
+    to_output = [form for form, target in targets.items() if target == STANDARD_OUTPUT]
     if len(to_output) > 1:
         problems.append(f"--{' and --'.join(to_output)} cannot both go to standard output")
     if problems:
@@ -74,8 +79,7 @@ def conform(
     def tell(name: str, words: str) -> None:
         click.echo(f"{name}: {words}", err=True)
 
-    with _ended_by_sigterm():
-        reports = run_backends(chosen, seed=seed, level=level, tell=tell)
+    reports = run_backends(chosen, seed=seed, level=level, tell=tell)
     kills = self_test(seed=seed) if with_self_test else []
     for kill in kills:
         if kill.unasked:
@@ -83,14 +87,27 @@ def conform(
     kills = [kill for kill in kills if not kill.unasked]
     data = as_data(reports, seed=seed, level=level, kills=kills)
     show(data, error_stream=bool(to_output))
-    for form, target in targets.items():
-        _write(target, FORMS[form](data))
+    _write_all(targets, data)
     failed = any(not report.passed and not report.missing for report in reports)
     if any(report.refused for report in reports):
         return BAD_INPUT
     if failed or any(kill.outcome is None for kill in kills):
         return CHECK_FAILED
     return MISSING if any(report.missing for report in reports) else 0
+
+
+def _write_all(targets: Mapping[str, str], data: Mapping[str, Any]) -> None:
+    """Write every report that can be written, and then say which could not: a run takes minutes."""
+    failed = []
+    for form, target in targets.items():
+        try:
+            write_report(target, FORMS[form](data))
+        except OSError as error:
+            if target == STANDARD_OUTPUT:
+                raise
+            failed.append(f"--{form} {target}: {error.strerror or error}")
+    if failed:
+        raise OSError(f"not written: {'; '.join(failed)}. The other reports are written.")
 
 
 def tell_difference(old: Path, new: Path) -> int:
@@ -104,53 +121,27 @@ def tell_difference(old: Path, new: Path) -> int:
         1 if something is worse, or else 0.
 
     Raises:
-        click.UsageError: if one of them cannot be read, or is no report.
+        click.UsageError: if one of them is no report.
+        OSError: if one of them cannot be read.
     """
     try:
         found = difference(_read(old), _read(new))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise click.UsageError(str(error)) from error
     click.echo(str(found))
     return CHECK_FAILED if found.regressions else 0
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM as an exception, which Ctrl-C is anyway: the processes of backends are ended and their files removed."""
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    # Only there can a handler be set.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
 def _read(path: Path) -> Mapping[str, Any]:
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, where a file is expected.")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file.")
+    text = read_text(path, most=_LARGEST_REPORT)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is no report of selfattn conform --json.")
     return content
 
 
-def _write(target: str, text: str) -> None:
-    if target == "-":
-        click.echo(text, nl=False)
-        return
-    try:
-        write_atomically(Path(target), text.encode(), overwrite=True)
-    except OSError as error:
-        raise click.UsageError(str(error)) from error
+# Bytes. Reports of six backends have two million.
+_LARGEST_REPORT = 2**27

@@ -32,7 +32,7 @@ from selfattn_core.conformance.exact import fifty_digits, to_decimals, to_floats
 from selfattn_core.conformance.inputs import Inputs, inputs
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.tolerance import FACTOR, expectations, fused
-from selfattn_core.weights import write_atomically
+from selfattn_core.writing import write_atomically
 
 __all__ = ["EDITION", "FORMAT", "SUMS", "differences", "golden_cases", "vector", "write"]
 

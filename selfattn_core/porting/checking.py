@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from selfattn_core.conformance.tolerance import ALLOWANCES, CAPS, FACTOR
 from selfattn_core.installed import missing_modules
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.report import Check
+from selfattn_core.porting.scratch import scratch_folder
 
 __all__ = ["BACKENDS", "check_framework", "check_output", "designed_input", "main", "read_io"]
 
@@ -130,13 +130,13 @@ def _run_backend(
     name: str, blocks: Mapping[str, Layer], inputs: Mapping[str, tuple[dict[str, Array], Array, str]]
 ) -> list[Check]:
     entry = REGISTRY[name]
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for number, (params, x, _) in enumerate(inputs.values()):
             arrays = {f"param {key}": value for key, value in params.items()} | {"x": x}
             np.savez(f"{folder}/{number}.npz", allow_pickle=False, **arrays)
         configs = [config.to_dict() for config, _ in blocks.values()]
-        job = {"target": entry.target, "configs": configs, "folder": folder}
-        Path(f"{folder}/job.json").write_text(json.dumps(job), encoding="utf-8")
+        job = {"target": entry.target, "configs": configs, "folder": str(folder)}
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         wide = any(x.dtype == np.float64 for _, x, _ in inputs.values())
         failure = _run_job(f"{folder}/job.json", wide, entry.environment)
         if failure:

@@ -2,18 +2,16 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from selfattn_core.exit_codes import BAD_INPUT, CHECK_FAILED, MISSING
-from selfattn_core.report_files import STANDARD_OUTPUT, target_problems
+from selfattn_core.exit_codes import CHECK_FAILED
+from selfattn_core.report_files import STANDARD_OUTPUT, report_target, target_problems, write_report
 
 __all__ = ["dialects", "inspect", "port"]
-
-T = TypeVar("T")
 
 
 class _NamedPath(click.Path):
@@ -46,15 +44,15 @@ def inspect(file: Path, own: tuple[str, ...], tensors: bool, json_file: str | No
     """
     from selfattn_core.porting.inspecting import inspect as run
 
-    _check_json(json_file, {"FILE": file} | {f"--from {path}": Path(path) for path in own})
-    report = _guarded(lambda: run(file, dialects=own))
+    json_file = _json_target(json_file, {"FILE": file} | {f"--from {path}": Path(path) for path in own})
+    report = run(file, dialects=own)
     text = report.to_text()
     if tensors:
         rows = "\n".join(f"  {key} {shape} {dtype}" for key, (shape, dtype) in report.tensors.items())
         text = f"{text}\ntensors\n{rows}"
     click.echo(text, err=json_file == STANDARD_OUTPUT)
     if json_file:
-        _write_json(json_file, report.to_dict())
+        write_report(json_file, _as_json(report.to_dict()))
 
 
 @click.command()
@@ -121,26 +119,24 @@ def port(
             raise click.UsageError(f"--set {setting}: expected NAME=VALUE, for example use_scale=false.")
         given[name] = value
     kept = {"SRC": source, "DST": target, "the file of --check": check, "the dialect of --from": dialect}
-    _check_json(json_file, {name: Path(path) for name, path in kept.items() if path})
-    report = _guarded(
-        lambda: run(
-            source,
-            target,
-            dialect=dialect,
-            prefix=prefix or None,
-            to=to,
-            settings=given,
-            check=check,
-            dtype=dtype,
-            keep_spectral_norm=keep_spectral_norm,
-            strict=not allow_unused,
-            dry_run=dry_run,
-            overwrite=force,
-        )
+    json_file = _json_target(json_file, {name: Path(path) for name, path in kept.items() if path})
+    report = run(
+        source,
+        target,
+        dialect=dialect,
+        prefix=prefix or None,
+        to=to,
+        settings=given,
+        check=check,
+        dtype=dtype,
+        keep_spectral_norm=keep_spectral_norm,
+        strict=not allow_unused,
+        dry_run=dry_run,
+        overwrite=force,
     )
     click.echo(report.to_text(), err=json_file == STANDARD_OUTPUT)
     if json_file:
-        _write_json(json_file, report.to_dict())
+        write_report(json_file, _as_json(report.to_dict()))
     if not report.passed:
         sys.exit(CHECK_FAILED)
 
@@ -152,7 +148,7 @@ def dialects(name: str | None) -> None:
     from selfattn_core.porting.dialects import dialect, dialect_names
 
     if name:
-        click.echo(_guarded(lambda: dialect(name)).text, nl=False)
+        click.echo(dialect(name).text, nl=False)
         return
     for known in dialect_names():
         found = dialect(known)
@@ -162,40 +158,14 @@ def dialects(name: str | None) -> None:
         click.echo(f"{'':<21} {detail}")
 
 
-def _guarded(run: Callable[[], T]) -> T:
-    """A mistake of the user's becomes one paragraph and an exit code."""
-    from selfattn_core.porting.errors import PortError
-
-    try:
-        return run()
-    except PortError as error:
-        raise _Failure(str(error), BAD_INPUT) from error
-    except OSError as error:
-        raise _Failure(str(error), BAD_INPUT) from error
-    except ModuleNotFoundError as error:
-        if "pip install" not in str(error):
-            raise
-        raise _Failure(str(error), MISSING) from error
-
-
-class _Failure(click.ClickException):
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.exit_code = code  # type: ignore[misc]
-
-
-def _check_json(target: str | None, keep: Mapping[str, Path]) -> None:
-    """Refuse a report that could not be written, or that would replace something else, before anything is done."""
-    problems = target_problems({} if target is None else {"json": target}, keep=keep)
+def _json_target(target: str | None, keep: Mapping[str, Path]) -> str | None:
+    """Where the report goes; refused, before anything is done, if it could not be written or would replace something else."""
+    found = None if target is None else report_target(target)
+    problems = target_problems({} if found is None else {"json": found}, keep=keep)
     if problems:
         raise click.UsageError(f"{'; '.join(problems)}.")
+    return found
 
 
-def _write_json(target: str, content: dict[str, Any]) -> None:
-    from selfattn_core.weights import write_atomically
-
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    if target == STANDARD_OUTPUT:
-        click.echo(text)
-        return
-    _guarded(lambda: write_atomically(Path(target), f"{text}\n".encode(), overwrite=True))
+def _as_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -94,6 +94,7 @@ from typing import Any
 
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.toml_table import TomlTable
+from selfattn_core.reading import read_text
 
 __all__ = [
     "ROLES",
@@ -109,7 +110,8 @@ __all__ = [
 ]
 
 ROLES = ("query", "key", "value", "out")
-_LARGEST_FILE = 1 << 20
+# Bytes. A dialect has a few thousand.
+_LARGEST_FILE = 2**20
 _WIDTH = re.compile(r"channels(?://([1-9]\d*))?")
 _POWER = re.compile(r"(channels|qk_channels)\^(-?\d+(?:\.\d+)?)")
 _PLACEHOLDER = re.compile(r"\{[^}]*\}?|\}")
@@ -300,11 +302,11 @@ def _read(path: Path) -> str:
     if not path.exists():
         raise PortError(f"{path}: cannot be read as a dialect: no such file.")
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise PortError(f"{path}: has {path.stat().st_size} bytes; a dialect has a few thousand.")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PortError(f"{path}: cannot be read as a dialect: {error}") from error
+        return read_text(path, most=_LARGEST_FILE)
+    except (OSError, ValueError) as error:
+        raise PortError(
+            f"cannot be read as a dialect: {error} (a dialect has a few thousand bytes of TOML in UTF-8)"
+        ) from error
 
 
 def parse_dialect(text: str, where: str) -> Dialect:
@@ -325,6 +327,9 @@ def parse_dialect(text: str, where: str) -> Dialect:
         content = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise PortError(f"{where}: is not TOML: {error}") from error
+    except ValueError as error:
+        # What Python says of it is advice for a programmer.
+        raise PortError(f"{where}: holds a number with thousands of digits.") from error
     problems: list[str] = []
     parsed = _Parser(TomlTable(content, "", problems)).parse(text)
     if problems:

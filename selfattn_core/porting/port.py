@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,8 +23,10 @@ from selfattn_core.porting.lazy import LazyArrays
 from selfattn_core.porting.matching import match, normal
 from selfattn_core.porting.readers import Tensors, open_tensors
 from selfattn_core.porting.report import BlockReport, Check, PortReport, TensorReport
+from selfattn_core.porting.scratch import scratch_folder
 from selfattn_core.porting.settings import Settings, settings_of
 from selfattn_core.porting.writers import write_tensors
+from selfattn_core.report_files import would_replace
 from selfattn_core.weights import FORMAT, VERSION
 
 __all__ = ["load", "port"]
@@ -76,6 +77,7 @@ def port(
         ModuleNotFoundError: if a format's own library is not installed.
 
     Example:
+        >>> import tempfile
         >>> from selfattn_core import SelfAttentionConfig, init_params, save
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     config = SelfAttentionConfig(16)
@@ -91,8 +93,9 @@ def port(
         Path(source),
         Path(target),
         to,
+        dialect,
         _Options(check, dtype, keep_spectral_norm, strict, dry_run, overwrite),
-    ).run(dialect, [prefix] if isinstance(prefix, str) else prefix, settings or {})
+    ).run([prefix] if isinstance(prefix, str) else prefix, settings or {})
 
 
 def load(
@@ -118,6 +121,7 @@ def load(
         PortError: as `port`.
 
     Example:
+        >>> import tempfile
         >>> import numpy as np
         >>> arrays = {f"attn.{n}.weight": np.ones((2, 16, 1, 1)) for n in ("theta", "phi")}
         >>> arrays |= {"attn.g.weight": np.ones((8, 16, 1, 1)), "attn.o.weight": np.ones((16, 8, 1, 1))}
@@ -159,9 +163,12 @@ class _Block:
 
 
 class _Port:
-    def __init__(self, source: Path, target: Path, to: str, options: _Options) -> None:
+    def __init__(
+        self, source: Path, target: Path, to: str, source_dialect: str | None, options: _Options
+    ) -> None:
         _check_dtype(options.dtype)
         self.source, self.target, self.options = source, target, options
+        self.source_dialect = source_dialect
         self.to = dialect(to)
         if self.to.refused:
             raise PortError(
@@ -174,15 +181,23 @@ class _Port:
             )
         if not target.parent.is_dir():
             raise PortError(f"{target}: there is no folder {target.parent}; nothing was written.")
+        _check_kept(
+            target,
+            {
+                "source": source,
+                "file of check": options.check,
+                "dialect": source_dialect,
+                "dialect of to": to,
+            },
+        )
 
     def run(
         self,
-        source_dialect: str | None,
         prefix: Sequence[str] | None,
         settings: Mapping[str, str | bool | float],
     ) -> PortReport:
         with open_tensors(self.source) as tensors:
-            chosen = _source_dialect(tensors, source_dialect)
+            chosen = _source_dialect(tensors, self.source_dialect)
             found = _found(tensors, chosen, settings, prefix, strict=self.options.strict)
             blocks = [self._block(one, tensors, alone=len(found) == 1) for one in found]
             checks = [*self._check_source(chosen, blocks), *self._check_round_trip(blocks)]
@@ -246,8 +261,8 @@ class _Port:
     def _check_round_trip(self, blocks: list[_Block]) -> list[Check]:
         """Write to a folder of our own, read back, compare the bits, and import what was read."""
         name = "round trip"
-        with tempfile.TemporaryDirectory() as folder:
-            trial = Path(folder) / self.target.name
+        with scratch_folder() as folder:
+            trial = folder / self.target.name
             self._write(trial, blocks, None, overwrite=False)
             with open_tensors(trial) as tensors:
                 wrong = [
@@ -322,6 +337,19 @@ class _Port:
         if report:
             metadata["port"] = json.dumps(report.to_dict(), ensure_ascii=False)
         write_tensors(path, tensors, container=self.container, metadata=metadata, overwrite=overwrite)
+
+
+def _check_kept(target: Path, read: Mapping[str, PathLike | None]) -> None:
+    """Refuse a target that is read from: what a port writes is less than what it reads."""
+    for what, path in read.items():
+        # A dialect is a name, or else a file of this kind.
+        if path is None or ("dialect" in what and Path(path).suffix != ".toml"):
+            continue
+        if would_replace(target, path) or (target.is_dir() and would_replace(path, target)):
+            raise PortError(
+                f"{target}: is the {what}, a part of it, or the folder that it is in; a port would lose what it does not carry. "
+                "Name another target. Nothing was written."
+            )
 
 
 def _check_dtype(dtype: str | None) -> None:

@@ -2,12 +2,13 @@
 
 import io
 import json
+import logging
 import os
-import secrets
-import shutil
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from selfattn_core.installed import require
+from selfattn_core.installed import imported, require
 from selfattn_core.params import widen
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.readers import keras, npz, orbax, torch
-from selfattn_core.weights import write_atomically
+from selfattn_core.writing import write_atomically, write_folder_atomically
 
 __all__ = ["WRITABLE", "write_tensors"]
 
@@ -148,10 +149,9 @@ def _npz(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
 def _torch(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
     require("selfattn_core.porting", ["torch"], "torch")
     import collections
-    import importlib
 
     # By name, for this package imports no framework: the library is that of the format.
-    framework = importlib.import_module("torch")
+    framework = imported("torch")
     state: Any = collections.OrderedDict(
         (name, framework.from_numpy(array)) for name, array in tensors.items()
     )
@@ -164,8 +164,7 @@ def _torch(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
 
 def _keras(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
     require("selfattn_core.porting", ["h5py"], "keras")
-    import h5py
-
+    h5py = imported("h5py")
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         for name, array in tensors.items():
@@ -190,8 +189,7 @@ def _write_orbax(
     target: Path, tensors: Mapping[str, Array], metadata: dict[str, str], overwrite: bool
 ) -> None:
     require("selfattn_core.porting", ["orbax"], "flax")
-    from orbax import checkpoint
-
+    checkpoint = imported("orbax.checkpoint")
     tree: dict[str, Any] = {}
     for name, array in tensors.items():
         *folders, leaf = name.split("/")
@@ -199,34 +197,39 @@ def _write_orbax(
         for folder in folders:
             node = node.setdefault(folder, {})
         node[leaf] = array
-    target = Path(os.path.realpath(target))
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    before = beside.with_suffix(".old")
-    try:
+    # Not StandardCheckpointer, whose threads (orbax-checkpoint 0.12.8) wait for ever where the first file cannot be made.
+    with (
+        write_folder_atomically(target, overwrite=overwrite) as place,
+        _unlogged("absl"),
+        checkpoint.Checkpointer(checkpoint.StandardCheckpointHandler()) as checkpointer,
+    ):
         try:
-            with checkpoint.StandardCheckpointer() as checkpointer:
-                checkpointer.save(beside, tree, custom_metadata={orbax.METADATA: metadata})
+            checkpointer.save(
+                place, args=checkpoint.args.StandardSave(tree), custom_metadata={orbax.METADATA: metadata}
+            )
         except (ValueError, RuntimeError) as error:
             # How TensorStore reports what the system refused.
-            raise OSError(str(error).split("\n", 1)[0]) from error
-        if target.exists() and not overwrite:
-            raise FileExistsError(target)
-        if target.exists():
-            # A folder cannot be replaced in one step; between the two, the old one is beside.
-            target.rename(before)
-        try:
-            beside.rename(target)
-        except BaseException:
-            if before.exists():
-                before.rename(target)
-            raise
+            number = _SYSTEM_ERROR.search(str(error))
+            words = os.strerror(int(number[1])) if number else str(error).split("\n", 1)[0]
+            raise OSError(f"{target}: {words}") from error
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Without the tracebacks that a library logs of what it raises as well."""
+    logger = logging.getLogger(name)
+
+    def nothing(_: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(nothing)
+    try:
+        yield
     finally:
-        # Orbax itself writes beside the folder that it is told, and leaves its attempt there.
-        for attempt in target.parent.glob(f"{beside.name}*"):
-            shutil.rmtree(attempt, ignore_errors=True)
-    shutil.rmtree(before, ignore_errors=True)
+        logger.removeFilter(nothing)
 
 
+_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 # Characters, of which one can take four bytes.
 _ATTRIBUTE = 15_000
 _SAFETENSORS = {

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from selfattn_core.conformance.command import _ended_by_sigterm
 from selfattn_core.conformance.environment import cores
 from selfattn_core.conformance.runner import run_backend
 from selfattn_core.conformance.runs import all_runs
+from selfattn_core.guard import ended_by_signals
 
 HERE = Path(__file__).parent
 PARTS = min(2, cores())
@@ -100,7 +100,7 @@ def test_the_handler_of_sigterm_is_there_for_a_while_only():
     theirs = []
     before = signal.signal(signal.SIGTERM, lambda *_: theirs.append(1))
     try:
-        with pytest.raises(SystemExit, match="143"), _ended_by_sigterm():
+        with pytest.raises(SystemExit, match="143"), ended_by_signals():
             signal.raise_signal(signal.SIGTERM)
         assert theirs == []
         signal.raise_signal(signal.SIGTERM)
@@ -113,7 +113,7 @@ def test_other_threads_can_run_the_command():
     found = []
 
     def body() -> None:
-        with _ended_by_sigterm():
+        with ended_by_signals():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=body)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selfattn_core.installed import require
+from selfattn_core.installed import imported, require
 from selfattn_core.params import widen
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.readers.binary import bits, stored_bytes
@@ -60,8 +60,7 @@ def open_orbax(path: Path) -> Tensors:
         raise PortError(f"{path}: is not one checkpoint of Orbax; {found}.")
     (folder,) = items
     require("selfattn_core.porting", ["tensorstore"], "flax")
-    import tensorstore
-
+    tensorstore = imported("tensorstore")
     size = _size(folder)
     tree = _json(folder / _TREE)
     rows = _rows(folder, tree)
