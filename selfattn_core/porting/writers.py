@@ -211,7 +211,7 @@ def _write_orbax(
             # How TensorStore reports what the system refused.
             number = _SYSTEM_ERROR.search(str(error))
             words = os.strerror(int(number[1])) if number else str(error).split("\n", 1)[0]
-            raise OSError(f"{target}: {words}") from error
+            raise OSError(words) from error
 
 
 @contextmanager

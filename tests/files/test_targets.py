@@ -1,5 +1,6 @@
 """Every command × every kind of target: what was there stays whole, and what is no file is written into."""
 
+import json
 import os
 import stat
 import sys
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from selfattn_core.cli import main
 from selfattn_core.conformance import command as conform_command
 from selfattn_core.conformance.outcome import BackendReport
+from tests.files.devices import FULL, HOLE, make_device
 from tests.files.writers import WRITERS, Writer, make_inputs
 
 PRECIOUS = b"precious"
@@ -74,13 +76,13 @@ def _link(folder: Path, writer: Writer) -> Target:
     return Target(f"o{writer.suffix}", received=_content(real))
 
 
-def _hole(folder: Path, writer: Writer) -> Target:
-    (folder / f"o{writer.suffix}").symlink_to(os.devnull)
+def _device(folder: Path, writer: Writer) -> Target:
+    make_device(folder / f"o{writer.suffix}", HOLE)
     return Target(f"o{writer.suffix}", "is a file" if writer.folder else "")
 
 
 def _full_device(folder: Path, writer: Writer) -> Target:
-    (folder / f"o{writer.suffix}").symlink_to("/dev/full")
+    make_device(folder / f"o{writer.suffix}", FULL)
     return Target(f"o{writer.suffix}", "is a file" if writer.folder else "No space left on device")
 
 
@@ -134,7 +136,7 @@ KINDS: dict[str, Callable[[Path, Writer], Target]] = {
     "regular": _regular,
     "directory": _directory,
     "link": _link,
-    "device": _hole,
+    "device": _device,
     "full device": _full_device,
     "FIFO": _fifo,
     "FIFO without a reader": _fifo_without_reader,
@@ -282,3 +284,44 @@ def test_other_files_that_a_port_reads(folder):
         assert done.exit_code == 2
         assert words in done.output
         assert _state(folder) == before
+
+
+def test_a_report_that_cannot_be_written_keeps_no_other_from_it(folder):
+    """A run takes minutes."""
+    make_device(folder / "full", FULL)
+    command = [
+        "conform",
+        "torch",
+        "--html",
+        "full",
+        "--json",
+        "o.json",
+        "--junit",
+        "full",
+        "--markdown",
+        "o.md",
+    ]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 2
+    assert "not written: --html full: No space left on device; --junit full: No space" in done.output
+    assert (folder / "o.json").exists()
+    assert (folder / "o.md").exists()
+
+
+@pytest.mark.parametrize("name", ["port --json", "inspect --json", "conform --json"])
+def test_another_name_of_standard_output_is_standard_output(folder, name):
+    """So that what is told to a person goes elsewhere."""
+    done = CliRunner().invoke(main, WRITERS[name].command("/dev/stdout"))
+    assert isinstance(json.loads(done.stdout), dict)
+    assert done.stderr
+    twice = CliRunner().invoke(main, ["conform", "torch", "--json", "-", "--html", "/dev/stdout"])
+    assert "cannot both go to standard output" in twice.output
+
+
+def test_two_reports_can_go_to_one_device_and_not_to_one_file(folder):
+    make_device(folder / "hole", HOLE)
+    done = CliRunner().invoke(main, ["conform", "torch", "--json", "hole", "--html", "hole"])
+    assert done.exit_code == 3, done.output
+    done = CliRunner().invoke(main, ["conform", "torch", "--json", "o", "--html", "./o"])
+    assert done.exit_code == 2
+    assert "--json and --html cannot all go to" in done.output

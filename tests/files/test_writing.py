@@ -12,6 +12,7 @@ import pytest
 
 from selfattn_core import SelfAttentionConfig, init_params, save, writing
 from selfattn_core.writing import workplace, write_atomically, write_folder_atomically
+from tests.files.devices import HOLE, make_device
 
 OLD, NEW = b"old", b"new content"
 
@@ -238,14 +239,17 @@ def test_a_place_without_locks_still_works(tmp_path, monkeypatch):
     assert names(tmp_path) == [".x.0123456789ab.tmp", "x"]
 
 
-def test_another_process_may_take_it_for_abandoned_before_it_is_locked(tmp_path, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_another_process_may_take_it_for_abandoned_before_it_is_locked(tmp_path, monkeypatch, late):
     lock, calls = writing._lock, []
 
     def first_gone(folder: Path) -> int | None:
         calls.append(folder)
+        if late:
+            found = lock(folder)
         if len(calls) == 1:
             folder.rmdir()
-        return lock(folder)
+        return found if late else lock(folder)
 
     monkeypatch.setattr(writing, "_lock", first_gone)
     with workplace(tmp_path / "x") as folder:
@@ -269,20 +273,22 @@ def test_standard_output_by_another_name(tmp_path, name, kind):
     """A file behind it is written on, not replaced and not begun again."""
     (tmp_path / "link").symlink_to("/dev/stdout")
     command = [sys.executable, "-c", SHOWN, name]
+    # What Python holds back has to come first.
+    held = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     if kind == "pipe":
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=tmp_path, env=held, capture_output=True, text=True, check=True)
         assert done.stdout == "before\ncontent\nafter\n"
         return
     with (tmp_path / "output").open("w+") as output:
         output.write("earlier\n")
         output.flush()
-        subprocess.run(command, cwd=tmp_path, stdout=output, check=True)
+        subprocess.run(command, cwd=tmp_path, env=held, stdout=output, check=True)
         assert (tmp_path / "output").samefile(f"/proc/self/fd/{output.fileno()}")
     assert (tmp_path / "output").read_text() == "earlier\nbefore\ncontent\nafter\n"
 
 
 def test_our_own_files_are_written_the_same_way(tmp_path):
     config = SelfAttentionConfig(11, 2, 11)
-    (tmp_path / "layer.safetensors").symlink_to(os.devnull)
+    make_device(tmp_path / "layer.safetensors", HOLE)
     save(tmp_path / "layer.safetensors", config, init_params(config, seed=0), overwrite=True)
-    assert Path(os.devnull).is_char_device()
+    assert (tmp_path / "layer.safetensors").is_char_device()
