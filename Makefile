@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check format conform calibrate golden golden-check bench docs fuzz test-peers wheel clean
+.PHONY: help demo test check format conform calibrate golden golden-check bench docs fuzz test-loss test-peers wheel clean
 help:  ## what the targets do
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -55,6 +55,9 @@ fuzz: $(INSTALLED)  ## 20,000 damaged files for each reader of checkpoints
 
 docs: $(INSTALLED)  ## build the site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+test-loss: $(INSTALLED)  ## kill commands, fill disks, write where it is forbidden: twenty minutes
+	$(BIN)/python -m tests.files.loss
 
 # An environment of its own: packages of others must not change ours. Their own warnings are not ours to mend.
 test-peers:  ## port real layers of published packages, compare outputs and gradients

@@ -15,11 +15,19 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["is_standard_output", "own_descriptor", "workplace", "write_atomically", "write_folder_atomically"]
+__all__ = [
+    "check_room",
+    "is_standard_output",
+    "own_descriptor",
+    "workplace",
+    "write_atomically",
+    "write_folder_atomically",
+]
 
 
 def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview], *, overwrite: bool) -> None:
@@ -136,6 +144,32 @@ def workplace(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """See that there is room for so many bytes, for a library that does not end well where there is none.
+
+    Args:
+        folder: where it is going to write.
+        size: in bytes.
+
+    Raises:
+        OSError: if there is not. Where the system cannot say, nothing is raised.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     check_room(Path(folder), 1000)
+    """
+    reserve = getattr(os, "posix_fallocate", None)
+    if reserve is None:
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            reserve(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):
+                raise
 
 
 def own_descriptor(path: str | os.PathLike[str]) -> int | None:

@@ -20,7 +20,7 @@ from selfattn_core.installed import imported, require
 from selfattn_core.params import widen
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.readers import keras, npz, orbax, torch
-from selfattn_core.writing import write_atomically, write_folder_atomically
+from selfattn_core.writing import check_room, write_atomically, write_folder_atomically
 
 __all__ = ["WRITABLE", "write_tensors"]
 
@@ -203,6 +203,8 @@ def _write_orbax(
         _unlogged("absl"),
         checkpoint.Checkpointer(checkpoint.StandardCheckpointHandler()) as checkpointer,
     ):
+        # Its threads show tracebacks of their own where the disk fills up under them.
+        check_room(place.parent, 2 * sum(array.nbytes for array in tensors.values()) + _ORBAX_ROOM)
         try:
             checkpointer.save(
                 place, args=checkpoint.args.StandardSave(tree), custom_metadata={orbax.METADATA: metadata}
@@ -229,6 +231,8 @@ def _unlogged(name: str) -> Iterator[None]:
         logger.removeFilter(nothing)
 
 
+# Bytes beside the arrays, which are written once by each process and once together.
+_ORBAX_ROOM = 2**18
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 # Characters, of which one can take four bytes.
 _ATTRIBUTE = 15_000

@@ -287,6 +287,23 @@ def test_standard_output_by_another_name(tmp_path, name, kind):
     assert (tmp_path / "output").read_text() == "earlier\nbefore\ncontent\nafter\n"
 
 
+@pytest.mark.parametrize(("number", "told"), [(28, True), (95, False), (22, False)])
+def test_room_is_missed_before_a_library_misses_it(tmp_path, monkeypatch, number, told):
+    """And not where the system cannot reserve any."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    writing.check_room(tmp_path, 1000)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    if told:
+        with pytest.raises(OSError, match="No space left"):
+            writing.check_room(tmp_path, 1000)
+    else:
+        writing.check_room(tmp_path, 1000)
+    assert names(tmp_path) == []
+
+
 def test_our_own_files_are_written_the_same_way(tmp_path):
     config = SelfAttentionConfig(11, 2, 11)
     make_device(tmp_path / "layer.safetensors", HOLE)
