@@ -15,15 +15,15 @@ import pytest
 from selfattn_core.conformance.environment import cores
 from selfattn_core.conformance.runner import run_backend
 from selfattn_core.conformance.runs import all_runs
-from selfattn_core.guard import ended_by_signals
 
 HERE = Path(__file__).parent
 PARTS = min(2, cores())
 
-# Of a shell that runs the tests in the background, processes inherit that SIGINT is ignored.
+# Of a shell that runs the tests in the background, processes inherit that SIGINT is ignored, and of `nohup` SIGHUP.
 COMMAND = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from selfattn_core.cli import main
 main(prog_name="selfattn")
 """
@@ -65,7 +65,8 @@ def beats(tmp_path, monkeypatch) -> Iterator[Beats]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1), (signal.SIGKILL, -9)]
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 1), (signal.SIGKILL, -9)],
 )
 def test_no_process_outlives_the_command(beats, tmp_path, number, code):
     with subprocess.Popen(
@@ -94,29 +95,3 @@ def test_who_waits_in_another_thread_can_stop_it(beats):
     with pytest.raises(CancelledError):
         run_backend("toy_backends:NeverAnswers", runs=all_runs(level="core"), stop=stop)
     assert beats.stopped()
-
-
-def test_the_handler_of_sigterm_is_there_for_a_while_only():
-    theirs = []
-    before = signal.signal(signal.SIGTERM, lambda *_: theirs.append(1))
-    try:
-        with pytest.raises(SystemExit, match="143"), ended_by_signals():
-            signal.raise_signal(signal.SIGTERM)
-        assert theirs == []
-        signal.raise_signal(signal.SIGTERM)
-        assert theirs == [1]
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def test_other_threads_can_run_the_command():
-    found = []
-
-    def body() -> None:
-        with ended_by_signals():
-            found.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join()
-    assert found == [signal.getsignal(signal.SIGTERM)]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import click
@@ -113,6 +114,18 @@ class TestSignals:
                 work()
         finally:
             signal.signal(signal.SIGINT, before)
+
+    def test_other_threads_can_run_a_command(self):
+        found = []
+
+        def body() -> None:
+            with ended_by_signals():
+                found.append(signal.getsignal(signal.SIGTERM))
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+        assert found == [signal.getsignal(signal.SIGTERM)]
 
     def test_another_loss_is_told_as_ever(self, monkeypatch):
         told = []
