@@ -1,8 +1,13 @@
 """SAGAN-style 2-D self-attention for Keras 3, on TensorFlow, JAX and PyTorch."""
 
+import os
+
+from selfattn_core import __version__
 from selfattn_core.installed import require
 
-require("selfattn_keras", ["keras"], "keras")
+_EXTRAS = {"tensorflow": "keras-tensorflow", "jax": "keras-jax", "torch": "keras-torch"}
+
+require("selfattn_keras", ["keras"], _EXTRAS.get(os.environ.get("KERAS_BACKEND", ""), "keras"))
 
 try:
     from selfattn_keras.layer import SelfAttention2D
@@ -11,9 +16,16 @@ try:
 except ModuleNotFoundError as error:
     # Keras imports the framework that KERAS_BACKEND or keras.json names; only that one's absence is translated.
     framework = (error.name or "").partition(".")[0]
-    extras = {"tensorflow": "keras", "jax": "keras,jax", "torch": "keras,torch"}
-    if framework in extras:
-        require("selfattn_keras", [framework], extras[framework])
+    if framework in _EXTRAS:
+        require("selfattn_keras", [framework], _EXTRAS[framework])
     raise
 
-__all__ = ["SelfAttention2D", "attention_grid", "from_canonical", "load", "save", "to_canonical"]
+__all__ = [
+    "SelfAttention2D",
+    "__version__",
+    "attention_grid",
+    "from_canonical",
+    "load",
+    "save",
+    "to_canonical",
+]

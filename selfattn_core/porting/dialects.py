@@ -302,8 +302,14 @@ def _read(path: Path) -> str:
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise PortError(f"{path}: has {path.stat().st_size} bytes; a dialect has a few thousand.")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        # Some editors of Windows begin a file with a byte-order mark.
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PortError(
+            f"{path}: cannot be read as a dialect: it is not UTF-8, as TOML has to be ({error.reason} at byte "
+            f"{error.start}); save it in that encoding."
+        ) from error
+    except OSError as error:
         raise PortError(f"{path}: cannot be read as a dialect: {error}") from error
 
 
