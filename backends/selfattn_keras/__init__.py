@@ -3,11 +3,12 @@
 import os
 
 from selfattn_core import __version__
-from selfattn_core.installed import require
+from selfattn_core.installed import missing_modules, require
 
-_EXTRAS = {"tensorflow": "keras-tensorflow", "jax": "keras-jax", "torch": "keras-torch"}
+_FRAMEWORKS = ("tensorflow", "jax", "torch")
 
-require("selfattn_keras", ["keras"], _EXTRAS.get(os.environ.get("KERAS_BACKEND", ""), "keras"))
+_chosen = os.environ.get("KERAS_BACKEND")
+require("selfattn_keras", ["keras"], f"keras-{_chosen}" if _chosen in _FRAMEWORKS else "keras")
 
 try:
     from selfattn_keras.layer import SelfAttention2D
@@ -16,8 +17,16 @@ try:
 except ModuleNotFoundError as error:
     # Keras imports the framework that KERAS_BACKEND or keras.json names; only that one's absence is translated.
     framework = (error.name or "").partition(".")[0]
-    if framework in _EXTRAS:
-        require("selfattn_keras", [framework], _EXTRAS[framework])
+    if framework in _FRAMEWORKS:
+        _others = [other for other in _FRAMEWORKS if not missing_modules([other])]
+        require(
+            "selfattn_keras",
+            [framework],
+            f"keras-{framework}",
+            otherwise=f"set KERAS_BACKEND to {' or '.join(_others)}, which Keras can run on here"
+            if _others
+            else "",
+        )
     raise
 
 __all__ = [
