@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from selfattn_core import __version__
+from selfattn_core import __version__, completion
 from selfattn_core.exit_codes import MISSING
 from selfattn_core.guard import GuardedGroup
 from selfattn_core.porting import commands
@@ -42,7 +42,7 @@ def backends() -> None:
 
 
 @main.command()
-@click.argument("names", metavar="[BACKEND]...", nargs=-1)
+@click.argument("names", metavar="[BACKEND]...", nargs=-1, shell_complete=completion.backends)
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the random inputs."
 )
@@ -59,11 +59,29 @@ def backends() -> None:
     help="Run the cases on broken implementations too, or on nothing else if no BACKEND is named.",
 )
 @click.option(
-    "--json", "json_file", metavar="FILE", help="Write every verdict as JSON; - is standard output."
+    "--json",
+    "json_file",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Write every verdict as JSON; - is standard output.",
 )
-@click.option("--html", "html_file", metavar="FILE", help="Write a page to read.")
-@click.option("--junit", "junit_file", metavar="FILE", help="Write JUnit XML, for a CI service.")
-@click.option("--markdown", "markdown_file", metavar="FILE", help="Write Markdown, for a pull request.")
+@click.option(
+    "--html", "html_file", metavar="FILE", shell_complete=completion.files, help="Write a page to read."
+)
+@click.option(
+    "--junit",
+    "junit_file",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Write JUnit XML, for a CI service.",
+)
+@click.option(
+    "--markdown",
+    "markdown_file",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Write Markdown, for a pull request.",
+)
 @click.option(
     "--diff",
     nargs=2,

@@ -18,13 +18,14 @@ def missing_modules(modules: Sequence[str]) -> list[str]:
     return [module for module in modules if find_spec(module) is None]
 
 
-def require(package: str, modules: Sequence[str], extra: str) -> None:
+def require(package: str, modules: Sequence[str], extra: str, *, otherwise: str = "") -> None:
     """Raise if a module is not installed; a module that is installed and broken speaks for itself.
 
     Args:
         package: the package of ours that needs them.
         modules: top-level modules.
         extra: the extra that installs them.
+        otherwise: what else would help, after "or".
 
     Raises:
         ModuleNotFoundError: saying what to type.
@@ -39,7 +40,7 @@ def require(package: str, modules: Sequence[str], extra: str) -> None:
     if missing:
         raise ModuleNotFoundError(
             f"{package} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install 'selfattn[{extra}]'",
+            f"pip install 'selfattn[{extra}]'{f', or {otherwise}' if otherwise else ''}",
             name=missing[0],
         )
 

@@ -38,4 +38,6 @@ def read_text(path: Path, *, most: int) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no text in UTF-8: {error}.") from error
+        raise ValueError(
+            f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); save it in that encoding."
+        ) from error

@@ -1,5 +1,6 @@
 """SAGAN-style 2-D self-attention for Flax: NNX here, Linen in `selfattn_flax.linen`."""
 
+from selfattn_core import __version__
 from selfattn_core.installed import require
 
 require("selfattn_flax", ["jax", "flax"], "flax")
@@ -8,4 +9,12 @@ from selfattn_flax.maps import attention_grid  # noqa: E402 - the message above 
 from selfattn_flax.nnx import SelfAttention2D  # noqa: E402
 from selfattn_flax.weights import from_canonical, load, save, to_canonical  # noqa: E402
 
-__all__ = ["SelfAttention2D", "attention_grid", "from_canonical", "load", "save", "to_canonical"]
+__all__ = [
+    "SelfAttention2D",
+    "__version__",
+    "attention_grid",
+    "from_canonical",
+    "load",
+    "save",
+    "to_canonical",
+]

@@ -1,8 +1,14 @@
 """SAGAN-style 2-D self-attention for Keras 3, on TensorFlow, JAX and PyTorch."""
 
-from selfattn_core.installed import require
+import os
 
-require("selfattn_keras", ["keras"], "keras")
+from selfattn_core import __version__
+from selfattn_core.installed import missing_modules, require
+
+_FRAMEWORKS = ("tensorflow", "jax", "torch")
+
+_chosen = os.environ.get("KERAS_BACKEND")
+require("selfattn_keras", ["keras"], f"keras-{_chosen}" if _chosen in _FRAMEWORKS else "keras")
 
 try:
     from selfattn_keras.layer import SelfAttention2D
@@ -11,9 +17,24 @@ try:
 except ModuleNotFoundError as error:
     # Keras imports the framework that KERAS_BACKEND or keras.json names; only that one's absence is translated.
     framework = (error.name or "").partition(".")[0]
-    extras = {"tensorflow": "keras", "jax": "keras,jax", "torch": "keras,torch"}
-    if framework in extras:
-        require("selfattn_keras", [framework], extras[framework])
+    if framework in _FRAMEWORKS:
+        _others = [other for other in _FRAMEWORKS if not missing_modules([other])]
+        require(
+            "selfattn_keras",
+            [framework],
+            f"keras-{framework}",
+            otherwise=f"set KERAS_BACKEND to {' or '.join(_others)}, which Keras can run on here"
+            if _others
+            else "",
+        )
     raise
 
-__all__ = ["SelfAttention2D", "attention_grid", "from_canonical", "load", "save", "to_canonical"]
+__all__ = [
+    "SelfAttention2D",
+    "__version__",
+    "attention_grid",
+    "from_canonical",
+    "load",
+    "save",
+    "to_canonical",
+]

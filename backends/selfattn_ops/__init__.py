@@ -2,3 +2,7 @@
 
 Import the one you use: `from selfattn_ops.torch import attend`, or `.jax`, or `.tensorflow`.
 """
+
+from selfattn_core import __version__
+
+__all__ = ["__version__"]

@@ -10,11 +10,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from selfattn_core.installed import require
 
-from selfattn_ops.blocks import SCORE_BUDGET, block_rows, check_block_size, check_operands
+require("selfattn_ops.jax", ["jax"], "jax")
+
+import jax  # noqa: E402 - the message above must come first
+import jax.numpy as jnp  # noqa: E402
+from jax.custom_derivatives import SymbolicZero  # noqa: E402
+
+from selfattn_ops.blocks import SCORE_BUDGET, block_rows, check_block_size, check_operands  # noqa: E402
 
 __all__ = ["attend", "attend_with_map"]
 

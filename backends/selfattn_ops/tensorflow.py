@@ -8,9 +8,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import tensorflow as tf
+from selfattn_core.installed import require
 
-from selfattn_ops.blocks import MINIMUM_ROWS, block_rows, check_block_size, check_operands
+require("selfattn_ops.tensorflow", ["tensorflow"], "tensorflow")
+
+import tensorflow as tf  # noqa: E402 - the message above must come first
+
+from selfattn_ops.blocks import MINIMUM_ROWS, block_rows, check_block_size, check_operands  # noqa: E402
 
 __all__ = ["attend", "attend_with_map"]
 

@@ -16,9 +16,13 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
+from selfattn_core.installed import require
 
-from selfattn_ops.blocks import SCORE_BUDGET, block_rows, check_block_size, check_operands
+require("selfattn_ops.torch", ["torch"], "torch")
+
+import torch  # noqa: E402 - the message above must come first
+
+from selfattn_ops.blocks import SCORE_BUDGET, block_rows, check_block_size, check_operands  # noqa: E402
 
 __all__ = ["attend", "attend_with_map"]
 

@@ -1,5 +1,6 @@
 """SAGAN-style 2-D self-attention for PyTorch."""
 
+from selfattn_core import __version__
 from selfattn_core.installed import require
 
 require("selfattn_torch", ["torch"], "torch")
@@ -8,4 +9,12 @@ from selfattn_torch.layer import SelfAttention2d  # noqa: E402 - the message abo
 from selfattn_torch.maps import attention_grid  # noqa: E402
 from selfattn_torch.weights import from_canonical, load, save, to_canonical  # noqa: E402
 
-__all__ = ["SelfAttention2d", "attention_grid", "from_canonical", "load", "save", "to_canonical"]
+__all__ = [
+    "SelfAttention2d",
+    "__version__",
+    "attention_grid",
+    "from_canonical",
+    "load",
+    "save",
+    "to_canonical",
+]

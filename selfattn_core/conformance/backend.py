@@ -161,17 +161,20 @@ class Registered:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def _keras(backend: str, module: str, extra: str) -> Registered:
+def _keras(framework: str) -> Registered:
     return Registered(
-        "selfattn_keras.conformance:backend", ("keras", module), extra, {"KERAS_BACKEND": backend}
+        "selfattn_keras.conformance:backend",
+        ("keras", framework),
+        f"keras-{framework}",
+        {"KERAS_BACKEND": framework},
     )
 
 
 REGISTRY: Mapping[str, Registered] = {
     "torch": Registered("selfattn_torch.conformance:backend", ("torch",), "torch"),
-    "keras-tensorflow": _keras("tensorflow", "tensorflow", "keras"),
-    "keras-jax": _keras("jax", "jax", "keras,jax"),
-    "keras-torch": _keras("torch", "torch", "keras,torch"),
+    "keras-tensorflow": _keras("tensorflow"),
+    "keras-jax": _keras("jax"),
+    "keras-torch": _keras("torch"),
     "flax-nnx": Registered("selfattn_flax.conformance:nnx_backend", ("flax", "jax"), "flax"),
     "flax-linen": Registered("selfattn_flax.conformance:linen_backend", ("flax", "jax"), "flax"),
 }

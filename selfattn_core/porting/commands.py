@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from selfattn_core import completion
 from selfattn_core.exit_codes import CHECK_FAILED
 from selfattn_core.report_files import STANDARD_OUTPUT, report_target, target_problems, write_report
 
@@ -32,11 +33,18 @@ class _NamedPath(click.Path):
     "--from",
     "own",
     metavar="FILE.toml",
+    shell_complete=completion.files,
     multiple=True,
     help="A dialect of your own, to be considered too; may be repeated.",
 )
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@click.option("--json", "json_file", metavar="FILE", help="Write all of it as JSON; - is standard output.")
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Write all of it as JSON; - is standard output.",
+)
 def inspect(file: Path, own: tuple[str, ...], tensors: bool, json_file: str | None) -> None:
     """The attention blocks in a checkpoint, the dialects that fit them, and why others do not.
 
@@ -62,12 +70,20 @@ def inspect(file: Path, own: tuple[str, ...], tensors: bool, json_file: str | No
     "--from",
     "dialect",
     metavar="DIALECT|FILE.toml",
+    shell_complete=completion.portable_dialects,
     help="What SRC is; `selfattn dialects` lists them. Needed unless SRC is canonical.",
 )
 @click.option(
     "--prefix", multiple=True, help="Which block of a whole network, with * for any text; may be repeated."
 )
-@click.option("--to", default="canonical", show_default=True, metavar="DIALECT", help="What DST becomes.")
+@click.option(
+    "--to",
+    default="canonical",
+    show_default=True,
+    metavar="DIALECT",
+    shell_complete=completion.portable_dialects,
+    help="What DST becomes.",
+)
 @click.option(
     "--set",
     "settings",
@@ -90,7 +106,13 @@ def inspect(file: Path, own: tuple[str, ...], tensors: bool, json_file: str | No
 )
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("--force", is_flag=True, help="Replace DST if it exists.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - is standard output.")
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Write the report as JSON; - is standard output.",
+)
 def port(
     source: Path,
     target: Path,
@@ -142,7 +164,7 @@ def port(
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.dialects)
 def dialects(name: str | None) -> None:
     """The known implementations; with NAME, one as a TOML file to start your own from."""
     from selfattn_core.porting.dialects import dialect, dialect_names

@@ -49,31 +49,42 @@ HIDE = """
 import importlib.machinery, sys
 find = importlib.machinery.PathFinder.find_spec
 def find_all_but_one(name, *rest):
-    return None if name == {module!r} else find(name, *rest)
+    return None if name in {modules!r} else find(name, *rest)
 importlib.machinery.PathFinder.find_spec = find_all_but_one
 import selfattn_keras
 """
 
 
 @pytest.mark.parametrize(
-    ("backend", "module", "extra"),
+    ("backend", "modules", "help_"),
     [
-        ("tensorflow", "keras", "keras"),
-        ("tensorflow", "tensorflow", "keras"),
-        ("jax", "jax", "keras,jax"),
-        ("torch", "torch", "keras,torch"),
+        ("tensorflow", ["keras"], "'selfattn[keras-tensorflow]'"),
+        ("jax", ["keras"], "'selfattn[keras-jax]'"),
+        ("", ["keras"], "'selfattn[keras]'"),
+        (
+            "tensorflow",
+            ["tensorflow"],
+            "'selfattn[keras-tensorflow]', or set KERAS_BACKEND to jax or torch, which Keras can run on here",
+        ),
+        (
+            "",
+            ["tensorflow", "torch"],
+            "'selfattn[keras-tensorflow]', or set KERAS_BACKEND to jax, which Keras can run on here",
+        ),
+        ("jax", ["jax", "tensorflow", "torch"], "'selfattn[keras-jax]'"),
+        ("torch", ["torch", "tensorflow", "jax"], "'selfattn[keras-torch]'"),
     ],
 )
-def test_what_is_not_installed_is_named(backend, module, extra):
-    done = python("-c", HIDE.format(module=module), KERAS_BACKEND=backend)
+def test_what_is_not_installed_is_named(backend, modules, help_):
+    done = python("-c", HIDE.format(modules=modules), KERAS_BACKEND=backend)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        f"ModuleNotFoundError: selfattn_keras needs {module}, which is not installed: pip install 'selfattn[{extra}]'"
+        f"ModuleNotFoundError: selfattn_keras needs {modules[0]}, which is not installed: pip install {help_}"
     )
 
 
 def test_another_missing_module_speaks_for_itself():
-    done = python("-c", HIDE.format(module="optree"), KERAS_BACKEND="tensorflow")
+    done = python("-c", HIDE.format(modules=["optree"]), KERAS_BACKEND="tensorflow")
     assert done.returncode == 1
     assert "optree" in done.stderr
     assert "selfattn[" not in done.stderr

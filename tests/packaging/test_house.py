@@ -1,6 +1,8 @@
 """Folders, packages, extras, the registry of backends and the import rules are in step."""
 
 import ast
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -26,7 +28,10 @@ def test_every_folder_of_backends_is_a_package_of_the_wheel():
     assert not (ROOT / "backends" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("file", ["Makefile", "mkdocs.yml", "golden-vectors/SHA256SUMS", "docs/hooks.py"])
+@pytest.mark.parametrize(
+    "file",
+    ["README.md", "selfattn.py", "Makefile", "mkdocs.yml", "golden-vectors/SHA256SUMS", "docs/hooks.py"],
+)
 def test_the_sdist_holds_what_tests_and_pages_are_made_from(file):
     assert (ROOT / file).is_file()
     included = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
@@ -56,31 +61,52 @@ def test_every_adapter_has_the_same_files_and_a_registered_backend():
 
 
 def test_extras():
-    assert set(EXTRAS) == FRAMEWORKS | {"viz", "all"}
+    on_keras = {name for name in REGISTRY if name.startswith("keras-")}
+    assert set(EXTRAS) == FRAMEWORKS | on_keras | {"viz", "all"}
     assert set(EXTRAS["all"][0].removeprefix("selfattn[").removesuffix("]").split(",")) == FRAMEWORKS | {
         "viz"
     }
 
 
-@pytest.mark.parametrize("name", REGISTRY)
-def test_the_extra_of_a_backend_installs_what_it_requires(name):
-    def resolved(extra: str) -> set[str]:
-        names = set()
-        for requirement in EXTRAS[extra]:
-            if requirement.startswith("selfattn["):
-                for other in requirement.removeprefix("selfattn[").removesuffix("]").split(","):
-                    names |= resolved(other)
-            else:
-                names.add(requirement.partition(">")[0])
-        return names
+def resolved(extra: str) -> set[str]:
+    """The distributions that an extra installs beside the wheel's own."""
+    names = set()
+    for requirement in EXTRAS[extra]:
+        if requirement.startswith("selfattn["):
+            for other in requirement.removeprefix("selfattn[").removesuffix("]").split(","):
+                names |= resolved(other)
+        else:
+            names.add(requirement.partition(">")[0])
+    return names
 
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_the_extra_of_a_backend_installs_what_it_requires_and_no_other_framework(name):
     entry = REGISTRY[name]
-    assert set(entry.requires) <= set().union(*(resolved(extra) for extra in entry.extra.split(",")))
+    assert resolved(entry.extra) == set(entry.requires)
+
+
+def test_keras_alone_is_keras_on_its_default():
+    assert resolved("keras") == {"keras", "tensorflow"}
 
 
 def test_there_is_one_version():
-    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert "version" in PROJECT["project"]["dynamic"]
     assert selfattn_core.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_says_the_version(package):
+    """The ops without any framework: their package imports none."""
+    name = Path(package).name
+    script = (
+        f"import sys, {name}; print({name}.__version__); print(*sorted({FRAMEWORKS!r} & set(sys.modules)))"
+    )
+    said, *loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert said == selfattn_core.__version__
+    assert not loaded or name not in ("selfattn_core", "selfattn_ops")
 
 
 def imported(path: Path) -> set[str]:
@@ -95,7 +121,7 @@ def imported(path: Path) -> set[str]:
 
 ALLOWED = {
     "selfattn_core": set(),
-    "selfattn_ops": {"torch", "jax", "tensorflow"},
+    "selfattn_ops": {"selfattn_core", "torch", "jax", "tensorflow"},
     "selfattn_torch": {"selfattn_core", "selfattn_ops", "torch"},
     "selfattn_keras": {"selfattn_core", "selfattn_ops", "keras", "torch", "jax", "tensorflow"},
     "selfattn_flax": {"selfattn_core", "selfattn_ops", "flax", "jax"},

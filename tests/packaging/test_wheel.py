@@ -1,6 +1,8 @@
 """The wheel, installed into an environment with nothing else in it."""
 
+import email
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"selfattn_core", "selfattn_ops", "selfattn_torch", "selfattn_keras", "selfattn_flax"}
+# A module that says which packages there are.
+NAMES = PACKAGES | {"selfattn.py"}
 
 
 def run(*command: str | Path, check: bool = False) -> subprocess.CompletedProcess[str]:
@@ -46,9 +50,9 @@ def python(wheel, tmp_path_factory) -> Path:
     return python
 
 
-def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel):
+def test_the_wheel_holds_the_five_packages_the_message_and_nothing_else(wheel):
     names = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {name for name in names if not name.endswith(".dist-info")} == PACKAGES
+    assert {name for name in names if not name.endswith(".dist-info")} == NAMES
     files = set(zipfile.ZipFile(wheel).namelist())
     assert {f"{package}/py.typed" for package in PACKAGES} <= files
     dialects = {path.name for path in (ROOT / "selfattn_core" / "porting" / "data").glob("*.toml")}
@@ -56,14 +60,63 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel):
     assert {f"selfattn_core/porting/data/{name}" for name in dialects} <= files
 
 
-def test_installed_it_shows_the_five_names(python):
+def test_installed_it_shows_these_names(python):
     script = (
         "import pathlib, sysconfig; site = pathlib.Path(sysconfig.get_path('purelib'));"
-        "print(*sorted(p.name for p in site.iterdir() if p.name.startswith(('selfattn_', 'backends', 'tests', "
-        "'examples', 'benchmarks'))))"
+        "print(*sorted(p.name for p in site.iterdir() if p.name.startswith(('selfattn', 'backends', 'tests', "
+        "'examples', 'benchmarks')) and p.suffix != '.dist-info'))"
     )
-    assert set(run(python, "-c", script, check=True).stdout.split()) == PACKAGES
+    assert set(run(python, "-c", script, check=True).stdout.split()) == NAMES
     assert run(python, "-c", "import backends").returncode != 0
+
+
+def test_who_imports_the_name_of_the_distribution_is_told_what_to_import(python):
+    result = run(python, "-c", "from selfattn import SelfAttention2d")
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: selfattn is what pip installs, and nothing to import.")
+    assert set(re.findall(r"selfattn_\w+", last)) == PACKAGES
+
+
+LINK = re.compile(r"\]\(\s*<?([^)>\s]+)|^\s*\[[^\]]+\]:\s*(\S+)|(?:href|src)=[\"']([^\"']+)", re.M)
+FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
+
+
+def broken(text: str) -> list[str]:
+    """The links of a Markdown page that lead nowhere unless the repository lies around it."""
+    targets = ["".join(found) for found in LINK.findall(FENCED.sub("", text))]
+    return [target for target in targets if not target.startswith(("https://", "#"))]
+
+
+def test_the_page_on_the_package_index_has_no_broken_link(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    page = metadata.get_payload(decode=True).decode()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert broken(readme)
+    assert broken(page) == []
+    # The words of the links stay, and code is as it was.
+    assert "one file: `selfattn_core/spec.py`." in page
+    assert FENCED.findall(page) == FENCED.findall(readme)
+
+
+@pytest.mark.parametrize(
+    "link", ["[a](docs/a.md)", "![a](a.png)", "[a]: docs/a.md", '<img src="a.png">', "[a](http://a.org)"]
+)
+def test_a_broken_link_is_noticed(link):
+    assert broken(f"[b](https://b.org), [c](#c)\n{link}\n")
+
+
+def test_python_m_is_the_command(python):
+    command, module = [
+        run(*words, "dialects", "biggan", check=True).stdout
+        for words in ([python.parent / "selfattn"], [python, "-m", "selfattn_core"])
+    ]
+    assert command == module
+    assert run(python, "-m", "selfattn_core", "conform", "no-such").returncode == 2
+    assert run(python, "-m", "selfattn_core", "--help").stdout.startswith("Usage: selfattn ")
 
 
 @pytest.mark.parametrize(
@@ -75,9 +128,16 @@ def test_installed_it_shows_the_five_names(python):
         ),
         ("selfattn_keras", "selfattn_keras needs keras"),
         ("selfattn_flax", "selfattn_flax needs"),
+        *(
+            (
+                f"selfattn_ops.{name}",
+                f"selfattn_ops.{name} needs {name}, which is not installed: pip install 'selfattn[{name}]'",
+            )
+            for name in ("torch", "jax", "tensorflow")
+        ),
     ],
 )
-def test_an_adapter_without_its_framework_says_what_to_install(python, package, message):
+def test_what_lacks_its_framework_says_what_to_install(python, package, message):
     result = run(python, "-c", f"import {package}")
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]

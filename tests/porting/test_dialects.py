@@ -65,6 +65,13 @@ def test_a_printed_dialect_is_accepted_back(name, tmp_path):
     assert dialect(str(path)) == dialect(name)
 
 
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(MINE, encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert dialect(str(path)) == parse_dialect(MINE, "mine.toml")
+
+
 def test_a_minimal_dialect_has_the_defaults_of_the_family():
     found = parse_dialect(MINE, "mine.toml")
     (variant,) = found.variants
@@ -201,9 +208,22 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "folder.toml").mkdir()
     with pytest.raises(PortError, match="cannot be read as a dialect"):
         dialect(str(tmp_path / "folder.toml"))
-    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PortError, match="cannot be read as a dialect"):
-        dialect(str(tmp_path / "binary.toml"))
+    for content in (b"\xff\xfe\x00", MINE.encode("utf-16"), b'name = "caf\xe9"'):
+        (tmp_path / "binary.toml").write_bytes(content)
+        with pytest.raises(
+            PortError, match=r"cannot be read as a dialect: .*is not UTF-8 .*save it in that encoding"
+        ):
+            dialect(str(tmp_path / "binary.toml"))
+    (tmp_path / "endless.toml").symlink_to("/dev/zero")
+    with pytest.raises(PortError, match="has more than 1048576 bytes"):
+        dialect(str(tmp_path / "endless.toml"))
+    for name, text, words in (
+        ("digits", f"title = {'9' * 6000}", "holds a number with thousands of digits"),
+        ("nested", f"title = {'[' * 50_000}", "is not TOML"),
+    ):
+        (tmp_path / f"{name}.toml").write_text(text)
+        with pytest.raises(PortError, match=words):
+            dialect(str(tmp_path / f"{name}.toml"))
     (tmp_path / "large.toml").write_bytes(b"#" * (1 << 20) + b"\n")
     with pytest.raises(PortError, match="a dialect has a few thousand"):
         dialect(str(tmp_path / "large.toml"))
