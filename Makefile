@@ -1,12 +1,14 @@
 # Every target works in a fresh checkout: it first makes .venv and installs what pyproject.toml asks for.
-# PYTHON may name any interpreter from 3.11 to 3.13; by default the first one found is used.
+# PYTHON may name any interpreter from 3.11 to 3.13; by default the first one found is used, and for NEWEST the newest.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
+	if $$python -c '$(SUPPORTED)' 2>/dev/null; then echo $$python; break; fi; done)
+NEWEST ?= $(shell for python in python3.13 python3.12 python3.11 python3 python; do \
 	if $$python -c '$(SUPPORTED)' 2>/dev/null; then echo $$python; break; fi; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check format conform calibrate golden golden-check bench docs fuzz test-loss test-peers wheel clean
+.PHONY: help demo test check format conform calibrate golden golden-check bench docs fuzz test-loss test-peers test-newest wheel clean
 help:  ## what the targets do
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -67,8 +69,14 @@ test-peers:  ## port real layers of published packages, compare outputs and grad
 	.venv-peers/bin/python -m pip install --quiet --no-deps -r tests/peers/requirements.txt
 	PYTHONPATH=.:backends .venv-peers/bin/python -m pytest tests/peers/check_peers.py -o filterwarnings=default
 
+# Without constraints.txt. TORCH_INDEX may name an index that has builds of torch for the CPU.
+test-newest:  ## the newest releases of the frameworks against the numpy specification; written to docs/versions.md
+	test -d .venv-newest || $(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	.venv-newest/bin/python -m tests.packaging.newest $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+
 wheel: $(INSTALLED)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove the environment and everything built
-	rm -rf .venv .venv-peers build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-newest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
