@@ -17,11 +17,11 @@ __all__ = ["attention_rows", "relative_change"]
 
 Array = NDArray[Any]
 
-_BLOCK = 2**21
-"""Weights that are held at once, 8 MiB in float32, where that makes enough rows."""
+_QUERIES, _KEYS = 1024, 4096
+"""Sides of the block of weights that is held at once, 16 MiB in float32.
 
-_ROWS = 64
-"""At least so many rows are computed at once: products of fewer are slow."""
+Narrower ones are slow: the threads of a BLAS meet once for some hundred keys, however few the queries are.
+"""
 
 
 def attention_rows(
@@ -85,21 +85,28 @@ def relative_change(
     values = _flat(_pooled(config, _project(config, params, "value", x)))
     asked = _flat(x) if positions is None else _flat(x)[positions]
     changed = given = 0.0
-    step = max(_ROWS, _BLOCK // len(keys))
-    for start in range(0, len(asked), step):
-        rows = asked[start : start + step]
-        attended = _weights(_project(config, params, "query", rows), keys) @ values
+    for start in range(0, len(asked), _QUERIES):
+        rows = asked[start : start + _QUERIES]
+        attended = _attended(_project(config, params, "query", rows), keys, values)
         z = _project(config, params, "out", attended) if config.out_projection else attended
-        changed += _squares(params["gamma"] * z + rows - rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            change = params["gamma"] * z + rows - rows
+        changed += _squares(change)
         given += _squares(rows)
     return float(np.sqrt(changed) / max(np.sqrt(given), np.finfo(np.float32).tiny))
 
 
 def _project(config: SelfAttentionConfig, params: Mapping[str, Array], name: str, rows: Array) -> Array:
-    projected = rows @ params[f"{name}.kernel"]
+    projected = _multiplied(rows, params[f"{name}.kernel"])
     if config.use_bias:
         projected += params[f"{name}.bias"]
-    return np.asarray(projected)
+    return projected
+
+
+def _multiplied(rows: Array, columns: Array) -> Array:
+    # What overflows is infinite or NaN, and seen in the result.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(rows @ columns)
 
 
 def _pooled(config: SelfAttentionConfig, maps: Array) -> Array:
@@ -116,12 +123,34 @@ def _flat(maps: Array) -> Array:
 
 def _weights(queries: Array, keys: Array) -> Array:
     """Softmax over the keys, (rows, M), in the memory of the logits."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        weights = queries @ keys.T
+    weights = _multiplied(queries, keys.T)
+    with np.errstate(invalid="ignore"):
         weights -= weights.max(axis=-1, keepdims=True)
         np.exp(weights, out=weights)
         weights /= weights.sum(axis=-1, keepdims=True)
-    return np.asarray(weights)
+    return weights
+
+
+def _attended(queries: Array, keys: Array, values: Array) -> Array:
+    """The softmax over the keys times the values, (rows, Dv), of which a block of keys is held at a time.
+
+    Exponentials are relative to the largest logit so far; a larger one shrinks the sums of those before it.
+    """
+    largest = np.full((len(queries), 1), -np.inf, queries.dtype)
+    total = np.zeros_like(largest)
+    attended = np.zeros((len(queries), values.shape[1]), values.dtype)
+    for start in range(0, len(keys), _KEYS):
+        weights = _multiplied(queries, keys[start : start + _KEYS].T)
+        with np.errstate(invalid="ignore"):
+            larger = np.maximum(largest, weights.max(axis=-1, keepdims=True))
+            weights -= larger
+            np.exp(weights, out=weights)
+            shrink = np.exp(largest - larger)
+            total = total * shrink + weights.sum(axis=-1, keepdims=True)
+            attended = attended * shrink + _multiplied(weights, values[start : start + _KEYS])
+        largest = larger
+    with np.errstate(invalid="ignore"):
+        return np.asarray(attended / total)
 
 
 def _squares(rows: Array) -> float:
