@@ -85,7 +85,7 @@ def attend_files(
     Raises:
         ModuleNotFoundError: if what reads images is not installed.
         OSError: if a file cannot be read.
-        ValueError: if files do not fit each other, or a point is outside the image.
+        ValueError: if a file cannot be used, files do not fit each other or memory, or a point is outside the image.
     """
     config, params = _layer(weights, block)
     pixels = read_image(image)
@@ -136,13 +136,13 @@ def read_image(path: Path) -> Array:
     Raises:
         ModuleNotFoundError: if Pillow is not installed.
         OSError: if the file cannot be read.
-        ValueError: if it is not a picture.
+        ValueError: if it is not a picture, is damaged, or has more than `LARGEST_IMAGE` pixels, which are not decoded.
     """
     require("selfattn attend", ["matplotlib", "PIL"], "viz")
     from PIL import Image, UnidentifiedImageError
 
     check_is_file(path)
-    too_large = f"at most {LARGEST_IMAGE} are decoded: scale it down, the map is no finer for it."
+    refused = f"at most {LARGEST_IMAGE} pixels are decoded: scale it down, the map is no finer for it."
     try:
         with warnings.catch_warnings():
             # Pillow warns of a size that is far beyond ours, and of transparency that is dropped.
@@ -150,14 +150,21 @@ def read_image(path: Path) -> Array:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 width, height = picture.size
-                if width * height > LARGEST_IMAGE:
-                    raise ValueError(f"{path}: has {height}×{width} pixels; {too_large}")
-                grey = picture.mode in ("1", "L", "LA")
-                return np.asarray(picture.convert("L" if grey else "RGB"))
+                if width * height <= LARGEST_IMAGE:
+                    grey = picture.mode in ("1", "L", "LA")
+                    return np.asarray(picture.convert("L" if grey else "RGB"))
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: is not a picture that can be read.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{path}: {error} Here {too_large}") from error
+        raise ValueError(f"{path}: {error} Here {refused}") from error
+    except MemoryError:
+        raise ValueError(f"{path}: does not fit into memory; scale it down.") from None
+    except PermissionError:
+        raise
+    # What Pillow's readers raise on a damaged file is of every kind, and does not name it.
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be read, it may be damaged ({error}).") from error
+    raise ValueError(f"{path}: has {height}×{width} pixels; {refused}")
 
 
 def _layer(path: Path, block: str | None) -> tuple[SelfAttentionConfig, dict[str, Array]]:

@@ -65,6 +65,8 @@ Source: Okabe and Ito, "Color Universal Design", 2002, without the black and the
 
 _INCHES = 2.1
 _DPI = 150
+_SHOWN = 1024
+"""Pixels along a side of a panel's image, or up to twice as many: more are not seen, and cost memory."""
 
 _NO_TRANSPARENCY = (
     "PostScript has no transparency, which the heat maps are drawn with; .pdf is as good for print"
@@ -336,7 +338,7 @@ class _Panels:
     """What a figure shows.
 
     Args:
-        image: (height, width) or (height, width, 3 or 4), floating point from 0 to 1.
+        image: (height, width) or (height, width, 3 or 4), uint8, or floating point from 0 to 1.
         rows: (points, H', W'), what each point attends to.
         points: pixels (y, x) of the image.
         positions: (h, w) of the feature map for each point.
@@ -370,7 +372,7 @@ def _positions(
 def _checked(
     image: Array, points: Sequence[tuple[int, int]], checked_map: Callable[[], Array]
 ) -> tuple[Array, Array]:
-    """The image as floating point from 0 to 1, (height, width[, 3 or 4]), and the map; refused with every problem."""
+    """The image, (height, width[, 3 or 4]), and the map; refused with every problem."""
     problems = []
     image = np.asarray(image)
     shape = image.shape
@@ -384,9 +386,8 @@ def _checked(
             f"got the point{'s' if len(outside) > 1 else ''} {named} outside the image; expected y from 0 to "
             f"{shape[0] - 1} and x from 0 to {shape[1] - 1}, in pixels"
         )
-    if image.dtype == np.uint8:
-        image = image / 255
-    elif image.dtype.kind != "f" or not ((image >= 0) & (image <= 1)).all():
+    of_floats = image.dtype.kind == "f" and ((image >= 0) & (image <= 1)).all()
+    if image.dtype != np.uint8 and not of_floats:
         problems.append(
             f"got an image of dtype {image.dtype} that is not within 0 to 1; expected uint8, or floating point from "
             "0 to 1: rescale it"
@@ -440,8 +441,11 @@ def _figure(panels: _Panels, dpi: int) -> "Figure":
 def _draw(
     figure: "FigureBase", panels: _Panels, gamma: float | None, title: str, largest: Sequence[float]
 ) -> None:
-    image, grid_size = panels.image, panels.grid_size
-    size = (image.shape[0], image.shape[1])
+    grid_size = panels.grid_size
+    size = (panels.image.shape[0], panels.image.shape[1])
+    step = max(1, max(size) // _SHOWN)
+    image = panels.image[::step, ::step]
+    image = image / 255 if image.dtype == np.uint8 else image
     statistics = row_statistics(panels.rows, panels.positions, grid_size, kv_pool=panels.kv_pool)
     if lines := [line for line in (title, "" if gamma is None else _gamma_line(gamma)) if line]:
         figure.suptitle("\n".join(lines), fontsize=9, parse_math=False)
@@ -449,13 +453,14 @@ def _draw(
         2, 1 + len(panels.points), squeeze=False, gridspec_kw={"height_ratios": (20, 1)}
     )
     nothing.set_axis_off()
-    _show(first, image, f"image {size[0]}×{size[1]}, map {grid_size[0]}×{grid_size[1]}")
+    _show(first, image, step, f"image {size[0]}×{size[1]}, map {grid_size[0]}×{grid_size[1]}")
     ghost = _ghost(image)
     drawn = zip(panels.points, panels.rows, largest, maps, bars, strict=True)
     for index, (point, weights, full, axes, bar) in enumerate(drawn):
         colour = COLOURS[index]
-        _show(axes, ghost, f"{index + 1}: from y={point[0]}, x={point[1]}", colour)
-        axes.imshow(_tint(upsample(weights, size, grid_size, kv_pool=panels.kv_pool) / full, colour))
+        _show(axes, ghost, step, f"{index + 1}: from y={point[0]}, x={point[1]}", colour)
+        spread = upsample(weights, size, grid_size, kv_pool=panels.kv_pool)[::step, ::step]
+        axes.imshow(_tint(spread / full, colour), extent=_extent(spread, step))
         _scale(bar, full, colour)
         axes.set_xlabel(
             f"{statistics.effective_size[index]:.1f} of {weights.size} keys\n"
@@ -484,8 +489,13 @@ def _tint(strength: Array, colour: str) -> Array:
     return np.concatenate([np.broadcast_to(to_rgb(colour), (*alpha.shape, 3)), alpha[..., None]], axis=-1)
 
 
-def _show(axes: "Axes", image: Array, title: str, colour: str = "#444444") -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+def _extent(image: Array, step: int) -> tuple[float, float, float, float]:
+    """Where every step-th pixel of an image lies in its coordinates."""
+    return -0.5, image.shape[1] * step - 0.5, image.shape[0] * step - 0.5, -0.5
+
+
+def _show(axes: "Axes", image: Array, step: int, title: str, colour: str = "#444444") -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=_extent(image, step))
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(title, fontsize=8)
