@@ -187,7 +187,7 @@ def _single(path: Path, start: bytes, size: int) -> _Stored:
         header = npy_header(str(path), start)
     except PortError as error:
         if start.startswith(b"\x93NUMPY"):
-            raise ValueError(f"{error}.") from None
+            raise ValueError(f"{str(error).removesuffix('.')}.") from None
         raise ValueError(
             f"{path}: cannot be read as .npy or .npz: it is damaged, or another format; expected an array of numbers, as "
             "numpy.save writes it."

@@ -148,6 +148,8 @@ def _attended(queries: Array, keys: Array, values: Array) -> Array:
             shrink = np.exp(largest - larger)
             total = total * shrink + weights.sum(axis=-1, keepdims=True)
             attended = attended * shrink + _multiplied(weights, values[start : start + _KEYS])
+        # Or it would be held while the next block is made.
+        del weights
         largest = larger
     with np.errstate(invalid="ignore"):
         return np.asarray(attended / total)

@@ -65,7 +65,7 @@ Source: Okabe and Ito, "Color Universal Design", 2002, without the black and the
 
 _INCHES = 2.1
 _DPI = 150
-_SHOWN = 1024
+_SHOWN = 512
 """Pixels along a side of a panel's image, or up to twice as many: more are not seen, and cost memory."""
 
 _NO_TRANSPARENCY = (
