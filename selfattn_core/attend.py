@@ -147,7 +147,6 @@ def read_image(path: Path) -> Array:
         with warnings.catch_warnings():
             # Pillow warns of a size that is far beyond ours, and of transparency that is dropped.
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 width, height = picture.size
                 if width * height <= LARGEST_IMAGE:
@@ -155,7 +154,7 @@ def read_image(path: Path) -> Array:
                     return np.asarray(picture.convert("L" if grey else "RGB"))
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: is not a picture that can be read.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: {error} Here {refused}") from error
     except MemoryError:
         raise ValueError(f"{path}: does not fit into memory; scale it down.") from None
