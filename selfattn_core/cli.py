@@ -193,7 +193,7 @@ def attend(
 
     from selfattn_core.attend import attend_files
     from selfattn_core.report_files import target_problems
-    from selfattn_core.viz import COLOURS, attention_figure, save_figure
+    from selfattn_core.viz import COLOURS, format_of, rows_figure, save_figure
 
     inputs = {"WEIGHTS": weights, "FEATURES": features, "--image": image}
     if problems := target_problems(
@@ -209,15 +209,22 @@ def attend(
             f"--out {out}: exists already and was left as it is; pass --force to replace it."
         )
     try:
+        format_of(out)
         found = attend_files(
             weights, features, image, points, block=block, array=array, sample=sample, layout=layout
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            figure = attention_figure(
-                found.image, found.grid, points, kv_pool=found.config.kv_pool, gamma=found.gamma, title=title
+            figure = rows_figure(
+                found.image,
+                found.rows,
+                points,
+                grid_size=found.grid_size,
+                kv_pool=found.config.kv_pool,
+                gamma=found.gamma,
+                title=title,
             )
-        save_figure(figure, out, overwrite=force)
+            save_figure(figure, out, overwrite=force)
     except ModuleNotFoundError as error:
         click.echo(str(error), err=True)
         sys.exit(MISSING)
@@ -225,15 +232,18 @@ def attend(
         raise click.UsageError(str(error)) from error
     for warning in caught:
         click.echo(f"warning: {warning.message}", err=True)
-    height, width = found.grid.shape[:2]
+    height, width = found.grid_size
+    about, of = "", ""
+    if found.changed < height * width:
+        about, of = "about ", f", from {found.changed} of {height * width} positions"
     click.echo(
-        f"gamma {found.gamma:+.4g}: the layer changes its input by {found.change:.1%} (root mean square)."
+        f"gamma {found.gamma:+.4g}: the layer changes its input by {about}{found.change:.1%} (root mean square{of})."
     )
-    for number, ((y, x), position) in enumerate(zip(points, found.positions, strict=True), start=1):
+    for number, ((y, x), position) in enumerate(zip(points, found.positions, strict=True)):
         click.echo(
-            f"{number}: pixel {y},{x} is position {position[0]},{position[1]} of {height}×{width}; it attends to "
-            f"{found.statistics.effective_size[position]:.1f} keys, at a mean distance of "
-            f"{found.statistics.mean_distance[position]:.1f} positions."
+            f"{number + 1}: pixel {y},{x} is position {position[0]},{position[1]} of {height}×{width}; it attends to "
+            f"{found.statistics.effective_size[number]:.1f} keys, at a mean distance of "
+            f"{found.statistics.mean_distance[number]:.1f} positions."
         )
     click.echo(f"written: {out}")
 

@@ -10,6 +10,7 @@ covers p×p positions, and the last H − p·H' rows of positions belong to no k
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,11 @@ __all__ = [
     "SMALL_GAMMA",
     "MapStatistics",
     "checked_grid",
+    "checked_rows",
     "effect_warning",
     "map_statistics",
     "position_of",
+    "row_statistics",
     "unflatten",
     "upsample",
 ]
@@ -97,18 +100,53 @@ def map_statistics(grid: Array, *, kv_pool: int = 1) -> MapStatistics:
         >>> statistics.mean_distance.round(3)
         array([[1.   , 0.667, 1.   ]])
     """
-    grid = checked_grid(grid, kv_pool, leading=True).astype(np.float64)
-    height, width, rows, columns = grid.shape[-4:]
-    logarithms = np.log(grid, where=grid > 0, out=np.zeros_like(grid))
-    entropy = -(grid * logarithms).sum(axis=(-2, -1))
-    down = np.arange(height)[:, None] - _centres(rows, kv_pool)
-    across = np.arange(width)[:, None] - _centres(columns, kv_pool)
-    distances = np.hypot(down[:, None, :, None], across[None, :, None, :])  # (H, W, H', W')
+    grid = checked_grid(grid, kv_pool, leading=True)
+    height, width = grid.shape[-4:-2]
+    return _statistics(grid, np.arange(height)[:, None], np.arange(width), kv_pool)
+
+
+def row_statistics(
+    rows: Array, positions: Sequence[tuple[int, int]], grid_size: tuple[int, int], *, kv_pool: int = 1
+) -> MapStatistics:
+    """The statistics of `map_statistics` for some output positions, from their rows alone.
+
+    Args:
+        rows: (positions, H', W'), what each of them attends to.
+        positions: (h, w) of each.
+        grid_size: (H, W) of the feature map.
+        kv_pool: of the layer's config.
+
+    Returns:
+        The statistics; all arrays are (positions,).
+
+    Raises:
+        ValueError: if the shape does not belong to such rows.
+
+    Example:
+        >>> statistics = row_statistics(np.full((2, 1, 3), 1 / 3), [(0, 2), (0, 1)], (1, 3))
+        >>> statistics.mean_distance.round(3)
+        array([1.   , 0.667])
+    """
+    rows = checked_rows(rows, len(positions), grid_size, kv_pool)
+    down, across = np.transpose(positions)
+    return _statistics(rows, down, across, kv_pool)
+
+
+def _statistics(weights: Array, down: Array, across: Array, kv_pool: int) -> MapStatistics:
+    """Of weights (…, H', W') from positions whose coordinates have, together, the shape of the axes before the last two."""
+    weights = weights.astype(np.float64)
+    logarithms = np.log(weights, where=weights > 0, out=np.zeros_like(weights))
+    entropy = -(weights * logarithms).sum(axis=(-2, -1))
+    rows, columns = weights.shape[-2:]
+    distances = np.hypot(
+        (down[..., None] - _centres(rows, kv_pool))[..., :, None],
+        (across[..., None] - _centres(columns, kv_pool))[..., None, :],
+    )
     return MapStatistics(
         entropy=entropy,
         effective_size=np.exp(entropy),
-        mean_distance=(grid * distances).sum(axis=(-2, -1)),
-        peak=grid.max(axis=(-2, -1)),
+        mean_distance=(weights * distances).sum(axis=(-2, -1)),
+        peak=weights.max(axis=(-2, -1)),
     )
 
 
@@ -200,15 +238,46 @@ def checked_grid(grid: Array, kv_pool: int, *, leading: bool = False) -> Array:
             f"got a map from {height}×{width} positions to {keys[0]}×{keys[1]} keys with kv_pool={kv_pool}; expected "
             f"{expected[0]}×{expected[1]} keys: pass the layer's kv_pool"
         )
-    if not np.isfinite(grid).all():
+    _check_weights(grid)
+    return grid
+
+
+def checked_rows(rows: Array, count: int, grid_size: tuple[int, int], kv_pool: int) -> Array:
+    """Rows of a map as an array, once their shape and values have been found right.
+
+    Args:
+        rows: (positions, H', W').
+        count: of the positions.
+        grid_size: (H, W) of the feature map.
+        kv_pool: of the layer's config.
+
+    Raises:
+        ValueError: if they are not such rows.
+
+    Example:
+        >>> checked_rows(np.full((4, 1, 2), 0.5), 4, (3, 5), kv_pool=2).shape
+        (4, 1, 2)
+    """
+    rows = np.asarray(rows)
+    expected = (count, grid_size[0] // kv_pool, grid_size[1] // kv_pool)
+    if rows.shape != expected or 0 in expected:
+        raise ValueError(
+            f"got rows of shape {rows.shape}; expected {expected} for {count} positions of a feature map of "
+            f"{grid_size[0]}×{grid_size[1]} with kv_pool={kv_pool}"
+        )
+    _check_weights(rows)
+    return rows
+
+
+def _check_weights(weights: Array) -> None:
+    if not np.isfinite(weights).all():
         raise ValueError("got a map that holds NaN or infinity; expected weights that sum to 1")
-    sums = grid.sum(axis=(-2, -1), dtype=np.float64)
+    sums = weights.sum(axis=(-2, -1), dtype=np.float64)
     if not np.allclose(sums, 1, rtol=0, atol=_ROUNDING):
         raise ValueError(
             f"got a map whose rows sum to {sums.min():.3g} to {sums.max():.3g}; expected 1: is it transposed, or not a "
             "softmax over the keys?"
         )
-    return grid
 
 
 def _centres(keys: int, kv_pool: int) -> Array:

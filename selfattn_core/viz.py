@@ -11,7 +11,8 @@ Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, fi
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,11 @@ from selfattn_core.maps import (
     SMALL_GAMMA,
     MapStatistics,
     checked_grid,
+    checked_rows,
     effect_warning,
     map_statistics,
     position_of,
+    row_statistics,
     unflatten,
     upsample,
 )
@@ -43,8 +46,10 @@ __all__ = [
     "attention_figure",
     "draw_attention",
     "effect_warning",
+    "format_of",
     "map_statistics",
     "position_of",
+    "rows_figure",
     "save_animation",
     "save_figure",
     "unflatten",
@@ -61,6 +66,18 @@ Source: Okabe and Ito, "Color Universal Design", 2002, without the black and the
 
 _INCHES = 2.1
 _DPI = 150
+_SHOWN = 512
+"""Pixels along a side of a panel's image, or up to twice as many: more are not seen, and cost memory."""
+
+_NO_TRANSPARENCY = (
+    "PostScript has no transparency, which the heat maps are drawn with; .pdf is as good for print"
+)
+_UNSUITED = {
+    "eps": _NO_TRANSPARENCY,
+    "ps": _NO_TRANSPARENCY,
+    "pgf": "a drawing for LaTeX keeps its images in files of their own; LaTeX takes .pdf",
+}
+"""What matplotlib has a writer for, and why it is no format of these figures."""
 
 
 def attention_figure(
@@ -97,12 +114,53 @@ def attention_figure(
         6
     """
     require("selfattn_core.viz", ["matplotlib"], "viz")
-    from matplotlib.figure import Figure
+    panels = _of_grid(image, grid, points, kv_pool)
+    _warn(panels, gamma)
+    figure = _figure(panels, _DPI)
+    _draw(figure, panels, gamma, title, _largest([panels]))
+    return figure
 
-    figure = Figure(figsize=_figure_size(np.shape(image), len(points)), dpi=_DPI, layout="constrained")
-    image, grid = _checked(image, grid, points, kv_pool)
-    _warn(image.shape, grid.shape, gamma)
-    _draw(figure, image, grid, points, kv_pool, gamma, title, _largest([(image, grid)], points))
+
+def rows_figure(
+    image: Array,
+    rows: Array,
+    points: Sequence[tuple[int, int]],
+    *,
+    grid_size: tuple[int, int],
+    kv_pool: int = 1,
+    gamma: float | None = None,
+    title: str = "",
+) -> "Figure":
+    """The figure of `attention_figure` where only the rows of the points are known.
+
+    Args:
+        image: as for `attention_figure`.
+        rows: what each point attends to, (points, H', W'): of each, `grid[position_of(point, …)]`.
+        points: as for `attention_figure`.
+        grid_size: (H, W) of the feature map.
+        kv_pool: as for `attention_figure`.
+        gamma: as for `attention_figure`.
+        title: as for `attention_figure`.
+
+    Raises:
+        ModuleNotFoundError: as `attention_figure`.
+        ValueError: as `attention_figure`.
+
+    Warns:
+        UserWarning: as `attention_figure`.
+
+    Example:
+        >>> image = np.random.default_rng(0).uniform(size=(16, 24))
+        >>> rows = np.full((2, 4, 6), 1 / 24)
+        >>> len(rows_figure(image, rows, [(2, 20), (13, 5)], grid_size=(4, 6)).axes)
+        6
+    """
+    require("selfattn_core.viz", ["matplotlib"], "viz")
+    image, rows = _checked(image, points, lambda: checked_rows(rows, len(points), grid_size, kv_pool))
+    panels = _Panels(image, rows, points, _positions(points, image, grid_size), grid_size, kv_pool)
+    _warn(panels, gamma)
+    figure = _figure(panels, _DPI)
+    _draw(figure, panels, gamma, title, _largest([panels]))
     return figure
 
 
@@ -133,9 +191,45 @@ def draw_attention(
     Warns:
         UserWarning: as `attention_figure`.
     """
-    image, grid = _checked(image, grid, points, kv_pool)
-    _warn(image.shape, grid.shape, gamma)
-    _draw(figure, image, grid, points, kv_pool, gamma, title, _largest([(image, grid)], points))
+    panels = _of_grid(image, grid, points, kv_pool)
+    _warn(panels, gamma)
+    _draw(figure, panels, gamma, title, _largest([panels]))
+
+
+def format_of(path: PathLike) -> str:
+    """The format that the suffix of a picture's name asks for, in matplotlib's words.
+
+    Args:
+        path: .png, .pdf, .svg, .jpg or another suffix that matplotlib writes here.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+        ValueError: if these figures cannot be written in such a format.
+
+    Example:
+        >>> format_of("Map.PNG")
+        'png'
+        >>> format_of("map.eps")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: map.eps: got the suffix '.eps'; PostScript has no transparency, ... expected one of ...
+    """
+    require("selfattn_core.viz", ["matplotlib"], "viz")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import features
+
+    known = set(FigureCanvasAgg.get_supported_filetypes()) - set(_UNSUITED)
+    # What a build of Pillow may lack.
+    known -= {name for name in ("webp", "avif") if not features.check(name)}
+    path = Path(path)
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix not in known:
+        reason = f" {_UNSUITED[suffix]};" if suffix in _UNSUITED else ""
+        raise ValueError(
+            f"{path}: got the suffix {path.suffix!r};{reason} expected one of "
+            f"{', '.join(f'.{name}' for name in sorted(known))}."
+        )
+    return suffix
 
 
 def save_figure(figure: "Figure", path: PathLike, *, overwrite: bool = False) -> None:
@@ -143,13 +237,13 @@ def save_figure(figure: "Figure", path: PathLike, *, overwrite: bool = False) ->
 
     Args:
         figure: what to write.
-        path: .png, .pdf, .svg, .jpg or another suffix that matplotlib writes; the folder must exist.
+        path: with a suffix as for `format_of`; the folder must exist.
         overwrite: whether an existing file may be replaced.
 
     Raises:
         FileExistsError: if the file exists and `overwrite` is False; it is left as it was.
         OSError: if it cannot be written.
-        ValueError: if matplotlib writes no such format.
+        ValueError: as `format_of`; PostScript would lose the heat maps' transparency, and with it the weights.
 
     Example:
         >>> import tempfile
@@ -159,18 +253,9 @@ def save_figure(figure: "Figure", path: PathLike, *, overwrite: bool = False) ->
         ...     Path(f"{folder}/map.png").read_bytes()[1:4]
         b'PNG'
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    path = Path(path)
-    known = FigureCanvasAgg.get_supported_filetypes()
-    suffix = path.suffix.lower().removeprefix(".")
-    if suffix not in known:
-        raise ValueError(
-            f"{path}: got the suffix {path.suffix!r}; expected one of {', '.join(f'.{name}' for name in sorted(known))}."
-        )
     content = io.BytesIO()
-    figure.savefig(content, format=suffix)
-    write_atomically(path, content.getvalue(), overwrite=overwrite)
+    figure.savefig(content, format=format_of(path))
+    write_atomically(Path(path), content.getvalue(), overwrite=overwrite)
 
 
 def save_animation(
@@ -217,7 +302,6 @@ def save_animation(
     """
     require("selfattn_core.viz", ["matplotlib"], "viz")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from PIL import Image
 
     path = Path(path)
@@ -229,12 +313,12 @@ def save_animation(
             f"save_animation: got {', '.join(f'{count} {name}' for name, count in counts.items())}; expected one of each "
             "for every frame, and at least one frame."
         )
-    checked = [_checked(image, grid, points, kv_pool) for image, grid in zip(images, grids, strict=True)]
-    largest = _largest(checked, points)
+    drawn = [_of_grid(image, grid, points, kv_pool) for image, grid in zip(images, grids, strict=True)]
+    largest = _largest(drawn)
     frames = []
-    for (image, grid), label, gain in zip(checked, titles, gains, strict=True):
-        figure = Figure(figsize=_figure_size(image.shape, len(points)), dpi=100, layout="constrained")
-        _draw(figure, image, grid, points, kv_pool, gain, label, largest)
+    for panels, label, gain in zip(drawn, titles, gains, strict=True):
+        figure = _figure(panels, 100)
+        _draw(figure, panels, gain, label, largest)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
@@ -250,10 +334,46 @@ def save_animation(
     write_atomically(path, content.getvalue(), overwrite=overwrite)
 
 
+@dataclass(frozen=True)
+class _Panels:
+    """What a figure shows.
+
+    Args:
+        image: (height, width) or (height, width, 3 or 4), uint8, or floating point from 0 to 1.
+        rows: (points, H', W'), what each point attends to.
+        points: pixels (y, x) of the image.
+        positions: (h, w) of the feature map for each point.
+        grid_size: (H, W).
+        kv_pool: of the layer's config.
+    """
+
+    image: Array
+    rows: Array
+    points: Sequence[tuple[int, int]]
+    positions: list[tuple[int, int]]
+    grid_size: tuple[int, int]
+    kv_pool: int
+
+
+def _of_grid(image: Array, grid: Array, points: Sequence[tuple[int, int]], kv_pool: int) -> _Panels:
+    """The panels of a whole map, of which they keep the rows of the points."""
+    image, grid = _checked(image, points, lambda: checked_grid(grid, kv_pool))
+    grid_size = (grid.shape[0], grid.shape[1])
+    positions = _positions(points, image, grid_size)
+    rows = np.stack([grid[position] for position in positions])
+    return _Panels(image, rows, points, positions, grid_size, kv_pool)
+
+
+def _positions(
+    points: Sequence[tuple[int, int]], image: Array, grid_size: tuple[int, int]
+) -> list[tuple[int, int]]:
+    return [position_of(point, (image.shape[0], image.shape[1]), grid_size) for point in points]
+
+
 def _checked(
-    image: Array, grid: Array, points: Sequence[tuple[int, int]], kv_pool: int
+    image: Array, points: Sequence[tuple[int, int]], checked_map: Callable[[], Array]
 ) -> tuple[Array, Array]:
-    """The image as floating point from 0 to 1, (height, width[, 3]), and the grid; refused with every problem."""
+    """The image, (height, width[, 3 or 4]), and the map; refused with every problem."""
     problems = []
     image = np.asarray(image)
     shape = image.shape
@@ -267,9 +387,8 @@ def _checked(
             f"got the point{'s' if len(outside) > 1 else ''} {named} outside the image; expected y from 0 to "
             f"{shape[0] - 1} and x from 0 to {shape[1] - 1}, in pixels"
         )
-    if image.dtype == np.uint8:
-        image = image / 255
-    elif image.dtype.kind != "f" or not ((image >= 0) & (image <= 1)).all():
+    of_floats = image.dtype.kind == "f" and ((image >= 0) & (image <= 1)).all()
+    if image.dtype != np.uint8 and not of_floats:
         problems.append(
             f"got an image of dtype {image.dtype} that is not within 0 to 1; expected uint8, or floating point from "
             "0 to 1: rescale it"
@@ -279,22 +398,23 @@ def _checked(
             f"got {len(points)} points; expected 1 to {len(COLOURS)}, as there are that many colours"
         )
     try:
-        grid = checked_grid(grid, kv_pool)
+        weights = checked_map()
     except ValueError as error:
         problems.append(str(error))
     if problems:
         raise ValueError("attention_figure: " + "; ".join(problems) + ".")
-    return (image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image), grid
+    return (image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image), weights
 
 
 def _inside(point: tuple[int, int], size: tuple[int, int]) -> bool:
     return all(0 <= coordinate < side for coordinate, side in zip(point, size, strict=True))
 
 
-def _warn(size: tuple[int, ...], grid_size: tuple[int, ...], gamma: float | None) -> None:
+def _warn(panels: _Panels, gamma: float | None) -> None:
     """Warn of a picture that is right and says nothing, or is likely not of this image."""
     if gamma is not None and (message := effect_warning(gamma)):
         warnings.warn(message, UserWarning, stacklevel=3)
+    size, grid_size = panels.image.shape, panels.grid_size
     aspect, of_map = math.log(size[0] / size[1]), math.log(grid_size[0] / grid_size[1])
     if abs(aspect - of_map) > abs(aspect + of_map) + 1e-9:
         warnings.warn(
@@ -305,44 +425,47 @@ def _warn(size: tuple[int, ...], grid_size: tuple[int, ...], gamma: float | None
         )
 
 
-def _largest(drawn: Sequence[tuple[Array, Array]], points: Sequence[tuple[int, int]]) -> list[float]:
+def _largest(drawn: Sequence[_Panels]) -> list[float]:
     """For each point the largest weight in any of the maps: the one that has the full colour."""
-    return [
-        max(float(grid[position_of(point, image.shape[:2], grid.shape[:2])].max()) for image, grid in drawn)
-        for point in points
-    ]
+    return [float(full) for full in np.max([panels.rows.max(axis=(1, 2)) for panels in drawn], axis=0)]
+
+
+def _figure(panels: _Panels, dpi: int) -> "Figure":
+    """An empty figure, as wide as the panels, as high as the image, the scale and the text need."""
+    from matplotlib.figure import Figure
+
+    aspect = panels.image.shape[0] / panels.image.shape[1]
+    size = (1 + len(panels.points)) * _INCHES, min(max(aspect, 0.4), 2.5) * (_INCHES - 0.15) + 1.25
+    return Figure(figsize=size, dpi=dpi, layout="constrained")
 
 
 def _draw(
-    figure: "FigureBase",
-    image: Array,
-    grid: Array,
-    points: Sequence[tuple[int, int]],
-    kv_pool: int,
-    gamma: float | None,
-    title: str,
-    largest: Sequence[float],
+    figure: "FigureBase", panels: _Panels, gamma: float | None, title: str, largest: Sequence[float]
 ) -> None:
-    size, grid_size = image.shape[:2], grid.shape[:2]
-    statistics = map_statistics(grid, kv_pool=kv_pool)
+    grid_size = panels.grid_size
+    size = (panels.image.shape[0], panels.image.shape[1])
+    step = max(1, max(size) // _SHOWN)
+    image = panels.image[::step, ::step]
+    image = image / 255 if image.dtype == np.uint8 else image
+    statistics = row_statistics(panels.rows, panels.positions, grid_size, kv_pool=panels.kv_pool)
     if lines := [line for line in (title, "" if gamma is None else _gamma_line(gamma)) if line]:
         figure.suptitle("\n".join(lines), fontsize=9, parse_math=False)
-    (first, *panels), (nothing, *bars) = figure.subplots(
-        2, 1 + len(points), squeeze=False, gridspec_kw={"height_ratios": (20, 1)}
+    (first, *maps), (nothing, *bars) = figure.subplots(
+        2, 1 + len(panels.points), squeeze=False, gridspec_kw={"height_ratios": (20, 1)}
     )
     nothing.set_axis_off()
-    _show(first, image, f"image {size[0]}×{size[1]}, map {grid_size[0]}×{grid_size[1]}")
+    _show(first, image, step, f"image {size[0]}×{size[1]}, map {grid_size[0]}×{grid_size[1]}")
     ghost = _ghost(image)
-    for index, (point, full, axes, bar) in enumerate(zip(points, largest, panels, bars, strict=True)):
-        position = position_of(point, size, grid_size)
-        weights = grid[position]
+    drawn = zip(panels.points, panels.rows, largest, maps, bars, strict=True)
+    for index, (point, weights, full, axes, bar) in enumerate(drawn):
         colour = COLOURS[index]
-        _show(axes, ghost, f"{index + 1}: from y={point[0]}, x={point[1]}", colour)
-        axes.imshow(_tint(upsample(weights, size, grid_size, kv_pool=kv_pool) / full, colour))
+        _show(axes, ghost, step, f"{index + 1}: from y={point[0]}, x={point[1]}", colour)
+        spread = upsample(weights, size, grid_size, kv_pool=panels.kv_pool)[::step, ::step]
+        axes.imshow(_tint(spread / full, colour), extent=_extent(spread, step))
         _scale(bar, full, colour)
         axes.set_xlabel(
-            f"{statistics.effective_size[position]:.1f} of {weights.size} keys\n"
-            f"mean distance {statistics.mean_distance[position]:.1f}",
+            f"{statistics.effective_size[index]:.1f} of {weights.size} keys\n"
+            f"mean distance {statistics.mean_distance[index]:.1f}",
             fontsize=7,
         )
         _mark(first, point, size, colour, str(index + 1))
@@ -351,12 +474,6 @@ def _draw(
 
 def _gamma_line(gamma: float) -> str:
     return effect_warning(gamma).partition(". ")[0] or f"gamma = {gamma:+.3f}"
-
-
-def _figure_size(image_shape: tuple[int, ...], points: int) -> tuple[float, float]:
-    """In inches: as wide as the panels, as high as the image, the scale and the text need."""
-    aspect = image_shape[0] / image_shape[1] if len(image_shape) >= 2 and 0 not in image_shape[:2] else 1.0
-    return (1 + points) * _INCHES, min(max(aspect, 0.4), 2.5) * (_INCHES - 0.15) + 1.25
 
 
 def _ghost(image: Array) -> Array:
@@ -373,8 +490,13 @@ def _tint(strength: Array, colour: str) -> Array:
     return np.concatenate([np.broadcast_to(to_rgb(colour), (*alpha.shape, 3)), alpha[..., None]], axis=-1)
 
 
-def _show(axes: "Axes", image: Array, title: str, colour: str = "#444444") -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+def _extent(image: Array, step: int) -> tuple[float, float, float, float]:
+    """Where every step-th pixel of an image lies in its coordinates."""
+    return -0.5, image.shape[1] * step - 0.5, image.shape[0] * step - 0.5, -0.5
+
+
+def _show(axes: "Axes", image: Array, step: int, title: str, colour: str = "#444444") -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=_extent(image, step))
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(title, fontsize=8)

@@ -1,5 +1,11 @@
 """`selfattn attend`: the picture of a planted match, and each bad input's own message and exit code."""
 
+import io
+import os
+import subprocess
+import sys
+import zipfile
+
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -7,6 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from selfattn_core import SelfAttentionConfig, init_params, parameter_table, save, save_blocks, spec
+from selfattn_core import attend as attending
 from selfattn_core.attend import attend_files
 from selfattn_core.cli import main
 from selfattn_core.params import fold_spectral_norm
@@ -59,10 +66,11 @@ def test_the_planted_match_is_found_and_drawn(files):
     found = attend_files(
         files / "layer.safetensors", files / "x.npy", files / "image.png", [(15, 65), (44, 29)]
     )
-    for position in found.positions:
-        assert found.grid[position][1, 6] == pytest.approx(0.5, abs=1e-3)
-        assert found.grid[position][4, 2] == pytest.approx(0.5, abs=1e-3)
-        assert found.statistics.effective_size[position] == pytest.approx(2, abs=1e-2)
+    assert found.rows.shape == (2, H, W)
+    for row, size in zip(found.rows, found.statistics.effective_size, strict=True):
+        assert row[1, 6] == pytest.approx(0.5, abs=1e-3)
+        assert row[4, 2] == pytest.approx(0.5, abs=1e-3)
+        assert size == pytest.approx(2, abs=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +107,7 @@ def test_spectral_norm_is_that_of_the_evaluation(files):
     config = SelfAttentionConfig(C, 5, spectral_norm=True)
     params = init_params(config, seed=1) | {"gamma": np.full(1, 0.7, np.float32)}
     save(files / "normalised.safetensors", config, params)
-    points = [(15, 65)]
+    points = [(10 * h, 10 * w) for h in range(H) for w in range(W)]
     found = attend_files(files / "normalised.safetensors", files / "x.npy", files / "image.png", points)
     want = spec.attention_map(*fold_spectral_norm(config, params), np.load(files / "x.npy")[None])
     unnormalised = spec.attention_map(
@@ -108,8 +116,8 @@ def test_spectral_norm_is_that_of_the_evaluation(files):
         np.load(files / "x.npy")[None],
     )
     tolerance = 64 * np.finfo(np.float32).eps
-    assert np.abs(found.grid.reshape(want.shape) - want).max() < tolerance
-    assert np.abs(found.grid.reshape(want.shape) - unnormalised).max() > 100 * tolerance
+    assert np.abs(found.rows.reshape(want.shape) - want).max() < tolerance
+    assert np.abs(found.rows.reshape(want.shape) - unnormalised).max() > 100 * tolerance
 
 
 def test_gamma_of_zero_is_warned_of(files):
@@ -120,6 +128,12 @@ def test_gamma_of_zero_is_warned_of(files):
     assert (files / "map.png").exists()
 
 
+def header_of(shape):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
 def spoiled(folder):
     """Files that nothing can be drawn from."""
     np.save(folder / "narrow.npy", np.ones((H, W, 12), np.float32))
@@ -127,6 +141,15 @@ def spoiled(folder):
     np.save(folder / "whole.npy", np.ones((H, W, C), np.int64))
     np.save(folder / "nan.npy", np.full((H, W, C), np.nan, np.float32))
     np.save(folder / "objects.npy", np.array([{}], object), allow_pickle=True)
+    np.save(folder / "empty.npy", np.ones((0, H, W, C), np.float32))
+    np.save(folder / "overflow.npy", np.full((H, W, C), 1e30, np.float32))
+    np.save(folder / "huge.npy", np.zeros((1025, 1024, C), np.float16))
+    whole = (folder / "x.npy").read_bytes()
+    (folder / "cut.npy").write_bytes(whole[:-1])
+    for name, shape in (("promised", (2**20, 2**20, C)), ("wide", (2**32,) * 3)):
+        (folder / f"{name}.npy").write_bytes(header_of(shape) + whole[128:])
+    with zipfile.ZipFile(folder / "promised.npz", "w") as archive:
+        archive.write(folder / "promised.npy", "x.npy")
     (folder / "text.npy").write_text("not an array", encoding="utf-8")
     safetensors.numpy.save_file({"w": np.ones(3, np.float32)}, folder / "foreign.safetensors")
     (folder / "text.safetensors").write_text("not weights", encoding="utf-8")
@@ -165,6 +188,23 @@ def spoiled(folder):
         ({"more": ["--image", "nowhere.png"]}, "nowhere.png: no such file."),
         ({"more": ["--image", "/"]}, "/: is a folder, where a file is expected"),
         ({"out": "map.text"}, "got the suffix '.text'"),
+        ({"out": "map"}, "got the suffix ''; expected one of"),
+        ({"out": "map.eps"}, "PostScript has no transparency"),
+        ({"out": "map.ps"}, "PostScript has no transparency"),
+        ({"out": "map.pgf"}, "keeps its images in files of their own; LaTeX takes .pdf; expected one of"),
+        ({"features": "promised.npy"}, "promised.npy: promises an array of shape (1048576, 1048576, 16)"),
+        (
+            {"features": "cut.npy"},
+            "cut.npy: promises an array of shape (5, 8, 16) and dtype float32, 2688 bytes",
+        ),
+        ({"features": "promised.npz"}, "x.npy: float32 (1048576, 1048576, 16) needs"),
+        (
+            {"features": "wide.npy"},
+            "wide.npy: the shape [4294967296, 4294967296, 4294967296] is not one of an array",
+        ),
+        ({"features": "huge.npy"}, "features of 1025×1024 positions; at most 1048576"),
+        ({"features": "empty.npy"}, "holds a batch of no samples"),
+        ({"features": "overflow.npy"}, "is NaN or infinite; are they the input of this layer?"),
         ({"out": "nowhere/map.png"}, "there is no folder"),
     ],
     ids=lambda value: " ".join(f"{key}" for key in value) if isinstance(value, dict) else "",
@@ -190,6 +230,155 @@ def test_a_picture_that_is_no_picture(files):
     result = attend(files)
     assert result.exit_code == 2
     assert "is not a picture that can be read" in result.stderr
+
+
+def test_a_suffix_is_refused_before_anything_is_read(files, monkeypatch):
+    monkeypatch.setattr(attending, "load", lambda *_, **__: pytest.fail("read"))
+    assert "got the suffix" in attend(files, out="map.text").stderr
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    ["png", "pdf", "svg", "svgz", "jpg", "jpeg", "tif", "tiff", "gif", "raw", "rgba", "webp", "avif"],
+)
+def test_every_suffix_that_is_offered_is_written(files, suffix):
+    result = attend(files, out=f"map.{suffix}")
+    if f".{suffix}" not in attend(files, out="map.text").stderr:
+        # A build of Pillow without it.
+        assert result.exit_code == 2
+    else:
+        assert result.exit_code == 0, result.output
+        assert (files / f"map.{suffix}").stat().st_size > 1000
+        assert not result.stderr
+
+
+def test_the_suffixes_are_those_of_the_test_before(files):
+    offered = attend(files, out="map.text").stderr.partition("expected one of ")[2].strip().rstrip(".")
+    written = [
+        "png",
+        "pdf",
+        "svg",
+        "svgz",
+        "jpg",
+        "jpeg",
+        "tif",
+        "tiff",
+        "gif",
+        "raw",
+        "rgba",
+        "webp",
+        "avif",
+    ]
+    assert {name.strip().removeprefix(".") for name in offered.split(",")} <= set(written)
+
+
+@pytest.mark.parametrize("pillows", [None, 3000, 1000])
+def test_a_picture_of_too_many_pixels_is_not_decoded(files, monkeypatch, pillows):
+    """Whatever Pillow thinks of the size: nothing, a warning, an error."""
+    monkeypatch.setattr(attending, "LARGEST_IMAGE", 3999)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
+    result = attend(files)
+    assert result.exit_code == 2
+    assert "image.png: " in result.stderr
+    assert "at most 3999 pixels are decoded: scale it down" in " ".join(result.stderr.split())
+    assert not (files / "map.png").exists()
+
+
+def test_a_picture_at_the_limit_is_drawn_whatever_pillow_warns_of(files, monkeypatch):
+    monkeypatch.setattr(attending, "LARGEST_IMAGE", 4000)
+    assert attend(files).exit_code == 0
+
+
+@pytest.mark.parametrize("kept", [8, 60, 400, 6000])
+def test_a_damaged_picture_is_named(files, kept):
+    path = files / "image.png"
+    path.write_bytes(path.read_bytes()[:kept])
+    result = attend(files)
+    assert result.exit_code == 2, result.output
+    assert "image.png: " in result.stderr
+
+
+@pytest.mark.parametrize("part", ["attention_rows", "relative_change"])
+def test_too_little_memory_is_said_of_the_features(files, monkeypatch, part):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(attending, part, full)
+    result = attend(files)
+    assert result.exit_code == 2
+    assert "x.npy: the attention of 5×8 positions does not fit into memory" in result.stderr
+
+
+def test_a_pipe_is_not_waited_for(files):
+    os.mkfifo(files / "pipe")
+    for arguments in ({"features": "pipe"}, {"weights": "pipe"}, {"more": ["--image", str(files / "pipe")]}):
+        result = attend(files, **arguments)
+        assert result.exit_code == 2
+        assert "pipe: is not an ordinary file" in result.stderr
+
+
+def test_features_in_other_orders_and_in_bfloat16(files):
+    x = np.load(files / "x.npy")
+    points = [(15, 65)]
+    want = attend_files(files / "layer.safetensors", files / "x.npy", files / "image.png", points).rows
+    halves = (x.view(np.uint32) >> 16).astype(np.uint16)
+    rounded = (halves.astype(np.uint32) << 16).view(np.float32)
+    np.save(files / "rounded.npy", rounded)
+    want_rounded = attend_files(
+        files / "layer.safetensors", files / "rounded.npy", files / "image.png", points
+    )
+    forms = {
+        "fortran.npy": (np.asfortranarray(x), want),
+        "big.npy": (x.astype(">f4"), want),
+        "bfloat16.npy": (halves.view("V2"), want_rounded.rows),
+    }
+    for name, (array, rows) in forms.items():
+        np.save(files / name, array)
+        found = attend_files(files / "layer.safetensors", files / name, files / "image.png", points)
+        assert (found.rows == rows).all(), name
+
+
+def test_the_change_of_a_large_map_is_taken_over_positions_drawn_by_lot(files, monkeypatch):
+    points = [(15, 65)]
+    arguments = (files / "layer.safetensors", files / "x.npy", files / "image.png", points)
+    whole = attend_files(*arguments)
+    assert whole.changed == H * W
+    monkeypatch.setattr(attending, "WHOLE", 30 * H * W)
+    part = attend_files(*arguments)
+    assert part.changed == 30
+    assert (part.rows == whole.rows).all()
+    assert part.change != whole.change
+    assert part.change == pytest.approx(whole.change, rel=0.2)
+    result = attend(files)
+    assert (
+        f"changes its input by about {part.change:.1%} (root mean square, from 30 of 40 positions)"
+        in result.output
+    )
+
+
+MEASURED = """
+import resource, sys
+from selfattn_core.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_memory_is_for_what_is_drawn(files):
+    """The map from 96×100 positions to as many keys has 369 MB, and the command with it stays below 300 MB."""
+    height, width = 96, 100
+    x = np.random.default_rng(0).standard_normal((height, width, C)).astype(np.float32)
+    np.save(files / "large.npy", x)
+    command = ["attend", str(files / "layer.safetensors"), str(files / "large.npy"), "--at", "1,2"]
+    command += ["--image", str(files / "image.png"), "--out", str(files / "map.png")]
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command], capture_output=True, text=True, check=True
+    )
+    assert (height * width) ** 2 * 4 > 360e6
+    assert int(result.stdout.split()[-1]) < 300e6
 
 
 def test_an_existing_picture_is_kept_without_force(files):

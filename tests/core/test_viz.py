@@ -217,6 +217,18 @@ def test_images_of_every_kind_are_drawn(image):
     )
 
 
+def test_a_large_picture_is_drawn_with_fewer_pixels_in_the_same_places():
+    large = np.zeros((1500, 2400), np.uint8)  # 300×300 pixels a position
+    figure = viz.attention_figure(large, planted(), [(400, 2000)])  # position (1, 6), which attends to (3, 1)
+    for panel in (0, 1):
+        for drawn in figure.axes[panel].images:
+            assert max(drawn.get_array().shape) < 1024
+            assert drawn.get_extent() == pytest.approx((-0.5, 2399.5, 1499.5, -0.5), abs=4)
+    y, x = np.unravel_index(drawn_weights(figure, 1).argmax(), drawn_weights(figure, 1).shape)
+    rows, columns = drawn_weights(figure, 1).shape
+    assert maps.position_of((y, x), (rows, columns), (H, W)) == (3, 1)
+
+
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
 def test_a_figure_is_written_and_not_over_another(suffix, tmp_path):
     figure = viz.attention_figure(IMAGE, planted(), [(0, 0)])
