@@ -143,7 +143,8 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file.")
     if not path.is_file():
-        raise ValueError(f"{path}: is a folder; expected a canonical .safetensors file.")
+        what = "a folder" if path.is_dir() else "no ordinary file"
+        raise ValueError(f"{path}: is {what}; expected a canonical .safetensors file.")
     try:
         handle = safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
