@@ -43,6 +43,7 @@ def shortfall(layer):
 
 
 def test_gamma_and_the_map_are_read_through_the_model_and_averages_are_settled():
+    keras.utils.set_random_seed(0)
     kept = []
     found = {"gamma": [], "map": [], "kept": []}
 
@@ -70,7 +71,8 @@ def test_gamma_and_the_map_are_read_through_the_model_and_averages_are_settled()
     assert len(model.optimizer._model_variables_moving_average) == len(model.trainable_variables)
     kernel = to_canonical(layer)["value.kernel"]
     assert shortfall(layer) > 1e-5
-    for _ in range(50):
+    # At this rate singular values come close to each other, and 50 passes may leave 2e-5.
+    for _ in range(150):
         model(X[:2], training=True)
     assert shortfall(layer) < 1e-6
     np.testing.assert_array_equal(to_canonical(layer)["value.kernel"], kernel)
