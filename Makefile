@@ -8,7 +8,7 @@ NEWEST ?= $(shell for python in python3.13 python3.12 python3.11 python3 python;
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check format conform calibrate golden golden-check bench docs fuzz test-loss test-peers test-newest wheel clean
+.PHONY: help demo test check format conform calibrate golden golden-check bench docs fuzz test-processors test-loss test-peers test-newest wheel clean
 help:  ## what the targets do
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -57,6 +57,9 @@ fuzz: $(INSTALLED)  ## 20,000 damaged files for each reader of checkpoints
 
 docs: $(INSTALLED)  ## build the site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+test-processors: $(INSTALLED)  ## every test under other instruction sets and numbers of threads
+	$(BIN)/python -m tests.processors
 
 test-loss: $(INSTALLED)  ## kill commands, fill disks, write where it is forbidden: twenty minutes
 	$(BIN)/python -m tests.files.loss
