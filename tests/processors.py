@@ -91,7 +91,7 @@ def closing_counts(output: str) -> str:
         output: of pytest.
 
     Example:
-        >>> closing_counts("...\\n===== 1 failed, 2935 passed in 700.00s (0:11:40) =====\n")
+        >>> closing_counts("...\n===== 1 failed, 2935 passed in 700.00s (0:11:40) =====\n")
         '1 failed, 2935 passed in 700.00s (0:11:40)'
     """
     found = re.findall(r"^=* ?(\d+ (?:passed|failed|error).*?) ?=*$", output, flags=re.MULTILINE)
