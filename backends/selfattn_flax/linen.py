@@ -67,7 +67,8 @@ class SelfAttention2D(nn.Module):
         dtype: of the computation and of y; by default promoted from x and the parameters. Whatever it is, the softmax
             and the residual are computed in at least float32.
         param_dtype: of the parameters.
-        precision: of the projections; attention itself is always computed in full.
+        precision: of the projections; attention itself is always computed in full, also under a lower
+            `jax_default_matmul_precision`.
         kernel_init: of the kernels.
         bias_init: of the biases.
         gamma_init: of gamma.

@@ -1,5 +1,8 @@
 """Attention without a scale, for JAX: softmax(q kᵀ) v with logits and softmax in at least float32.
 
+Its products are in full precision, whatever JAX's default is: rounded logits move the whole map. For faster products, give
+operands in bfloat16.
+
 Query rows are attended from in blocks, each against all keys, so that no (N, M) array beyond one block exists: not
 in the forward pass, nor in first or second derivatives, forward or reverse. Only query, key and value are kept for
 the derivatives.
@@ -169,17 +172,22 @@ def _block(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
-    return jnp.einsum("...nd,...dm->...nm", query, key, preferred_element_type=_arithmetic(query))
+    return _contract("...nd,...dm->...nm", query, key)
 
 
 def _product(attention: jax.Array, value: jax.Array) -> jax.Array:
+    return _contract("...nm,...dm->...nd", attention.astype(value.dtype), value)
+
+
+def _contract(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A product in full, summed in at least float32, whatever `jax_default_matmul_precision` is; so are its derivatives."""
     return jnp.einsum(
-        "...nm,...dm->...nd", attention.astype(value.dtype), value, preferred_element_type=_arithmetic(value)
+        subscripts,
+        left,
+        right,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.promote_types(left.dtype, jnp.float32),
     )
-
-
-def _arithmetic(operand: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(operand.dtype, jnp.float32)
 
 
 def _exponentials(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -203,8 +211,8 @@ def _softmax_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple
 def _softmax_tangent(attention: jax.Array, tangent: jax.Array) -> jax.Array:
     # Contractions, not `(a * t).sum(-1)`: XLA's CPU library runs the fused product and sum of a batch of one 100 times
     # slower. The second is written so because its transpose is the same sum, in reverse mode.
-    mean = jnp.einsum("...m,...m->...", attention, tangent)
-    return attention * tangent - jnp.einsum("...,...m->...m", mean, attention)
+    mean = _contract("...m,...m->...", attention, tangent)
+    return attention * tangent - _contract("...,...m->...m", mean, attention)
 
 
 @jax.custom_jvp

@@ -3,7 +3,7 @@
 Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3.
 """
 
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, NoReturn, Self, overload
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from selfattn_core import SelfAttentionConfig
 from selfattn_core.params import projections
 from selfattn_ops.blocks import check_block_size
 from selfattn_ops.torch import attend, attend_with_map
+from selfattn_torch.inputs import refuse
 from selfattn_torch.migrate import accept_older
 from selfattn_torch.projection import Projection, project
 from selfattn_torch.spectral_norm import SpectralConv2d
@@ -54,7 +55,8 @@ class SelfAttention2d(nn.Module):
 
     Raises:
         ValueError: if the options do not make a layer, or (when called) the input's shape does not fit.
-        TypeError: if the input is not floating-point.
+        TypeError: if the input is no tensor, or not floating-point.
+        NotImplementedError: from `torch.jit.script`, which the layer does not support.
 
     Example:
         >>> layer = SelfAttention2d(64)
@@ -142,6 +144,8 @@ class SelfAttention2d(nn.Module):
             x: (B, C, H, W) or (C, H, W).
             need_weights: whether to return (y, A) instead of y.
         """
+        if not isinstance(x, torch.Tensor):
+            refuse(x)
         self.config.check_input(
             x.shape,
             layout="BCHW or CHW",
@@ -170,6 +174,13 @@ class SelfAttention2d(nn.Module):
     def _pool(self, maps: torch.Tensor) -> torch.Tensor:
         side = self.config.kv_pool
         return nn.functional.max_pool2d(maps, side) if side > 1 else maps
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What `torch.jit.script` calls first, also for a layer inside another module."""
+        raise NotImplementedError(
+            "SelfAttention2d: got a call of torch.jit.script, which cannot compile what the layer computes; expected torch.export, "
+            "or tracing: torch.jit.trace(layer, x) is a module that may stand in a scripted one."
+        )
 
     def extra_repr(self) -> str:
         """The config, and the block size where it is set."""

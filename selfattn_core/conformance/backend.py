@@ -170,13 +170,20 @@ def _keras(framework: str) -> Registered:
     )
 
 
+def _flax(kind: str) -> Registered:
+    # These ask for their precision. Attention has to be in full under this default too, which on a processor rounds
+    # operands in float64 alone.
+    default = {"JAX_DEFAULT_MATMUL_PRECISION": "BF16_BF16_F32"}
+    return Registered(f"selfattn_flax.conformance:{kind}_backend", ("flax", "jax"), "flax", default)
+
+
 REGISTRY: Mapping[str, Registered] = {
     "torch": Registered("selfattn_torch.conformance:backend", ("torch",), "torch"),
     "keras-tensorflow": _keras("tensorflow"),
     "keras-jax": _keras("jax"),
     "keras-torch": _keras("torch"),
-    "flax-nnx": Registered("selfattn_flax.conformance:nnx_backend", ("flax", "jax"), "flax"),
-    "flax-linen": Registered("selfattn_flax.conformance:linen_backend", ("flax", "jax"), "flax"),
+    "flax-nnx": _flax("nnx"),
+    "flax-linen": _flax("linen"),
 }
 
 

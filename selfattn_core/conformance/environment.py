@@ -1,6 +1,7 @@
 """What the process of a backend finds in its environment, where it has to stand before anything is imported."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,8 +13,19 @@ _ARITHMETIC: Mapping[str, str] = {
     "JAX_ENABLE_X64": "1",
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     "NVIDIA_TF32_OVERRIDE": "0",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",
+    # oneDNN, in torch and TensorFlow; it looks at its older name, DNNL_DEFAULT_FPMATH_MODE, only where this is not set.
+    "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT",
+    # TensorFlow knows BF16 and takes all else for none.
+    "TF_SET_ONEDNN_FPMATH_MODE": "STRICT",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
+
+# What a list of flags for XLA may hold that lowers the precision of float32. Others choose instructions, or say where to
+# write. Flags that `XLA_FLAGS` names by a file stay as they are.
+_INEXACT_FLAGS = re.compile(
+    r"(?<!\S)--xla_(?:cpu_enable_fast_math|enable_fast_math|gpu_default_to_alg_dot_bf16_bf16_f32)(?:=\S*)?(?!\S)\s*"
+)
 
 # Each by itself would take most of an accelerator's memory for its own.
 _SHARED_ACCELERATOR: Mapping[str, str] = {
@@ -28,6 +40,9 @@ def environment(
     own: Mapping[str, str], *, processes: int = 1, least_threads: int = 1, programs: Path | None = None
 ) -> dict[str, str]:
     """The environment of this process, with what a backend needs.
+
+    What lowers the precision of float32 is switched off, also where the caller's own environment asks for it; what chooses
+    instructions, `ONEDNN_MAX_CPU_ISA` or `TF_ENABLE_ONEDNN_OPTS`, stays.
 
     Args:
         own: what this backend needs beyond what all of them do.
@@ -48,7 +63,11 @@ def environment(
         preferred = {**dict.fromkeys(_THREADS, threads), "OMP_WAIT_POLICY": "PASSIVE", **_SHARED_ACCELERATOR}
     if programs is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         preferred |= kept_programs(programs)
-    return {**preferred, **os.environ, **_ARITHMETIC, **own}
+    inherited = dict(os.environ)
+    if "XLA_FLAGS" in inherited:
+        # Taken out, and not set to false: a flag that a later XLA does not know ends the process.
+        inherited["XLA_FLAGS"] = _INEXACT_FLAGS.sub("", inherited["XLA_FLAGS"]).rstrip()
+    return {**preferred, **inherited, **_ARITHMETIC, **own}
 
 
 def kept_programs(folder: Path) -> dict[str, str]:

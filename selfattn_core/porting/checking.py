@@ -1,7 +1,6 @@
 """Verification of a port: the same tensors after a round trip, the same function in the target's framework and in the source."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from selfattn_core import spec
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.backend import REGISTRY
+from selfattn_core.conformance.environment import environment
 from selfattn_core.conformance.tolerance import ALLOWANCES, CAPS, FACTOR
 from selfattn_core.installed import missing_modules
 from selfattn_core.porting.errors import PortError
@@ -137,8 +137,7 @@ def _run_backend(
         configs = [config.to_dict() for config, _ in blocks.values()]
         job = {"target": entry.target, "configs": configs, "folder": str(folder)}
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        wide = any(x.dtype == np.float64 for _, x, _ in inputs.values())
-        failure = _run_job(f"{folder}/job.json", wide, entry.environment)
+        failure = _run_job(f"{folder}/job.json", entry.environment)
         if failure:
             return [Check(f"{name}'s layer", "failed", failure)]
         outputs = [np.load(f"{folder}/{number}.npy", allow_pickle=False) for number in range(len(blocks))]
@@ -152,13 +151,12 @@ def _run_backend(
     return checks
 
 
-def _run_job(job: str, wide: bool, environment: Mapping[str, str]) -> str:
+def _run_job(job: str, own: Mapping[str, str]) -> str:
     """Why the process gave no answers; empty if it did."""
-    more = {"TF_CPP_MIN_LOG_LEVEL": "2"} | ({"JAX_ENABLE_X64": "1"} if wide else {})
     try:
         done = subprocess.run(
             [sys.executable, "-m", "selfattn_core.porting.checking", job],
-            env=dict(os.environ) | more | dict(environment),
+            env=environment(own),
             capture_output=True,
             text=True,
             check=False,

@@ -682,12 +682,15 @@ def test_export_with_a_symbolic_batch(backend, typical):
         assert_near(y, spec.forward(typical, wide(params), x[:size].astype(np.float64)), 16 * EPS["float32"])
 
 
-def test_precision_is_that_of_the_projections(backend):
+@pytest.mark.parametrize(("precision", "projections"), [(None, 0), ("default", 0), ("highest", 4)])
+def test_precision_is_that_of_the_projections_and_attention_has_the_highest(backend, precision, projections):
     config = SelfAttentionConfig(11, 3, 5, out_projection=True)
     params, x, _ = designed(config)
-    layer = built(backend, config, params, precision=jax.lax.Precision.HIGHEST)
-    jaxpr = str(jax.make_jaxpr(layer)(x))
-    assert jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 4
+    layer = built(backend, config, params, precision=precision)
+    with jax.default_matmul_precision("bfloat16"):
+        jaxpr = str(jax.make_jaxpr(layer)(x))
+    assert jaxpr.count("dot_general[") == 6
+    assert jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == projections + 2
 
 
 @pytest.mark.parametrize("module", ["nnx", "linen", "weights"])

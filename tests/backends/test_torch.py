@@ -112,6 +112,39 @@ def test_an_input_that_does_not_fit(shape, words):
         SelfAttention2d(24)(torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (np.zeros((2, 16, 3, 5), np.float32), r"type numpy\.ndarray; .* torch\.from_numpy\(x\)"),
+        ([[1.0]], r"type list; .* torch\.as_tensor\(x\)"),
+        (None, r"type NoneType; .* torch\.as_tensor\(x\)"),
+    ],
+)
+def test_an_input_that_is_no_tensor(x, words):
+    with pytest.raises(TypeError, match=words):
+        SelfAttention2d(16)(x)
+
+
+class Standing:
+    """Stands for a tensor, as torch lets classes do that are none."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __getattr__(self, name):
+        return getattr(self.tensor, name)
+
+    @classmethod
+    def __torch_function__(cls, function, types, given=(), options=None):
+        bare = [x.tensor if isinstance(x, cls) else x for x in given]
+        return function(*bare, **(options or {}))
+
+
+def test_an_input_that_stands_for_a_tensor():
+    layer, x = SelfAttention2d(16), torch.randn(2, 16, 3, 5)
+    assert torch.equal(layer(Standing(x)), layer(x))
+
+
 def test_other_bad_input():
     with pytest.raises(TypeError, match=r"dtype torch\.int64; expected floating point"):
         SelfAttention2d(24)(torch.zeros(2, 24, 5, 7, dtype=torch.int64))

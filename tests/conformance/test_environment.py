@@ -54,6 +54,34 @@ def test_but_not_where_they_change_numbers(monkeypatch):
     assert (found["JAX_ENABLE_X64"], found["KERAS_BACKEND"]) == ("1", "jax")
 
 
+@pytest.mark.parametrize(
+    ("name", "asked", "found"),
+    [
+        ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", "STRICT"),
+        ("TF_SET_ONEDNN_FPMATH_MODE", "BF16", "STRICT"),
+        ("NVIDIA_TF32_OVERRIDE", "1", "0"),
+        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1", "0"),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", "AVX2"),
+        ("TF_ENABLE_ONEDNN_OPTS", "0", "0"),
+        ("XLA_FLAGS", "--xla_cpu_enable_fast_math", ""),
+        (
+            "XLA_FLAGS",
+            "--xla_dump_to=a --xla_cpu_enable_fast_math=true  --xla_enable_fast_math=1 --xla_cpu_multi_thread_eigen=false",
+            "--xla_dump_to=a --xla_cpu_multi_thread_eigen=false",
+        ),
+        (
+            "XLA_FLAGS",
+            "--xla_cpu_enable_fast_math_of_another_kind",
+            "--xla_cpu_enable_fast_math_of_another_kind",
+        ),
+        ("XLA_FLAGS", "folder/flags", "folder/flags"),
+    ],
+)
+def test_less_precision_is_switched_off_and_other_instructions_are_not(monkeypatch, name, asked, found):
+    monkeypatch.setenv(name, asked)
+    assert environment({})[name] == found
+
+
 def test_backends_run_with_it(monkeypatch, tmp_path):
     """Two at once have half of the cores each, and one folder of programs, which is gone afterwards."""
     monkeypatch.setenv("TOY_PROCESSES", str(tmp_path / "processes"))

@@ -459,6 +459,20 @@ class TestProgram:
         sums = [x for x in program(gradient, *self.shapes) if x.primitive.name == "reduce_sum"]
         assert len([x for x in sums if x.invars[0].aval.shape == (4, 10)]) == 2
 
+    @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+    @pytest.mark.parametrize("block_size", [None, 4])
+    @pytest.mark.parametrize("default", [None, "bfloat16"])
+    def test_products_are_in_full_whatever_the_default(self, default, block_size, dtype):
+        function = functools.partial(attend, block_size=block_size)
+        functions = [function, jax.grad(squared(function), (0, 1, 2)), penalty(function)]
+        functions += [] if block_size else [attend_with_map, penalty(attend_with_map)]
+        with jax.default_matmul_precision(default):
+            for each in functions:
+                equations = program(each, *self.shapes, dtype=dtype)
+                products = [x.params for x in equations if x.primitive.name == "dot_general"]
+                assert len(products) > 1
+                assert {x["precision"] for x in products} == {(jax.lax.Precision.HIGHEST,) * 2}
+
     def test_eager_calls_compile_once(self):
         operands = [jnp.ones(shape) for shape in ((12, 2), (10, 2), (10, 3))]
         ops._attend.clear_cache()

@@ -1,6 +1,7 @@
 """A port from file to file: the numbers, the report, what is verified, and what is refused with nothing written."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -649,7 +650,6 @@ def test_a_framework_whose_layer_is_wrong_fails(fault, outcome, gamma, tmp_path,
     from selfattn_core.conformance.backend import Registered
 
     (tmp_path / "toy_layer.py").write_text(WRONG.replace("FAULT", repr(fault)), encoding="utf-8")
-    import os
 
     environment = {
         "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -661,6 +661,26 @@ def test_a_framework_whose_layer_is_wrong_fails(fault, outcome, gamma, tmp_path,
     report = port(path, tmp_path / "o.npz", dialect="heykeetae", to="torch")
     assert outcomes(report)["torch's layer"] == outcome
     assert (tmp_path / "o.npz").exists() == (outcome == "passed")
+
+
+def test_the_framework_computes_in_full(tmp_path, monkeypatch):
+    """In the environment of the conformance kit, where the caller's own asks for less."""
+    from selfattn_core.conformance.backend import Registered
+
+    found = tmp_path / "found"
+    (tmp_path / "toy_layer.py").write_text(
+        f"import os\nfrom pathlib import Path\nPath({str(found)!r}).write_text(os.environ['ONEDNN_DEFAULT_FPMATH_MODE'])\n"
+        + WRONG.replace("FAULT", "''"),
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    monkeypatch.setattr(checking, "REGISTRY", {"torch": Registered("toy_layer:Backend", (), "torch")})
+    path, _ = spoiled("heykeetae, plain", tmp_path, put("gamma", np.full(1, 0.7, np.float32)))
+    assert (
+        outcomes(port(path, tmp_path / "o.npz", dialect="heykeetae", to="torch"))["torch's layer"] == "passed"
+    )
+    assert found.read_text(encoding="utf-8") == "STRICT"
 
 
 def test_a_framework_that_is_not_installed_is_listed(tmp_path, monkeypatch):

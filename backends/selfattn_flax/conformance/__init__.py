@@ -268,7 +268,7 @@ def _per_sample(
 
 
 def _nnx_build(config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str) -> tuple[Any, Any, Any]:
-    return _nnx_split(weights.from_canonical(config, params, param_dtype=dtype))
+    return _nnx_split(weights.from_canonical(config, params, param_dtype=dtype, precision="highest"))
 
 
 def _nnx_new(config: SelfAttentionConfig, seed: int) -> tuple[Any, Any, Any]:
@@ -307,7 +307,7 @@ def _nnx_export(static: Any, tree: Any, state: Any) -> dict[str, Array]:
 def _linen_build(
     config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str
 ) -> tuple[Any, Any, Any]:
-    return _linen_split(*linen.from_canonical(config, params, param_dtype=dtype))
+    return _linen_split(*linen.from_canonical(config, params, param_dtype=dtype, precision="highest"))
 
 
 def _linen_new(config: SelfAttentionConfig, seed: int) -> tuple[Any, Any, Any]:

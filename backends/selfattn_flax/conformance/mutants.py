@@ -28,7 +28,7 @@ class MovesInEvaluation(FlaxBackend):
     ) -> Model:
         """The broken layer with these weights."""
         right = super().build(config, params, dtype, layout)
-        layer = _MovingAlways.from_config(config, param_dtype=dtype, rngs=nnx.Rngs(0))
+        layer = _MovingAlways.from_config(config, param_dtype=dtype, precision="highest", rngs=nnx.Rngs(0))
         layer.eval()
         return replace(right, static=nnx.split(layer, nnx.Param, ...)[0])
 

@@ -6,6 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
@@ -13,7 +14,7 @@ from selfattn_core import spec
 from selfattn_core.conformance.cases import CASES
 from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.tolerance import expect, judge
-from selfattn_torch import from_canonical
+from selfattn_torch import SelfAttention2d, from_canonical
 
 CASE = {case.id: case for case in CASES}
 BOTH = pytest.mark.parametrize("layer_of", ["001", "006"], ids=["flat", "pooled"])
@@ -179,6 +180,36 @@ def test_a_traced_layer_is_equal_at_any_size(layer_of):
     for size in SIZES:
         maps = maps_of(size, x.shape[1])
         assert_close(traced(maps), layer(maps))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@BOTH
+def test_scripting_is_refused_and_a_traced_layer_stands_in_a_scripted_module(layer_of):
+    layer, x, _, _ = designed(f"SA-FWD-{layer_of}")
+    for module in (layer, nn.Sequential(nn.Identity(), layer)):
+        with pytest.raises(NotImplementedError, match=r"torch\.jit\.script.* torch\.jit\.trace\(layer, x\)"):
+            torch.jit.script(module)
+    scripted = torch.jit.script(nn.Sequential(nn.Identity(), torch.jit.trace(layer, (x,))))
+    for size in SIZES:
+        maps = maps_of(size, x.shape[1])
+        assert_close(scripted(maps), layer(maps))
+
+
+class Whole(torch.fx.Tracer):
+    """Takes a layer as one node."""
+
+    def is_leaf_module(self, m, module_qualified_name):
+        return isinstance(m, SelfAttention2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def test_fx_traces_around_the_layer_and_not_through_it():
+    layer, x, _, _ = designed("SA-FWD-006")
+    network = nn.Sequential(nn.Conv2d(x.shape[1], x.shape[1], 1), layer)
+    with pytest.raises(torch.fx.proxy.TraceError, match=r"leaf of your tracer.* torch\.export"):
+        torch.fx.symbolic_trace(network)
+    traced = torch.fx.GraphModule(network, Whole().trace(network))
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
+    assert torch.equal(traced(x), network(x))
 
 
 @BOTH
