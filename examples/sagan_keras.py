@@ -162,9 +162,8 @@ def new() -> tuple[keras.Model, keras.Model]:
         kv_pool=2,
         spectral_norm=True,
         data_format="channels_last",
-        name="attention",
     )
-    flat = SelfAttention2D(spectral_norm=True, data_format="channels_last", name="attention")
+    flat = SelfAttention2D(spectral_norm=True, data_format="channels_last")
     return generator(flat), discriminator(pooled)
 
 
@@ -262,8 +261,7 @@ class Training:
         self._model = SAGAN(generator, discriminator, averaged)
         self._model.compile()
         averaged = self._model.averaged
-        self._attention = averaged.get_layer("attention")
-        self._features = keras.Model(averaged.input, self._attention.input)
+        self._features = keras.Model(averaged.input, _attention(averaged).input)
 
     @property
     def step(self) -> int:
@@ -273,7 +271,7 @@ class Training:
     def update(self, batch: Batch) -> dict[str, float]:
         """One step of each network; losses and gains before it."""
         networks = {"generator": self._model.generator, "discriminator": self._model.discriminator}
-        gains = {f"gamma/{name}": _gain(network.get_layer("attention")) for name, network in networks.items()}
+        gains = {f"gamma/{name}": _gain(network) for name, network in networks.items()}
         losses = self._model.train_on_batch(batch._asdict(), return_dict=True)
         return {name: float(value) for name, value in losses.items()} | gains
 
@@ -284,11 +282,11 @@ class Training:
     def attend(self, latents: Array, labels: Array) -> Array:
         """The map (B, 8, 8, 8, 8) of the averaged generator's attention."""
         features = self._features([latents, labels])
-        return selfattn_keras.attention_grid(self._attention, features).numpy()
+        return selfattn_keras.attention_grid(_attention(self._model.averaged), features).numpy()
 
     def gain(self) -> float:
         """The gamma of that map's layer."""
-        return _gain(self._attention)
+        return _gain(self._model.averaged)
 
     def samples(self, latents: Array, labels: Array) -> files.Samples:
         """Images, and the discriminator's scores of them."""
@@ -299,7 +297,7 @@ class Training:
     def export(self, folder: Path) -> None:
         """Write the networks as files that every framework reads; see `examples.gan.files`."""
         networks = {name: getattr(self._model, name) for name in files.BLOCKS}
-        attention = {name: network.get_layer("attention") for name, network in networks.items()}
+        attention = {name: _attention(network) for name, network in networks.items()}
         blocks = {
             name: (layer.config, selfattn_keras.to_canonical(layer)) for name, layer in attention.items()
         }
@@ -327,8 +325,13 @@ class Training:
         self._model.load_weights(folder / _CHECKPOINT)
 
 
-def _gain(attention: SelfAttention2D) -> float:
-    return float(attention.gamma.numpy()[0])
+def _attention(network: keras.Model) -> SelfAttention2D:
+    (layer,) = (layer for layer in network.layers if isinstance(layer, SelfAttention2D))
+    return layer
+
+
+def _gain(network: keras.Model) -> float:
+    return float(_attention(network).gamma.numpy()[0])
 
 
 def main() -> int:

@@ -70,9 +70,7 @@ def train(training: Training, options: argparse.Namespace) -> int:
     def look() -> None:
         if not watch.recorded(training.step):
             quality = watch.record(training.step, training.generate, training.attend, training.gain())
-            bar.write(
-                f"   step {training.step:5}: {quality}; gamma {training.gain():+.3f}", file=sys.stdout
-            )
+            bar.write(f"   step {training.step:5}: {quality}; gamma {training.gain():+.3f}", file=sys.stdout)
             sys.stdout.flush()
         journal.write()
         training.save(folder)

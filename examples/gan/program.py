@@ -55,7 +55,9 @@ def arguments(framework: str, description: str, *, steps: int) -> argparse.Names
     begin.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     begin.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     parser.add_argument(
-        "--start", type=Path, help="the folder of a finished run, of any framework, whose networks to begin with"
+        "--start",
+        type=Path,
+        help="the folder of a finished run, of any framework, whose networks to begin with",
     )
     options = parser.parse_args()
     options.steps = options.steps or (QUICK_STEPS if options.quick else steps)
