@@ -280,10 +280,7 @@ class Training:
 
     def attend(self, latents: Array, labels: Array) -> Array:
         """The map (B, 8, 8, 8, 8) of the averaged generator's attention."""
-        generator = self.state.averaged
-        return jax.device_get(
-            selfattn_flax.attention_grid(generator.attention, generator.features(latents, labels))
-        )
+        return jax.device_get(_map(self.state.averaged, latents, labels))
 
     def gain(self) -> float:
         """The gamma of that map's layer."""
@@ -333,6 +330,11 @@ def _checkpoints(folder: Path) -> orbax.checkpoint.CheckpointManager:
 @nnx.jit
 def _images(generator: Generator, latents: jax.Array, labels: jax.Array) -> jax.Array:
     return nnx.view(generator, use_running_average=True)(latents, labels)
+
+
+@nnx.jit
+def _map(generator: Generator, latents: jax.Array, labels: jax.Array) -> jax.Array:
+    return selfattn_flax.attention_grid(generator.attention, generator.features(latents, labels))
 
 
 @nnx.jit

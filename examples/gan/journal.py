@@ -45,12 +45,12 @@ class Journal:
 
     def write(self) -> None:
         """Put on disk what was noted so far."""
+        text = io.StringIO()
         if self._rows:
-            text = io.StringIO()
             table = csv.DictWriter(text, list(self._rows[0]), lineterminator="\n")
             table.writeheader()
             table.writerows(self._rows)
-            write_atomically(self._path, text.getvalue().encode(), overwrite=True)
+        write_atomically(self._path, text.getvalue().encode(), overwrite=True)
         if self._writer is not None:
             self._writer.flush()
 

@@ -1,6 +1,7 @@
 """The loop around the steps, the same in every framework: progress, samples, a film of the map, scalars, checkpoints."""
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -64,6 +65,10 @@ def train(training: Training, options: argparse.Namespace) -> int:
         return FAILED
     if options.resume:
         training.load(folder)
+    if options.overwrite:
+        # Of the other files only the name counts; in these folders those of the old run would stay beside the new ones.
+        for name in ("checkpoints", "tensorboard"):
+            shutil.rmtree(folder / name, ignore_errors=True)
     digits, _ = data.load()
     journal, watch = Journal(folder, training.step), Watch(folder, options.seed, training.step)
 

@@ -131,7 +131,6 @@ def test_the_losses_are_those_of_float64_up_to_what_rounding_grows_to(framework,
     scale = EPS["float32"] * np.abs(reference[0]).max()
     noise = np.maximum.accumulate(np.abs(losses_of(runs("torch")[0]) - reference).max(axis=1)) + 4 * scale
     errors = np.abs(losses_of(runs(framework)[0]) - reference).max(axis=1)
-    print(framework, "noise", noise / scale, "errors", errors / scale)
     assert (errors <= FACTOR * noise).all(), errors / noise
     assert (errors <= 256 * scale).all(), errors / scale
 
@@ -194,15 +193,15 @@ def losses_of_first_step(start):
     return np.array([values[name] for name in LOSSES])
 
 
-def test_the_average_has_u_and_v_of_the_generator_and_not_shorter_ones(runs):
-    for framework in PROGRAMS:
-        generator, averaged = (
-            load(runs(framework)[0] / files.ATTENTION, block=block)[1] for block in ("generator", "averaged")
-        )
-        for name in ("query.u", "query.v", "value.u"):
-            assert np.array_equal(generator[name], averaged[name])
-            assert np.linalg.norm(averaged[name]) == pytest.approx(1, abs=8 * EPS["float32"])
-        assert not np.array_equal(generator["query.kernel"], averaged["query.kernel"])
+@pytest.mark.parametrize("framework", PROGRAMS)
+def test_the_average_has_u_and_v_of_the_generator_and_not_shorter_ones(framework, runs):
+    generator, averaged = (
+        load(runs(framework)[0] / files.ATTENTION, block=block)[1] for block in ("generator", "averaged")
+    )
+    for name in ("query.u", "query.v", "value.u"):
+        assert np.array_equal(generator[name], averaged[name])
+        assert np.linalg.norm(averaged[name]) == pytest.approx(1, abs=8 * EPS["float32"])
+    assert not np.array_equal(generator["query.kernel"], averaged["query.kernel"])
 
 
 def test_the_gammas_are_scalars_for_tensorboard(runs):
