@@ -37,6 +37,7 @@ STEPS = 1500
 GENERATOR_RATE = 1e-3
 DISCRIMINATOR_RATE = 2e-3
 BETAS = (0.0, 0.99)
+EPSILON = 1e-8
 WEIGHT_DECAY = 1e-4
 R1_WEIGHT = 1.0
 """The penalty is this, times half the mean squared norm of the gradient of the scores of real images."""
@@ -246,7 +247,7 @@ class State(nnx.Module):
 def _adam(network: nnx.Module, rate: float) -> "nnx.Optimizer[nnx.Module]":
     # Kernels alone decay. gamma would be drawn back to 0, where the layer does nothing.
     kernels = partial(jax.tree.map, lambda parameter: parameter.ndim > 1)
-    optimiser = optax.adamw(rate, *BETAS, weight_decay=WEIGHT_DECAY, mask=kernels)
+    optimiser = optax.adamw(rate, *BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, mask=kernels)
     return nnx.Optimizer(network, optimiser, wrt=nnx.Param)
 
 

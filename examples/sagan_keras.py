@@ -43,6 +43,8 @@ STEPS = 1500
 GENERATOR_RATE = 1e-3
 DISCRIMINATOR_RATE = 2e-3
 BETAS = (0.0, 0.99)
+EPSILON = 1e-8
+"""Keras adds it before the bias correction, the others after it."""
 WEIGHT_DECAY = 1e-4
 R1_WEIGHT = 1.0
 """The penalty is this, times half the mean squared norm of the gradient of the scores of real images."""
@@ -238,8 +240,7 @@ class SAGAN(keras.Model):
 
 
 def _adam(network: keras.Model, rate: float) -> keras.optimizers.Optimizer:
-    # The epsilon of the other frameworks; that of Keras is 1e-7.
-    adam = keras.optimizers.AdamW(rate, WEIGHT_DECAY, *BETAS, epsilon=1e-8)
+    adam = keras.optimizers.AdamW(rate, WEIGHT_DECAY, *BETAS, epsilon=EPSILON)
     # Kernels alone decay. gamma would be drawn back to 0, where the layer does nothing.
     adam.exclude_from_weight_decay(var_names=["gamma", "bias"])
     adam.build(network.trainable_variables)

@@ -37,6 +37,7 @@ STEPS = 1500
 GENERATOR_RATE = 1e-3
 DISCRIMINATOR_RATE = 2e-3
 BETAS = (0.0, 0.99)
+EPSILON = 1e-8
 WEIGHT_DECAY = 1e-4
 R1_WEIGHT = 1.0
 """The penalty is this, times half the mean squared norm of the gradient of the scores of real images."""
@@ -265,7 +266,7 @@ def _adam(network: nn.Module, rate: float) -> torch.optim.Optimizer:
     kernels = [parameter for parameter in network.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
     groups = [{"params": kernels, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, rate, BETAS)
+    return torch.optim.AdamW(groups, rate, BETAS, EPSILON)
 
 
 def networks_of(folder: Path) -> tuple[Generator, Discriminator, Generator]:
