@@ -73,10 +73,11 @@ def train(training: Training, options: argparse.Namespace) -> int:
     journal, watch = Journal(folder, training.step), Watch(folder, options.seed, training.step)
 
     def look() -> None:
-        if not watch.recorded(training.step):
-            quality = watch.record(training.step, training.generate, training.attend, training.gain())
-            bar.write(f"   step {training.step:5}: {quality}; gamma {training.gain():+.3f}", file=sys.stdout)
-            sys.stdout.flush()
+        if watch.recorded(training.step):
+            return  # the checkpoint that the run was resumed from
+        quality = watch.record(training.step, training.generate, training.attend, training.gain())
+        bar.write(f"   step {training.step:5}: {quality}; gamma {training.gain():+.3f}", file=sys.stdout)
+        sys.stdout.flush()
         journal.write()
         training.save(folder)
 
