@@ -13,7 +13,7 @@ from PIL import Image
 
 from examples.command import FAILED
 from examples.digits import data
-from examples.gan import agreement, files, journal
+from examples.gan import files, journal
 from examples.gan.batches import Batch, draw
 from selfattn_core import SelfAttentionConfig, init_params, load, save_blocks
 from selfattn_core.conformance.tolerance import EPS, FACTOR
@@ -173,9 +173,19 @@ def test_what_it_trained_goes_back_to_pytorch(framework, runs):
 
     folder, _, said = runs(framework)
     assert said.count("allowed: 64): the same") == 2
-    wanted = files.load_samples(folder)
-    training = sagan_torch.Training(*sagan_torch.networks_of(folder), precision="float32", compiler="none")
-    assert agreement.compare(training.samples(wanted.latents, wanted.labels), wanted).agrees
+    there = files.load_samples(folder)
+    answers = []
+    for wide in (False, True):
+        networks = [network.double() if wide else network for network in sagan_torch.networks_of(folder)]
+        training = sagan_torch.Training(*networks, precision="float32", compiler="none")
+        answers.append(
+            training.samples(there.latents.astype(np.float64 if wide else np.float32), there.labels)
+        )
+    here, exact = answers
+    # With weights as random as these the generator's map is sharp, and rounding goes further than in a trained one.
+    for kind in ("images", "scores"):
+        noise = np.abs(getattr(here, kind) - getattr(exact, kind)).max()
+        assert np.abs(getattr(there, kind) - getattr(exact, kind)).max() <= FACTOR * noise
     for name in ("generator", "discriminator"):
         assert load(folder / files.ATTENTION, block=name)[1]["gamma"] != np.float32(0.5)
 
