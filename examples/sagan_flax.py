@@ -6,7 +6,7 @@ is not installed, 130 interrupted.
 """
 
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -245,10 +245,15 @@ class State(nnx.Module):
 
 
 def _adam(network: nnx.Module, rate: float) -> "nnx.Optimizer[nnx.Module]":
+    return nnx.Optimizer(network, _transformation(rate, EPSILON), wrt=nnx.Param)
+
+
+@cache
+def _transformation(rate: float, epsilon: float) -> optax.GradientTransformation:
+    # The same object for each training in a process: `nnx.jit` would compile the step anew for another one.
     # Kernels alone decay. gamma would be drawn back to 0, where the layer does nothing.
     kernels = partial(jax.tree.map, lambda parameter: parameter.ndim > 1)
-    optimiser = optax.adamw(rate, *BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, mask=kernels)
-    return nnx.Optimizer(network, optimiser, wrt=nnx.Param)
+    return optax.adamw(rate, *BETAS, eps=epsilon, weight_decay=WEIGHT_DECAY, mask=kernels)
 
 
 class Training:
