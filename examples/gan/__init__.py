@@ -1,1 +1,1 @@
-"""What the three GAN examples share: digits, files, pictures and a measure of quality; it imports no framework."""
+"""What the three SAGAN programs share: digits, files, pictures, the loop and a measure of quality; it imports no framework."""

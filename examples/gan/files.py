@@ -1,12 +1,12 @@
-"""A checkpoint: the files that the three examples pass to each other, all in one folder.
+"""A finished run: the files that the examples pass to each other, all in one folder.
 
 | file | holds |
 |---|---|
-| `attention.safetensors` | both attention layers as one canonical file with the blocks `generator` and `discriminator`: `save` and `load` of every adapter |
+| `attention.safetensors` | the attention layers as one canonical file with a block for each of `BLOCKS`: `save` and `load` of every adapter |
 | `networks.safetensors` | the other layers as plain arrays, `NETWORKS` below |
-| `samples.npz` | `latents` and `labels`, what the generator made of them (`images`), and the discriminator's `scores` of those |
+| `samples.npz` | `latents` and `labels`, what the averaged generator made of them (`images`), and the discriminator's `scores` of those |
 
-Whoever reads a checkpoint into another framework first makes the images of `samples.npz` again.
+Whoever reads them into another framework first makes the images of `samples.npz` again.
 """
 
 import io
@@ -36,32 +36,39 @@ __all__ = [
 Array = NDArray[Any]
 
 ATTENTION = "attention.safetensors"
-BLOCKS = ("generator", "discriminator")
+BLOCKS = ("generator", "discriminator", "averaged")
+"""The networks of a run; the last is the generator with averaged weights."""
 _NETWORKS_FILE = "networks.safetensors"
 _SAMPLES_FILE = "samples.npz"
 
 _FIRST, _ATTENDED, _LAST = WIDTHS["first"], WIDTHS["attended"], WIDTHS["last"]
 
 
+def _plain(name: str, *kernel: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.kernel": kernel, f"{name}.bias": kernel[-1:]}
+
+
 def _normalised(name: str, *kernel: int) -> dict[str, tuple[int, ...]]:
     """A layer with spectral norm: its raw kernel, and the vectors of the power iteration."""
     return {
-        f"{name}.kernel": kernel,
-        f"{name}.bias": kernel[-1:],
+        **_plain(name, *kernel),
         f"{name}.u": kernel[-1:],
         f"{name}.v": kernel[:-1],
     }
 
 
+def _generator(name: str) -> dict[str, tuple[int, ...]]:
+    return {
+        **_plain(f"{name}.dense", LATENT + CLASSES, 4 * 4 * _FIRST),
+        **_plain(f"{name}.conv1", 3, 3, _FIRST, _ATTENDED),
+        **_plain(f"{name}.conv2", 3, 3, _ATTENDED, _LAST),
+        **_plain(f"{name}.conv3", 3, 3, _LAST, 1),
+    }
+
+
 NETWORKS: Mapping[str, tuple[int, ...]] = {
-    "generator.dense.kernel": (LATENT + CLASSES, 4 * 4 * _FIRST),
-    "generator.dense.bias": (4 * 4 * _FIRST,),
-    "generator.conv1.kernel": (3, 3, _FIRST, _ATTENDED),
-    "generator.conv1.bias": (_ATTENDED,),
-    "generator.conv2.kernel": (3, 3, _ATTENDED, _LAST),
-    "generator.conv2.bias": (_LAST,),
-    "generator.conv3.kernel": (3, 3, _LAST, 1),
-    "generator.conv3.bias": (1,),
+    **_generator("generator"),
+    **_generator("averaged"),
     **_normalised("discriminator.conv1", 3, 3, 1, 32),
     **_normalised("discriminator.conv2", 3, 3, 32, 64),
     **_normalised("discriminator.conv3", 3, 3, 64, 64),
@@ -69,7 +76,7 @@ NETWORKS: Mapping[str, tuple[int, ...]] = {
 }
 """Names and shapes in `networks.safetensors`: kernels (height, width, C_in, C_out) or (C_in, C_out).
 
-The generator's dense layer gives a 4×4 map with the channels last.
+The generators' dense layer gives a 4×4 map with the channels last.
 """
 
 

@@ -1,145 +1,67 @@
-"""The three GAN examples in their quick mode, one after the other, and what they say of networks that are not the same."""
+"""What the SAGAN programs share: what they refuse before they train, files, the table of numbers, quality."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from examples.command import BAD_INPUT, MISSING
 from examples.digits import data
-from examples.gan import agreement, files, quality
-from selfattn_core import load, save_blocks
-
-ROOT = Path(__file__).parents[2]
+from examples.gan import files, journal, program, quality
 
 
-def run(example: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"examples.{example}", "--quick", "--folder", str(folder), *more],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "TF_CPP_MIN_LOG_LEVEL": "2",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+def refused(monkeypatch, *command):
+    monkeypatch.setattr(sys, "argv", ["sagan_torch", *map(str, command)])
+    return program.refusal(program.arguments("torch", "", steps=10))
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """What the training in PyTorch writes."""
-    folder = tmp_path_factory.mktemp("gan")
-    result = run("gan_torch", folder)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "step    20: recognised" in result.stdout
-    return folder
+def test_a_run_in_the_folder_is_noticed_before_the_training(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    assert refused(monkeypatch, "--folder", folder) == 0
+    assert refused(monkeypatch, "--folder", folder, "--resume") == BAD_INPUT
+    assert "holds no run that could be resumed" in capsys.readouterr().err
+    (folder / journal.HISTORY).touch()
+    assert refused(monkeypatch, "--folder", folder) == BAD_INPUT
+    assert "pass --resume to go on with it, --overwrite to replace it" in capsys.readouterr().err
+    assert refused(monkeypatch, "--folder", folder, "--resume") == 0
+    assert refused(monkeypatch, "--folder", folder, "--overwrite") == 0
 
 
-def test_the_training_in_pytorch_leaves_pictures_and_a_checkpoint(checkpoint):
-    with Image.open(checkpoint / "samples.png") as sheet:
-        assert sheet.size == (10 * 10 * 6, 8 * 10 * 6)
-    with Image.open(checkpoint / "attention.gif") as movie:
-        assert movie.n_frames == 5
-    for block in files.BLOCKS:
-        config, params = load(checkpoint / files.ATTENTION, block=block)
-        assert config.spectral_norm == (block == "discriminator")
-        assert params["gamma"] != 0
-    assert set(files.load_networks(checkpoint)) == set(files.NETWORKS)
+def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    options = ("--folder", tmp_path / "file", "--resume", "--start", tmp_path / "none")
+    assert refused(monkeypatch, *options) == BAD_INPUT
+    said = capsys.readouterr().err
+    for problem in ("no run that could be resumed", "not for --resume", "no finished run", "is a file"):
+        assert problem in said
 
 
-def test_a_checkpoint_comes_back_to_pytorch_as_it_was(checkpoint, tmp_path):
-    from examples.gan_torch import checkpoint as torch_checkpoint
-
-    want = files.load_samples(checkpoint)
-    networks = torch_checkpoint.load(checkpoint)
-    assert agreement.compare(torch_checkpoint.answer(*networks, want.latents, want.labels), want).agrees
-    torch_checkpoint.save(*networks, tmp_path, source="a test")
-    first, second = files.load_networks(checkpoint), files.load_networks(tmp_path)
-    assert all(np.array_equal(first[name], second[name]) for name in files.NETWORKS)
+def test_what_is_not_installed_is_named(capsys):
+    error = ModuleNotFoundError("No module named 'torch'", name="torch")
+    assert program.missing(error, "torch") == MISSING
+    assert "needs torch: pip install 'selfattn[torch,viz]'" in capsys.readouterr().err
 
 
-def swapped(params):
-    """Query and key exchanged."""
-    names = {"query": "key", "key": "query"}
-    return {
-        ".".join([names.get(name.partition(".")[0], name.partition(".")[0]), *name.split(".")[1:]]): array
-        for name, array in params.items()
-    }
+@pytest.mark.parametrize("writer", ["installed", "missing"])
+def test_the_table_is_written_with_or_without_a_writer_for_tensorboard(writer, tmp_path, monkeypatch, capsys):
+    if writer == "missing":
+        monkeypatch.setattr(journal, "missing_modules", list)
+    first = journal.Journal(tmp_path)
+    for step in range(4):
+        first.add(step, {"gamma": 0.1 * step, "loss": 1 / 3})
+    first.write()
+    assert ("pip install tensorboardX" in capsys.readouterr().out) == (writer == "missing")
+    assert (tmp_path / "tensorboard").exists() == (writer == "installed")
+    resumed = journal.Journal(tmp_path, 2)
+    resumed.add(2, {"gamma": -1.0, "loss": 0.0})
+    resumed.write()
+    rows = journal.read(tmp_path)
+    assert [row["gamma"] for row in rows] == [0.0, 0.1, -1.0]
+    assert rows[1] == {"step": 1, "gamma": 0.1, "loss": 1 / 3}
 
 
-@pytest.mark.parametrize(
-    "bug", ["query and key exchanged", "a vector of the spectral norm lost", "a kernel turned"]
-)
-def test_networks_that_are_not_the_same_are_noticed(bug, checkpoint, tmp_path):
-    from examples.gan_torch import checkpoint as torch_checkpoint
-
-    want = files.load_samples(checkpoint)
-    blocks = {block: load(checkpoint / files.ATTENTION, block=block) for block in files.BLOCKS}
-    networks = files.load_networks(checkpoint)
-    # After so few steps gamma is small; here the generator's attention is to count.
-    config, params = blocks["generator"]
-    strong = params | {"gamma": np.ones(1, np.float32)}
-    save_blocks(tmp_path / files.ATTENTION, blocks | {"generator": (config, strong)})
-    files.save_networks(tmp_path, networks)
-    want = torch_checkpoint.answer(*torch_checkpoint.load(tmp_path), want.latents, want.labels)
-    if bug == "query and key exchanged":
-        blocks["generator"] = (config, swapped(strong))
-        save_blocks(tmp_path / files.ATTENTION, blocks, overwrite=True)
-    elif bug == "a kernel turned":
-        kernel = networks["generator.conv2.kernel"]
-        files.save_networks(tmp_path, networks | {"generator.conv2.kernel": kernel.swapaxes(0, 1)})
-    else:
-        u = networks["discriminator.conv2.u"]
-        files.save_networks(tmp_path, networks | {"discriminator.conv2.u": np.full_like(u, u.size**-0.5)})
-    got = torch_checkpoint.answer(*torch_checkpoint.load(tmp_path), want.latents, want.labels)
-    assert not agreement.compare(got, want).agrees
-
-
-def test_the_training_goes_on_in_flax(checkpoint):
-    result = run("gan_flax", checkpoint)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "NOT the same" not in result.stdout
-    assert "step     3: recognised" in result.stdout
-    assert set(files.load_networks(checkpoint / "flax")) == set(files.NETWORKS)
-    for block, name in (("generator", "gamma"), ("discriminator", "query.u")):
-        before, after = (
-            load(folder / files.ATTENTION, block=block)[1][name]
-            for folder in (checkpoint, checkpoint / "flax")
-        )
-        assert not np.array_equal(before, after)
-
-    from examples.gan_torch import checkpoint as torch_checkpoint
-
-    want = files.load_samples(checkpoint / "flax")
-    back = torch_checkpoint.answer(*torch_checkpoint.load(checkpoint / "flax"), want.latents, want.labels)
-    assert agreement.compare(back, want).agrees
-
-
-def test_keras_serves_the_same_images(checkpoint):
-    result = run("gan_keras", checkpoint)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "The same 20 images from all three" in result.stdout
-    assert (checkpoint / "served" / "saved_model.pb").exists()
-
-
-@pytest.mark.parametrize("example", ["gan_flax", "gan_keras"])
-def test_without_a_checkpoint_it_says_what_to_run(example, tmp_path):
-    result = run(example, tmp_path)
-    assert result.returncode == 2
-    assert "run python -m examples.gan_torch first" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_a_checkpoint_of_other_shapes_is_refused(checkpoint, tmp_path):
-    networks = files.load_networks(checkpoint)
+def test_networks_of_other_shapes_are_refused(tmp_path):
+    networks = {name: np.zeros(shape, np.float32) for name, shape in files.NETWORKS.items()}
     kernel = networks.pop("generator.dense.kernel")
     with pytest.raises(ValueError, match=r"generator.dense.kernel: got \(1024, 34\), expected \(34, 1024\)"):
         files.save_networks(tmp_path, networks | {"generator.dense.kernel": kernel.T})

@@ -1,6 +1,6 @@
 """Images from the SavedModel, with TensorFlow alone: nothing of selfattn is imported.
 
-Run as `python -m examples.gan_keras.serve SAVEDMODEL REQUEST ANSWER`; REQUEST is an .npz with `latents` (B, LATENT) and `labels`
+Run as `python -m examples.gan_serve.serve SAVEDMODEL REQUEST ANSWER`; REQUEST is an .npz with `latents` (B, LATENT) and `labels`
 (B,), ANSWER the .npy that is written with the images.
 """
 

@@ -1,11 +1,10 @@
-"""Export the generator of a GAN checkpoint as a SavedModel, load it in a process without selfattn, compare the images.
+"""Export the averaged generator of a run as a SavedModel, load it in a process without selfattn, compare the images.
 
-Run as `python -m examples.gan_keras`, after `python -m examples.gan_torch`. Exit codes: 0 the same images, 1 other images, 2
-there is no checkpoint, 3 something is not installed, 130 interrupted.
+Run as `python -m examples.gan_serve`, after `python -m examples.sagan_torch` or another of the three. Exit codes: 0 the same
+images, 1 other images, 2 there is no finished run, 3 something is not installed, 130 interrupted.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -28,19 +27,19 @@ def main() -> int:
         return MISSING
     folder: Path = arguments.folder
     if not (folder / files.ATTENTION).exists():
-        print(f"There is no checkpoint in {folder}: run python -m examples.gan_torch first.", file=sys.stderr)
+        print(
+            f"There is no finished run in {folder}: run python -m examples.sagan_torch first.",
+            file=sys.stderr,
+        )
         return BAD_INPUT
-    # A SavedModel is TensorFlow's, and Keras takes its backend when it is first imported.
-    os.environ["KERAS_BACKEND"] = "tensorflow"
-    # TensorFlow reports on the machine at length unless asked not to.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from examples.gan_keras import generator
+    # Imported first of all that imports Keras: it chooses TensorFlow, whose format a SavedModel is.
+    from examples import sagan_keras
 
     start = time.monotonic()
     wanted = files.load_samples(folder)
     if arguments.quick:
         wanted = files.Samples(*(values[::20] for values in vars(wanted).values()))
-    model = generator.load(folder)
+    model = sagan_keras.network_of(folder, "averaged")
     images = model.predict([wanted.latents, wanted.labels], verbose=0)
     in_keras = agreement.compare_images(images, wanted)
     print(f"1. The generator of {folder}, in Keras:\n   {in_keras}", flush=True)
@@ -53,7 +52,7 @@ def main() -> int:
     in_service = agreement.compare_images(served, wanted)
     print(f"3. Loaded in a process with TensorFlow alone:\n   {in_service}", flush=True)
     if not (in_keras.agrees and in_service.agrees):
-        print("FAILED: these are not the images of the checkpoint.", file=sys.stderr)
+        print("FAILED: these are not the images of the run.", file=sys.stderr)
         return FAILED
     print(f"The same {len(served)} images from all three ({time.monotonic() - start:.0f} s).")
     return 0
@@ -66,17 +65,17 @@ def _ask(saved: Path, wanted: files.Samples, folder: Path) -> np.ndarray:
     # The answer of an earlier run must not stand in for one that does not come.
     answer.unlink(missing_ok=True)
     paths = [str(path.resolve()) for path in (saved, request, answer)]
-    subprocess.run([sys.executable, "-m", "examples.gan_keras.serve", *paths], cwd=_ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "examples.gan_serve.serve", *paths], cwd=_ROOT, check=True)
     return np.load(answer)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.gan_keras", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m examples.gan_serve", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--quick", action="store_true", help="fewer images")
     parser.add_argument(
-        "--folder", type=Path, default=Path("build/gan"), help="with the checkpoint (default: %(default)s)"
+        "--folder", type=Path, default=Path("build/sagan/torch"), help="of the run (default: %(default)s)"
     )
     return parser.parse_args()
 

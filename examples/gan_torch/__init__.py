@@ -1,1 +1,0 @@
-"""A small SAGAN on real digits in PyTorch; see the README and `__main__.py`."""
