@@ -144,7 +144,7 @@ def fold_spectral_norm(
 ) -> tuple[SelfAttentionConfig, dict[str, NDArray[Any]]]:
     """The same function without spectral norm: every kernel divided by the norm that its u and v estimate.
 
-    The output is that of the evaluation mode, but for the rounding of the kernels. Training cannot go on from it as
+    The output is that of the evaluation mode, but for the rounding of the kernels. A kernel of zeros stays one. Training cannot go on from it as
     it would have, for the raw kernels and the state are gone.
 
     Args:
@@ -156,7 +156,8 @@ def fold_spectral_norm(
         dtype of the arrays.
 
     Raises:
-        ValueError: if the arrays do not fit the config, or a norm is zero or not finite; lists every problem.
+        ValueError: if the arrays do not fit the config, or the norm of a kernel that is not zero is zero or not finite: its u
+            and v are of no use, and `refresh_spectral_norm` makes others. Lists every problem.
 
     Example:
         >>> config = SelfAttentionConfig(16, spectral_norm=True)
@@ -171,6 +172,8 @@ def fold_spectral_norm(
     for name in projections(config):
         kernel, u, v = (arrays[f"{name}.{part}"].astype(np.float64) for part in ("kernel", "u", "v"))
         norm = spectral_norm.sigma(kernel, u, v)
+        if not kernel.any():
+            continue
         if norm == 0:
             problems.append(f"{name}: its norm vᵀ K u is 0")
             continue
@@ -181,8 +184,9 @@ def fold_spectral_norm(
         arrays[f"{name}.kernel"] = folded
     if problems:
         raise ValueError(
-            f"spectral norm cannot be folded: {'; '.join(problems)}; expected kernels and vectors u, v that are not "
-            "zero: they may never have been initialised or loaded."
+            f"spectral norm cannot be folded: {'; '.join(problems)}; expected vectors u, v of these kernels that are not "
+            "zero: they may never have been initialised or loaded. "
+            "selfattn_core.params.refresh_spectral_norm(config, params) makes them from the kernels."
         )
     plain = replace(config, spectral_norm=False)
     return plain, {name: arrays[name] for name in parameter_table(plain)}

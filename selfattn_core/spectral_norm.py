@@ -2,10 +2,22 @@
 
 Written for canonical kernels K (C_in, C_out), the transpose of the W (C_out, C_in) of PyTorch and of the paper:
 
-    u = n(Kᵀ v)       v = n(K u)       σ = vᵀ K u       n(t) = t / max(‖t‖, 1e-12)
+    u = n(Kᵀ v)       v = n(K u)       σ = vᵀ K u       n(t) = t / max(‖t‖, 1e-12)       n(0) = n(c)
 
 The first two, in this order, are one power iteration, without gradient; of the old state they read only v. σ is the
-norm as u and v estimate it, from below once v has been through an iteration. A kernel of zeros has σ = 0 and gives NaN.
+norm as u and v estimate it, from below once v has been through an iteration. The kernel that is applied is K / σ.
+
+Zero, where PyTorch's own gives NaN for ever, has two rules:
+
+- Where vᵀ K u is 0, σ is the constant 1: K is applied as it is, and its gradient is that of the applied kernel. So a
+  kernel of zeros stays one, with finite derivatives of every order, and can leave zero.
+- n(0) is n(c), where c has the fixed entries 2 (i³ mod 101) − 101 for i = 1, 2, … None of them is 0, and they have no
+  pattern, so that c is not orthogonal to what a kernel becomes by training. With n(0) = 0 the state would be 0 from
+  then on, whatever became of the kernel. Now one power iteration on a kernel that has left zero finds its norm again.
+
+Both change nothing where σ is not 0. σ below 0 is divided by as it is, which turns the sign of the kernel: only a state
+that belongs to another kernel gives that, and one iteration ends it. A kernel whose norm is below 1e-12 (1e-30, say)
+is not zero and is treated as PyTorch treats it: u and v come out shorter than 1 and σ too small.
 
 Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018, algorithm 1, whose ũ is u
 and ṽ is v; the order of the two halves, eps and the warm-up are those of
@@ -17,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EPS", "WARM_UP", "power_iteration", "sigma", "warmed_up"]
+__all__ = ["EPS", "WARM_UP", "fallback", "power_iteration", "sigma", "warmed_up"]
 
 Array = NDArray[Any]
 
@@ -26,6 +38,19 @@ EPS = 1e-12
 
 WARM_UP = 15
 """Power iterations on the initial kernel that the state of a new layer has been through."""
+
+
+def fallback(length: int) -> NDArray[np.int64]:
+    """c, whose direction a vector of the state gets that would be zero: 2 (i³ mod 101) − 101 for i = 1, 2, …
+
+    Args:
+        length: of the vector.
+
+    Example:
+        >>> fallback(5)
+        array([-99, -85, -47,  27, -53])
+    """
+    return 2 * (np.arange(1, length + 1, dtype=np.int64) ** 3 % 101) - 101
 
 
 def power_iteration(kernel: Array, v: Array) -> tuple[Array, Array]:
@@ -41,6 +66,8 @@ def power_iteration(kernel: Array, v: Array) -> tuple[Array, Array]:
     Example:
         >>> power_iteration(np.diag([2.0, 0.0]), np.array([0.6, 0.8]))
         (array([1., 0.]), array([1., 0.]))
+        >>> np.round(power_iteration(np.zeros((1, 2)), np.array([1.0]))[0], 3)  # of a kernel of zeros: n(c)
+        array([-0.759, -0.651])
     """
     u = _normalised(v @ kernel)
     return u, _normalised(kernel @ u)
@@ -67,7 +94,7 @@ def warmed_up(kernel: Array, v: Array) -> tuple[Array, Array]:
 
 
 def sigma(kernel: Array, u: Array, v: Array) -> Array:
-    """vᵀ K u, the spectral norm as the state estimates it.
+    """vᵀ K u, the spectral norm as the state estimates it; where it is 0, what is divided by is 1.
 
     Args:
         kernel: (C_in, C_out).
@@ -82,4 +109,6 @@ def sigma(kernel: Array, u: Array, v: Array) -> Array:
 
 
 def _normalised(vector: Array) -> Array:
+    if not (vector != 0).any():
+        vector = vector + fallback(vector.size).astype(vector.dtype)
     return np.asarray(vector / np.maximum(np.sqrt(vector @ vector), EPS))

@@ -2,7 +2,8 @@
 
 Both apply kernel / sigma, sigma = vᵀ K u, where K is `kernel` as (C_in, C_out). `kernel` is the raw kernel, which is what
 is trained. A call with `use_running_average=False` first moves u and v by one power iteration, one with True does not;
-both are constants to the gradient, which goes through K in sigma. Unlike Flax's own two `SpectralNorm` they leave the raw
+both are constants to the gradient, which goes through K in sigma. Where vᵀ K u is 0, as for a kernel of zeros, sigma is the
+constant 1. Unlike Flax's own two `SpectralNorm` they leave the raw
 kernel as it is, and iterate nothing in evaluation.
 """
 
@@ -16,7 +17,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from selfattn_core.spectral_norm import EPS, WARM_UP
+from selfattn_core.spectral_norm import EPS, WARM_UP, fallback
 from selfattn_flax.projection import KERNEL_INIT, ZEROS_INIT, LinenProjection, NNXProjection, project
 
 __all__ = ["LinenSpectralConv", "NNXSpectralConv"]
@@ -141,7 +142,8 @@ def _following_v(kernel: jax.Array, u: jax.Array) -> jax.Array:
 
 def _power_iteration(kernel: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The state after one more power iteration."""
-    matrix = _matrix(kernel)
+    # Not to be differentiated at all: the root of a vector of zeros has no derivative.
+    matrix = jax.lax.stop_gradient(_matrix(kernel))
     u = _forth(matrix, v.astype(matrix.dtype))
     return u.astype(v.dtype), _back(matrix, u).astype(v.dtype)
 
@@ -151,7 +153,7 @@ def _normalised(kernel: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
     matrix = _matrix(kernel)
     u, v = (jax.lax.stop_gradient(vector.astype(matrix.dtype)) for vector in (u, v))
     sigma = jnp.sum(matrix * v[:, None] * u)
-    return (matrix / sigma).astype(kernel.dtype)[None, None]
+    return (matrix / jnp.where(sigma != 0, sigma, 1)).astype(kernel.dtype)[None, None]
 
 
 def _matrix(kernel: jax.Array) -> jax.Array:
@@ -169,4 +171,6 @@ def _back(matrix: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _unit(vector: jax.Array) -> jax.Array:
+    instead = jnp.asarray(fallback(vector.shape[0]), vector.dtype)
+    vector = jnp.where(jnp.any(vector != 0), vector, instead)
     return vector / jnp.maximum(jnp.sqrt(jnp.sum(vector**2)), EPS)

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from selfattn_core.spectral_norm import EPS, WARM_UP
+from selfattn_core.spectral_norm import EPS, WARM_UP, fallback
 from selfattn_keras.projection import Projection
 
 __all__ = ["SpectralConv2D"]
@@ -22,7 +22,7 @@ class SpectralConv2D(Projection):
 
     `kernel` is the raw kernel, which is what is trained. A call with `training=True` first moves the non-trainable
     weights `u` and `v` by one power iteration, any other call does not; both are constants to the gradient, which goes
-    through K in sigma. Unlike `keras.layers.SpectralNormalization` it leaves the raw kernel as it is.
+    through K in sigma. Where vᵀ K u is 0, as for a kernel of zeros, sigma is the constant 1. Unlike `keras.layers.SpectralNormalization` it leaves the raw kernel as it is.
 
     The arguments are those of `keras.layers.Conv2D`.
 
@@ -71,7 +71,9 @@ class SpectralConv2D(Projection):
         u, v = (ops.stop_gradient(ops.cast(vector, matrix.dtype)) for vector in (self.u, self.v))
         # A tensor of its own: the variables may move again before the gradient is computed.
         direction = v[:, None] * u
-        normalised = ops.cast(matrix / ops.sum(matrix * direction), self.variable_dtype)
+        sigma = ops.sum(matrix * direction)
+        divisor = ops.where(ops.not_equal(sigma, 0), sigma, ops.ones_like(sigma))
+        normalised = ops.cast(matrix / divisor, self.variable_dtype)
         return ops.reshape(normalised, self.kernel.shape)
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
@@ -121,6 +123,8 @@ def _power_iteration(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(vector: Tensor) -> Tensor:
+    instead = ops.cast(fallback(vector.shape[0]), vector.dtype)
+    vector = ops.where(ops.any(ops.not_equal(vector, 0)), vector, instead)
     norm = ops.sqrt(ops.sum(ops.square(vector)))
     # Not `ops.maximum`, which Keras 3.15 computes in float32 on torch.
     return vector / ops.clip(norm, EPS, math.inf)

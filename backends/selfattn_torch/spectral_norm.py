@@ -19,13 +19,13 @@ class SpectralConv2d(Projection):
 
     `weight` is the raw kernel, which is what is trained. A call in training mode first moves the buffers `u` and `v` by
     one power iteration, a call in evaluation mode does not; both are constants to the gradient, which goes through W
-    in sigma. A call that repeats an earlier one, as activation checkpointing does while it goes backward, does not
+    in sigma. Where uᵀ W v is 0, as for a weight of zeros, sigma is the constant 1. A call that repeats an earlier one, as activation checkpointing does while it goes backward, does not
     move them again. It takes them as they are then: a checkpointed call needs its backward pass before the next call in
     training mode, or its gradient is that of the later state. A loss of real and fake images takes both in one batch,
     or a backward pass after each.
 
-    This is `torch.nn.utils.parametrizations.spectral_norm`, except that reading `weight` moves nothing, and that the
-    layer can be pickled and initialised late. A state dict of `torch.nn.utils.spectral_norm` or of the
+    This is `torch.nn.utils.parametrizations.spectral_norm`, except that reading `weight` moves nothing, that a weight of
+    zeros gives numbers instead of NaN, and that the layer can be pickled and initialised late. A state dict of `torch.nn.utils.spectral_norm` or of the
     parametrization loads.
 
     Args:
@@ -89,7 +89,8 @@ class SpectralConv2d(Projection):
                 self.v.copy_(v)
         # A tensor of its own: the buffers may move again before the gradient is computed.
         direction = torch.outer(self.u.to(weight.dtype), self.v.to(weight.dtype))
-        return (weight / (weight * direction).sum()).to(self.weight.dtype)[:, :, None, None]
+        sigma = (weight * direction).sum()
+        return (weight / torch.where(sigma != 0, sigma, 1)).to(self.weight.dtype)[:, :, None, None]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Conv2d's name
         """The convolution of the input (B, C_in, H, W)."""
@@ -103,8 +104,15 @@ def _matrix(weight: torch.Tensor) -> torch.Tensor:
 
 def _power_iteration(weight: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The state after one more iteration. Products and sums: a matrix product would be rounded under autocast."""
-    u = nn.functional.normalize((weight * v).sum(1), dim=0, eps=EPS)
-    return u, nn.functional.normalize((weight * u[:, None]).sum(0), dim=0, eps=EPS)
+    u = _unit((weight * v).sum(1))
+    return u, _unit((weight * u[:, None]).sum(0))
+
+
+def _unit(vector: torch.Tensor) -> torch.Tensor:
+    # `selfattn_core.spectral_norm.fallback`, on the vector's device.
+    cubes = torch.arange(1, vector.shape[0] + 1, device=vector.device) ** 3
+    vector = torch.where((vector != 0).any(), vector, (2 * (cubes % 101) - 101).to(vector.dtype))
+    return nn.functional.normalize(vector, dim=0, eps=EPS)
 
 
 def _is_repeating() -> bool:
