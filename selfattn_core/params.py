@@ -19,6 +19,7 @@ __all__ = [
     "is_floating",
     "parameter_table",
     "projections",
+    "refresh_spectral_norm",
     "state_table",
     "widen",
 ]
@@ -190,6 +191,43 @@ def fold_spectral_norm(
         )
     plain = replace(config, spectral_norm=False)
     return plain, {name: arrays[name] for name in parameter_table(plain)}
+
+
+def refresh_spectral_norm(config: SelfAttentionConfig, params: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """The same kernels with the state that belongs to them, as power iterations without end would reach it.
+
+    For kernels that came from outside the training: drawn anew, copied, averaged, or loaded without u and v. The state
+    that is there belongs to other kernels then, and the first outputs in evaluation are off by any factor.
+    `selfattn_core.spectral_norm.share` says by which.
+
+    Args:
+        config: the layer; one without spectral norm has no state.
+        params: arrays by canonical name; u and v are not read, and need not be there.
+
+    Returns:
+        The arrays with new u and v, in the dtype of the kernels.
+
+    Raises:
+        ValueError: if the arrays do not fit the config; lists every problem.
+
+    Example:
+        >>> config = SelfAttentionConfig(16, spectral_norm=True)
+        >>> params = init_params(config, seed=0)
+        >>> params["value.kernel"] = init_params(config, seed=1)["value.kernel"]
+        >>> fresh = refresh_spectral_norm(config, params)
+        >>> [round(spectral_norm.share(*(p[f"value.{part}"] for part in ("kernel", "u", "v"))), 1) for p in (params, fresh)]
+        [-0.1, 1.0]
+    """
+    state = state_table(config)
+    parameters = check_params(
+        replace(config, spectral_norm=False), {name: params[name] for name in params if name not in state}
+    )
+    vectors = {}
+    for name in projections(config) if config.spectral_norm else ():
+        kernel = parameters[f"{name}.kernel"]
+        u, v = spectral_norm.converged(kernel)
+        vectors |= {f"{name}.u": u.astype(kernel.dtype), f"{name}.v": v.astype(kernel.dtype)}
+    return parameters | vectors
 
 
 def is_floating(dtype: DTypeLike) -> bool:

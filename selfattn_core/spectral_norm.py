@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EPS", "WARM_UP", "fallback", "power_iteration", "sigma", "warmed_up"]
+__all__ = ["EPS", "WARM_UP", "converged", "fallback", "power_iteration", "share", "sigma", "warmed_up"]
 
 Array = NDArray[Any]
 
@@ -41,7 +41,9 @@ WARM_UP = 15
 
 
 def fallback(length: int) -> NDArray[np.int64]:
-    """c, whose direction a vector of the state gets that would be zero: 2 (i³ mod 101) − 101 for i = 1, 2, …
+    """c, whose direction a vector of the state gets that would be zero.
+
+    Its entries are 2 (i³ mod 101) − 101 for i = 1, 2, …
 
     Args:
         length: of the vector.
@@ -91,6 +93,48 @@ def warmed_up(kernel: Array, v: Array) -> tuple[Array, Array]:
     for _ in range(WARM_UP):
         u, v = power_iteration(kernel, v)
     return u, v
+
+
+def converged(kernel: Array) -> tuple[Array, Array]:
+    """The state that power iterations without end would reach: the singular vectors of the largest singular value.
+
+    Args:
+        kernel: (C_in, C_out), finite; of any dtype.
+
+    Returns:
+        u (C_out,) and v (C_in,) in float64; of a kernel of zeros those of the fallback.
+
+    Example:
+        >>> kernel = np.diag([1.0, 3.0])
+        >>> sigma(kernel, *converged(kernel)).item()
+        3.0
+    """
+    left, values, right = np.linalg.svd(kernel.astype(np.float64), full_matrices=False)
+    if values[0] == 0:
+        return tuple(_normalised(np.zeros(length)) for length in reversed(kernel.shape))  # type: ignore[return-value]
+    return right[0], left[:, 0]
+
+
+def share(kernel: Array, u: Array, v: Array) -> float:
+    """σ over the norm of the kernel: how good a state is.
+
+    In training it is a little below 1. Far from 1 it shows a state of another kernel, and an average of states too.
+
+    Args:
+        kernel: (C_in, C_out), finite; of any dtype.
+        u: (C_out,).
+        v: (C_in,).
+
+    Returns:
+        The share; 1 for a kernel of zeros, to which any state belongs.
+
+    Example:
+        >>> share(np.diag([2.0, 1.0]), np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+        0.5
+    """
+    kernel, u, v = (array.astype(np.float64) for array in (kernel, u, v))
+    norm = np.linalg.norm(kernel, 2)
+    return 1.0 if norm == 0 else float(sigma(kernel, u, v) / norm)
 
 
 def sigma(kernel: Array, u: Array, v: Array) -> Array:

@@ -3,8 +3,7 @@
 Both apply kernel / sigma, sigma = vᵀ K u, where K is `kernel` as (C_in, C_out). `kernel` is the raw kernel, which is what
 is trained. A call with `use_running_average=False` first moves u and v by one power iteration, one with True does not;
 both are constants to the gradient, which goes through K in sigma. Where vᵀ K u is 0, as for a kernel of zeros, sigma is the
-constant 1. Unlike Flax's own two `SpectralNorm` they leave the raw
-kernel as it is, and iterate nothing in evaluation.
+constant 1. Unlike Flax's own two `SpectralNorm` they leave the raw kernel as it is, and iterate nothing in evaluation.
 """
 
 from dataclasses import KW_ONLY
@@ -13,14 +12,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from selfattn_core.spectral_norm import EPS, WARM_UP, fallback
+from selfattn_core.spectral_norm import EPS, WARM_UP, converged, fallback
 from selfattn_flax.projection import KERNEL_INIT, ZEROS_INIT, LinenProjection, NNXProjection, project
 
-__all__ = ["LinenSpectralConv", "NNXSpectralConv"]
+__all__ = ["LinenSpectralConv", "NNXSpectralConv", "converged_state", "refresh_spectral_norm"]
 
 
 class NNXSpectralConv(NNXProjection):
@@ -124,6 +124,41 @@ class LinenSpectralConv(LinenProjection):
         if not (self.use_running_average or self.is_initializing()):
             u.value, v.value = _power_iteration(kernel, v.value)
         return project(inputs, _normalised(kernel, u.value, v.value), bias, self.dtype, self.precision)
+
+
+def refresh_spectral_norm(model: nnx.Module) -> None:
+    """Make every estimate of a spectral norm in a module that of its present kernel.
+
+    To be called after kernels came from outside the training: drawn anew, averaged, or restored without their
+    `nnx.BatchStat`, which `nnx.update` does without a word. The state belongs to other kernels then, and the first
+    outputs in evaluation are off by any factor.
+
+    Args:
+        model: a layer or a whole model, outside of jitted functions. Modules other than ours, `nnx.SpectralNorm` too, are
+            left as they are.
+
+    Example:
+        >>> conv = NNXSpectralConv(6, 3, rngs=nnx.Rngs(0))
+        >>> conv.kernel[...] = 7 * jax.random.normal(jax.random.key(1), conv.kernel.shape)
+        >>> refresh_spectral_norm(conv)
+        >>> conv.eval()
+        >>> round(float(jnp.linalg.norm(conv.normalised_kernel()[0, 0], 2)), 3)
+        1.0
+    """
+    for _, each in nnx.iter_graph(model):
+        if isinstance(each, NNXSpectralConv):
+            each.u[...], each.v[...] = converged_state(each.kernel[...])
+
+
+def converged_state(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The u and v that power iterations without end would reach on a kernel (1, 1, C_in, C_out), in its dtype.
+
+    Example:
+        >>> [vector.shape for vector in converged_state(jnp.ones((1, 1, 6, 3)))]
+        [(3,), (6,)]
+    """
+    u, v = converged(np.asarray(_matrix(kernel)))
+    return jnp.asarray(u, kernel.dtype), jnp.asarray(v, kernel.dtype)
 
 
 def _initial_u(key: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -2,12 +2,13 @@
 
 import importlib
 import math
+import warnings
 from typing import Any
 
 import keras
 from keras import ops
 
-from selfattn_core.spectral_norm import EPS, WARM_UP, fallback
+from selfattn_core.spectral_norm import EPS, WARM_UP, converged, fallback
 from selfattn_keras.projection import Projection
 
 __all__ = ["SpectralConv2D"]
@@ -95,8 +96,23 @@ class SpectralConv2D(Projection):
         """Take the weights out of the store."""
         super().load_own_variables(store)
         if self.built:
+            absent = [name for name in ("u", "v") if name not in store.keys()]  # noqa: SIM118 - no `in` of HDF5 entries
+            if absent:
+                self.refresh_state()
+                warnings.warn(
+                    f"{self.path}: got weights without {' and '.join(absent)}; expected the vectors of the spectral norm: "
+                    "they were computed from the kernel that was loaded, as refresh_spectral_norm does.",
+                    stacklevel=2,
+                )
+                return
             self.u.assign(store["u"])
             self.v.assign(store["v"])
+
+    def refresh_state(self) -> None:
+        """Make u and v those of the present kernel, as power iterations without end would; see `refresh_spectral_norm`."""
+        u, v = converged(ops.convert_to_numpy(self._matrix()))
+        self.u.assign(ops.cast(u, self.u.dtype))
+        self.v.assign(ops.cast(v, self.v.dtype))
 
     def _matrix(self) -> Tensor:
         """K, (C_in, C_out), in at least float32."""
