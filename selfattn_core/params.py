@@ -19,6 +19,7 @@ __all__ = [
     "is_floating",
     "parameter_table",
     "projections",
+    "refresh_spectral_norm",
     "state_table",
     "widen",
 ]
@@ -144,7 +145,7 @@ def fold_spectral_norm(
 ) -> tuple[SelfAttentionConfig, dict[str, NDArray[Any]]]:
     """The same function without spectral norm: every kernel divided by the norm that its u and v estimate.
 
-    The output is that of the evaluation mode, but for the rounding of the kernels. Training cannot go on from it as
+    The output is that of the evaluation mode, but for the rounding of the kernels. A kernel of zeros stays one. Training cannot go on from it as
     it would have, for the raw kernels and the state are gone.
 
     Args:
@@ -156,7 +157,8 @@ def fold_spectral_norm(
         dtype of the arrays.
 
     Raises:
-        ValueError: if the arrays do not fit the config, or a norm is zero or not finite; lists every problem.
+        ValueError: if the arrays do not fit the config, or the norm of a kernel that is not zero is zero or not finite: its u
+            and v are of no use, and `refresh_spectral_norm` makes others. Lists every problem.
 
     Example:
         >>> config = SelfAttentionConfig(16, spectral_norm=True)
@@ -171,6 +173,8 @@ def fold_spectral_norm(
     for name in projections(config):
         kernel, u, v = (arrays[f"{name}.{part}"].astype(np.float64) for part in ("kernel", "u", "v"))
         norm = spectral_norm.sigma(kernel, u, v)
+        if not kernel.any():
+            continue
         if norm == 0:
             problems.append(f"{name}: its norm vᵀ K u is 0")
             continue
@@ -181,11 +185,49 @@ def fold_spectral_norm(
         arrays[f"{name}.kernel"] = folded
     if problems:
         raise ValueError(
-            f"spectral norm cannot be folded: {'; '.join(problems)}; expected kernels and vectors u, v that are not "
-            "zero: they may never have been initialised or loaded."
+            f"spectral norm cannot be folded: {'; '.join(problems)}; expected vectors u, v of these kernels that are not "
+            "zero: they may never have been initialised or loaded. "
+            "selfattn_core.params.refresh_spectral_norm(config, params) makes them from the kernels."
         )
     plain = replace(config, spectral_norm=False)
     return plain, {name: arrays[name] for name in parameter_table(plain)}
+
+
+def refresh_spectral_norm(config: SelfAttentionConfig, params: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """The same kernels with the state that belongs to them, as power iterations without end would reach it.
+
+    For kernels that came from outside the training: drawn anew, copied, averaged, or loaded without u and v. The state
+    that is there belongs to other kernels then, and the first outputs in evaluation are off by any factor.
+    `selfattn_core.spectral_norm.share` says by which.
+
+    Args:
+        config: the layer; one without spectral norm has no state.
+        params: arrays by canonical name; u and v are not read, and need not be there.
+
+    Returns:
+        The arrays with new u and v, in the dtype of the kernels.
+
+    Raises:
+        ValueError: if the arrays do not fit the config; lists every problem.
+
+    Example:
+        >>> config = SelfAttentionConfig(16, spectral_norm=True)
+        >>> params = init_params(config, seed=0)
+        >>> params["value.kernel"] = init_params(config, seed=1)["value.kernel"]
+        >>> fresh = refresh_spectral_norm(config, params)
+        >>> [round(spectral_norm.share(*(p[f"value.{part}"] for part in ("kernel", "u", "v"))), 1) for p in (params, fresh)]
+        [-0.1, 1.0]
+    """
+    state = state_table(config)
+    parameters = check_params(
+        replace(config, spectral_norm=False), {name: params[name] for name in params if name not in state}
+    )
+    vectors = {}
+    for name in projections(config) if config.spectral_norm else ():
+        kernel = parameters[f"{name}.kernel"]
+        u, v = spectral_norm.converged(kernel)
+        vectors |= {f"{name}.u": u.astype(kernel.dtype), f"{name}.v": v.astype(kernel.dtype)}
+    return parameters | vectors
 
 
 def is_floating(dtype: DTypeLike) -> bool:

@@ -23,6 +23,8 @@ vectors per projection, u (C_out,) and v (C_in,), estimates:
 
     W = K / σ          σ = vᵀ K u
 
+Where vᵀ K u is 0, as it is for a kernel of zeros, σ is the constant 1 and W = K.
+
 That is the layer in evaluation, and all functions here compute it. A forward pass in training first moves the state
 by one power iteration (`power_iteration`), from the raw kernels alone, then does the same. u and v are constants to
 all derivatives; K in σ is not.
@@ -38,6 +40,7 @@ First derivatives, for ḡ the gradient of y (weight gradients also sum over the
     dWp = xᵀ dp        dbp = Σ dp       for p = query, key, value
     dWo = γ oᵀ ḡ       dbo = γ Σ ḡ      dγ = Σ ḡ∘z              dx = ḡ + dq Wqᵀ + dk Wkᵀ + dv Wvᵀ
     dK = (dW − ⟨dW, W⟩ v uᵀ) / σ        with spectral norm, for each W; hence ⟨dK, K⟩ = 0
+    dK = dW                              where σ is the constant 1
 
 where `scatter` sends the gradient of a pooled window to its winner and `gather` reads winners. The key bias adds a
 constant to each row of q kᵀ, so its gradient is zero; no output can tell whether it was loaded.
@@ -57,6 +60,8 @@ With spectral norm and K̇ the cotangent of dK, for each W, whose line above giv
 
     Ẇ = (K̇ − ⟨K̇, v uᵀ⟩ W) / σ
     to K   (ddW − (⟨ddW, W⟩ + ⟨Ẇ, dW⟩) v uᵀ − ⟨K̇, v uᵀ⟩ dK) / σ
+
+and, where σ is the constant 1, Ẇ = K̇ and to K ddW.
 
 Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3 (equations 1 to 3), whose f is
 our key, g our query, h our value and v our out projection; the pooled form is that of the authors' code,
@@ -242,7 +247,7 @@ def power_iteration(config: SelfAttentionConfig, params: Mapping[str, Array]) ->
 
     Returns:
         The same parameters, and new u and v for each projection: u = n(Kᵀ v), then v = n(K u), with
-        n(t) = t / max(‖t‖, 1e-12).
+        n(t) = t / max(‖t‖, 1e-12), and where t is zero a fixed direction (`selfattn_core.spectral_norm.fallback`).
 
     Raises:
         ValueError: if shapes, names or dtypes do not fit.
@@ -383,7 +388,9 @@ class _Layer:
             return _Kernel(kernel)
         u, v = self.params[f"{name}.u"], self.params[f"{name}.v"]
         sigma = spectral_norm.sigma(kernel, u, v)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        if sigma == 0:
+            return _Kernel(kernel)
+        with np.errstate(invalid="ignore"):
             return _Normalised(self.store(kernel / sigma), np.outer(v, u), sigma)
 
     def project(self, name: str, rows: Array) -> Array:

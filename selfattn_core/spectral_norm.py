@@ -2,10 +2,22 @@
 
 Written for canonical kernels K (C_in, C_out), the transpose of the W (C_out, C_in) of PyTorch and of the paper:
 
-    u = n(Kᵀ v)       v = n(K u)       σ = vᵀ K u       n(t) = t / max(‖t‖, 1e-12)
+    u = n(Kᵀ v)       v = n(K u)       σ = vᵀ K u       n(t) = t / max(‖t‖, 1e-12)       n(0) = n(c)
 
 The first two, in this order, are one power iteration, without gradient; of the old state they read only v. σ is the
-norm as u and v estimate it, from below once v has been through an iteration. A kernel of zeros has σ = 0 and gives NaN.
+norm as u and v estimate it, from below once v has been through an iteration. The kernel that is applied is K / σ.
+
+Zero, where PyTorch's own gives NaN for ever, has two rules:
+
+- Where vᵀ K u is 0, σ is the constant 1: K is applied as it is, and its gradient is that of the applied kernel. So a
+  kernel of zeros stays one, with finite derivatives of every order, and can leave zero.
+- n(0) is n(c), where c has the fixed entries 2 (i³ mod 101) − 101 for i = 1, 2, … None of them is 0, and they have no
+  pattern, so that c is not orthogonal to what a kernel becomes by training. With n(0) = 0 the state would be 0 from
+  then on, whatever became of the kernel. Now one power iteration on a kernel that has left zero finds its norm again.
+
+Both change nothing where σ is not 0. σ below 0 is divided by as it is, which turns the sign of the kernel: only a state
+that belongs to another kernel gives that, and one iteration ends it. A kernel whose norm is below 1e-12 (1e-30, say)
+is not zero and is treated as PyTorch treats it: u and v come out shorter than 1 and σ too small.
 
 Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018, algorithm 1, whose ũ is u
 and ṽ is v; the order of the two halves, eps and the warm-up are those of
@@ -17,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EPS", "WARM_UP", "power_iteration", "sigma", "warmed_up"]
+__all__ = ["EPS", "WARM_UP", "converged", "fallback", "power_iteration", "share", "sigma", "warmed_up"]
 
 Array = NDArray[Any]
 
@@ -26,6 +38,21 @@ EPS = 1e-12
 
 WARM_UP = 15
 """Power iterations on the initial kernel that the state of a new layer has been through."""
+
+
+def fallback(length: int) -> NDArray[np.int64]:
+    """c, whose direction a vector of the state gets that would be zero.
+
+    Its entries are 2 (i³ mod 101) − 101 for i = 1, 2, …
+
+    Args:
+        length: of the vector.
+
+    Example:
+        >>> fallback(5)
+        array([-99, -85, -47,  27, -53])
+    """
+    return 2 * (np.arange(1, length + 1, dtype=np.int64) ** 3 % 101) - 101
 
 
 def power_iteration(kernel: Array, v: Array) -> tuple[Array, Array]:
@@ -41,6 +68,8 @@ def power_iteration(kernel: Array, v: Array) -> tuple[Array, Array]:
     Example:
         >>> power_iteration(np.diag([2.0, 0.0]), np.array([0.6, 0.8]))
         (array([1., 0.]), array([1., 0.]))
+        >>> np.round(power_iteration(np.zeros((1, 2)), np.array([1.0]))[0], 3)  # of a kernel of zeros: n(c)
+        array([-0.759, -0.651])
     """
     u = _normalised(v @ kernel)
     return u, _normalised(kernel @ u)
@@ -66,8 +95,50 @@ def warmed_up(kernel: Array, v: Array) -> tuple[Array, Array]:
     return u, v
 
 
+def converged(kernel: Array) -> tuple[Array, Array]:
+    """The state that power iterations without end would reach: the singular vectors of the largest singular value.
+
+    Args:
+        kernel: (C_in, C_out), finite; of any dtype.
+
+    Returns:
+        u (C_out,) and v (C_in,) in float64; of a kernel of zeros those of the fallback.
+
+    Example:
+        >>> kernel = np.diag([1.0, 3.0])
+        >>> sigma(kernel, *converged(kernel)).item()
+        3.0
+    """
+    left, values, right = np.linalg.svd(kernel.astype(np.float64), full_matrices=False)
+    if values[0] == 0:
+        return tuple(_normalised(np.zeros(length)) for length in reversed(kernel.shape))  # type: ignore[return-value]
+    return right[0], left[:, 0]
+
+
+def share(kernel: Array, u: Array, v: Array) -> float:
+    """σ over the norm of the kernel: how good a state is.
+
+    In training it is a little below 1. Far from 1 it shows a state of another kernel, and an average of states too.
+
+    Args:
+        kernel: (C_in, C_out), finite; of any dtype.
+        u: (C_out,).
+        v: (C_in,).
+
+    Returns:
+        The share; 1 for a kernel of zeros, to which any state belongs.
+
+    Example:
+        >>> share(np.diag([2.0, 1.0]), np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+        0.5
+    """
+    kernel, u, v = (array.astype(np.float64) for array in (kernel, u, v))
+    norm = np.linalg.norm(kernel, 2)
+    return 1.0 if norm == 0 else float(sigma(kernel, u, v) / norm)
+
+
 def sigma(kernel: Array, u: Array, v: Array) -> Array:
-    """vᵀ K u, the spectral norm as the state estimates it.
+    """vᵀ K u, the spectral norm as the state estimates it; where it is 0, what is divided by is 1.
 
     Args:
         kernel: (C_in, C_out).
@@ -82,4 +153,6 @@ def sigma(kernel: Array, u: Array, v: Array) -> Array:
 
 
 def _normalised(vector: Array) -> Array:
+    if not (vector != 0).any():
+        vector = vector + fallback(vector.size).astype(vector.dtype)
     return np.asarray(vector / np.maximum(np.sqrt(vector @ vector), EPS))

@@ -7,6 +7,7 @@ require("selfattn_flax", ["jax", "flax"], "flax")
 
 from selfattn_flax.maps import attention_grid  # noqa: E402 - the message above must come first
 from selfattn_flax.nnx import SelfAttention2D  # noqa: E402
+from selfattn_flax.spectral_norm import refresh_spectral_norm  # noqa: E402
 from selfattn_flax.weights import from_canonical, load, save, to_canonical  # noqa: E402
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "attention_grid",
     "from_canonical",
     "load",
+    "refresh_spectral_norm",
     "save",
     "to_canonical",
 ]

@@ -2,8 +2,8 @@
 
 Both apply kernel / sigma, sigma = vᵀ K u, where K is `kernel` as (C_in, C_out). `kernel` is the raw kernel, which is what
 is trained. A call with `use_running_average=False` first moves u and v by one power iteration, one with True does not;
-both are constants to the gradient, which goes through K in sigma. Unlike Flax's own two `SpectralNorm` they leave the raw
-kernel as it is, and iterate nothing in evaluation.
+both are constants to the gradient, which goes through K in sigma. Where vᵀ K u is 0, as for a kernel of zeros, sigma is the
+constant 1. Unlike Flax's own two `SpectralNorm` they leave the raw kernel as it is, and iterate nothing in evaluation.
 """
 
 from dataclasses import KW_ONLY
@@ -12,14 +12,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from selfattn_core.spectral_norm import EPS, WARM_UP
+from selfattn_core.spectral_norm import EPS, WARM_UP, converged, fallback
 from selfattn_flax.projection import KERNEL_INIT, ZEROS_INIT, LinenProjection, NNXProjection, project
 
-__all__ = ["LinenSpectralConv", "NNXSpectralConv"]
+__all__ = ["LinenSpectralConv", "NNXSpectralConv", "converged_state", "refresh_spectral_norm"]
 
 
 class NNXSpectralConv(NNXProjection):
@@ -125,6 +126,41 @@ class LinenSpectralConv(LinenProjection):
         return project(inputs, _normalised(kernel, u.value, v.value), bias, self.dtype, self.precision)
 
 
+def refresh_spectral_norm(model: nnx.Module) -> None:
+    """Make every estimate of a spectral norm in a module that of its present kernel.
+
+    To be called after kernels came from outside the training: drawn anew, averaged, or restored without their
+    `nnx.BatchStat`, which `nnx.update` does without a word. The state belongs to other kernels then, and the first
+    outputs in evaluation are off by any factor.
+
+    Args:
+        model: a layer or a whole model, outside of jitted functions. Modules other than ours, `nnx.SpectralNorm` too, are
+            left as they are.
+
+    Example:
+        >>> conv = NNXSpectralConv(6, 3, rngs=nnx.Rngs(0))
+        >>> conv.kernel[...] = 7 * jax.random.normal(jax.random.key(1), conv.kernel.shape)
+        >>> refresh_spectral_norm(conv)
+        >>> conv.eval()
+        >>> round(float(jnp.linalg.norm(conv.normalised_kernel()[0, 0], 2)), 3)
+        1.0
+    """
+    for _, each in nnx.iter_graph(model):
+        if isinstance(each, NNXSpectralConv):
+            each.u[...], each.v[...] = converged_state(each.kernel[...])
+
+
+def converged_state(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The u and v that power iterations without end would reach on a kernel (1, 1, C_in, C_out), in its dtype.
+
+    Example:
+        >>> [vector.shape for vector in converged_state(jnp.ones((1, 1, 6, 3)))]
+        [(3,), (6,)]
+    """
+    u, v = converged(np.asarray(_matrix(kernel)))
+    return jnp.asarray(u, kernel.dtype), jnp.asarray(v, kernel.dtype)
+
+
 def _initial_u(key: jax.Array, kernel: jax.Array) -> jax.Array:
     """The u of a new layer: from power iterations on its kernel that begin at a standard normal v."""
     matrix = _matrix(kernel)
@@ -141,7 +177,8 @@ def _following_v(kernel: jax.Array, u: jax.Array) -> jax.Array:
 
 def _power_iteration(kernel: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The state after one more power iteration."""
-    matrix = _matrix(kernel)
+    # Not to be differentiated at all: the root of a vector of zeros has no derivative.
+    matrix = jax.lax.stop_gradient(_matrix(kernel))
     u = _forth(matrix, v.astype(matrix.dtype))
     return u.astype(v.dtype), _back(matrix, u).astype(v.dtype)
 
@@ -151,7 +188,7 @@ def _normalised(kernel: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
     matrix = _matrix(kernel)
     u, v = (jax.lax.stop_gradient(vector.astype(matrix.dtype)) for vector in (u, v))
     sigma = jnp.sum(matrix * v[:, None] * u)
-    return (matrix / sigma).astype(kernel.dtype)[None, None]
+    return (matrix / jnp.where(sigma != 0, sigma, 1)).astype(kernel.dtype)[None, None]
 
 
 def _matrix(kernel: jax.Array) -> jax.Array:
@@ -169,4 +206,6 @@ def _back(matrix: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _unit(vector: jax.Array) -> jax.Array:
+    instead = jnp.asarray(fallback(vector.shape[0]), vector.dtype)
+    vector = jnp.where(jnp.any(vector != 0), vector, instead)
     return vector / jnp.maximum(jnp.sqrt(jnp.sum(vector**2)), EPS)

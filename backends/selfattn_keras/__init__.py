@@ -13,7 +13,7 @@ require("selfattn_keras", ["keras"], f"keras-{_chosen}" if _chosen in _FRAMEWORK
 try:
     from selfattn_keras.layer import SelfAttention2D
     from selfattn_keras.maps import attention_grid
-    from selfattn_keras.weights import from_canonical, load, save, to_canonical
+    from selfattn_keras.weights import from_canonical, load, refresh_spectral_norm, save, to_canonical
 except ModuleNotFoundError as error:
     # Keras imports the framework that KERAS_BACKEND or keras.json names; only that one's absence is translated.
     framework = (error.name or "").partition(".")[0]
@@ -35,6 +35,7 @@ __all__ = [
     "attention_grid",
     "from_canonical",
     "load",
+    "refresh_spectral_norm",
     "save",
     "to_canonical",
 ]

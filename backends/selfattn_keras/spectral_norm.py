@@ -2,12 +2,13 @@
 
 import importlib
 import math
+import warnings
 from typing import Any
 
 import keras
 from keras import ops
 
-from selfattn_core.spectral_norm import EPS, WARM_UP
+from selfattn_core.spectral_norm import EPS, WARM_UP, converged, fallback
 from selfattn_keras.projection import Projection
 
 __all__ = ["SpectralConv2D"]
@@ -22,7 +23,7 @@ class SpectralConv2D(Projection):
 
     `kernel` is the raw kernel, which is what is trained. A call with `training=True` first moves the non-trainable
     weights `u` and `v` by one power iteration, any other call does not; both are constants to the gradient, which goes
-    through K in sigma. Unlike `keras.layers.SpectralNormalization` it leaves the raw kernel as it is.
+    through K in sigma. Where vᵀ K u is 0, as for a kernel of zeros, sigma is the constant 1. Unlike `keras.layers.SpectralNormalization` it leaves the raw kernel as it is.
 
     The arguments are those of `keras.layers.Conv2D`.
 
@@ -71,7 +72,9 @@ class SpectralConv2D(Projection):
         u, v = (ops.stop_gradient(ops.cast(vector, matrix.dtype)) for vector in (self.u, self.v))
         # A tensor of its own: the variables may move again before the gradient is computed.
         direction = v[:, None] * u
-        normalised = ops.cast(matrix / ops.sum(matrix * direction), self.variable_dtype)
+        sigma = ops.sum(matrix * direction)
+        divisor = ops.where(ops.not_equal(sigma, 0), sigma, ops.ones_like(sigma))
+        normalised = ops.cast(matrix / divisor, self.variable_dtype)
         return ops.reshape(normalised, self.kernel.shape)
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
@@ -93,8 +96,23 @@ class SpectralConv2D(Projection):
         """Take the weights out of the store."""
         super().load_own_variables(store)
         if self.built:
+            absent = [name for name in ("u", "v") if name not in store.keys()]  # noqa: SIM118 - no `in` of HDF5 entries
+            if absent:
+                self.refresh_state()
+                warnings.warn(
+                    f"{self.path}: got weights without {' and '.join(absent)}; expected the vectors of the spectral norm: "
+                    "they were computed from the kernel that was loaded, as refresh_spectral_norm does.",
+                    stacklevel=2,
+                )
+                return
             self.u.assign(store["u"])
             self.v.assign(store["v"])
+
+    def refresh_state(self) -> None:
+        """Make u and v those of the present kernel, as power iterations without end would; see `refresh_spectral_norm`."""
+        u, v = converged(ops.convert_to_numpy(self._matrix()))
+        self.u.assign(ops.cast(u, self.u.dtype))
+        self.v.assign(ops.cast(v, self.v.dtype))
 
     def _matrix(self) -> Tensor:
         """K, (C_in, C_out), in at least float32."""
@@ -121,6 +139,8 @@ def _power_iteration(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(vector: Tensor) -> Tensor:
+    instead = ops.cast(fallback(vector.shape[0]), vector.dtype)
+    vector = ops.where(ops.any(ops.not_equal(vector, 0)), vector, instead)
     norm = ops.sqrt(ops.sum(ops.square(vector)))
     # Not `ops.maximum`, which Keras 3.15 computes in float32 on torch.
     return vector / ops.clip(norm, EPS, math.inf)

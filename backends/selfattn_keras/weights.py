@@ -101,6 +101,30 @@ def from_canonical(
     return layer
 
 
+def refresh_spectral_norm(layer: SelfAttention2D) -> None:
+    """Make every estimate of a spectral norm in a layer that of its present kernel.
+
+    To be called after kernels came from outside the training: assigned, averaged, or loaded without u and v. The state
+    belongs to other kernels then, and the first outputs in evaluation are off by any factor. Loading a file that has
+    kernels without u and v does it by itself, with a warning.
+
+    Args:
+        layer: built, with values that can be read: not inside a compiled function.
+
+    Raises:
+        ValueError: if the layer is not built yet.
+
+    Example:
+        >>> layer = SelfAttention2D.from_spec(SelfAttentionConfig(16, spectral_norm=True))
+        >>> layer.value.kernel.assign(keras.random.normal((1, 1, 16, 16), stddev=9.0))
+        >>> refresh_spectral_norm(layer)
+        >>> round(float(keras.ops.norm(layer.value.normalised_kernel()[0, 0], 2)), 3)
+        1.0
+    """
+    for name in projections(layer.config) if layer.config.spectral_norm else ():
+        getattr(layer, name).refresh_state()
+
+
 def _zeros(shape: tuple[int, ...], dtype: str | None = None) -> Array:  # noqa: ARG001 - Keras casts what it is given
     return np.zeros(shape, np.float32)
 

@@ -7,6 +7,7 @@ require("selfattn_torch", ["torch"], "torch")
 
 from selfattn_torch.layer import SelfAttention2d  # noqa: E402 - the message above must come first
 from selfattn_torch.maps import attention_grid  # noqa: E402
+from selfattn_torch.spectral_norm import refresh_spectral_norm  # noqa: E402
 from selfattn_torch.weights import from_canonical, load, save, to_canonical  # noqa: E402
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "attention_grid",
     "from_canonical",
     "load",
+    "refresh_spectral_norm",
     "save",
     "to_canonical",
 ]

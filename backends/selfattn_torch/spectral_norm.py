@@ -1,15 +1,16 @@
 """A 1×1 convolution divided by its spectral norm; the numerics are those of `selfattn_core.spectral_norm`."""
 
+import warnings
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.module_tracker import ModuleTracker
 
-from selfattn_core.spectral_norm import EPS, WARM_UP
+from selfattn_core.spectral_norm import EPS, WARM_UP, converged
 from selfattn_torch.projection import Projection
 
-__all__ = ["SpectralConv2d"]
+__all__ = ["SpectralConv2d", "refresh_spectral_norm"]
 
 _TRACKER = ModuleTracker()
 
@@ -19,13 +20,13 @@ class SpectralConv2d(Projection):
 
     `weight` is the raw kernel, which is what is trained. A call in training mode first moves the buffers `u` and `v` by
     one power iteration, a call in evaluation mode does not; both are constants to the gradient, which goes through W
-    in sigma. A call that repeats an earlier one, as activation checkpointing does while it goes backward, does not
+    in sigma. Where uᵀ W v is 0, as for a weight of zeros, sigma is the constant 1. A call that repeats an earlier one, as activation checkpointing does while it goes backward, does not
     move them again. It takes them as they are then: a checkpointed call needs its backward pass before the next call in
     training mode, or its gradient is that of the later state. A loss of real and fake images takes both in one batch,
     or a backward pass after each.
 
-    This is `torch.nn.utils.parametrizations.spectral_norm`, except that reading `weight` moves nothing, and that the
-    layer can be pickled and initialised late. A state dict of `torch.nn.utils.spectral_norm` or of the
+    This is `torch.nn.utils.parametrizations.spectral_norm`, except that reading `weight` moves nothing, that a weight of
+    zeros gives numbers instead of NaN, and that the layer can be pickled and initialised late. A state dict of `torch.nn.utils.spectral_norm` or of the
     parametrization loads.
 
     Args:
@@ -79,6 +80,36 @@ class SpectralConv2d(Projection):
         self.u.copy_(u)
         self.v.copy_(v)
 
+    @torch.no_grad()
+    def refresh_state(self) -> None:
+        """Make u and v those of the present weight, as power iterations without end would; see `refresh_spectral_norm`."""
+        found = converged(self.weight[:, :, 0, 0].T.double().cpu().numpy())
+        for name, vector in zip(("u", "v"), found, strict=True):
+            new = torch.from_numpy(vector.copy()).to(self.weight)
+            if getattr(self, name).is_meta:
+                setattr(self, name, new)
+            else:
+                getattr(self, name).copy_(new)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        *rest: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+        absent = [prefix + name for name in ("u", "v") if prefix + name not in state_dict]
+        # A strict load ends in an error that names them.
+        if absent and not strict and prefix + "weight" in state_dict and not self.weight.is_meta:
+            self.refresh_state()
+            warnings.warn(
+                f"SpectralConv2d: got a state dict without {', '.join(absent)}; expected the vectors of the spectral norm: "
+                "they were computed from the weight that was loaded, as refresh_spectral_norm does.",
+                stacklevel=2,
+            )
+
     def normalised_weight(self) -> torch.Tensor:
         """The kernel that is applied, (C_out, C_in, 1, 1); in training mode, after one power iteration."""
         weight = _matrix(self.weight)
@@ -89,11 +120,35 @@ class SpectralConv2d(Projection):
                 self.v.copy_(v)
         # A tensor of its own: the buffers may move again before the gradient is computed.
         direction = torch.outer(self.u.to(weight.dtype), self.v.to(weight.dtype))
-        return (weight / (weight * direction).sum()).to(self.weight.dtype)[:, :, None, None]
+        sigma = (weight * direction).sum()
+        return (weight / torch.where(sigma != 0, sigma, 1)).to(self.weight.dtype)[:, :, None, None]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Conv2d's name
         """The convolution of the input (B, C_in, H, W)."""
         return self._conv_forward(input, self.normalised_weight(), self.bias)
+
+
+def refresh_spectral_norm(module: nn.Module) -> None:
+    """Make every estimate of a spectral norm in a module that of its present weight.
+
+    To be called after weights came from outside the training: drawn anew, copied, averaged, or loaded without u and v.
+    The state belongs to other weights then, and the first outputs in evaluation are off by any factor.
+    `load_state_dict(strict=False)` does it by itself where the state dict has weights without u and v, with a warning.
+
+    Args:
+        module: a layer or a whole model. Modules other than `SpectralConv2d`, PyTorch's own parametrization too, are left
+            as they are.
+
+    Example:
+        >>> conv = SpectralConv2d(6, 3, bias=False)
+        >>> _ = nn.init.orthogonal_(conv.weight, gain=7)
+        >>> refresh_spectral_norm(conv)
+        >>> round(torch.linalg.matrix_norm(conv.eval().normalised_weight()[:, :, 0, 0], 2).item(), 3)
+        1.0
+    """
+    for each in module.modules():
+        if isinstance(each, SpectralConv2d):
+            each.refresh_state()
 
 
 def _matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -103,8 +158,15 @@ def _matrix(weight: torch.Tensor) -> torch.Tensor:
 
 def _power_iteration(weight: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The state after one more iteration. Products and sums: a matrix product would be rounded under autocast."""
-    u = nn.functional.normalize((weight * v).sum(1), dim=0, eps=EPS)
-    return u, nn.functional.normalize((weight * u[:, None]).sum(0), dim=0, eps=EPS)
+    u = _unit((weight * v).sum(1))
+    return u, _unit((weight * u[:, None]).sum(0))
+
+
+def _unit(vector: torch.Tensor) -> torch.Tensor:
+    # `selfattn_core.spectral_norm.fallback`, on the vector's device.
+    cubes = torch.arange(1, vector.shape[0] + 1, device=vector.device) ** 3
+    vector = torch.where((vector != 0).any(), vector, (2 * (cubes % 101) - 101).to(vector.dtype))
+    return nn.functional.normalize(vector, dim=0, eps=EPS)
 
 
 def _is_repeating() -> bool:

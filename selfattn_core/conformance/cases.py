@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.params import projections
 
 __all__ = [
     "CASES",
@@ -144,6 +145,7 @@ class Case:
         eager: whether a "compiled" case asks for the layer uncompiled, operation by operation.
         one_sign: whether no entry of x, dy and the weights of value and out projection is negative, so that sums over
             positions grow with their number.
+        zero: projections whose kernel is zero.
         view: of what x and dy are views: "strided" of every other column and channel of larger arrays, "transposed" of
             channels-first memory; by default of nothing, they are contiguous.
     """
@@ -164,6 +166,7 @@ class Case:
     optimizer: Literal["", "momentum", "adam"] = ""
     eager: bool = False
     one_sign: bool = False
+    zero: tuple[str, ...] = ()
     view: Literal["", "strided", "transposed"] = ""
 
 
@@ -425,6 +428,35 @@ def _spectral(ids: Iterator[str]) -> Iterator[Case]:
     )
     for of, title, config in further:
         yield Case(next(ids), "spectral_norm", title, config, of=of, dtypes=_ONE_DTYPE)
+    yield from _of_zeros(ids)
+
+
+def _of_zeros(ids: Iterator[str]) -> Iterator[Case]:
+    """One kernel of zeros, for further ones would take gradients of the others to zero; then all of them."""
+    config = SelfAttentionConfig(12, 3, 5, out_projection=True, spectral_norm=True)
+    titles: Mapping[Computation, str] = {
+        "spectral_norm": "one training pass",
+        "vjp": "vjp",
+        "training_vjp": "vjp of a training pass",
+        "r1": "r1",
+        "mixed": "mixed",
+    }
+    for of, title in titles.items():
+        both = of == "spectral_norm"
+        for role in ("query",) if both else ("query", "out"):
+            yield Case(
+                next(ids),
+                "spectral_norm",
+                f"{title}, kernel of zeros: {role}",
+                config,
+                of=of,
+                dtypes=("float32", "float64") if both else _ONE_DTYPE,
+                zero=(role,),
+            )
+    for of in ("spectral_norm", "training_vjp", "mixed"):
+        title = f"{titles[of]}, kernels of zeros: all"
+        every = tuple(projections(config))
+        yield Case(next(ids), "spectral_norm", title, config, of=of, dtypes=_ONE_DTYPE, zero=every)
 
 
 def _deploy() -> Iterator[Case]:

@@ -87,6 +87,7 @@ def _draw(case: Case, entropy: list[int]) -> Inputs:
     if "mixed" in (case.family, case.of):
         cotangents = {"x": generator.standard_normal(shape)}
         cotangents |= {name: generator.normal(0, 0.5, row.shape) for name, row in table.items()}
+    params |= {f"{name}.kernel": np.zeros_like(params[f"{name}.kernel"]) for name in case.zero}
     params |= _state(config, params, generator)
     if case.integers:
         x = np.rint(x)
@@ -97,11 +98,17 @@ def _draw(case: Case, entropy: list[int]) -> Inputs:
 def _state(
     config: SelfAttentionConfig, params: Mapping[str, Array], generator: np.random.Generator
 ) -> dict[str, Array]:
-    """A state that has not converged, and is not of unit length: what is applied is the drawn kernel over 0.8."""
+    """A state that has not converged, and is not of unit length: what is applied is the drawn kernel over 0.8.
+
+    The state of a kernel of zeros is that of no iteration.
+    """
     state: dict[str, Array] = {}
     for name in projections(config) if config.spectral_norm else ():
         kernel = params[f"{name}.kernel"]
         start = generator.standard_normal(kernel.shape[:1])
+        if not kernel.any():
+            state |= {f"{name}.u": generator.standard_normal(kernel.shape[1:]), f"{name}.v": start}
+            continue
         u, v = spectral_norm.power_iteration(kernel, start)
         state |= {f"{name}.u": u * 0.8 / spectral_norm.sigma(kernel, u, v), f"{name}.v": v}
     return state

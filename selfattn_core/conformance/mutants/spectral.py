@@ -153,6 +153,28 @@ class StateOfNoKernel(Reference):
         return drawn | flat
 
 
+class DeadState(Reference):
+    """The state of a kernel of zeros becomes zero, and stays it."""
+
+    def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        answer = super().training_pass(model, x)
+        for name in projections(model.config) if model.config.spectral_norm else ():
+            if not model.params[f"{name}.kernel"].any():
+                answer |= {f"{name}.{part}": 0 * answer[f"{name}.{part}"] for part in ("u", "v")}
+        return answer
+
+
+class StateLeftAtZero(Reference):
+    """The state of a kernel of zeros stays as it was, which may be orthogonal to what the kernel becomes."""
+
+    def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        answer = super().training_pass(model, x)
+        for name in projections(model.config) if model.config.spectral_norm else ():
+            if not model.params[f"{name}.kernel"].any():
+                answer |= {f"{name}.{part}": model.params[f"{name}.{part}"] for part in ("u", "v")}
+        return answer
+
+
 _BACK = "return np.asarray((dW - np.sum(dW * self.applied) * self.direction) / self.sigma)"
 _TABLE: tuple[tuple[str, type[Reference], str], ...] = (
     ("state never moves", StateStays, ""),
@@ -175,6 +197,12 @@ _TABLE: tuple[tuple[str, type[Reference], str], ...] = (
     ("derivatives in training of the state before", StateAsBefore, ""),
     ("state not saved", SavesWithoutState, ""),
     ("state of a new layer not warmed up", StateOfNoKernel, ""),
+    ("state of a kernel of zeros is zero", DeadState, "torch.nn.utils.parametrizations.spectral_norm"),
+    (
+        "state of a kernel of zeros stays as it was",
+        StateLeftAtZero,
+        "keras.layers.SpectralNormalization, but for the order",
+    ),
     ("iteration in evaluation", IteratesInEvaluation, "flax.linen.SpectralNorm, ajbrock/BigGAN-PyTorch"),
 )
 
@@ -199,6 +227,28 @@ MUTANTS: tuple[Mutant, ...] = (
         "norm without its second derivative",
         _FAMILY,
         ("np.sum(self.along(dot) * dW) * self.direction", "0 * self.direction"),
+    ),
+    edited(
+        "kernel of zeros over its norm",
+        _FAMILY,
+        ("if sigma == 0:", "if False:"),
+        seen_in="torch.nn.utils.parametrizations.spectral_norm",
+    ),
+    edited(
+        "norm of a kernel of zeros is the smallest that is divided by",
+        _FAMILY,
+        (
+            "            return _Kernel(kernel)\n        with",
+            "            sigma = sigma + spectral_norm.EPS\n        with",
+        ),
+    ),
+    edited(
+        "gradient of a kernel of zeros is zero",
+        _FAMILY,
+        (
+            "            return _Kernel(kernel)\n        with",
+            "            return _Normalised(kernel, np.outer(v, u), np.array(np.inf, kernel.dtype))\n        with",
+        ),
     ),
     edited("kernels not normalised", _FAMILY, ("self.store(kernel / sigma)", "self.store(kernel)")),
     *(_named(*row) for row in _TABLE),
