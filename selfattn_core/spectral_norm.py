@@ -111,7 +111,8 @@ def converged(kernel: Array) -> tuple[Array, Array]:
     """
     left, values, right = np.linalg.svd(kernel.astype(np.float64), full_matrices=False)
     if values[0] == 0:
-        return tuple(_normalised(np.zeros(length)) for length in reversed(kernel.shape))  # type: ignore[return-value]
+        into, out_of = (np.zeros(length) for length in kernel.shape)
+        return _normalised(out_of), _normalised(into)
     return right[0], left[:, 0]
 
 
