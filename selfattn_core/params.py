@@ -222,7 +222,7 @@ def refresh_spectral_norm(config: SelfAttentionConfig, params: Mapping[str, Any]
     parameters = check_params(
         replace(config, spectral_norm=False), {name: params[name] for name in params if name not in state}
     )
-    vectors = {}
+    vectors: dict[str, NDArray[Any]] = {}
     for name in projections(config) if config.spectral_norm else ():
         kernel = parameters[f"{name}.kernel"]
         u, v = spectral_norm.converged(kernel)
