@@ -67,8 +67,10 @@ class Layer:
         self.y = (params["gamma"] * self.z + self.rows).reshape(x.shape)
 
     def norm(self, name: str) -> np.ndarray:
-        """The spectral norm of a kernel as u and v estimate it."""
-        return self.params[f"{name}.v"] @ self.params[f"{name}.kernel"] @ self.params[f"{name}.u"]
+        """The spectral norm of a kernel as u and v estimate it; 1 where that is 0."""
+        norm = self.params[f"{name}.v"] @ self.params[f"{name}.kernel"] @ self.params[f"{name}.u"]
+        # The imaginary part of a second derivative does not make a kernel of zeros another one.
+        return norm if norm.real != 0 else np.ones_like(norm)
 
     def kernel(self, name: str) -> np.ndarray:
         """The matrix that is applied."""
@@ -113,6 +115,8 @@ class Layer:
             if self.config["spectral_norm"]:
                 along = (to_kernel * self.kernel(name)).sum()
                 direction = np.outer(self.params[f"{name}.v"], self.params[f"{name}.u"])
+                if (direction * self.params[f"{name}.kernel"]).sum().real == 0:
+                    direction = 0 * direction
                 to_kernel = (to_kernel - along * direction) / self.norm(name)
             found[f"{name}.kernel"] = to_kernel
             if self.config["use_bias"]:
@@ -149,11 +153,16 @@ def after_power_iteration(config: dict, params: dict[str, np.ndarray]) -> dict[s
     moved = dict(params)
     for name in ("query", "key", "value", "out") if config["out_projection"] else ("query", "key", "value"):
         kernel = params[f"{name}.kernel"]
-        u = params[f"{name}.v"] @ kernel
-        u = u / max(np.sqrt(u @ u), 1e-12)
-        v = kernel @ u
-        moved |= {f"{name}.u": u, f"{name}.v": v / max(np.sqrt(v @ v), 1e-12)}
+        u = normalised(params[f"{name}.v"] @ kernel)
+        moved |= {f"{name}.u": u, f"{name}.v": normalised(kernel @ u)}
     return moved
+
+
+def normalised(vector: np.ndarray) -> np.ndarray:
+    """A vector brought to length 1, and a fixed direction instead of a vector of zeros."""
+    if not vector.any():
+        vector = (2 * (np.arange(1, len(vector) + 1) ** 3 % 101) - 101).astype(vector.dtype)
+    return vector / max(np.sqrt(vector @ vector), 1e-12)
 
 
 def answers(golden: dict, groups: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray] | None:

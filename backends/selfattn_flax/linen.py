@@ -26,12 +26,20 @@ from selfattn_core.weights import PathLike
 from selfattn_flax.maps import unflatten
 from selfattn_flax.nnx import pool, residual, rows
 from selfattn_flax.projection import KERNEL_INIT, ZEROS_INIT, LinenProjection
-from selfattn_flax.spectral_norm import LinenSpectralConv
+from selfattn_flax.spectral_norm import LinenSpectralConv, converged_state
 from selfattn_flax.weights import to_numpy, to_tree
 from selfattn_ops.blocks import check_block_size
 from selfattn_ops.jax import attend, attend_with_map
 
-__all__ = ["SelfAttention2D", "attention_grid", "from_canonical", "load", "save", "to_canonical"]
+__all__ = [
+    "SelfAttention2D",
+    "attention_grid",
+    "from_canonical",
+    "load",
+    "refresh_spectral_norm",
+    "save",
+    "to_canonical",
+]
 
 Array = NDArray[Any]
 
@@ -325,6 +333,39 @@ def from_canonical(
     return module, {
         collection: traverse_util.unflatten_dict(arrays, sep=".") for collection, arrays in variables.items()
     }
+
+
+def refresh_spectral_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The same variables, in which every estimate of a spectral norm is that of its kernel.
+
+    To be called after kernels came from outside the training: drawn anew, averaged, or restored without their
+    "batch_stats". The state belongs to other kernels then, and the first outputs in evaluation are off by any factor.
+
+    Args:
+        variables: of a layer or of a whole model, {"params": …, "batch_stats": …}, outside of jitted functions; the
+            "batch_stats" may be those that `init` gave. The state of other modules stays as it is.
+
+    Returns:
+        A new dict; what has not changed is shared.
+
+    Example:
+        >>> module = SelfAttention2D(spectral_norm=True)
+        >>> x = jnp.zeros((1, 2, 3, 16))
+        >>> state = module.init(jax.random.key(0), x)["batch_stats"]
+        >>> variables = {"params": module.init(jax.random.key(1), x)["params"], "batch_stats": state}
+        >>> fresh = refresh_spectral_norm(variables)
+        >>> value = to_canonical(module, fresh)
+        >>> float(value["value.v"] @ value["value.kernel"] @ value["value.u"]) > 0.99 * np.linalg.norm(value["value.kernel"], 2)
+        True
+    """
+    state = traverse_util.flatten_dict(variables.get("batch_stats", {}))
+    kernels = traverse_util.flatten_dict(nn.meta.unbox(variables.get("params", {})))
+    for path in [path for path in state if path[-1] == "u"]:
+        child = path[:-1]
+        kernel, v = kernels.get((*child, "kernel")), state.get((*child, "v"))
+        if kernel is not None and v is not None and jnp.shape(kernel) == (1, 1, *v.shape, *state[path].shape):
+            state[path], state[(*child, "v")] = converged_state(kernel)
+    return {**variables, "batch_stats": traverse_util.unflatten_dict(state)}
 
 
 def load(

@@ -93,20 +93,23 @@ class SpectralConv2D(Projection):
             store["u"], store["v"] = self.u, self.v
 
     def load_own_variables(self, store: Any) -> None:
-        """Take the weights out of the store."""
-        super().load_own_variables(store)
-        if self.built:
-            absent = [name for name in ("u", "v") if name not in store.keys()]  # noqa: SIM118 - no `in` of HDF5 entries
-            if absent:
-                self.refresh_state()
-                warnings.warn(
-                    f"{self.path}: got weights without {' and '.join(absent)}; expected the vectors of the spectral norm: "
-                    "they were computed from the kernel that was loaded, as refresh_spectral_norm does.",
-                    stacklevel=2,
-                )
-                return
-            self.u.assign(store["u"])
-            self.v.assign(store["v"])
+        """Take the weights out of the store; u and v that are not there are made from the kernel, with a warning."""
+        found = {name: store[name] for name in store.keys()}  # noqa: SIM118 - an HDF5 store has no iterator
+        absent = [name for name in ("u", "v") if name not in found]
+        # Keras counts what there is.
+        super().load_own_variables(found | dict.fromkeys(absent) if self.built else found)
+        if not self.built:
+            return
+        if not absent:
+            self.u.assign(found["u"])
+            self.v.assign(found["v"])
+            return
+        self.refresh_state()
+        warnings.warn(
+            f"{self.path}: got weights without {' and '.join(absent)}; expected the vectors of the spectral norm: "
+            "they were computed from the kernel that was loaded, as refresh_spectral_norm does.",
+            stacklevel=2,
+        )
 
     def refresh_state(self) -> None:
         """Make u and v those of the present kernel, as power iterations without end would; see `refresh_spectral_norm`."""

@@ -1,6 +1,5 @@
 """A 1×1 convolution divided by its spectral norm; the numerics are those of `selfattn_core.spectral_norm`."""
 
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -100,15 +99,10 @@ class SpectralConv2d(Projection):
         *rest: Any,
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
-        absent = [prefix + name for name in ("u", "v") if prefix + name not in state_dict]
-        # A strict load ends in an error that names them.
-        if absent and not strict and prefix + "weight" in state_dict and not self.weight.is_meta:
+        absent = any(prefix + name not in state_dict for name in ("u", "v"))
+        # No warning: torch says here that every load is strict, and itself names what is missing.
+        if absent and prefix + "weight" in state_dict and not self.weight.is_meta:
             self.refresh_state()
-            warnings.warn(
-                f"SpectralConv2d: got a state dict without {', '.join(absent)}; expected the vectors of the spectral norm: "
-                "they were computed from the weight that was loaded, as refresh_spectral_norm does.",
-                stacklevel=2,
-            )
 
     def normalised_weight(self) -> torch.Tensor:
         """The kernel that is applied, (C_out, C_in, 1, 1); in training mode, after one power iteration."""
@@ -133,7 +127,8 @@ def refresh_spectral_norm(module: nn.Module) -> None:
 
     To be called after weights came from outside the training: drawn anew, copied, averaged, or loaded without u and v.
     The state belongs to other weights then, and the first outputs in evaluation are off by any factor.
-    `load_state_dict(strict=False)` does it by itself where the state dict has weights without u and v, with a warning.
+    `load_state_dict(strict=False)` does it by itself where the state dict has weights without u and v, which it returns
+    among its `missing_keys`.
 
     Args:
         module: a layer or a whole model. Modules other than `SpectralConv2d`, PyTorch's own parametrization too, are left

@@ -453,7 +453,7 @@ def _of_zeros(ids: Iterator[str]) -> Iterator[Case]:
                 dtypes=("float32", "float64") if both else _ONE_DTYPE,
                 zero=(role,),
             )
-    for of in ("spectral_norm", "training_vjp", "mixed"):
+    for of in ("spectral_norm", "training_vjp"):
         title = f"{titles[of]}, kernels of zeros: all"
         every = tuple(projections(config))
         yield Case(next(ids), "spectral_norm", title, config, of=of, dtypes=_ONE_DTYPE, zero=every)

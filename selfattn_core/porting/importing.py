@@ -17,6 +17,7 @@ from selfattn_core.porting.folding import batch_norm_factor, cast, matrix_shape,
 from selfattn_core.porting.lazy import LazyArrays
 from selfattn_core.porting.matching import Match, Projection
 from selfattn_core.porting.settings import Assumption, Settings
+from selfattn_core.spectral_norm import converged
 
 __all__ = ["Imported", "Listed", "Origin", "Plan", "checksum", "import_block", "plan"]
 
@@ -428,7 +429,11 @@ class _Importer:
         if found.form.spectral_norm and not self.keep:
             sources += [key for key in (found.u, found.v) if key]
             divisor = self._sigma(found, matrix)[2]
-            steps.append(f"÷ sigma = {divisor:.9g}, uᵀWv {self._how(found.form.spectral_norm)}")
+            steps.append(
+                f"÷ sigma = {divisor:.9g}, uᵀWv {self._how(found.form.spectral_norm)}"
+                if matrix.any()
+                else "zeros, which no sigma divides"
+            )
         factor: Array | float = 1.0
         if role == "query" and self.plan.scale != 1:
             factor = self.plan.scale
@@ -453,6 +458,9 @@ class _Importer:
         except ValueError as error:
             self.problems.append(f"{found.kernel}: {error}")
             return nothing
+        if not matrix.any():
+            # As the specification has it; originals differ, and PyTorch's own gives NaN.
+            return *converged(matrix), 1.0
         if not abs(sigma) > 0 or not np.isfinite(sigma):
             how = self._how(rule)
             self.problems.append(
@@ -470,9 +478,11 @@ class _Importer:
     def _state(self, part: str, found: Projection) -> _Made:
         rule = found.form.spectral_norm
         assert rule is not None  # noqa: S101 - _check_keep has seen it
-        u, v, _ = self._sigma(found, to_matrix(self._read(found.kernel), found.form.axes))
+        matrix = to_matrix(self._read(found.kernel), found.form.axes)
+        u, v, _ = self._sigma(found, matrix)
         key = found.u if part == "u" else found.v or found.u
         step = "as stored" if rule.sigma == "stored" else self._how(rule)
+        step = step if matrix.any() else "of a kernel of zeros: any would do"
         return _Made(np.array(u if part == "u" else v, self.dtype), (key,), [step])
 
     def _batch_norm(self) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 
 import selfattn_flax
-from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec
+from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec, spectral_norm
 from selfattn_core.params import fold_spectral_norm, projections, state_table
 from selfattn_flax import linen
 from selfattn_flax.conformance import nnx_backend
@@ -302,3 +302,29 @@ def test_the_kit_sees_the_state_that_a_call_moves(call):
         model = backend.build(CONFIG, params, "float32", "channels_last")
         getattr(backend, call)(model, *((x,) if call == "forward" else (x, x)))
         assert (backend.params(model)["query.u"] != params["query.u"]).any() == moves
+
+
+def shares(params):
+    return [
+        spectral_norm.share(*(params[f"{name}.{part}"] for part in ("kernel", "u", "v")))
+        for name in projections(CONFIG)
+    ]
+
+
+def test_kernels_from_outside_are_refreshed():
+    params, _ = designed()
+    params = {
+        name: array[::-1].copy() if name in state_table(CONFIG) else array for name, array in params.items()
+    }
+    layer = nnx.Sequential(nnx.Linear(4, 11, rngs=nnx.Rngs(0)), selfattn_flax.from_canonical(CONFIG, params))
+    assert min(shares(selfattn_flax.to_canonical(layer.layers[1]))) < 0.9
+    selfattn_flax.refresh_spectral_norm(layer)
+    np.testing.assert_allclose(shares(selfattn_flax.to_canonical(layer.layers[1])), 1, rtol=1e-6)
+    module, variables = linen.from_canonical(CONFIG, params)
+    inside = {
+        collection: {"inner": tree, "other": {"u": jnp.ones(2)}} for collection, tree in variables.items()
+    }
+    fresh = linen.refresh_spectral_norm(inside)
+    assert (fresh["batch_stats"]["other"]["u"] == 1).all()
+    own = {collection: tree["inner"] for collection, tree in fresh.items()}
+    np.testing.assert_allclose(shares(linen.to_canonical(module, own)), 1, rtol=1e-6)

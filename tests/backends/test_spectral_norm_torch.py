@@ -10,9 +10,17 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from selfattn_core import SelfAttentionConfig, spec
+from selfattn_core import SelfAttentionConfig, spec, spectral_norm
 from selfattn_core.params import fold_spectral_norm, init_params, projections, state_table
-from selfattn_torch import SelfAttention2d, attention_grid, from_canonical, load, save, to_canonical
+from selfattn_torch import (
+    SelfAttention2d,
+    attention_grid,
+    from_canonical,
+    load,
+    refresh_spectral_norm,
+    save,
+    to_canonical,
+)
 from selfattn_torch.conformance import TorchBackend
 from selfattn_torch.spectral_norm import SpectralConv2d
 
@@ -396,3 +404,69 @@ def test_the_options_are_the_cores():
     with pytest.raises(ValueError, match="spectral_norm=1 must be True or False"):
         SelfAttention2d(16, spectral_norm=1)
     assert SelfAttention2d.from_config(CONFIG).config == CONFIG
+
+
+def shares(layer):
+    params = to_canonical(layer)
+    return [
+        spectral_norm.share(*(params[f"{name}.{part}"] for part in ("kernel", "u", "v")))
+        for name in projections(layer.config)
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_weights_that_are_drawn_from_outside_and_refreshed(dtype):
+    layer = SelfAttention2d.from_config(CONFIG, dtype=getattr(torch, dtype))
+    model = nn.Sequential(nn.Conv2d(3, 11, 1), layer)
+    model.apply(lambda module: nn.init.normal_(module.weight, 0, 0.02) if hasattr(module, "weight") else None)
+    assert min(shares(layer)) < 0.9
+    refresh_spectral_norm(model)
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    np.testing.assert_allclose(shares(layer), 1, rtol=4 * eps)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_state_dict_without_vectors_is_loaded_with_those_of_its_weights(assign, device):
+    if device == "meta" and not assign:
+        return  # torch itself loads nothing then
+    source = layer_and_maps()[0]
+    partial = {name: value for name, value in source.state_dict().items() if not name.endswith((".u", ".v"))}
+    layer = SelfAttention2d.from_config(CONFIG, dtype=torch.float64, device=device)
+    answer = layer.load_state_dict(partial, strict=False, assign=assign)
+    assert set(answer.missing_keys) == set(state_table(CONFIG))
+    np.testing.assert_allclose(shares(layer), 1, rtol=16 * np.finfo(float).eps)
+    # One that has no weights either leaves the state as it is.
+    before = copy.deepcopy(layer.state_dict())
+    layer.load_state_dict({"gamma": torch.ones(1, dtype=torch.float64)}, strict=False)
+    assert torch.equal(layer.state_dict()["query.u"], before["query.u"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("run", ["eager", "compiled"])
+def test_a_weight_of_zeros_trains_and_leaves_zero(dtype, run):
+    _, maps, weights = layer_and_maps("float32")
+    kind = getattr(torch, dtype)
+    layer = SelfAttention2d.from_config(CONFIG, dtype=kind)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter) if parameter.dim() > 1 else nn.init.constant_(parameter, 0.5)
+    layer.query.reset_state()
+    assert 0.99 < layer.query.v.float().norm() < 1.01
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if run == "compiled" else layer
+    maps = maps.to(kind).requires_grad_()
+    for step in range(4):
+        layer.zero_grad()
+        (call(maps) * weights.to(kind)).sum().backward()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in layer.parameters())
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.sub_(0.01 * parameter.grad)
+        assert step > 2 or all(torch.isfinite(value).all() for value in layer.state_dict().values())
+    y = layer(maps)
+    if run == "eager" and kind.itemsize > 2:
+        (slope,) = torch.autograd.grad(y, maps, weights.to(kind), create_graph=True)
+        slope.square().sum().backward()
+    assert layer.out.weight.any()
+    sigma = layer.out.u.float() @ layer.out.weight.float()[:, :, 0, 0] @ layer.out.v.float()
+    assert sigma > 0.9 * torch.linalg.matrix_norm(layer.out.weight.float()[:, :, 0, 0], 2)
+    assert torch.isfinite(y).all()

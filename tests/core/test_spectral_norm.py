@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from selfattn_core import SelfAttentionConfig, init_params, spec, spectral_norm
-from selfattn_core.params import check_params, fold_spectral_norm, parameter_table, projections, state_table
+from selfattn_core.params import (
+    check_params,
+    fold_spectral_norm,
+    parameter_table,
+    projections,
+    refresh_spectral_norm,
+    state_table,
+)
 
 FLAT = SelfAttentionConfig(11, 3, spectral_norm=True)
 POOLED = SelfAttentionConfig(11, 3, 5, out_projection=True, kv_pool=2, spectral_norm=True)
@@ -277,3 +284,32 @@ def test_state_of_the_wrong_shape_or_name_is_refused():
     params, *_ = designed(FLAT)
     with pytest.raises(ValueError, match=r"got cotangents \['query.u'\]"):
         spec.vjp_of_vjp(FLAT, params, x, dy, {"query.u": params["query.u"]})
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_refreshed_state_is_that_of_the_kernels(config, dtype):
+    params, *_ = designed(config, dtype=dtype)
+    params["key.kernel"] = 0 * params["key.kernel"]
+    stale = {name: params[name][::-1] if name in state_table(config) else params[name] for name in params}
+    eps = np.finfo(dtype).eps
+    for given in (stale, {name: array for name, array in params.items() if name not in state_table(config)}):
+        fresh = refresh_spectral_norm(config, given)
+        assert list(check_params(config, fresh)) == list(fresh) == list(params)
+        for name in projections(config):
+            kernel, u, v = (fresh[f"{name}.{part}"] for part in ("kernel", "u", "v"))
+            np.testing.assert_array_equal(kernel, params[f"{name}.kernel"])
+            assert u.dtype == v.dtype == dtype
+            np.testing.assert_allclose([np.linalg.norm(w.astype(float)) for w in (u, v)], 1, rtol=2 * eps)
+            np.testing.assert_allclose(spectral_norm.share(kernel, u, v), 1, rtol=4 * eps)
+    moved = spec.power_iteration(config, fresh)
+    for name in state_table(config):
+        np.testing.assert_allclose(moved[name], fresh[name], atol=8 * eps)
+    with pytest.raises(ValueError, match=r"missing: query\.kernel"):
+        refresh_spectral_norm(config, {name: params[name] for name in state_table(config)})
+
+
+def test_the_share_sees_states_of_other_kernels_and_averages():
+    params, *_ = designed(FLAT)
+    kernel, u, v = (refresh_spectral_norm(FLAT, params)[f"value.{part}"] for part in ("kernel", "u", "v"))
+    np.testing.assert_allclose(spectral_norm.share(kernel, 0.98 * u, 0.99 * v), 0.98 * 0.99, rtol=8 * EPS)
+    assert abs(spectral_norm.share(kernel, u[::-1], v)) < 0.9

@@ -249,7 +249,7 @@ NAN = np.full((C,), np.nan, np.float32)
             "should be floating point",
         ),
         ("biggan, ajbrock", put("theta.u0", np.ones((1, 4), np.float32)), "expected 3 elements"),
-        ("biggan, ajbrock", put("theta.weight", np.zeros((3, C, 1, 1), np.float32)), "its spectral norm"),
+        ("biggan, ajbrock", put("theta.u0", np.zeros((1, 3), np.float32)), "its spectral norm"),
         ("studiogan, hook", put("conv1x1_g.weight_v", np.ones(5, np.float32)), "expected 24"),
         ("sagan-tf", drop("sn_conv_g/u"), "missing: sn_conv_g/u"),
         ("timm", put("norm.running_var", np.full(C, -1, np.float32)), "a variance that is not positive"),
@@ -465,6 +465,29 @@ def test_spectral_norm_is_folded_unless_it_is_kept(tmp_path):
     x = np.random.Generator(np.random.PCG64(1)).standard_normal((2, 3, 5, 12))
     want = spec.forward(config, {name: value.astype(np.float64) for name, value in params.items()}, x)
     np.testing.assert_allclose(spec.forward(*folded, x), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_kernel_of_zeros_is_ported_as_one(tmp_path, keep):
+    config, params = with_norm()
+    params["query.kernel"] *= 0
+    selfattn_core.save(tmp_path / "a.safetensors", config, params)
+    got_config, got = load(tmp_path / "a.safetensors", keep_spectral_norm=keep)
+    assert not got["query.kernel"].any()
+    x = np.random.Generator(np.random.PCG64(1)).standard_normal((2, 3, 5, 12)).astype(np.float32)
+    np.testing.assert_allclose(
+        spec.forward(got_config, got, x), spec.forward(config, params, x), rtol=0, atol=1e-5
+    )
+    report = port(
+        tmp_path / "a.safetensors", tmp_path / "b.safetensors", dialect="canonical", keep_spectral_norm=keep
+    )
+    steps = " ".join(report.to_text().split())
+    assert keep or "zeros, which no sigma divides" in steps
+    # A kernel that is not zero, with vectors that are, has no norm to divide by.
+    params["key.u"] *= 0
+    selfattn_core.save(tmp_path / "c.safetensors", config, params)
+    with pytest.raises(PortError, match="a kernel cannot be divided by it"):
+        load(tmp_path / "c.safetensors", keep_spectral_norm=keep)
 
 
 @pytest.mark.parametrize(

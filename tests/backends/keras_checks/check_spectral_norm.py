@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec
+from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec, spectral_norm
 from selfattn_core.params import fold_spectral_norm, projections, state_table
-from selfattn_keras import SelfAttention2D, from_canonical, load, save, to_canonical
+from selfattn_keras import SelfAttention2D, from_canonical, load, refresh_spectral_norm, save, to_canonical
 from selfattn_keras.conformance import backend
 from selfattn_keras.conformance.mutants import MovesInEvaluation
 from selfattn_keras.spectral_norm import SpectralConv2D
@@ -317,3 +317,58 @@ def test_the_kit_sees_the_state_that_a_call_moves(call):
         model = kit.build(CONFIG, params, DTYPE, "channels_last")
         getattr(kit, call)(model, *((x,) if call == "forward" else (x, x)))
         assert (kit.params(model)["query.u"] != params["query.u"]).any() == moves
+
+
+def shares(layer):
+    params = to_canonical(layer)
+    return [
+        spectral_norm.share(*(params[f"{name}.{part}"] for part in ("kernel", "u", "v")))
+        for name in projections(layer.config)
+    ]
+
+
+def test_kernels_from_outside_are_refreshed():
+    layer = from_canonical(CONFIG, designed()[0])
+    layer.query.kernel.assign(5 * ops.convert_to_numpy(layer.query.kernel)[..., ::-1, :])
+    assert min(shares(layer)) < 0.9
+    refresh_spectral_norm(layer)
+    np.testing.assert_allclose(shares(layer), 1, rtol=16 * EPS)
+
+
+def test_a_file_without_state_loads_with_that_of_its_kernels(tmp_path):
+    plain = keras.Sequential([keras.Input((None, None, 11)), SelfAttention2D(3, name="attention")])
+    model = keras.Sequential(
+        [keras.Input((None, None, 11)), SelfAttention2D(3, name="attention", spectral_norm=True)]
+    )
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    with pytest.warns(UserWarning, match="got weights without u and v"):
+        model.load_weights(tmp_path / "plain.weights.h5")
+    layer = model.get_layer("attention")
+    np.testing.assert_array_equal(
+        to_canonical(layer)["key.kernel"], to_canonical(plain.get_layer("attention"))["key.kernel"]
+    )
+    np.testing.assert_allclose(shares(layer), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "bfloat16"])
+def test_a_new_layer_with_kernels_of_zeros_trains(dtype):
+    model = keras.Sequential(
+        [
+            keras.Input((3, 4, 11)),
+            SelfAttention2D(
+                3, spectral_norm=True, kernel_initializer="zeros", gamma_initializer="ones", dtype=dtype
+            ),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(1),
+        ]
+    )
+    layer = model.layers[0]
+    np.testing.assert_allclose(np.linalg.norm(to_canonical(layer)["value.v"]), 1, rtol=1e-2)
+    generator = np.random.default_rng(0)
+    x, y = generator.standard_normal((6, 3, 4, 11)), generator.standard_normal((6, 1))
+    model.compile(optimizer=keras.optimizers.SGD(0.05), loss="mse", jit_compile=False)
+    model.fit(x, y, batch_size=3, epochs=3, verbose=0)
+    params = to_canonical(layer)
+    assert params["value.kernel"].any()
+    assert all(np.isfinite(array).all() for array in params.values())
+    assert _sigma(params, "value") > 0.8 * np.linalg.norm(params["value.kernel"], 2)
