@@ -116,7 +116,7 @@ def refresh_spectral_norm(layer: SelfAttention2D) -> None:
 
     Example:
         >>> layer = SelfAttention2D.from_spec(SelfAttentionConfig(16, spectral_norm=True))
-        >>> layer.value.kernel.assign(keras.random.normal((1, 1, 16, 16), stddev=9.0))
+        >>> _ = layer.value.kernel.assign(keras.random.normal((1, 1, 16, 16), stddev=9.0))
         >>> refresh_spectral_norm(layer)
         >>> round(float(keras.ops.norm(layer.value.normalised_kernel()[0, 0], 2)), 3)
         1.0
