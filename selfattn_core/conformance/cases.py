@@ -434,29 +434,19 @@ def _spectral(ids: Iterator[str]) -> Iterator[Case]:
 def _of_zeros(ids: Iterator[str]) -> Iterator[Case]:
     """One kernel of zeros, for further ones would take gradients of the others to zero; then all of them."""
     config = SelfAttentionConfig(12, 3, 5, out_projection=True, spectral_norm=True)
-    titles: Mapping[Computation, str] = {
-        "spectral_norm": "one training pass",
-        "vjp": "vjp",
-        "training_vjp": "vjp of a training pass",
-        "r1": "r1",
-        "mixed": "mixed",
-    }
-    for of, title in titles.items():
-        both = of == "spectral_norm"
-        for role in ("query",) if both else ("query", "out"):
-            yield Case(
-                next(ids),
-                "spectral_norm",
-                f"{title}, kernel of zeros: {role}",
-                config,
-                of=of,
-                dtypes=("float32", "float64") if both else _ONE_DTYPE,
-                zero=(role,),
-            )
-    for of in ("spectral_norm", "training_vjp"):
-        title = f"{titles[of]}, kernels of zeros: all"
-        every = tuple(projections(config))
-        yield Case(next(ids), "spectral_norm", title, config, of=of, dtypes=_ONE_DTYPE, zero=every)
+    all_of_them = tuple(projections(config))
+    rows: tuple[tuple[Computation, str, tuple[str, ...]], ...] = (
+        ("spectral_norm", "one training pass", ("query",)),
+        ("training_vjp", "vjp of a training pass", ("query",)),
+        ("training_vjp", "vjp of a training pass", ("out",)),
+        ("r1", "r1", ("out",)),
+        ("mixed", "mixed", ("query",)),
+        ("spectral_norm", "one training pass", all_of_them),
+    )
+    for of, title, zero in rows:
+        described = f"{title}, kernels of zeros: {', '.join(zero)}"
+        dtypes = ("float32", "float64") if of == "spectral_norm" else _ONE_DTYPE
+        yield Case(next(ids), "spectral_norm", described, config, of=of, dtypes=dtypes, zero=zero)
 
 
 def _deploy() -> Iterator[Case]:
