@@ -349,13 +349,13 @@ def refresh_spectral_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
         A new dict; what has not changed is shared.
 
     Example:
-        >>> module = SelfAttention2D(spectral_norm=True)
+        >>> module = SelfAttention2D(spectral_norm=True, use_running_average=True)
         >>> x = jnp.zeros((1, 2, 3, 16))
         >>> state = module.init(jax.random.key(0), x)["batch_stats"]
         >>> variables = {"params": module.init(jax.random.key(1), x)["params"], "batch_stats": state}
         >>> fresh = refresh_spectral_norm(variables)
         >>> value = to_canonical(module, fresh)
-        >>> float(value["value.v"] @ value["value.kernel"] @ value["value.u"]) > 0.99 * np.linalg.norm(value["value.kernel"], 2)
+        >>> float(value["value.v"] @ value["value.kernel"] @ value["value.u"]) > 0.99 * jnp.linalg.norm(value["value.kernel"], 2)
         True
     """
     state = traverse_util.flatten_dict(variables.get("batch_stats", {}))
