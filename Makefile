@@ -64,6 +64,9 @@ test-peers:  ## port real layers of published packages, compare outputs and grad
 	.venv-peers/bin/python -m pip install --quiet --no-deps -r tests/peers/requirements.txt
 	PYTHONPATH=.:backends .venv-peers/bin/python -m pytest tests/peers/check_peers.py -o filterwarnings=default
 
+test-processors: $(INSTALLED)  ## every test with the instructions of other processors, 1 and 2 threads: half an hour
+	$(BIN)/python -m tests.processors
+
 wheel: $(INSTALLED)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 

@@ -46,7 +46,7 @@ def in_turns(name):
 @pytest.mark.parametrize("name", REGISTRY)
 def test_backend_is_conformant(name, monkeypatch):
     # Most of JAX's time is XLA's, for programs that are then run once.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0", prepend=" ")
     report = run_backend(name, runs=in_turns(name))
     assert report.passed, as_table(as_data([report]))
     unclaimed = {outcome.run.case.family for outcome in report.outcomes if outcome.status == "unclaimed"}

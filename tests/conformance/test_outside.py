@@ -26,7 +26,7 @@ FEW = re.compile(r"SA-(VJP-00[1-5]|GAN-00[12]|TRN-00[14]|PAR-00[12]|MIX-001|SPN-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     # Most of JAX's time is XLA's, for programs that are then run once.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0", prepend=" ")
 
 
 @pytest.mark.parametrize("name", CLAIMS)

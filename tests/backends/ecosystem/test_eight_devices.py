@@ -18,7 +18,7 @@ def test_on_eight_devices():
             "PYTHONPATH": path,
             "KERAS_BACKEND": "jax",
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
         },
         capture_output=True,
         text=True,
