@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["cores", "environment", "kept_programs"]
+__all__ = ["THREADS", "cores", "environment", "kept_programs"]
 
 _ARITHMETIC: Mapping[str, str] = {
     # float64 needs x64 in JAX, and full float32 products need the reduced formats of accelerators off. They are set
@@ -33,7 +33,8 @@ _SHARED_ACCELERATOR: Mapping[str, str] = {
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
 }
 
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+"""The variables by which the libraries of a backend are told how many threads to take."""
 
 
 def environment(
@@ -60,7 +61,7 @@ def environment(
     preferred: dict[str, str] = {}
     if processes > 1:
         # A thread that spins while it waits takes the core from what it waits for.
-        preferred = {**dict.fromkeys(_THREADS, threads), "OMP_WAIT_POLICY": "PASSIVE", **_SHARED_ACCELERATOR}
+        preferred = {**dict.fromkeys(THREADS, threads), "OMP_WAIT_POLICY": "PASSIVE", **_SHARED_ACCELERATOR}
     if programs is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         preferred |= kept_programs(programs)
     inherited = dict(os.environ)

@@ -432,9 +432,10 @@ class TestSpecialValues:
                 torch.testing.assert_close(out[1][:, others], clean[1][:, others], rtol=1e-12, atol=0)
                 assert not out[1, :, 1].isfinite().any()
 
-    # With sqrt(size / 3) a whole number every order of summation gives the same logits, and the limit is 16 eps alone.
+    # With sqrt(size / 2) a whole number every order of summation gives the same logits, and the limit is 16 eps alone.
     @pytest.mark.parametrize(
-        ("dtype", "size"), [(torch.float32, 1e4), (torch.float32, 3 * 64.0**2), (torch.bfloat16, 300.0)]
+        ("dtype", "size"),
+        [(torch.float32, 1e4), (torch.float32, 2 * 64.0**2), (torch.bfloat16, 2 * 12.0**2)],
     )
     @pytest.mark.parametrize("block_size", [None, 4])
     def test_large_logits_give_finite_rows(
@@ -443,7 +444,10 @@ class TestSpecialValues:
         operands = draw(dtype=dtype)
         with torch.no_grad():
             for operand in operands[:2]:
-                operand.copy_(operand.sign() * math.sqrt(size / 3))
+                operand.copy_(operand.sign() * math.sqrt(size / 2))
+            # The largest logits of a row differ by a few units, less than 16 bits can tell.
+            operands[0][..., 0] = 1
+            operands[1][..., 0] = torch.arange(7) % 4
         assert (operands[0] @ operands[1].mT).abs().max() > 0.9 * size
         out, attention = attend_with_map(*operands)
         got = attend(*operands, block_size=block_size)
