@@ -72,8 +72,11 @@ test-peers:  ## port real layers of published packages, compare outputs and grad
 	.venv-peers/bin/python -m pip install --quiet --no-deps -r tests/peers/requirements.txt
 	PYTHONPATH=.:backends .venv-peers/bin/python -m pytest tests/peers/check_peers.py -o filterwarnings=default
 
-test-processors: $(INSTALLED)  ## every test with the instructions of other processors, 1 and 2 threads: half an hour
-	$(BIN)/python -m tests.processors
+# Without constraints.txt. TORCH_INDEX may name an index that has builds of torch for the CPU.
+test-newest:  ## the newest releases of the frameworks against the numpy specification; written to docs/versions.md
+	test -d .venv-newest || $(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	.venv-newest/bin/python -m tests.packaging.newest $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 wheel: $(INSTALLED)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

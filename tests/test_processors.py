@@ -1,18 +1,12 @@
-"""The rows of `make test-processors` name every setting, reach the processes that compute, and claim nothing untried."""
+"""The rows of `make test-processors` name every setting, reach the processes that compute, and keep what is there."""
 
-import doctest
 import os
 import subprocess
 import sys
 
 import pytest
 
-from tests import processors
-from tests.processors import ROWS, closing_counts, missing_flags, narrowing
-
-
-def test_examples():
-    assert doctest.testmod(processors).failed == 0
+from tests.processors import ROWS, environment, settings
 
 
 def test_every_setting_is_in_some_row():
@@ -24,23 +18,23 @@ def test_every_setting_is_in_some_row():
         "OMP_NUM_THREADS": {"1", "2"},
     }
     for name, values in asked.items():
-        assert values <= {row.variables.get(name) for row in ROWS.values()}
+        assert values <= {settings(row, "GenuineIntel").get(name) for row in ROWS.values()}
 
 
-def test_a_row_that_the_processor_cannot_run_is_not_tried():
-    assert missing_flags(ROWS["avx512"], "flags\t\t: fpu avx2 avx512dq") == ["avx512f"]
-    assert missing_flags(ROWS["avx512"], "flags\t\t: fpu avx2 avx512f") == []
-    assert missing_flags(ROWS["sse4"], "") == []
+@pytest.mark.parametrize(("vendor", "told"), [("GenuineIntel", None), ("AuthenticAMD", "COMPATIBLE")])
+def test_mkl_is_told_in_the_way_that_it_hears_on_a_processor(vendor, told):
+    assert settings(ROWS["baseline"], vendor).get("MKL_CBWR") == told
+    assert "MKL_CBWR" not in settings(ROWS["avx2"], vendor)
 
 
-def test_an_output_without_an_end_is_no_pass():
-    assert closing_counts("Killed") == "it did not come to its end"
-    assert closing_counts("2 passed in 0.1s\n") == "2 passed in 0.1s"
-    assert narrowing(ROWS["sse4"], "2 passed in 0.1s\n") == []
+def test_flags_of_the_caller_are_kept(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    found = environment(settings(ROWS["baseline"], "GenuineIntel"))["XLA_FLAGS"]
+    assert found.split() == ["--xla_backend_optimization_level=0", "--xla_cpu_max_isa=SSE4_2"]
+    assert environment({})["XLA_FLAGS"] == "--xla_backend_optimization_level=0"
 
 
 ASKED = """
-import os
 from selfattn_core.conformance.environment import environment
 import torch
 print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
@@ -48,10 +42,9 @@ print(sorted((name, environment({}, processes=2)[name]) for name in %r))
 """
 
 
-@pytest.mark.parametrize("name", ["sse4"])
-def test_settings_reach_the_processes_that_compute(name):
+def test_settings_reach_the_processes_that_compute():
     """Those that the kit starts too, whose environment it makes."""
-    variables = ROWS[name].variables
+    variables = settings(ROWS["baseline"], "GenuineIntel")
     done = subprocess.run(
         [sys.executable, "-c", ASKED % sorted(variables)],
         env=os.environ | variables,
