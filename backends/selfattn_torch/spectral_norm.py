@@ -72,6 +72,9 @@ class SpectralConv2d(Projection):
     @torch.no_grad()
     def reset_state(self) -> None:
         """Draw u and v for the present weight: 15 power iterations from a standard normal v."""
+        if self.weight.is_meta:
+            # There is nothing to compute, and torch would take milliseconds for each step of it.
+            return
         weight = _matrix(self.weight)
         v = torch.randn_like(self.v, dtype=weight.dtype)
         for _ in range(WARM_UP):
