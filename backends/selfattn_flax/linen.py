@@ -355,7 +355,7 @@ def refresh_spectral_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
         >>> variables = {"params": module.init(jax.random.key(1), x)["params"], "batch_stats": state}
         >>> fresh = refresh_spectral_norm(variables)
         >>> value = to_canonical(module, fresh)
-        >>> float(value["value.v"] @ value["value.kernel"] @ value["value.u"]) > 0.99 * jnp.linalg.norm(value["value.kernel"], 2)
+        >>> bool(value["value.v"] @ value["value.kernel"] @ value["value.u"] > 0.99 * jnp.linalg.norm(value["value.kernel"], 2))
         True
     """
     state = traverse_util.flatten_dict(variables.get("batch_stats", {}))

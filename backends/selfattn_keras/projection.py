@@ -1,5 +1,7 @@
 """A 1×1 convolution of Keras, in the form that is fastest on the framework underneath."""
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -54,6 +56,10 @@ class Projection(keras.layers.Conv2D):
             inputs: the maps.
             kernel: (1, 1, C_in, C_out).
         """
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        if keras.backend.backend() == "tensorflow" and dtype in _NARROW and _adds_up_in_16_bits():
+            wide = (ops.cast(tensor, "float32") for tensor in (inputs, kernel))
+            return ops.cast(super().convolution_op(*wide), dtype)
         if keras.backend.backend() != "jax" or not self._is_product(inputs):
             return super().convolution_op(inputs, kernel)
         *grid, channels = inputs.shape
@@ -65,6 +71,16 @@ class Projection(keras.layers.Conv2D):
     def _is_product(self, inputs: Tensor) -> bool:
         once = (self.kernel_size, self.strides, self.groups) == ((1, 1), (1, 1), 1)
         return once and self.data_format == "channels_last" and len(inputs.shape) == 4
+
+
+@cache
+def _adds_up_in_16_bits() -> bool:
+    """Whether TensorFlow's 16-bit convolutions sum in 16 bits here: on a processor without AVX-512 they do (2.21)."""
+    import tensorflow as tf  # noqa: PLC0415 - Keras on another framework has none
+
+    information = Path("/proc/cpuinfo")
+    known = information.exists() and " avx512f" in information.read_text(encoding="utf-8")
+    return not known and not tf.config.list_physical_devices("GPU")
 
 
 def add_bias(outputs: Tensor, bias: Tensor) -> Tensor:

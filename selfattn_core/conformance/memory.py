@@ -35,9 +35,10 @@ def peak_growth(call: Callable[[], object]) -> int:
         raise PeakUnknownError(
             f"memory cannot be measured here: the peak of the process cannot be reset ({error}), as on Linux"
         ) from error
-    before = _status("VmRSS")
+    before, libraries = _status("VmRSS"), _status("RssFile")
     call()
-    return max(0, _status("VmHWM") - before)
+    # Pages of libraries that the system had taken away, and that come back with the call, are no memory of its own.
+    return max(0, _status("VmHWM") - before - max(0, _status("RssFile") - libraries))
 
 
 def _status(name: str) -> int:

@@ -41,9 +41,11 @@ def test_signature():
     assert signature == expected.replace("(qk", "(self, qk") + " -> None"
     assert selfattn_keras.__all__ == [
         "SelfAttention2D",
+        "__version__",
         "attention_grid",
         "from_canonical",
         "load",
+        "refresh_spectral_norm",
         "save",
         "to_canonical",
     ]
