@@ -35,10 +35,9 @@ def peak_growth(call: Callable[[], object]) -> int:
         raise PeakUnknownError(
             f"memory cannot be measured here: the peak of the process cannot be reset ({error}), as on Linux"
         ) from error
-    before, libraries = _status("VmRSS"), _status("RssFile")
+    before = _status("VmRSS")
     call()
-    # Pages of libraries that the system had taken away, and that come back with the call, are no memory of its own.
-    return max(0, _status("VmHWM") - before - max(0, _status("RssFile") - libraries))
+    return max(0, _status("VmHWM") - before)
 
 
 def _status(name: str) -> int:
