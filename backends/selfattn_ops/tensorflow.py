@@ -18,9 +18,9 @@ from selfattn_ops.blocks import MINIMUM_ROWS, block_rows, check_block_size, chec
 
 __all__ = ["attend", "attend_with_map"]
 
-# Bytes of one buffer of scores. Four times what the other frameworks take: here the larger of two products is the
-# faster one well beyond that size.
-SCORE_BUDGET = 32 * 2**20
+# Bytes of one buffer of scores. Larger products are faster here well beyond that size, but where TensorFlow has no
+# AVX-512 it keeps so many buffers at once that with 32 MiB each a small map would take more than its own N×N array.
+SCORE_BUDGET = 8 * 2**20
 
 
 @tf.autograph.experimental.do_not_convert
