@@ -20,7 +20,7 @@ __all__ = ["attend", "attend_with_map"]
 
 # Bytes of one buffer of scores. Larger products are faster here well beyond that size, but where TensorFlow has no
 # AVX-512 it keeps so many buffers at once that with 32 MiB each a small map would take more than its own N×N array.
-SCORE_BUDGET = 15 * 2**20
+SCORE_BUDGET = 12 * 2**20
 
 
 @tf.autograph.experimental.do_not_convert
