@@ -1,15 +1,13 @@
-"""Peak memory above the inputs, in bytes, of first and then second derivatives at ascending sizes, as JSON.
-
-Run in a process of its own: the peak of a process never falls.
-"""
+"""Peak memory above the inputs, in bytes, of first and then second derivatives at ascending sizes, as JSON."""
 
 import json
 import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import tensorflow as tf
 
+from selfattn_core.conformance.memory import peak_growth
 from selfattn_ops.tensorflow import attend
 
 QK_WIDTH, VALUE_WIDTH = 4, 24
@@ -38,12 +36,6 @@ def derivative(order, attend):
     return first if order == 1 else second
 
 
-def peak():
-    # Not `ru_maxrss`, in which a process begins with the peak of the one that started it.
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
 def main(mode, *sizes):
     answer = {}
     for order in (1, 2):
@@ -52,10 +44,8 @@ def main(mode, *sizes):
             run = tf.function(run)
         run(*operands(64))
         inputs = {size: operands(size) for size in map(int, sizes)}
-        start = peak()
         for size, each in inputs.items():
-            run(*each)
-            answer[f"{order} {size}"] = peak() - start
+            answer[f"{order} {size}"] = peak_growth(partial(run, *each))
     sys.stdout.write(json.dumps(answer))
 
 
