@@ -1,5 +1,6 @@
 """Peak memory above the inputs, in bytes, of first and then second derivatives at ascending sizes, as JSON."""
 
+import ctypes
 import json
 import sys
 from functools import partial
@@ -45,6 +46,8 @@ def main(mode, *sizes):
         run(*operands(64))
         inputs = {size: operands(size) for size in map(int, sizes)}
         for size, each in inputs.items():
+            # Or what earlier calls have freed would be taken again, and not be seen.
+            ctypes.CDLL(None).malloc_trim(0)
             answer[f"{order} {size}"] = peak_growth(partial(run, *each))
     sys.stdout.write(json.dumps(answer))
 
