@@ -8,7 +8,6 @@ from typing import Literal
 import click
 
 from selfattn_core import __version__, completion
-from selfattn_core.exit_codes import MISSING
 from selfattn_core.guard import GuardedGroup
 from selfattn_core.porting import commands
 
@@ -225,10 +224,7 @@ def attend(
                 title=title,
             )
             save_figure(figure, out, overwrite=force)
-    except ModuleNotFoundError as error:
-        click.echo(str(error), err=True)
-        sys.exit(MISSING)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise click.UsageError(str(error)) from error
     for warning in caught:
         click.echo(f"warning: {warning.message}", err=True)

@@ -145,8 +145,8 @@ def fold_spectral_norm(
 ) -> tuple[SelfAttentionConfig, dict[str, NDArray[Any]]]:
     """The same function without spectral norm: every kernel divided by the norm that its u and v estimate.
 
-    The output is that of the evaluation mode, but for the rounding of the kernels. A kernel of zeros stays one. Training cannot go on from it as
-    it would have, for the raw kernels and the state are gone.
+    The output is that of the evaluation mode, but for the rounding of the kernels. A kernel of zeros stays one. Training
+    cannot go on from it as it would have, for the raw kernels and the state are gone.
 
     Args:
         config: the layer; one without spectral norm is returned as it is.

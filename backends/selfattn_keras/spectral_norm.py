@@ -23,7 +23,8 @@ class SpectralConv2D(Projection):
 
     `kernel` is the raw kernel, which is what is trained. A call with `training=True` first moves the non-trainable
     weights `u` and `v` by one power iteration, any other call does not; both are constants to the gradient, which goes
-    through K in sigma. Where vᵀ K u is 0, as for a kernel of zeros, sigma is the constant 1. Unlike `keras.layers.SpectralNormalization` it leaves the raw kernel as it is.
+    through K in sigma. Where vᵀ K u is 0, as for a kernel of zeros, sigma is the constant 1. Unlike
+    `keras.layers.SpectralNormalization` it leaves the raw kernel as it is.
 
     The arguments are those of `keras.layers.Conv2D`.
 
