@@ -24,12 +24,23 @@ and ṽ is v; the order of the two halves, eps and the warm-up are those of
 `torch.nn.utils.parametrizations.spectral_norm`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EPS", "WARM_UP", "converged", "fallback", "power_iteration", "share", "sigma", "warmed_up"]
+__all__ = [
+    "EPS",
+    "WARM_UP",
+    "converged",
+    "fallback",
+    "power_iteration",
+    "share",
+    "sigma",
+    "unlike_unit_vectors",
+    "warmed_up",
+]
 
 Array = NDArray[Any]
 
@@ -151,6 +162,48 @@ def sigma(kernel: Array, u: Array, v: Array) -> Array:
         2.0
     """
     return np.asarray(v @ kernel @ u)
+
+
+def unlike_unit_vectors(vectors: Mapping[str, Array]) -> str:
+    """What there is to say of vectors u and v whose lengths are not 1, by more than the rounding of their numbers.
+
+    The mean of unit vectors is shorter than 1, so this shows the state of averaged weights (EMA) where u and v were
+    averaged as the weights were, and σ is too small by the lengths of both.
+
+    Args:
+        vectors: u and v of any number of kernels, finite, by the names to call them; of any shape and dtype.
+
+    Returns:
+        A sentence for a person; "" where every vector has the length 1.
+
+    Example:
+        >>> unlike_unit_vectors({"query.u": np.array([0.6, 0.8]), "query.v": np.array([0.6, 0.7])})
+        'the vectors of spectral norm should have the length 1 and have another (query.v: 0.922), as averages of them do (EMA), so the norm comes out wrong by that factor'
+    """
+    lengths = {name: np.linalg.norm(vector.astype(np.float64)) for name, vector in vectors.items()}
+    wrong = [
+        f"{name}: {length:.4g}"
+        for name, length in lengths.items()
+        if abs(length - 1) > _rounding(vectors[name])
+    ]
+    if not wrong:
+        return ""
+    shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+    factor = "that factor" if len(wrong) == 1 else "these factors"
+    return (
+        f"the vectors of spectral norm should have the length 1 and have another ({shown}), as averages of them do "
+        f"(EMA), so the norm comes out wrong by {factor}"
+    )
+
+
+def _rounding(vector: Array) -> float:
+    """How far from 1 the length of a unit vector can be that was rounded to these numbers, perhaps before they were widened."""
+    single = vector.astype(np.float32)
+    if not (single.view(np.uint32) & 0xFFFF).any():
+        return 2.0**-8  # bfloat16 holds them all
+    if (single == single.astype(np.float16)).all():
+        return 2.0**-11
+    return 1e-5
 
 
 def _normalised(vector: Array) -> Array:

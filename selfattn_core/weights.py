@@ -9,6 +9,7 @@ absent option has its default, or, in a file of several blocks, a JSON object of
 import json
 import os
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import check_params, parameter_table, state_table, widen
+from selfattn_core.spectral_norm import unlike_unit_vectors
 from selfattn_core.writing import write_atomically
 
 __all__ = ["configs_of", "load", "save", "save_blocks", "write_atomically"]
@@ -127,6 +129,10 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
         The config and its parameters by canonical name: new, contiguous arrays in the file's dtype (bfloat16 as
         float32, which is exact).
 
+    Warns:
+        UserWarning: if vectors u and v of spectral norm have not the length 1, as averages of them have. They are
+            returned as they are.
+
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated, not a canonical file, of a newer version, or its tensors do not fit its
@@ -195,7 +201,17 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
         raise ValueError(
             f"{path}: tensors do not fit {config}:\n" + "\n".join(f"  {problem}" for problem in problems)
         )
+    _warn_of_averages(path, {name: checked[name] for name in state_table(config)})
     return config, {name: np.array(array, order="C") for name, array in checked.items()}
+
+
+def _warn_of_averages(path: Path, state: Mapping[str, Array]) -> None:
+    if text := unlike_unit_vectors(state):
+        warnings.warn(
+            f"{path}: {text}. refresh_spectral_norm makes them anew from the kernels: of selfattn_core.params for "
+            "these arrays, of an adapter for its layers.",
+            stacklevel=3,
+        )
 
 
 def _tensors(params: Mapping[str, Array], prefix: str) -> dict[str, Array]:

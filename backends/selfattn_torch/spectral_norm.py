@@ -24,6 +24,11 @@ class SpectralConv2d(Projection):
     training mode, or its gradient is that of the later state. A loss of real and fake images takes both in one batch,
     or a backward pass after each.
 
+    Under `torch.func.grad`, `vjp` and `jvp` a call in training mode needs the buffers as arguments, which then move:
+    `functional_call(layer, (parameters, buffers), (x,))` with `buffers` cloned inside the function that is
+    differentiated. Captured buffers cannot be written there, and torch raises. In evaluation mode nothing moves, and
+    captured ones do.
+
     This is `torch.nn.utils.parametrizations.spectral_norm`, except that reading `weight` moves nothing, that a weight of
     zeros gives numbers instead of NaN, and that the layer can be pickled and initialised late. A state dict of `torch.nn.utils.spectral_norm` or of the
     parametrization loads.

@@ -17,9 +17,9 @@ from selfattn_core.porting.folding import batch_norm_factor, cast, matrix_shape,
 from selfattn_core.porting.lazy import LazyArrays
 from selfattn_core.porting.matching import Match, Projection
 from selfattn_core.porting.settings import Assumption, Settings
-from selfattn_core.spectral_norm import converged
+from selfattn_core.spectral_norm import converged, unlike_unit_vectors
 
-__all__ = ["Imported", "Listed", "Origin", "Plan", "checksum", "import_block", "plan"]
+__all__ = ["Imported", "Listed", "Origin", "Plan", "averaged_state", "checksum", "import_block", "plan"]
 
 Array = NDArray[Any]
 
@@ -319,6 +319,27 @@ _NUMPY = ("float16", "float32", "float64")
 
 def _is_float(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat"))
+
+
+def averaged_state(planned: Plan, read: Callable[[str], Array]) -> str:
+    """What there is to say of stored vectors u and v that are not of length 1; "" where there is nothing.
+
+    Args:
+        planned: a whole block. A rule that iterates makes unit vectors by itself, so nothing is read then.
+        read: gives the values of a key.
+    """
+    keys = [
+        key
+        for found in planned.match.projections.values()
+        if found.form.spectral_norm and found.form.spectral_norm.sigma == "stored"
+        for key in (found.u, found.v)
+        if key
+    ]
+    arrays = {key: read(key) for key in keys}
+    text = unlike_unit_vectors({key: array for key, array in arrays.items() if np.isfinite(array).all()})
+    return text and (
+        f"{text}. To make them anew, port with --keep-spectral-norm, load the layer, and call refresh_spectral_norm on it"
+    )
 
 
 def import_block(

@@ -313,3 +313,18 @@ def test_the_share_sees_states_of_other_kernels_and_averages():
     kernel, u, v = (refresh_spectral_norm(FLAT, params)[f"value.{part}"] for part in ("kernel", "u", "v"))
     np.testing.assert_allclose(spectral_norm.share(kernel, 0.98 * u, 0.99 * v), 0.98 * 0.99, rtol=8 * EPS)
     assert abs(spectral_norm.share(kernel, u[::-1], v)) < 0.9
+
+
+def test_lengths_that_only_rounding_made_are_nothing_to_speak_of():
+    """A file in bfloat16 is read as float32, so its numbers have to show what they were rounded to."""
+    _, u, v = (
+        refresh_spectral_norm(POOLED, designed(POOLED)[0])[f"value.{part}"] for part in ("kernel", "u", "v")
+    )
+    single = np.resize(v.astype(np.float32), 64)
+    single /= np.linalg.norm(single)
+    halves = ((single.view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32)
+    assert abs(np.linalg.norm(halves.astype(np.float64)) - 1) > 1e-5
+    assert spectral_norm.unlike_unit_vectors({"v": halves, "u": u}) == ""
+    assert "v: 0.99" in spectral_norm.unlike_unit_vectors({"v": np.float32(0.9901) * single, "u": u})
+    # In float32 the decay of a thousand small steps is seen.
+    assert "u: 0.9995" in spectral_norm.unlike_unit_vectors({"v": v, "u": 0.9995 * u})

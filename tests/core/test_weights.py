@@ -16,17 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfattn_core import SelfAttentionConfig, init_params, load, save, save_blocks, weights
-from selfattn_core.params import parameter_table, state_table
+from selfattn_core.params import parameter_table, refresh_spectral_norm, state_table
 
 CONFIG = SelfAttentionConfig(11, 3, 5, out_projection=True, kv_pool=2)
 
 
 def random_params(config=CONFIG, dtype=np.float32, seed=0):
     generator = np.random.default_rng(seed)
-    return {
+    params = {
         name: generator.standard_normal(row.shape).astype(dtype)
         for name, row in (parameter_table(config) | state_table(config)).items()
     }
+    for name in state_table(config):
+        params[name] /= np.linalg.norm(params[name])
+    return params
 
 
 def assert_same(got, want):
@@ -141,6 +144,25 @@ def test_a_state_that_is_missing_or_unexpected_is_reported(tmp_path):
     stateful = {name: array for name, array in random_params(config).items() if name.endswith(".u")}
     with pytest.raises(ValueError, match=r"unexpected: out\.u \(11,\)"):
         load(rewrite(tmp_path / "with.safetensors", lambda tensors: tensors.update(stateful)))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_averages_of_states_are_loaded_and_said(tmp_path, dtype):
+    """The mean of two unit vectors; a unit vector that was rounded to the dtype is nothing to speak of."""
+    config = dataclasses.replace(CONFIG, spectral_norm=True)
+    params, others = (random_params(config, dtype, seed) for seed in (0, 1))
+    for name in ("key.u", "out.v"):
+        params[name] = (0.9 * params[name] + 0.1 * others[name]).astype(dtype)
+    save(tmp_path / "averaged.safetensors", config, params)
+    shown = ", ".join(
+        f"{name}: {np.linalg.norm(params[name].astype(float)):.4g}" for name in ("key.u", "out.v")
+    )
+    with pytest.warns(UserWarning, match=rf"averaged.safetensors: .*[(]{shown}[)].*refresh_spectral_norm"):
+        back = load(tmp_path / "averaged.safetensors")[1]
+    assert_same(back, params)
+    fresh = refresh_spectral_norm(config, params)
+    save(tmp_path / "fresh.safetensors", config, fresh)
+    assert_same(load(tmp_path / "fresh.safetensors")[1], fresh)
 
 
 def test_gamma_of_any_one_element_shape(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,9 @@ from selfattn_core.porting import PortError, checking, inspect, load, open_tenso
 from selfattn_core.porting.dialects import dialect, dialect_names
 from tests.porting.checkpoints import io_file, output, written
 from tests.porting.originals import ORIGINALS, C
+
+# Some originals' vectors are 0.9 long on purpose: whoever makes unit vectors of stored ones is seen.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should have the length 1:UserWarning")
 
 
 def outcomes(report):
@@ -465,6 +469,42 @@ def test_spectral_norm_is_folded_unless_it_is_kept(tmp_path):
     x = np.random.Generator(np.random.PCG64(1)).standard_normal((2, 3, 5, 12))
     want = spec.forward(config, {name: value.astype(np.float64) for name, value in params.items()}, x)
     np.testing.assert_allclose(spec.forward(*folded, x), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("to", "target", "u"), [("canonical", "b.safetensors", "key.u"), ("torch", "b.pt", "key.u")]
+)
+def test_averaged_vectors_are_said_by_every_command(tmp_path, to, target, u):
+    """Where they are used as they are; averages make the norm too small."""
+    config, params = with_norm()
+
+    def said(params):
+        selfattn_core.save(tmp_path / "a.safetensors", config, params, overwrite=True)
+        port(tmp_path / "a.safetensors", tmp_path / target, to=to, keep_spectral_norm=True, overwrite=True)
+        path = tmp_path / target
+        fit = next(fit for fit in inspect(path).blocks[0].fits if fit.dialect == to and fit.verdict == "fits")
+        report = port(path, tmp_path / "c.safetensors", dialect=to, dry_run=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load(path, dialect=to)
+        texts = [fit.notes, report.blocks[0].notes, [str(one.message) for one in caught]]
+        return [[text for text in given if f"{u}: 0.97" in text] for given in texts]
+
+    assert said(params) == [[], [], []]
+    params["key.u"] *= np.float32(0.97)
+    for (text,) in said(params):
+        assert "should have the length 1 and have another (key.u: 0.97)" in text
+        assert "refresh_spectral_norm" in text
+
+
+def test_vectors_that_are_iterated_anew_may_have_any_length(tmp_path):
+    original = ORIGINALS["biggan, ajbrock"]()
+    tensors = {key: array * (3 if key.endswith("u0") else 1) for key, array in original.tensors.items()}
+    assert any(key.endswith("u0") for key in tensors)
+    np.savez(tmp_path / "a.npz", **tensors)
+    assert not any(
+        "length 1" in note for fit in inspect(tmp_path / "a.npz").blocks[0].fits for note in fit.notes
+    )
 
 
 @pytest.mark.parametrize("keep", [False, True])

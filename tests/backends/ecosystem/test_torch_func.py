@@ -175,3 +175,37 @@ def test_batched_gradients(case, block_size):
     second = torch.autograd.grad(got[0].square().sum(), x, retain_graph=True)[0]
     slopes = [torch.autograd.grad(y, x, cotangent, create_graph=True)[0] for cotangent in cotangents]
     assert_close(second, torch.autograd.grad(sum(slope.square().sum() for slope in slopes), x)[0])
+
+
+@forward_mode
+def test_spectral_norm_in_training_takes_its_buffers_as_arguments():
+    """Captured ones cannot be written inside a transform of torch.func."""
+    torch.manual_seed(0)
+    layer = SelfAttention2d(11, 3, spectral_norm=True, dtype=torch.float64)
+    nn.init.constant_(layer.gamma, 0.7)
+    x = torch.randn(2, 11, 3, 5, dtype=torch.float64)
+    parameters = {name: value.detach() for name, value in layer.named_parameters()}
+    buffers = dict(layer.named_buffers())
+    eager = copy.deepcopy(layer)
+    eager(x).sin().sum().backward()
+
+    def loss(parameters, x):
+        moved = {name: buffer.clone() for name, buffer in buffers.items()}
+        return functional_call(layer, (parameters, moved), (x,)).sin().sum(), moved
+
+    gradients, moved = grad(loss, has_aux=True)(parameters, x)
+    for name, parameter in eager.named_parameters():
+        assert_close(gradients[name], parameter.grad)
+    for name, buffer in eager.named_buffers():
+        assert_close(moved[name], buffer)
+        assert not torch.equal(buffers[name], buffer)
+    _, tangent = jvp(lambda x: loss(parameters, x)[0], (x,), (x.flip(2),))
+    (slope,) = vjp(lambda x: loss(parameters, x)[0], x)[1](torch.ones((), dtype=x.dtype))
+    assert_close(tangent, (slope * x.flip(2)).sum())
+    # A sample alone has the same estimate, which reads weights only.
+    each = vmap(grad(lambda x: loss(parameters, x)[0]))(x)
+    assert_close(each, slope)
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        grad(lambda x: layer(x).sum())(x)
+    layer.eval()
+    assert grad(lambda x: layer(x).sin().sum())(x).shape == x.shape
