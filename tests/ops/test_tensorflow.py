@@ -1,5 +1,6 @@
 """`selfattn_ops.tensorflow` against dense formulas in numpy float64, in every way TensorFlow runs a function."""
 
+import functools
 import json
 import math
 import os
@@ -71,6 +72,7 @@ def plain(query, key, value, *, block_size=None):
     return tf.matmul(weights / tf.reduce_sum(weights, -1, keepdims=True), value)
 
 
+@functools.cache
 def first(function, block_size):
     def run(query, key, value, g):
         with tf.GradientTape() as tape:
@@ -81,6 +83,7 @@ def first(function, block_size):
     return run
 
 
+@functools.cache
 def second(function, block_size):
     """Gradients of a curved function of the first derivatives, so that each of their cotangents differs."""
 
@@ -110,12 +113,15 @@ def third(function, block_size):
 def in_mode(function, mode, arguments):
     if mode == "eager":
         return function
-    unknown = [tf.TensorSpec([None] * x.shape.rank, x.dtype) for x in arguments]
+    unknown = tuple(tf.TensorSpec([None] * x.shape.rank, x.dtype) for x in arguments)
+    return graph_of(function, unknown if "unknown" in mode else None, "xla" in mode)
+
+
+# A function of unknown sizes is traced once for all the sizes that the tests give it, as its users have it.
+@functools.cache
+def graph_of(function, signature, compiled):
     return tf.function(
-        function,
-        input_signature=unknown if "unknown" in mode else None,
-        jit_compile=True if "xla" in mode else None,
-        autograph=False,
+        function, input_signature=signature, jit_compile=True if compiled else None, autograph=False
     )
 
 
@@ -295,7 +301,10 @@ def small_budget(monkeypatch):
         return scores(query, key)
 
     monkeypatch.setattr(ops, "_scores", spied)
-    return seen
+    # A graph has the budget that it was traced with.
+    graph_of.cache_clear()
+    yield seen
+    graph_of.cache_clear()
 
 
 @pytest.mark.parametrize("mode", MODES)
