@@ -293,10 +293,12 @@ class Training:
         return float(self.state.averaged.attention.gamma[0])
 
     def samples(self, latents: Array, labels: Array) -> files.Samples:
-        """Images, and the discriminator's scores of them."""
-        images = self.generate(latents, labels)
-        scores = _scores(self.state.discriminator, images, labels)
-        return files.Samples(latents, labels, images, jax.device_get(scores))
+        """Images, and the discriminator's scores of them, in float32: they will show whether a move went well."""
+        averaged, discriminator = new(0, dtype=jnp.dtype("float32"))
+        nnx.update(averaged, nnx.state(self.state.averaged))
+        nnx.update(discriminator, nnx.state(self.state.discriminator))
+        images = jax.device_get(_images(averaged, latents, labels))
+        return files.Samples(latents, labels, images, jax.device_get(_scores(discriminator, images, labels)))
 
     def export(self, folder: Path) -> None:
         """Write the networks as files that every framework reads; see `examples.gan.files`."""

@@ -290,9 +290,10 @@ class Training:
         return _gain(self._model.averaged)
 
     def samples(self, latents: Array, labels: Array) -> files.Samples:
-        """Images, and the discriminator's scores of them."""
-        images = self.generate(latents, labels)
-        scores = self._model.discriminator([images, labels], training=False)
+        """Images, and the discriminator's scores of them, in float32: they will show whether a move went well."""
+        averaged, discriminator = _in_float32(self._model.averaged, self._model.discriminator)
+        images = averaged([latents, labels], training=False).numpy()
+        scores = discriminator([images, labels], training=False)
         return files.Samples(latents, labels, images, scores.numpy())
 
     def export(self, folder: Path) -> None:
@@ -324,6 +325,19 @@ class Training:
     def load(self, folder: Path) -> None:
         """Go on where `save` was called."""
         self._model.load_weights(folder / _CHECKPOINT)
+
+
+def _in_float32(*networks: keras.Model) -> list[keras.Model]:
+    """A generator and a discriminator that compute in float32."""
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32")
+    try:
+        twins = new()
+    finally:
+        keras.config.set_dtype_policy(policy)
+    for twin, network in zip(twins, networks, strict=True):
+        twin.set_weights(network.get_weights())
+    return list(twins)
 
 
 def _attention(network: keras.Model) -> SelfAttention2D:

@@ -14,6 +14,7 @@ from PIL import Image
 from examples.command import FAILED
 from examples.digits import data
 from examples.gan import files, journal
+from examples.gan.agreement import compare
 from examples.gan.batches import Batch, draw
 from selfattn_core import SelfAttentionConfig, init_params, load, save_blocks
 from selfattn_core.conformance.tolerance import EPS, FACTOR
@@ -88,24 +89,27 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(start, tmp_path_factory):
-    """Folders of an unbroken run and of one that was resumed, of each program once asked for."""
+    """Folders of an unbroken run, of one that was resumed and of a step in 16 bits, of each program once asked for."""
     done = {}
 
     def run(framework):
         if framework not in done:
-            whole, broken = (tmp_path_factory.mktemp(f"{framework}-{kind}") for kind in ("whole", "broken"))
+            kinds = ("whole", "broken", "half")
+            whole, broken, half = (tmp_path_factory.mktemp(f"{framework}-{kind}") for kind in kinds)
             common = f"--quick --seed {SEED} --every {BROKEN} --precision float32"
             lines = [
                 f"{common} --steps {STEPS} --start {start} --folder {whole}",
                 f"{common} --steps {BROKEN} --start {start} --folder {broken}",
                 f"{common} --steps {STEPS} --resume --folder {broken}",
+                # The last, for in Keras the precision is the process's.
+                f"--quick --seed {SEED} --steps 1 --precision bfloat16 --start {start} --folder {half}",
             ]
             # What JAX has compiled for the first run serves the others, as it is: compiling is nearly all of their time.
             cache = str(tmp_path_factory.mktemp(f"{framework}-compiled"))
             program = "-m", "tests.examples.programs", f"sagan_{framework}"
             result = process(*program, *lines, JAX_COMPILATION_CACHE_DIR=cache)
             assert result.returncode == 0, result.stdout + result.stderr
-            done[framework] = whole, broken, result.stdout
+            done[framework] = whole, broken, half, result.stdout
         return done[framework]
 
     return run
@@ -159,7 +163,7 @@ def test_the_losses_are_those_of_float64_up_to_what_rounding_grows_to(framework,
 
 @pytest.mark.parametrize("framework", PROGRAMS)
 def test_a_resumed_run_is_the_unbroken_one(framework, runs):
-    whole, broken, _ = runs(framework)
+    whole, broken, *_ = runs(framework)
     assert [row["step"] for row in journal.read(whole)] == list(range(STEPS))
     assert journal.read(broken) == journal.read(whole)
     first, second = files.load_networks(whole), files.load_networks(broken)
@@ -175,8 +179,8 @@ def test_a_resumed_run_is_the_unbroken_one(framework, runs):
 def test_what_it_trained_goes_back_to_pytorch(framework, runs):
     from examples import sagan_torch
 
-    folder, _, said = runs(framework)
-    assert said.count("allowed: 64): the same") == 2
+    folder, _, _, said = runs(framework)
+    assert said.count("allowed: 64): the same") == 3
     there = files.load_samples(folder)
     answers = []
     for wide in (False, True):
@@ -216,6 +220,22 @@ def test_compiled_in_pytorch_it_computes_the_same(precision, start):
         assert precision == "float32" or error > EPS["bfloat16"] / 8, "not in 16 bits"
 
 
+@pytest.mark.parametrize("framework", PROGRAMS)
+def test_a_step_in_sixteen_bits_has_the_losses_of_float32_but_for_their_rounding(framework, runs, start):
+    """Its networks are judged in float32 all the same: what it begins with and what it hands on."""
+    half = runs(framework)[2]
+    wide = losses_of_first_step(start)
+    (losses,) = losses_of(half)
+    error = np.abs(losses - wide).max() / np.abs(wide).max()
+    assert EPS["bfloat16"] / 64 < error <= FACTOR * EPS["bfloat16"]
+    from examples import sagan_torch
+
+    training = sagan_torch.Training(*sagan_torch.networks_of(half), precision="float32", compiler="none")
+    there = files.load_samples(half)
+    agreement = compare(training.samples(there.latents, there.labels), there)
+    assert max(agreement.images, agreement.scores) < 0.1 / EPS["float32"] * EPS["bfloat16"], agreement
+
+
 def losses_of_first_step(start):
     from examples import sagan_torch
 
@@ -238,7 +258,7 @@ def test_the_average_has_u_and_v_of_the_generator_and_not_shorter_ones(framework
 def test_the_gammas_are_scalars_for_tensorboard(runs):
     from tensorboardX.proto import event_pb2
 
-    whole, _, _ = runs("torch")
+    whole, *_ = runs("torch")
     (events,) = (whole / "tensorboard").iterdir()
     content, found = events.read_bytes(), {}
     while content:
