@@ -30,7 +30,7 @@ def test_mkl_is_told_in_the_way_that_it_hears_on_a_processor(vendor, told):
 def test_flags_of_the_caller_are_kept(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     found = environment(settings(ROWS["baseline"], "GenuineIntel"))["XLA_FLAGS"]
-    assert found.split() == ["--xla_backend_optimization_level=0", "--xla_cpu_max_isa=AVX2"]
+    assert found.split() == ["--xla_backend_optimization_level=0", "--xla_cpu_max_isa=AVX"]
     assert environment({})["XLA_FLAGS"] == "--xla_backend_optimization_level=0"
 
 
