@@ -12,7 +12,7 @@ MINIMUM_ROWS = 128
 """Query rows that a block of the automatic choice has at least: with fewer, products are slow."""
 
 
-def block_rows(block_size: int | None, batch: int, rows: int, keys: int, *, budget: int | None = None) -> int:
+def block_rows(block_size: int | None, batch: int, rows: int, keys: int) -> int:
     """Query rows in a block: a pure function of sizes, never of free memory or of data.
 
     Args:
@@ -20,7 +20,6 @@ def block_rows(block_size: int | None, batch: int, rows: int, keys: int, *, budg
         batch: B, elements in the leading axes together.
         rows: N, query positions.
         keys: M, key positions.
-        budget: bytes of one buffer of scores, where it is not `SCORE_BUDGET`.
 
     Returns:
         A number from 1 to max(N, 1).
@@ -36,8 +35,7 @@ def block_rows(block_size: int | None, batch: int, rows: int, keys: int, *, budg
     """
     wanted = check_block_size(block_size)
     if wanted is None:
-        budget = SCORE_BUDGET if budget is None else budget
-        wanted = max(MINIMUM_ROWS, budget // (4 * max(batch, 1) * max(keys, 1)))
+        wanted = max(MINIMUM_ROWS, SCORE_BUDGET // (4 * max(batch, 1) * max(keys, 1)))
     return max(1, min(rows, wanted))
 
 

@@ -14,13 +14,15 @@ require("selfattn_ops.tensorflow", ["tensorflow"], "tensorflow")
 
 import tensorflow as tf  # noqa: E402 - the message above must come first
 
-from selfattn_ops.blocks import MINIMUM_ROWS, block_rows, check_block_size, check_operands  # noqa: E402
+from selfattn_ops.blocks import (  # noqa: E402
+    MINIMUM_ROWS,
+    SCORE_BUDGET,
+    block_rows,
+    check_block_size,
+    check_operands,
+)
 
 __all__ = ["attend", "attend_with_map"]
-
-# Bytes of one buffer of scores. Larger products are faster here well beyond that size, but where TensorFlow has no
-# AVX-512 it keeps so many buffers at once that with 32 MiB each a small map would take more than its own N×N array.
-SCORE_BUDGET = 12 * 2**20
 
 
 @tf.autograph.experimental.do_not_convert
@@ -103,7 +105,7 @@ def _sizes(tensor: tf.Tensor) -> list[_Size]:
 def _block_rows(block_size: int | None, batch: _Size, rows: _Size, keys: _Size) -> _Size:
     """`block_rows`, also of sizes that only the running graph knows."""
     if all(isinstance(size, int) for size in (batch, rows, keys)):
-        return block_rows(block_size, batch, rows, keys, budget=SCORE_BUDGET)
+        return block_rows(block_size, batch, rows, keys)
     wanted = check_block_size(block_size)
     if wanted is None:
         wanted = _largest(MINIMUM_ROWS, SCORE_BUDGET // (4 * _largest(batch, 1) * _largest(keys, 1)))

@@ -21,7 +21,7 @@ from selfattn_core.conformance.tolerance import EPS, FACTOR
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("torch", "flax", "keras")
-SEED, STEPS, BROKEN = 3, 6, 3
+SEED, STEPS, BROKEN = 3, 4, 2
 LOSSES = ("loss/discriminator", "loss/penalty", "loss/generator")
 ATTENTION = {
     "generator": SelfAttentionConfig(48, spectral_norm=True),
@@ -158,7 +158,7 @@ def test_the_losses_are_those_of_float64_up_to_what_rounding_grows_to(framework,
     scale = EPS["float32"] * np.abs(want[0]).max()
     errors = np.abs(losses_of(runs(framework)[0]) - want).max(axis=1)
     assert (errors <= FACTOR * (noise + 4 * scale)).all(), (errors / scale, noise / scale)
-    assert (errors <= 256 * scale).all(), errors / scale
+    assert (errors <= 64 * scale).all(), errors / scale
 
 
 @pytest.mark.parametrize("framework", PROGRAMS)
