@@ -25,9 +25,9 @@ Array = NDArray[Any]
 LARGEST_IMAGE = 2**24
 """Pixels of a picture that is decoded, 4096×4096."""
 
-WHOLE = 2**28
-"""Weights of the largest map of which every row is computed for the layer's change, one from 128×128 positions to as many
-keys. Of a larger one it is as many rows as have so many weights together."""
+WHOLE = 2**24
+"""Weights of the largest map of which every row is computed for the layer's change, one from 64×64 positions to as many
+keys: a tenth of a second. Of a larger one it is as many rows as have so many weights together."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Attended:
         config: of the layer.
         gamma: of the layer.
         change: the root mean square of y − x relative to that of x, what the layer does to these features.
-        changed: how many output positions that is taken over: all, or so many drawn by lot where all would take minutes.
+        changed: how many output positions that is taken over: all, or so many drawn by lot where all would take seconds to minutes.
     """
 
     image: Array
