@@ -23,7 +23,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## train in PyTorch on real images, run in Keras and Flax, compare
 	$(BIN)/python -m examples.digits
 
-# Two processes, a file of tests in one of them; the files of the slow folder come first.
+# Two processes, a file of tests in one of them; the files of the slow folder come first. Libraries that each took a thread
+# per core would wait for one another: on two cores the suite took a third longer.
+test: export OMP_NUM_THREADS ?= 1
+test: export OPENBLAS_NUM_THREADS ?= 1
+test: export MKL_NUM_THREADS ?= 1
+test: export TF_NUM_INTRAOP_THREADS ?= 1
 test: check  ## check, then every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
