@@ -43,7 +43,8 @@ class Attended:
         config: of the layer.
         gamma: of the layer.
         change: the root mean square of y − x relative to that of x, what the layer does to these features.
-        changed: how many output positions that is taken over: all, or so many drawn by lot where all would take seconds to minutes.
+        changed: how many output positions that is taken over: all, or so many drawn by lot where all would take seconds to
+            minutes.
     """
 
     image: Array

@@ -188,10 +188,9 @@ def unlike_unit_vectors(vectors: Mapping[str, Array]) -> str:
     ]
     if not wrong:
         return ""
-    shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
     factor = "that factor" if len(wrong) == 1 else "these factors"
     return (
-        f"the vectors of spectral norm should have the length 1 and have another ({shown}), as averages of them do "
+        f"the vectors of spectral norm should have the length 1 and have another ({', '.join(wrong)}), as averages of them do "
         f"(EMA), so the norm comes out wrong by {factor}"
     )
 

@@ -395,6 +395,9 @@ def load(
         precision: as in `SelfAttention2D`.
         name: of the module.
 
+    Warns:
+        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have.
+
     Raises:
         FileNotFoundError: if there is no such canonical file.
         ValueError: if it is not a whole and fitting file of its kind (lists every problem), or holds float64 while JAX

@@ -107,6 +107,9 @@ def load(
         param_dtype: of the parameters; by default the file's.
         precision: as in `SelfAttention2D`.
 
+    Warns:
+        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have.
+
     Raises:
         FileNotFoundError: if there is no such canonical file.
         ValueError: if it is not a whole and fitting file of its kind (lists every problem), or holds float64 while JAX

@@ -153,6 +153,9 @@ def load(
         data_format: as in `SelfAttention2D`.
         dtype: name of a dtype or a dtype policy; by default the file's dtype.
 
+    Warns:
+        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have.
+
     Raises:
         FileNotFoundError: if there is no such canonical file.
         ValueError: if it is not a whole and fitting file of its kind; lists every problem.

@@ -19,19 +19,19 @@ class SpectralConv2d(Projection):
 
     `weight` is the raw kernel, which is what is trained. A call in training mode first moves the buffers `u` and `v` by
     one power iteration, a call in evaluation mode does not; both are constants to the gradient, which goes through W
-    in sigma. Where uᵀ W v is 0, as for a weight of zeros, sigma is the constant 1. A call that repeats an earlier one, as activation checkpointing does while it goes backward, does not
-    move them again. It takes them as they are then: a checkpointed call needs its backward pass before the next call in
+    in sigma. Where uᵀ W v is 0, as for a weight of zeros, sigma is the constant 1. A call that repeats an earlier one,
+    as activation checkpointing does while it goes backward, does not move them again. It takes them as they are then: a checkpointed call needs its backward pass before the next call in
     training mode, or its gradient is that of the later state. A loss of real and fake images takes both in one batch,
     or a backward pass after each.
 
     Under `torch.func.grad`, `vjp` and `jvp` a call in training mode needs the buffers as arguments, which then move:
     `functional_call(layer, (parameters, buffers), (x,))` with `buffers` cloned inside the function that is
-    differentiated. Captured buffers cannot be written there, and torch raises. In evaluation mode nothing moves, and
-    captured ones do.
+    differentiated. Captured buffers cannot be written there, and torch raises. In evaluation mode nothing is
+    written, and captured buffers work.
 
     This is `torch.nn.utils.parametrizations.spectral_norm`, except that reading `weight` moves nothing, that a weight of
-    zeros gives numbers instead of NaN, and that the layer can be pickled and initialised late. A state dict of `torch.nn.utils.spectral_norm` or of the
-    parametrization loads.
+    zeros gives numbers instead of NaN, and that the layer can be pickled and initialised late. A state dict of
+    `torch.nn.utils.spectral_norm` or of the parametrization loads.
 
     Args:
         in_channels: C_in.

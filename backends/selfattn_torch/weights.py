@@ -112,6 +112,9 @@ def load(
         device: of the parameters; by default the CPU.
         dtype: of the parameters; by default the file's.
 
+    Warns:
+        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have.
+
     Raises:
         FileNotFoundError: if there is no such canonical file.
         ValueError: if it is not a whole and fitting file of its kind; lists every problem.

@@ -30,6 +30,9 @@ def load_any(
         prefix: which block of another file.
         settings: what another file does not say.
 
+    Warns:
+        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have.
+
     Raises:
         FileNotFoundError: if there is no such canonical file.
         ValueError: if the file does not fit, or `block` is given with `dialect`, or the others without it.

@@ -48,8 +48,8 @@ class _NamedPath(click.Path):
 def inspect(file: Path, own: tuple[str, ...], tensors: bool, json_file: str | None) -> None:
     """The attention blocks in a checkpoint, the dialects that fit them, and why others do not.
 
-    FILE is a checkpoint of a layer or of a whole network, in any format that can be read. Of the values
-    only u and v of spectral norm are read.
+    FILE is a checkpoint of a layer or of a whole network, in any format that can be read. Of the values only
+    u and v of spectral norm are read.
     """
     from selfattn_core.porting.inspecting import inspect as run
 

@@ -19,7 +19,7 @@ from selfattn_core.porting.matching import Match, Projection
 from selfattn_core.porting.settings import Assumption, Settings
 from selfattn_core.spectral_norm import converged, unlike_unit_vectors
 
-__all__ = ["Imported", "Listed", "Origin", "Plan", "averaged_state", "checksum", "import_block", "plan"]
+__all__ = ["Imported", "Listed", "Origin", "Plan", "checksum", "import_block", "plan", "state_notes"]
 
 Array = NDArray[Any]
 
@@ -86,11 +86,13 @@ class Imported:
         config: the layer.
         params: its arrays, each read and folded at every access, so the file must be open.
         origins: by canonical name.
+        notes: what a person must know of the state of spectral norm.
     """
 
     config: SelfAttentionConfig
     params: Mapping[str, Array]
     origins: Mapping[str, Origin]
+    notes: tuple[str, ...]
 
 
 def checksum(array: Array) -> str:
@@ -321,8 +323,8 @@ def _is_float(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat"))
 
 
-def averaged_state(planned: Plan, read: Callable[[str], Array]) -> str:
-    """What there is to say of stored vectors u and v that are not of length 1; "" where there is nothing.
+def state_notes(planned: Plan, read: Callable[[str], Array]) -> tuple[str, ...]:
+    """What there is to say of stored vectors u and v that are not of length 1.
 
     Args:
         planned: a whole block. A rule that iterates makes unit vectors by itself, so nothing is read then.
@@ -337,8 +339,10 @@ def averaged_state(planned: Plan, read: Callable[[str], Array]) -> str:
     ]
     arrays = {key: read(key) for key in keys}
     text = unlike_unit_vectors({key: array for key, array in arrays.items() if np.isfinite(array).all()})
-    return text and (
-        f"{text}. To make them anew, port with --keep-spectral-norm, load the layer, and call refresh_spectral_norm on it"
+    if not text:
+        return ()
+    return (
+        f"{text}. To make them anew, port with --keep-spectral-norm, load the layer, and call refresh_spectral_norm on it",
     )
 
 
@@ -392,7 +396,8 @@ class _Importer:
         origins = {name: self._origin(name) for name in (*parameter_table(config), *state_table(config))}
         if self.problems:
             raise PortError("the tensors cannot be ported:\n  " + "\n  ".join(dict.fromkeys(self.problems)))
-        return Imported(config, LazyArrays({name: partial(self._array, name) for name in origins}), origins)
+        arrays = LazyArrays({name: partial(self._array, name) for name in origins})
+        return Imported(config, arrays, origins, state_notes(self.plan, self.source))
 
     def _array(self, name: str) -> Array:
         return self._make(name).array

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from selfattn_core.porting.dialects import Dialect, dialect, dialect_names
 from selfattn_core.porting.finding import canonical_configs, index_of, shown
-from selfattn_core.porting.importing import averaged_state, plan
+from selfattn_core.porting.importing import plan, state_notes
 from selfattn_core.porting.matching import KeyIndex, match, prefixes
 from selfattn_core.porting.readers import Tensors, open_tensors
 from selfattn_core.porting.report import listed
@@ -115,7 +115,7 @@ def _fit_lines(fit: Fit) -> list[str]:
 
 
 def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> InspectReport:
-    """What a checkpoint holds; no values are read but the vectors u and v of spectral norm, of which it says if they are averages.
+    """What a checkpoint holds; of the values, u and v of spectral norm alone are read, to see whether they are averages.
 
     Args:
         path: a checkpoint, of a whole network or of the layer alone.
@@ -203,5 +203,5 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
             chosen.caveats,
         )
     assumed = (*given, *(str(one) for one in planned.assumptions if not (own and one.setting == "kv_pool")))
-    notes = (*chosen.caveats, *filter(None, [averaged_state(planned, tensors.read)]))
+    notes = (*chosen.caveats, *state_notes(planned, tensors.read))
     return Fit(name, title, "fits", variant, config, (), assumed, notes)

@@ -18,7 +18,7 @@ from selfattn_core.porting.dialects import Dialect, dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.exporting import Exported, export_block, separator
 from selfattn_core.porting.finding import Found, canonical_configs, find_blocks, index_of
-from selfattn_core.porting.importing import Imported, averaged_state, checksum, import_block, plan
+from selfattn_core.porting.importing import Imported, checksum, import_block, plan
 from selfattn_core.porting.inspecting import candidates
 from selfattn_core.porting.lazy import LazyArrays
 from selfattn_core.porting.matching import match, normal
@@ -142,8 +142,8 @@ def load(
             names = ", ".join(block.prefix for block in found)
             raise PortError(f"{path}: {prefix!r} names {len(found)} blocks: {names}; name one.")
         block = import_block(found[0].plan, tensors.read, dtype=dtype, keep_spectral_norm=keep_spectral_norm)
-        if text := averaged_state(found[0].plan, tensors.read):
-            warnings.warn(f"{path}: {text}.", stacklevel=2)
+        for note in block.notes:
+            warnings.warn(f"{path}: {note}.", stacklevel=2)
         return block.config, dict(block.params)
 
 
@@ -166,7 +166,6 @@ class _Block:
     config: SelfAttentionConfig
     imported: Imported
     exported: Exported
-    averaged: str
 
 
 class _Port:
@@ -245,8 +244,7 @@ class _Port:
         sep = separator(self.to)
         prefix = name.replace(".", sep) + sep if name else ""
         exported = export_block(self.to, imported.config, imported.params, prefix=prefix)
-        averaged = averaged_state(found.plan, tensors.read)
-        return _Block(found, name, imported.config, imported, exported, averaged)
+        return _Block(found, name, imported.config, imported, exported)
 
     def _check_source(self, chosen: Dialect, blocks: list[_Block]) -> list[Check]:
         if self.options.check is None:
@@ -518,7 +516,7 @@ def _block_report(block: _Block) -> BlockReport:
         block.config.to_dict(),
         tuple(lines),
         tuple(str(one) for one in planned.assumptions),
-        (*planned.match.dialect.caveats, *block.exported.notes, *filter(None, [block.averaged])),
+        (*planned.match.dialect.caveats, *block.exported.notes, *block.imported.notes),
         planned.match.ignored,
         planned.match.unused,
     )

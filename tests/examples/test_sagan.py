@@ -223,13 +223,13 @@ def test_compiled_in_pytorch_it_computes_the_same(precision, start):
 @pytest.mark.parametrize("framework", PROGRAMS)
 def test_a_step_in_sixteen_bits_has_the_losses_of_float32_but_for_their_rounding(framework, runs, start):
     """Its networks are judged in float32 all the same: what it begins with and what it hands on."""
+    from examples import sagan_torch
+
     half = runs(framework)[2]
     wide = losses_of_first_step(start)
     (losses,) = losses_of(half)
     error = np.abs(losses - wide).max() / np.abs(wide).max()
     assert EPS["bfloat16"] / 64 < error <= FACTOR * EPS["bfloat16"]
-    from examples import sagan_torch
-
     training = sagan_torch.Training(*sagan_torch.networks_of(half), precision="float32", compiler="none")
     there = files.load_samples(half)
     agreement = compare(training.samples(there.latents, there.labels), there)

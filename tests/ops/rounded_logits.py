@@ -18,9 +18,20 @@ This is large where keys of different values are tied, and nothing where one key
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["shift_of_output"]
+__all__ = ["rounding_of_sum", "shift_of_output"]
 
 Array = NDArray[np.float64]
+
+
+def rounding_of_sum(terms: int, eps: float) -> float:
+    """γ: how far a sum of so many products can be off, in any order, as a part of the sum of their sizes.
+
+    Args:
+        terms: products of the sum.
+        eps: of the dtype in which they are summed.
+    """
+    roundings = terms * eps / 2
+    return roundings / (1 - roundings)
 
 
 def shift_of_output(query: Array, key: Array, value: Array, eps: float) -> Array:
@@ -41,8 +52,7 @@ def shift_of_output(query: Array, key: Array, value: Array, eps: float) -> Array
     sizes = np.abs(query) @ np.abs(transposed)
     if sizes.max() <= 2 / eps and (query % 1 == 0).all() and (key % 1 == 0).all():
         return np.zeros((*query.shape[:-1], value.shape[-1]))
-    roundings = query.shape[-1] * eps / 2
-    errors = roundings / (1 - roundings) * sizes
+    errors = rounding_of_sum(query.shape[-1], eps) * sizes
     logits = query @ transposed
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)

@@ -9,6 +9,7 @@ from selfattn_core.params import projections
 from selfattn_keras import SelfAttention2D, from_canonical
 from selfattn_keras.projection import Projection
 from selfattn_keras.spectral_norm import SpectralConv2D
+from tests.ops.rounded_logits import rounding_of_sum
 
 FRAMEWORK = keras.backend.backend()
 FULL = SelfAttentionConfig(12, 3, 5, out_projection=True)
@@ -41,17 +42,13 @@ def test_it_is_a_convolution(shape, options):
 
 
 def rounding(convolution, options, x):
-    """How far each number of a convolution can be off in float32, in any order, with fused multiply-adds and without.
-
-    A sum of n products is off by at most γ times the sum of their sizes, γ = n u / (1 - n u) (N. J. Higham, Accuracy and
-    Stability of Numerical Algorithms, 2nd ed., section 3.1). One more for the bias.
-    """
+    """How far each number of a convolution can be off in float32; the bias is one term more."""
     sizes = keras.layers.Conv2D(4, **options | {"activation": None})
     sizes.build(x.shape)
     weights = convolution.get_weights()
     sizes.set_weights([np.abs(weight) for weight in weights])
-    roundings = (np.prod(weights[0].shape[:3]) + 1) * 2.0**-24
-    return roundings / (1 - roundings) * keras.ops.convert_to_numpy(sizes(np.abs(x)))
+    terms = np.prod(weights[0].shape[:3]) + 1
+    return rounding_of_sum(terms, 2.0**-23) * keras.ops.convert_to_numpy(sizes(np.abs(x)))
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"use_bias": False}])
