@@ -10,6 +10,7 @@ import click
 from selfattn_core import __version__, completion
 from selfattn_core.guard import GuardedGroup
 from selfattn_core.porting import commands
+from selfattn_core.verifying.command import verify
 
 __all__ = ["main"]
 
@@ -23,6 +24,7 @@ def main() -> None:
 main.add_command(commands.inspect)
 main.add_command(commands.port)
 main.add_command(commands.dialects)
+main.add_command(verify)
 
 
 @main.command()

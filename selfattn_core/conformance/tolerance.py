@@ -44,6 +44,7 @@ __all__ = [
     "expectations",
     "fused",
     "judge",
+    "measure",
 ]
 
 Array = NDArray[Any]
@@ -205,6 +206,26 @@ def judge(quantity: str, got: Array, expectation: Expectation, dtype: str) -> Ve
     # The penalty is a number, of no dtype.
     if half and quantity != "r1" and not _held(answer, dtype):
         return _unusable(quantity, f"values that {dtype} does not hold: it is computed in something wider")
+    return measure(quantity, answer, expectation, FACTORS[dtype])
+
+
+def measure(quantity: str, answer: Array, expectation: Expectation, factor: float) -> Verdict:
+    """Compare the values of one quantity, whatever they were stored in.
+
+    Args:
+        quantity: its name, for the message.
+        answer: in float64.
+        expectation: from `expect` or `expectations`.
+        factor: noise floors that an error may reach.
+
+    Example:
+        >>> ones = np.ones(2)
+        >>> measure("y", ones + 1e-6, Expectation(ones, 1e-7, 1e-4), 8.0).message
+        'y: error 1e-06 is 10 × the noise floor, at most 8 × is allowed'
+    """
+    want = expectation.want
+    if answer.shape != want.shape:
+        return _unusable(quantity, f"shape {answer.shape}, expected {want.shape}")
     finite = np.isfinite(want)
     if not np.isfinite(answer[finite]).all():
         return _unusable(quantity, "NaN or infinity where a number was expected")
@@ -213,10 +234,9 @@ def judge(quantity: str, got: Array, expectation: Expectation, dtype: str) -> Ve
     error = _largest(answer[finite] - want[finite])
     ratio = 0.0 if error == 0 else error / expectation.floor if expectation.floor else np.inf
     message = ""
-    if ratio > FACTORS[dtype]:
+    if ratio > factor:
         message = (
-            f"{quantity}: error {error:.2g} is {ratio:.3g} × the noise floor, "
-            f"at most {FACTORS[dtype]:g} × is allowed"
+            f"{quantity}: error {error:.2g} is {ratio:.3g} × the noise floor, at most {factor:g} × is allowed"
         )
     elif error > expectation.cap:
         message = f"{quantity}: error {error:.2g} is above the hard cap of {expectation.cap:.2g}"

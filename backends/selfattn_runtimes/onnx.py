@@ -1,0 +1,69 @@
+"""ONNX files, run by ONNX Runtime on the CPU."""
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx.helper import tensor_dtype_to_np_dtype
+
+from selfattn_core.verifying.artifact import Artifact, Tensor
+
+__all__ = ["open_artifact"]
+
+_QUANTISED = ("QLinear", "DequantizeLinear", "ConvInteger", "MatMulInteger")
+
+
+def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str, ...]) -> Artifact:
+    """Open a file, or the part of it between two tensors.
+
+    Args:
+        path: of the file.
+        input_name: of the tensor that is fed; by default the graph's own input.
+        output_names: of the tensors that are read; by default the graph's own outputs.
+    """
+    model = onnx.load(path)
+    onnx.checker.check_model(path)
+    source: Any = path
+    if _is_part(model, input_name, output_names):
+        part = onnx.utils.Extractor(model).extract_model(
+            [input_name or model.graph.input[0].name], list(output_names) or [model.graph.output[0].name]
+        )
+        source = part.SerializeToString()
+    options = onnxruntime.SessionOptions()
+    # Errors alone: warnings about a graph are its exporter's.
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+    def run(x: NDArray[Any], name: str, outputs: tuple[str, ...]) -> list[NDArray[Any]]:
+        return list(session.run(list(outputs), {name: x}))
+
+    return Artifact(
+        tuple(_tensor(each) for each in session.get_inputs()),
+        tuple(_tensor(each) for each in session.get_outputs()),
+        run,
+        {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__},
+        frozenset(_formats(model)),
+    )
+
+
+def _is_part(model: Any, input_name: str | None, output_names: tuple[str, ...]) -> bool:
+    inputs = {each.name for each in model.graph.input}
+    outputs = {each.name for each in model.graph.output}
+    return (input_name is not None and input_name not in inputs) or not outputs.issuperset(output_names)
+
+
+def _formats(model: Any) -> set[str]:
+    """Dtypes of the weights; integers are those of shapes and axes, unless something is quantised."""
+    stored = {np.dtype(tensor_dtype_to_np_dtype(each.data_type)).name for each in model.graph.initializer}
+    quantised = any(node.op_type.startswith(_QUANTISED) for node in model.graph.node)
+    return {dtype for dtype in stored if "float" in dtype} | ({"int8"} if quantised else set())
+
+
+def _tensor(given: Any) -> Tensor:
+    dtype = {"tensor(float)": "float32", "tensor(double)": "float64"}.get(
+        given.type, given.type.removeprefix("tensor(").removesuffix(")")
+    )
+    sizes = tuple(size if isinstance(size, int) else None for size in given.shape)
+    return Tensor(given.name, dtype, sizes)

@@ -1,0 +1,111 @@
+"""How a wrong artifact is wrong: the known bug, or the other config, that gives just its answers."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases import Case
+from selfattn_core.conformance.inputs import Inputs
+from selfattn_core.conformance.mutants import function
+from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.tolerance import Expectation, measure, quantities
+from selfattn_core.params import parameter_table
+
+__all__ = ["Evidence", "diagnose"]
+
+Array = NDArray[Any]
+
+# Positions of an input that every known bug is computed on.
+_MOST_POSITIONS = 1024
+_WINDOWS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """An input, and what the artifact made of it.
+
+    Args:
+        x: (B, H, W, C), float64.
+        answers: of the artifact by quantity, float64, in the definition's layout.
+        expectations: of the definition by quantity.
+        passed: whether the answers are within the limits.
+    """
+
+    x: Array
+    answers: Mapping[str, Array]
+    expectations: Mapping[str, Expectation]
+    passed: bool
+
+
+def diagnose(
+    config: SelfAttentionConfig, params: Mapping[str, Array], evidence: Sequence[Evidence], factor: float
+) -> list[str]:
+    """The explanations that fit all the evidence within the limits of the definition, in words.
+
+    Args:
+        config: of the weights.
+        params: the weights, float64.
+        evidence: inputs and answers, right ones and wrong ones.
+        factor: noise floors that an error may reach.
+    """
+    small = [each for each in evidence if each.x.shape[1] * each.x.shape[2] <= _MOST_POSITIONS]
+    # What is wrong is told first: most explanations fail at once.
+    small.sort(key=lambda each: (each.passed, each.x.size))
+    if not small or small[0].passed:
+        return []
+    found = []
+    for words, answer in _explanations(config, params):
+        if all(_explains(answer, each, factor) for each in small):
+            found.append(words)
+    return found
+
+
+def _explains(answer: Callable[[Array, str], Array], evidence: Evidence, factor: float) -> bool:
+    for quantity, got in evidence.answers.items():
+        try:
+            want = answer(evidence.x, quantity)
+        except (ValueError, ArithmeticError, IndexError, AssertionError):
+            # A bug that cannot be computed at this size explains nothing here.
+            return False
+        if got.shape != want.shape:
+            return False
+        expectation = replace(evidence.expectations[quantity], want=want)
+        if not measure(quantity, got, expectation, factor).passed:
+            return False
+    return True
+
+
+def _explanations(
+    config: SelfAttentionConfig, params: Mapping[str, Array]
+) -> Iterator[tuple[str, Callable[[Array, str], Array]]]:
+    for side in _WINDOWS:
+        if side != config.kv_pool:
+            words = f"it computes kv_pool = {side}, and the weights are for kv_pool = {config.kv_pool}"
+            yield words, _asked(Reference(), replace(config, kv_pool=side), params)
+    if config.spectral_norm:
+        raw = {name: params[name] for name in parameter_table(config)}
+        words = "it applies the raw kernels, without spectral norm"
+        yield words, _asked(Reference(), replace(config, spectral_norm=False), raw)
+    for mutant in function.MUTANTS:
+        if not mutant.raises:
+            seen = f" (as in {mutant.seen_in})" if mutant.seen_in else ""
+            backend = mutant.make()
+            if isinstance(backend, Reference):
+                yield f"{mutant.name}{seen}", _asked(backend, config, params)
+
+
+def _asked(
+    reference: Reference, config: SelfAttentionConfig, params: Mapping[str, Array]
+) -> Callable[[Array, str], Array]:
+    def answer(x: Array, quantity: str) -> Array:
+        batch, height, width, _ = x.shape
+        case = Case("", "map" if quantity == "map" else "forward", "", config, (batch, height, width))
+        given = Inputs(params, x, np.zeros_like(x))
+        found = quantities(case, given, "float64", reference)[quantity]
+        return found.astype(np.float64)
+
+    return answer

@@ -1,0 +1,168 @@
+"""How far from the definition the output of a file may be, by the format that it computes in.
+
+float64, float32, float16 and bfloat16 are held to the policy of the conformance kit: 8 or 4 noise floors and a hard cap. The floor is
+the error of the numpy definition at the same weights, computed in that format; for a file in 16 bits, so are the
+weights. int8 has a floor by the same idea: the error of the definition with kernels and every stored array (x, q, k, v, the
+map, o, y) rounded to 256 levels between its own smallest and largest value, times 4. Arithmetic in int8 that keeps
+its ranges is within it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases import SIXTEEN_BITS, Case
+from selfattn_core.conformance.edited import edited_spec
+from selfattn_core.conformance.inputs import Inputs, rounded
+from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.tolerance import EPS, FACTORS, Expectation, expectations, fused, quantities
+from selfattn_core.verifying.questions import Question
+
+__all__ = ["INT8_FACTOR", "PRECISIONS", "expected", "factor", "found_precision", "held"]
+
+Array = NDArray[Any]
+
+PRECISIONS = ("float64", "float32", "float16", "bfloat16", "int8")
+"""From the finest to the coarsest."""
+
+INT8_FACTOR = 4.0
+"""Noise floors that an error may reach in int8, as in 16 bits."""
+
+
+def found_precision(input_dtype: str, formats: frozenset[str]) -> tuple[str, str]:
+    """The format that a file is held to if nobody says which, and why.
+
+    Args:
+        input_dtype: of x.
+        formats: of stored weights and of products, as far as the runtime tells.
+
+    Example:
+        >>> found_precision("float32", frozenset({"float32", "int8"}))
+        ('int8', 'the file stores int8')
+        >>> found_precision("float32", frozenset())
+        ('float32', '')
+    """
+    if "int8" in formats:
+        return "int8", "the file stores int8"
+    for narrow in ("bfloat16", "float16"):
+        if narrow == input_dtype:
+            return narrow, f"the file takes {narrow}"
+        if narrow in formats:
+            return narrow, f"the file stores {narrow}"
+    return ("float64", "the file takes float64") if input_dtype == "float64" else ("float32", "")
+
+
+def factor(precision: str) -> float:
+    """How many noise floors an error may reach."""
+    return INT8_FACTOR if precision == "int8" else FACTORS[precision]
+
+
+def held(x: Array, input_dtype: str, precision: str) -> Array:
+    """The input rounded to what the file's input and the format that it computes in both hold, in float64.
+
+    Args:
+        x: any values.
+        input_dtype: that the file takes.
+        precision: that the file is held to.
+    """
+    for dtype in (input_dtype, precision):
+        if dtype in SIXTEEN_BITS or dtype == "float32":
+            x = rounded(x, dtype)
+    return x.astype(np.float64)
+
+
+def expected(
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    question: Question,
+    precision: str,
+    asked: Sequence[str],
+) -> dict[str, Expectation]:
+    """What the outputs of a file should be, with the noise floor and the hard cap around them.
+
+    Args:
+        config: the layer.
+        params: its weights, float64.
+        question: the input.
+        precision: that the file is held to.
+        asked: "y", "map" or both.
+    """
+    found = {}
+    for quantity in asked:
+        case = _case(config, params, question, quantity)
+        wide = Inputs(params, question.x, np.zeros_like(question.x))
+        want = quantities(case, wide, "float64")
+        dtype = "float32" if precision == "int8" else precision
+        errors = {quantity: _error(case, wide, want[quantity], precision)}
+        expectation = expectations(case, wide, want, errors, dtype)[quantity]
+        if precision == "int8":
+            expectation = replace(expectation, cap=np.inf)
+        found[quantity] = expectation
+    return found
+
+
+def _case(
+    config: SelfAttentionConfig, params: Mapping[str, Array], question: Question, quantity: str
+) -> Case:
+    batch, height, width, _ = question.x.shape
+    return Case(
+        question.name,
+        "map" if quantity == "map" else "forward",
+        question.name,
+        config,
+        (batch, height, width),
+        gamma=float(params["gamma"].item()),
+    )
+
+
+def _error(case: Case, wide: Inputs, want: Array, precision: str) -> float:
+    """The largest error that the definition makes in this format; float64 and bfloat16 borrow that of another, as in the kit."""
+    if precision == "int8":
+        noises = [quantities(case, _in(wide, "float32"), "float32", _eight_bits())]
+        ratio = 1.0
+    elif precision in ("float64", "float32"):
+        narrow = _in(wide, "float32")
+        noises = [quantities(case, narrow, "float32"), quantities(case, narrow, "float32", fused())]
+        ratio = EPS[precision] / EPS["float32"]
+    else:
+        noises = [quantities(case, _in(wide, "float16"), "float16")]
+        ratio = EPS[precision] / EPS["float16"]
+    with np.errstate(invalid="ignore"):
+        differences = [
+            np.abs(array.astype(np.float64) - want) for noise in noises for array in noise.values()
+        ]
+    return max(float(each[np.isfinite(each)].max(initial=0)) for each in differences) * ratio
+
+
+def _in(wide: Inputs, dtype: str) -> Inputs:
+    def cast(array: Array) -> Array:
+        return array.astype(dtype)
+
+    return Inputs({name: cast(value) for name, value in wide.params.items()}, cast(wide.x), cast(wide.dy))
+
+
+@cache
+def _eight_bits() -> Reference:
+    """The definition with 256 levels wherever something is stored, and in the kernels."""
+    levels = (
+        "(lambda values: values.min() + np.rint((values - values.min()) / (step := max((values.max() - values.min()) / 255, "
+        "1e-30))) * step)"
+    )
+    edits = (
+        (
+            "return values.astype(self.dtype).astype(self.arithmetic)",
+            f"return {levels}(values) if values.size else values",
+        ),
+        ("return _Kernel(kernel)\n        u, v", f"return _Kernel({levels}(kernel))\n        u, v"),
+        (
+            "self.A = _softmax(self.q @ _transpose(self.k))",
+            "self.A = self.store(_softmax(self.q @ _transpose(self.k)))",
+        ),
+        ("self.x = self.flatten(x)", "self.x = self.store(self.flatten(x))"),
+    )
+    return Reference(edited_spec("eight bits", edits))

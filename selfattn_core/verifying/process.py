@@ -1,0 +1,225 @@
+"""The process of an artifact from outside: started, asked, waited for, and started again where the runtime took it along."""
+
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.conformance.environment import environment
+from selfattn_core.verifying.artifact import Tensor
+from selfattn_core.verifying.containers import Runtime
+from selfattn_core.verifying.errors import VerifyError
+
+__all__ = ["Answer", "CrashedError", "Description", "Process"]
+
+Array = NDArray[Any]
+
+_OPENING_SECONDS = 120.0
+_ANSWER_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an opened file says of itself.
+
+    Args:
+        inputs: all of them.
+        outputs: all of them.
+        versions: of the runtime.
+        formats: dtypes of stored weights and of products, as far as the runtime tells.
+        notes: of the runtime, for the reader of a report.
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    versions: Mapping[str, str]
+    formats: frozenset[str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one input.
+
+    Args:
+        outputs: arrays in the order in which they were asked for; none if there is an error.
+        dtypes: that they have in the file.
+        error: of the runtime, or how its process ended.
+    """
+
+    outputs: tuple[Array, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    error: str = ""
+
+
+class CrashedError(Exception):
+    """The runtime took its process along while it opened the file, or did not come to an end."""
+
+
+class Process:
+    """A file in its runtime, in a process of its own; use it in a `with` statement.
+
+    Args:
+        runtime: which.
+        artifact: the file.
+        input_name: where a part of a network begins; None for the file's own input.
+        output_names: where it ends.
+        seconds: that one input may take.
+
+    Raises:
+        VerifyError: if the runtime refuses the file.
+        CrashedError: if it ends the process, or does not come to an end.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        artifact: str,
+        *,
+        input_name: str | None = None,
+        output_names: tuple[str, ...] = (),
+        seconds: float = _ANSWER_SECONDS,
+    ) -> None:
+        self.runtime, self.artifact, self.seconds = runtime, artifact, seconds
+        self.scratch = tempfile.TemporaryDirectory(prefix="selfattn-verify-")
+        self.folder = Path(self.scratch.name)
+        job = {
+            "target": runtime.target,
+            "artifact": artifact,
+            "input": input_name,
+            "outputs": output_names,
+            "folder": str(self.folder),
+        }
+        (self.folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        self.process: subprocess.Popen[str] | None = None
+        self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(self) -> Description:
+        """Start the process, and what the file says of itself."""
+        said = self._start()
+        return Description(
+            tuple(_tensor(each) for each in said["inputs"]),
+            tuple(_tensor(each) for each in said["outputs"]),
+            said["versions"],
+            frozenset(said["formats"]),
+            tuple(said["notes"]),
+        )
+
+    def ask(self, x: Array, dtype: str, input_name: str, output_names: tuple[str, ...]) -> Answer:
+        """What the file makes of an input; a process that ended is started again first.
+
+        Args:
+            x: in the layout of the file.
+            dtype: that the file takes.
+            input_name: of the file.
+            output_names: of the file.
+        """
+        if self.process is None:
+            self._start()
+        process = self.process
+        if process is None or process.stdin is None:
+            raise AssertionError("a process was started and is not there")
+        np.save(self.folder / "x.npy", x, allow_pickle=False)
+        asked = {"dtype": dtype, "input": input_name, "outputs": output_names}
+        try:
+            process.stdin.write(f"{json.dumps(asked)}\n")
+            process.stdin.flush()
+            said = self._listen(self.seconds)
+        except (BrokenPipeError, CrashedError) as error:
+            ending = str(error) if isinstance(error, CrashedError) else self._ending()
+            return Answer(error=f"the runtime did not answer: {ending}")
+        if said["event"] == "raised":
+            return Answer(error=said["error"])
+        outputs = (
+            np.load(self.folder / f"output-{number}.npy", allow_pickle=False)
+            for number in range(len(output_names))
+        )
+        return Answer(tuple(outputs), tuple(said["dtypes"]))
+
+    def close(self) -> None:
+        """End the process, and remove what it wrote."""
+        self._end()
+        self.scratch.cleanup()
+
+    def _start(self) -> dict[str, Any]:
+        self.lines = queue.SimpleQueue()
+        with (self.folder / "said.txt").open("wb") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "selfattn_core.verifying.worker", str(self.folder / "job.json")],
+                env=environment(self.runtime.environment),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                encoding="utf-8",
+            )
+        threading.Thread(target=_read, args=(self.process, self.lines), daemon=True).start()
+        said = self._listen(_OPENING_SECONDS)
+        if said["event"] == "refused":
+            self._end()
+            raise VerifyError(f"{self.artifact}: {self.runtime.name} does not open it: {said['error']}")
+        return said
+
+    def _listen(self, seconds: float) -> dict[str, Any]:
+        """The next line, or how the process ended without one."""
+        try:
+            line = self.lines.get(timeout=seconds)
+        except queue.Empty:
+            self._end()
+            raise CrashedError(f"its process gave no answer in {seconds:g} s and was ended") from None
+        if not line:
+            raise CrashedError(self._ending())
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def _ending(self) -> str:
+        """How a process that went away ended, and the last that it printed."""
+        process = self.process
+        code = process.wait() if process is not None else 0
+        self._end()
+        how = f"died by signal {-code}" if code < 0 else f"exited with code {code}"
+        printed = (self.folder / "said.txt").read_text(encoding="utf-8", errors="replace").strip()
+        last = " | ".join(printed.splitlines()[-3:])
+        return f"its process {how}{f': {last}' if last else ''}"
+
+    def _end(self) -> None:
+        process, self.process = self.process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def _read(process: "subprocess.Popen[str]", lines: "queue.SimpleQueue[str]") -> None:
+    """Pass on every line, and an empty one at the end."""
+    if process.stdout is not None:
+        try:
+            for line in process.stdout:
+                lines.put(line)
+        except ValueError:
+            # It was closed by who ended the process.
+            pass
+    lines.put("")
+
+
+def _tensor(said: Mapping[str, Any]) -> Tensor:
+    shape = said["shape"]
+    return Tensor(said["name"], said["dtype"], None if shape is None else tuple(shape))

@@ -1,0 +1,181 @@
+"""What an artifact is asked: designed inputs on which a wrong layer shows, of the sizes that the file takes."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core import spec
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.verifying.errors import VerifyError
+
+__all__ = ["LARGEST_MAP", "Question", "own_question", "questions"]
+
+Array = NDArray[Any]
+Sizes = tuple[int | None, int | None, int | None]
+Kind = Literal["ordinary", "peaked", "huge", "flat", "shifted", "alike"]
+
+LARGEST_MAP = 2**26
+"""Weights of the largest map that the definition is computed of, half a gigabyte in float64; 8192 positions, unpooled."""
+
+# Of which the blocks of a memory-linear layer in float32, 8 MiB, hold less than half.
+_MANY_WEIGHTS = 9 * 2**19
+
+# The largest logit that an input of each kind leads to, about three standard deviations; and what the kind is.
+_LOGITS: Mapping[Kind, float] = {
+    "ordinary": 9.0,
+    "peaked": 90.0,
+    "huge": 3000.0,
+    "shifted": 9.0,
+    "alike": 9.0,
+}
+_WORDS: Mapping[Kind, str] = {
+    "ordinary": "logits up to 9",
+    "peaked": "logits up to 90, a peaked map",
+    "huge": "logits up to 3000",
+    "flat": "an input near 0",
+    "shifted": "an input far from 0",
+    "alike": "every position alike",
+}
+
+_OVERFLOWING: Mapping[str, tuple[Kind, ...]] = {
+    "float16": ("huge",),
+    "bfloat16": ("huge",),
+    # Ranges that were measured on other inputs cut these off, and rightly so.
+    "int8": ("huge", "peaked", "flat", "shifted", "alike"),
+}
+"""Kinds that are not asked in a format."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One input.
+
+    Args:
+        name: of what it is.
+        x: (B, H, W, C), float64 values that the file's input holds.
+    """
+
+    name: str
+    x: Array
+
+
+def questions(
+    config: SelfAttentionConfig, params: Mapping[str, Array], sizes: Sizes, precision: str, seed: int = 0
+) -> list[Question]:
+    """The designed inputs for a file.
+
+    Args:
+        config: the layer.
+        params: its weights, float64.
+        sizes: (B, H, W) that the file takes, None where open.
+        precision: that the file is held to.
+        seed: of the draws.
+
+    Raises:
+        VerifyError: if the sizes leave no pooling window, or a map that is too large.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    left_out = _OVERFLOWING.get(precision, ())
+    found = []
+    for shape, kinds in _shapes(config, sizes):
+        if problem := size_problem(config, shape):
+            raise VerifyError(problem)
+        for kind in kinds:
+            if kind not in left_out:
+                x = _draw(generator, (*shape, config.channels), kind)
+                x = _scaled(config, params, x, _LOGITS[kind]) if kind in _LOGITS else x
+                found.append(Question(f"{'×'.join(map(str, shape))}, {_WORDS[kind]}", x))
+    return found
+
+
+def own_question(config: SelfAttentionConfig, x: Array, name: str) -> Question:
+    """An input of the user's own.
+
+    Args:
+        config: the layer.
+        x: (B, H, W, C), finite.
+        name: of where it comes from.
+
+    Raises:
+        VerifyError: if its map is too small or too large.
+    """
+    batch, height, width, _ = x.shape
+    if problem := size_problem(config, (batch, height, width)):
+        raise VerifyError(f"{name}: {problem}")
+    return Question(f"{batch}×{height}×{width}, {name}", x.astype(np.float64))
+
+
+def size_problem(config: SelfAttentionConfig, shape: tuple[int, int, int]) -> str:
+    """Why maps of a size cannot be asked; empty if they can."""
+    _, height, width = shape
+    down, across = config.key_grid(height, width)
+    if not down * across:
+        return (
+            f"{height}×{width} positions hold no pooling window of {config.kv_pool}×{config.kv_pool}; "
+            "the layer that these weights are for does not take so small a map."
+        )
+    if height * width * down * across > LARGEST_MAP:
+        return (
+            f"{height}×{width} positions have a map of {height * width}×{down * across} weights; the definition is computed "
+            f"of {LARGEST_MAP} at most: export for a smaller map, or with open sizes."
+        )
+    return ""
+
+
+def _shapes(
+    config: SelfAttentionConfig, sizes: Sizes
+) -> Iterator[tuple[tuple[int, int, int], tuple[Kind, ...]]]:
+    every: tuple[Kind, ...] = ("ordinary", "peaked", "huge", "flat", "shifted", "alike")
+    side = config.kv_pool
+    many = _many(config)
+    wanted: list[tuple[tuple[int, int, int], tuple[Kind, ...]]] = [
+        ((2, 2 * side + 1, 3 * side), every),
+        ((1, 8 * side, 8 * side), ("ordinary", "huge")),
+        ((3, 2 * side, 5 * side), ("ordinary",)),
+        ((1, *many), ("ordinary", "peaked")),
+    ]
+    if None in sizes[1:]:
+        seen = set()
+        for shape, kinds in wanted:
+            fitted = _fitted(sizes, shape)
+            if fitted not in seen:
+                seen.add(fitted)
+                yield fitted, kinds
+    else:
+        yield _fitted(sizes, (2, 1, 1)), every
+
+
+def _fitted(sizes: Sizes, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    batch, height, width = (own if fixed is None else fixed for fixed, own in zip(sizes, shape, strict=True))
+    return batch, height, width
+
+
+def _many(config: SelfAttentionConfig) -> tuple[int, int]:
+    """A map of odd sides with more weights than several blocks hold."""
+    height = config.kv_pool
+    while True:
+        width = height + 5
+        down, across = config.key_grid(height, width)
+        if height * width * down * across >= _MANY_WEIGHTS:
+            return height, width
+        height += 2 if config.kv_pool % 2 else 1
+
+
+def _draw(generator: np.random.Generator, shape: tuple[int, ...], kind: Kind) -> Array:
+    x = generator.standard_normal(shape)
+    if kind == "alike":
+        return np.broadcast_to(x[:, :1, :1], shape).copy()
+    return x + 5 if kind == "shifted" else x / 1000 if kind == "flat" else x
+
+
+def _scaled(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array, wanted: float) -> Array:
+    """The input at the scale at which the largest logit is about what is wanted; that of biases does not grow with it."""
+    small = x[:1, : 4 * config.kv_pool, : 4 * config.kv_pool]
+    scale = 1.0
+    for _ in range(4):
+        logits = spec.magnitudes(config, params, small * scale)["logits"]
+        scale = float(np.clip(scale * np.sqrt(wanted / max(logits, 1e-6)), 1e-3, 1e4))
+    return x * scale

@@ -1,0 +1,249 @@
+"""Whether an exported file computes the function of some weights, compared with the numpy definition in float64."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.tolerance import measure
+from selfattn_core.features import read_features
+from selfattn_core.installed import missing_modules
+from selfattn_core.porting.anything import load_any
+from selfattn_core.verifying.containers import CONTAINERS, Container, Runtime, container_of
+from selfattn_core.verifying.diagnosis import Evidence, diagnose
+from selfattn_core.verifying.errors import VerifyError
+from selfattn_core.verifying.precision import PRECISIONS, expected, factor, found_precision, held
+from selfattn_core.verifying.process import Answer, CrashedError, Process
+from selfattn_core.verifying.questions import Question, own_question, questions
+from selfattn_core.verifying.report import Finding, VerifyReport
+from selfattn_core.verifying.signature import LAYOUTS, Layout, Signature, signature
+
+__all__ = ["verify"]
+
+Array = NDArray[Any]
+PathLike = str | os.PathLike[str]
+
+
+def verify(
+    artifact: PathLike,
+    weights: PathLike,
+    *,
+    container: str | None = None,
+    runtime: str | None = None,
+    input_name: str | None = None,
+    output_name: str | None = None,
+    map_name: str | None = None,
+    layout: Layout | None = None,
+    size: tuple[int, int] | None = None,
+    precision: str | None = None,
+    features: PathLike | None = None,
+    block: str | None = None,
+    dialect: str | None = None,
+    prefix: str | None = None,
+    settings: Mapping[str, str | bool | float] | None = None,
+) -> VerifyReport:
+    """Run an exported file on designed inputs, and compare with the definition at these weights.
+
+    The file runs in its own runtime, in a process of its own. Some containers hold code, which their runtime executes:
+    verify what you would run anyway.
+
+    Args:
+        artifact: a file of the layer, the folder of a SavedModel, or "module:function".
+        weights: a canonical file, or with `dialect` anybody's checkpoint.
+        container: name in `CONTAINERS`; by default the suffix says it.
+        runtime: which of the container's; by default the first that is installed.
+        input_name: of x, or where a part of a network begins.
+        output_name: of y, or where it ends.
+        map_name: of the attention map among the outputs; by default an output with three axes.
+        layout: "channels_last" or "channels_first", where shapes do not say it.
+        size: (H, W) of the maps, where sizes are open; by default several.
+        precision: "float32", "float16", "bfloat16" or "int8", what the file is held to; by default what it stores.
+        features: an `.npy` or `.npz` file with maps in the file's layout, asked instead of the designed inputs.
+        block: which layer of a canonical file.
+        dialect: of other weights.
+        prefix: which block of other weights.
+        settings: what other weights do not say.
+
+    Returns:
+        What was found; `passed` says whether every answer is within the limits.
+
+    Raises:
+        VerifyError: if the artifact or an option cannot be used, or does not fit the weights.
+        ValueError: if the weights cannot be used.
+        OSError: if a file cannot be read.
+        ModuleNotFoundError: if the runtime is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from selfattn_core import init_params, save
+        >>> config = SelfAttentionConfig(16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     weights = f"{folder}/new.safetensors"
+        ...     save(weights, config, init_params(config, seed=0))
+        ...     report = verify("numpy:copy", weights, layout="channels_last", size=(4, 5))
+        >>> report.passed, report.notes[0]
+        (True, 'gamma is 0, so that the function of these weights is y = x: nothing was learnt about the attention.')
+    """
+    artifact, weights = os.fspath(artifact), os.fspath(weights)
+    name = container_of(artifact, container)
+    _check_options(name, layout, precision, size, features)
+    chosen = _runtime(CONTAINERS[name], runtime, artifact)
+    config, given = load_any(weights, block=block, dialect=dialect, prefix=prefix, settings=settings)
+    params = {key: array.astype(np.float64) for key, array in given.items()}
+    names = tuple(each for each in (output_name, map_name) if each is not None)
+    with Process(chosen, artifact, input_name=input_name, output_names=names) as process:
+        try:
+            described = process.open()
+        except CrashedError as error:
+            raise VerifyError(f"{artifact}: {chosen.name} did not open it: {error}") from error
+        found = signature(
+            artifact,
+            described,
+            config,
+            input_name=input_name,
+            output_name=output_name,
+            map_name=map_name,
+            layout=layout,
+        )
+        held_to, why = (
+            found_precision(found.x.dtype, described.formats) if precision is None else (precision, "")
+        )
+        asked = _questions(config, params, found, held_to, size, features)
+        findings, evidence = _ask_all(process, config, params, found, held_to, asked)
+    wrong = not all(finding.passed for finding in findings)
+    return VerifyReport(
+        artifact=artifact,
+        weights=weights,
+        container=CONTAINERS[name].title,
+        runtime=chosen.name,
+        versions=described.versions,
+        config=config.to_dict(),
+        layout=found.layout,
+        sizes=found.sizes,
+        with_map=found.attention is not None,
+        precision=held_to,
+        why=why,
+        factor=factor(held_to),
+        findings=tuple(findings),
+        diagnosis=tuple(diagnose(config, params, evidence, factor(held_to)) if wrong else ()),
+        notes=(*described.notes, *_notes(params, evidence, factor(held_to))),
+    )
+
+
+def _check_options(
+    container: str, layout: str | None, precision: str | None, size: object, features: object
+) -> None:
+    problems = []
+    if layout is not None and layout not in LAYOUTS:
+        problems.append(f"layout {layout!r}: expected {' or '.join(LAYOUTS)}")
+    if precision is not None and precision not in PRECISIONS:
+        problems.append(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if size is not None and features is not None:
+        problems.append("size is that of designed inputs, and features are asked instead: give one of them")
+    if container == "callable" and layout is None:
+        problems.append(f"a function does not say its layout: give layout, one of {', '.join(LAYOUTS)}")
+    if problems:
+        raise VerifyError(f"{'; '.join(problems)}.")
+
+
+def _runtime(container: Container, name: str | None, artifact: str) -> Runtime:
+    runtimes = container.runtimes
+    if name is not None:
+        runtimes = tuple(each for each in runtimes if each.name == name)
+        if not runtimes:
+            known = ", ".join(each.name for each in container.runtimes)
+            raise VerifyError(f"runtime {name!r}: {container.title} files are run by {known}.")
+    for each in runtimes:
+        if not missing_modules(each.requires):
+            return each
+    missing = missing_modules(runtimes[0].requires)
+    raise ModuleNotFoundError(
+        f"{artifact}: a {container.title} file is run by {runtimes[0].name}, and {', '.join(missing)} is not installed: "
+        f"pip install {runtimes[0].install}",
+        name=missing[0],
+    )
+
+
+def _questions(
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    found: Signature,
+    precision: str,
+    size: tuple[int, int] | None,
+    features: PathLike | None,
+) -> list[Question]:
+    if features is not None:
+        x = read_features(Path(features), config, layout=found.layout)
+        batch = found.sizes[0] or 1
+        asked = [own_question(config, np.repeat(x[np.newaxis], batch, axis=0), os.fspath(features))]
+    else:
+        sizes = found.sizes if size is None else (found.sizes[0], *size)
+        asked = questions(config, params, sizes, precision)
+    return [Question(each.name, held(each.x, found.x.dtype, precision)) for each in asked]
+
+
+def _ask_all(
+    process: Process,
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    found: Signature,
+    precision: str,
+    asked: Sequence[Question],
+) -> tuple[list[Finding], list[Evidence]]:
+    findings, evidence = [], []
+    wanted = ("y",) if found.attention is None else ("y", "map")
+    # The first once more at the end: a file must not remember what it was asked.
+    asked = (*asked, Question(f"{asked[0].name}, once more after the others", asked[0].x))
+    for question in asked:
+        answer = _ask(process, found, question)
+        if answer.error:
+            findings.append(Finding(question.name, (), answer.error))
+            continue
+        expectations = expected(config, params, question, precision, wanted)
+        outputs = dict(zip(wanted, _canonical(answer, found), strict=True))
+        verdicts = tuple(
+            measure(name, outputs[name], expectations[name], factor(precision)) for name in wanted
+        )
+        findings.append(Finding(question.name, verdicts))
+        evidence.append(Evidence(question.x, outputs, expectations, findings[-1].passed))
+    if not evidence:
+        raise VerifyError(
+            f"{process.artifact}: {process.runtime.name} opens it and answers nothing: {findings[0].error}"
+        )
+    answered = {each.x.shape for each in evidence}
+    return [
+        replace(finding, refused=question.x.shape not in answered)
+        for finding, question in zip(findings, asked, strict=True)
+    ], evidence
+
+
+def _ask(process: Process, found: Signature, question: Question) -> Answer:
+    x = np.moveaxis(question.x, 3, 1) if found.layout == "channels_first" else question.x
+    names = (found.y,) if found.attention is None else (found.y, found.attention)
+    try:
+        return process.ask(np.ascontiguousarray(x), found.x.dtype, found.x.name, names)
+    except (CrashedError, VerifyError) as error:
+        return Answer(error=f"the runtime did not start again: {error}")
+
+
+def _canonical(answer: Answer, found: Signature) -> list[Array]:
+    y, *rest = (output.astype(np.float64) for output in answer.outputs)
+    return [np.moveaxis(y, 1, 3) if found.layout == "channels_first" and y.ndim == 4 else y, *rest]
+
+
+def _notes(params: Mapping[str, Array], evidence: Sequence[Evidence], allowed: float) -> Iterator[str]:
+    """What the verdict does not cover."""
+    if not params["gamma"].any():
+        yield "gamma is 0, so that the function of these weights is y = x: nothing was learnt about the attention."
+    elif evidence and all(_hidden(each, allowed) for each in evidence):
+        yield "the attention adds less to x than the limits allow: nothing was learnt about it."
+
+
+def _hidden(evidence: Evidence, allowed: float) -> bool:
+    """Whether the identity would have passed."""
+    return measure("y", evidence.x, evidence.expectations["y"], allowed).passed

@@ -1,0 +1,101 @@
+"""The process of an artifact: it opens the file, says what it takes, and answers one input after the other.
+
+Whatever the runtime does to the process, who asked is still there. It is asked by lines of JSON on standard input, and
+answers by such lines on what was standard output when it started; arrays lie in a folder.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.installed import imported
+from selfattn_core.verifying.artifact import Artifact, Tensor
+
+__all__ = ["main"]
+
+_LONGEST = 400
+
+
+def main(job_file: str) -> None:
+    """Open the artifact of a job, then answer until the other end closes.
+
+    Args:
+        job_file: JSON with "target", "artifact", "input", "outputs" and "folder".
+    """
+    channel = _private_output()
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    module, _, function = job["target"].partition(":")
+    try:
+        artifact = getattr(imported(module), function)(
+            job["artifact"], input_name=job["input"], output_names=tuple(job["outputs"])
+        )
+    except Exception as error:
+        _tell(channel, {"event": "refused", "error": _words(error)})
+        return
+    _tell(channel, {"event": "opened", **_described(artifact)})
+    folder = Path(job["folder"])
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            x = _cast(np.load(folder / "x.npy", allow_pickle=False), asked["dtype"])
+            outputs = artifact.run(x, asked["input"], tuple(asked["outputs"]))
+            for number, output in enumerate(outputs):
+                np.save(folder / f"output-{number}.npy", _wide(output), allow_pickle=False)
+        except Exception as error:
+            _tell(channel, {"event": "raised", "error": _words(error)})
+            continue
+        _tell(channel, {"event": "answered", "dtypes": [str(output.dtype) for output in outputs]})
+
+
+def _private_output() -> TextIO:
+    """Standard output for this module alone; what runtimes print goes to standard error."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return channel
+
+
+def _tell(channel: TextIO, event: dict[str, Any]) -> None:
+    channel.write(f"{json.dumps(event)}\n")
+    channel.flush()
+
+
+def _described(artifact: Artifact) -> dict[str, Any]:
+    def tensor(each: Tensor) -> dict[str, Any]:
+        return {"name": each.name, "dtype": each.dtype, "shape": each.shape}
+
+    return {
+        "inputs": [tensor(each) for each in artifact.inputs],
+        "outputs": [tensor(each) for each in artifact.outputs],
+        "versions": dict(artifact.versions),
+        "formats": sorted(artifact.formats),
+        "notes": list(artifact.notes),
+    }
+
+
+def _cast(x: NDArray[Any], dtype: str) -> NDArray[Any]:
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return x.astype(ml_dtypes.bfloat16)
+    return x.astype(dtype)
+
+
+def _wide(output: NDArray[Any]) -> NDArray[Any]:
+    """As a dtype that numpy's files hold; bfloat16 is none."""
+    return output if output.dtype.kind in "fiub" else output.astype(np.float32)
+
+
+def _words(error: Exception) -> str:
+    """The exception in a line; a runtime's own message may have many, and repeat itself."""
+    words = " ".join("".join(traceback.format_exception_only(error)).split())
+    return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 1]}…"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
