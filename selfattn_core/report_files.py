@@ -1,7 +1,7 @@
 """Files that a command's results go to: looked at before the work is done, and written after it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
@@ -13,9 +13,11 @@ __all__ = [
     "is_replaced",
     "is_same",
     "report_target",
+    "shared_targets",
     "target_problems",
     "would_replace",
     "write_report",
+    "write_reports",
 ]
 
 STANDARD_OUTPUT = "-"
@@ -68,6 +70,34 @@ def target_problems(
                 for name, kept in (keep or {}).items()
                 if would_replace(path, kept)
             ]
+    return problems
+
+
+def shared_targets(targets: Mapping[str, str]) -> list[str]:
+    """Why several reports of one run cannot be written where each of them could be.
+
+    Args:
+        targets: file by the option's name; "-" is standard output.
+
+    Returns:
+        One clause for each problem.
+
+    Example:
+        >>> shared_targets({"json": "-", "html": "-"})
+        ['--json and --html cannot both go to standard output']
+    """
+    places: dict[Path, list[str]] = {}
+    for option, target in targets.items():
+        if target != STANDARD_OUTPUT and is_replaced(Path(target)):
+            places.setdefault(Path(target).resolve(), []).append(f"--{option}")
+    problems = [
+        f"{' and '.join(options)} cannot all go to {place}"
+        for place, options in places.items()
+        if len(options) > 1
+    ]
+    to_output = [option for option, target in targets.items() if target == STANDARD_OUTPUT]
+    if len(to_output) > 1:
+        problems.append(f"--{' and --'.join(to_output)} cannot both go to standard output")
     return problems
 
 
@@ -127,3 +157,25 @@ def write_report(target: str, text: str) -> None:
         click.echo(text, nl=False)
         return
     write_atomically(Path(target), text.encode(), overwrite=True)
+
+
+def write_reports(targets: Mapping[str, str], text: Callable[[str], str]) -> None:
+    """Write every report of a run that can be written, and then say which could not: a run takes minutes.
+
+    Args:
+        targets: file by the option's name; "-" is standard output.
+        text: the report in the form of an option, which ends with a new line.
+
+    Raises:
+        OSError: if one could not be written; the others are.
+    """
+    failed = []
+    for option, target in targets.items():
+        try:
+            write_report(target, text(option))
+        except OSError as error:
+            if target == STANDARD_OUTPUT:
+                raise
+            failed.append(f"--{option} {target}: {error.strerror or error}")
+    if failed:
+        raise OSError(f"not written: {'; '.join(failed)}. The other reports are written.")

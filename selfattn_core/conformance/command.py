@@ -16,10 +16,10 @@ from selfattn_core.exit_codes import BAD_INPUT, CHECK_FAILED, MISSING
 from selfattn_core.reading import read_text
 from selfattn_core.report_files import (
     STANDARD_OUTPUT,
-    is_replaced,
     report_target,
+    shared_targets,
     target_problems,
-    write_report,
+    write_reports,
 )
 
 __all__ = ["FORMS", "conform", "tell_difference"]
@@ -60,18 +60,7 @@ def conform(
     ]
     targets = {form: report_target(target) for form, target in targets.items()}
     problems += target_problems(targets)
-    places: dict[Path, list[str]] = {}
-    for form, target in targets.items():
-        if target != STANDARD_OUTPUT and is_replaced(Path(target)):
-            places.setdefault(Path(target).resolve(), []).append(f"--{form}")
-    problems += [
-        f"{' and '.join(options)} cannot all go to {place}"
-        for place, options in places.items()
-        if len(options) > 1
-    ]
-    to_output = [form for form, target in targets.items() if target == STANDARD_OUTPUT]
-    if len(to_output) > 1:
-        problems.append(f"--{' and --'.join(to_output)} cannot both go to standard output")
+    problems += shared_targets(targets)
     if problems:
         raise click.UsageError(f"{'; '.join(problems)}.")
     chosen = list(dict.fromkeys(names)) or ([] if with_self_test else list(REGISTRY))
@@ -86,28 +75,14 @@ def conform(
             click.echo(f"not tried, {kill.mutant.name!r}: {kill.unasked}", err=True)
     kills = [kill for kill in kills if not kill.unasked]
     data = as_data(reports, seed=seed, level=level, kills=kills)
-    show(data, error_stream=bool(to_output))
-    _write_all(targets, data)
+    show(data, error_stream=STANDARD_OUTPUT in targets.values())
+    write_reports(targets, lambda form: FORMS[form](data))
     failed = any(not report.passed and not report.missing for report in reports)
     if any(report.refused for report in reports):
         return BAD_INPUT
     if failed or any(kill.outcome is None for kill in kills):
         return CHECK_FAILED
     return MISSING if any(report.missing for report in reports) else 0
-
-
-def _write_all(targets: Mapping[str, str], data: Mapping[str, Any]) -> None:
-    """Write every report that can be written, and then say which could not: a run takes minutes."""
-    failed = []
-    for form, target in targets.items():
-        try:
-            write_report(target, FORMS[form](data))
-        except OSError as error:
-            if target == STANDARD_OUTPUT:
-                raise
-            failed.append(f"--{form} {target}: {error.strerror or error}")
-    if failed:
-        raise OSError(f"not written: {'; '.join(failed)}. The other reports are written.")
 
 
 def tell_difference(old: Path, new: Path) -> int:

@@ -9,7 +9,13 @@ import click
 
 from selfattn_core import completion
 from selfattn_core.exit_codes import CHECK_FAILED
-from selfattn_core.report_files import STANDARD_OUTPUT, report_target, target_problems, write_report
+from selfattn_core.report_files import (
+    STANDARD_OUTPUT,
+    report_target,
+    shared_targets,
+    target_problems,
+    write_reports,
+)
 from selfattn_core.verifying.signature import Layout
 
 __all__ = ["verify"]
@@ -116,9 +122,15 @@ def verify(
     targets = {form: report_target(target) for form, target in files.items() if target is not None}
     read = {"ARTIFACT": artifact, "WEIGHTS": str(weights), "the file of --features": str(features or "")}
     keep = {name: path for name, path in read.items() if path and Path(path).exists()}
-    problems = target_problems(targets, keep=keep)
-    if len(set(targets.values())) < len(targets):
-        problems.append("--json and --html cannot both go to one file")
+    problems = target_problems(targets, keep=keep) + shared_targets(targets)
+    if dialect is None and (prefix or given):
+        problems.append(
+            "--prefix and --set say something of a file that is not canonical: name its dialect with --from"
+        )
+    if dialect is not None and block is not None:
+        problems.append(
+            "--block names a layer of a canonical file: with --from pass --prefix, the beginning of its keys"
+        )
     if problems:
         raise click.UsageError(f"{'; '.join(problems)}.")
     with warnings.catch_warnings(record=True) as caught:
@@ -146,10 +158,10 @@ def verify(
     for warning in caught:
         click.echo(f"warning: {warning.message}", err=True)
     click.echo(report.to_text(), err=STANDARD_OUTPUT in targets.values())
-    if "json" in targets:
-        content = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        write_report(targets["json"], f"{content}\n")
-    if "html" in targets:
-        write_report(targets["html"], report.to_html())
+    texts = {
+        "json": lambda: f"{json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)}\n",
+        "html": report.to_html,
+    }
+    write_reports(targets, lambda form: texts[form]())
     if not report.passed:
         sys.exit(CHECK_FAILED)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -90,12 +91,19 @@ def _explanations(
         raw = {name: params[name] for name in parameter_table(config)}
         words = "it applies the raw kernels, without spectral norm"
         yield words, _asked(Reference(), replace(config, spectral_norm=False), raw)
-    for mutant in function.MUTANTS:
-        if not mutant.raises:
-            seen = f" (as in {mutant.seen_in})" if mutant.seen_in else ""
-            backend = mutant.make()
-            if isinstance(backend, Reference):
-                yield f"{mutant.name}{seen}", _asked(backend, config, params)
+    for words, reference in _known_bugs():
+        yield words, _asked(reference, config, params)
+
+
+@cache
+def _known_bugs() -> tuple[tuple[str, Reference], ...]:
+    """Each is compiled from the definition's text, which takes longer than running it."""
+    made = ((mutant, mutant.make()) for mutant in function.MUTANTS if not mutant.raises)
+    return tuple(
+        (f"{mutant.name}{f' (as in {mutant.seen_in})' if mutant.seen_in else ''}", backend)
+        for mutant, backend in made
+        if isinstance(backend, Reference)
+    )
 
 
 def _asked(

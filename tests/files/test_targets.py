@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from selfattn_core import verifying
 from selfattn_core.cli import main
 from selfattn_core.conformance import command as conform_command
 from selfattn_core.conformance.outcome import BackendReport
+from selfattn_core.conformance.tolerance import Verdict
+from selfattn_core.verifying import Finding, VerifyReport
 from tests.files.devices import FULL, HOLE, make_device
 from tests.files.writers import WRITERS, Writer, make_inputs
 
@@ -28,6 +31,22 @@ def folder(tmp_path, monkeypatch) -> Path:
     make_inputs(tmp_path)
     reports = [BackendReport("torch", missing=("torch",), extra="torch")]
     monkeypatch.setattr(conform_command, "run_backends", lambda *_, **__: reports)
+    report = VerifyReport(
+        artifact="numpy:copy",
+        weights="new.safetensors",
+        container="module:callable",
+        runtime="python",
+        versions={},
+        config={},
+        layout="channels_last",
+        sizes=(None, None, None),
+        with_map=False,
+        precision="float32",
+        why="",
+        factor=8.0,
+        findings=(Finding("2×3×4", (Verdict("y", 0.0, 0.0, True),)),),
+    )
+    monkeypatch.setattr(verifying, "verify", lambda *_, **__: report)
     # Of the package the name `port` is the function.
     monkeypatch.setattr(sys.modules["selfattn_core.porting.port"], "check_framework", lambda *_: [])
     return tmp_path
@@ -308,7 +327,7 @@ def test_a_report_that_cannot_be_written_keeps_no_other_from_it(folder):
     assert (folder / "o.md").exists()
 
 
-@pytest.mark.parametrize("name", ["port --json", "inspect --json", "conform --json"])
+@pytest.mark.parametrize("name", ["port --json", "inspect --json", "conform --json", "verify --json"])
 def test_another_name_of_standard_output_is_standard_output(folder, name):
     """So that what is told to a person goes elsewhere."""
     done = CliRunner().invoke(main, WRITERS[name].command("/dev/stdout"))

@@ -39,6 +39,8 @@ def make_inputs(folder: Path, *, channels: int = 16) -> None:
         for name, row in parameter_table(config).items()
     }
     save(folder / "layer.safetensors", config, params)
+    # Of which the identity is the function.
+    save(folder / "new.safetensors", config, params | {"gamma": np.zeros(1, np.float32)})
     np.save(folder / "x.npy", generator.standard_normal((4, 5, channels)).astype(np.float32))
     Image.fromarray(generator.integers(0, 256, (20, 25, 3), dtype=np.uint8)).save(folder / "image.png")
 
@@ -72,6 +74,18 @@ WRITERS: Mapping[str, Writer] = {
     "inspect --json": Writer(
         lambda target: ["inspect", "layer.safetensors", "--json", target], ".json", forced=False
     ),
+    **{
+        f"verify --{form}": Writer(
+            lambda target, form=form: [
+                *("verify", "numpy:copy", "new.safetensors", "--layout", "channels_last", "--size", "3x4"),
+                *(f"--{form}", target),
+            ],
+            f".{form}",
+            forced=False,
+            reads="new.safetensors",
+        )
+        for form in ("json", "html")
+    },
     "attend": Writer(_attend, ".png", reads="image.png"),
     **{
         f"conform --{form}": Writer(_conform(form), f".{form}", forced=False, reads="")
