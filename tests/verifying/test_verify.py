@@ -235,3 +235,10 @@ def test_weights_of_anybody(tmp_path, monkeypatch):
     done = CliRunner().invoke(main, ["verify", f"{FUNCTIONS}:right", str(own), "--prefix", "a"])
     assert done.exit_code == 2
     assert "name its dialect with --from" in " ".join(done.output.split())
+
+
+def test_the_page_lists_every_container_and_runtime():
+    page = (ROOT / "docs" / "verify.md").read_text(encoding="utf-8")
+    for container in CONTAINERS.values():
+        for name in (*container.suffixes, *(runtime.name for runtime in container.runtimes)):
+            assert f"`{name}`" in page or name in (".mlpackage", ".mlmodel", ".mlmodelc", "python")
