@@ -22,15 +22,15 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
         path: of the file.
         input_name: of the tensor that is fed; by default the graph's own input.
         output_names: of the tensors that are read; by default the graph's own outputs.
+
+    Raises:
+        ValueError: if there are no such tensors, or what lies between them needs more than the first.
     """
     model = onnx.load(path)
     onnx.checker.check_model(path)
     source: Any = path
     if _is_part(model, input_name, output_names):
-        part = onnx.utils.Extractor(model).extract_model(
-            [input_name or model.graph.input[0].name], list(output_names) or [model.graph.output[0].name]
-        )
-        source = part.SerializeToString()
+        source = _part(model, input_name, output_names).SerializeToString()
     options = onnxruntime.SessionOptions()
     # Errors alone: warnings about a graph are its exporter's.
     options.log_severity_level = 3
@@ -52,6 +52,23 @@ def _is_part(model: Any, input_name: str | None, output_names: tuple[str, ...]) 
     inputs = {each.name for each in model.graph.input}
     outputs = {each.name for each in model.graph.output}
     return (input_name is not None and input_name not in inputs) or not outputs.issuperset(output_names)
+
+
+def _part(model: Any, input_name: str | None, output_names: tuple[str, ...]) -> Any:
+    """The graph between two tensors."""
+    start = input_name or model.graph.input[0].name
+    part = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(model)).extract_model(
+        [start], list(output_names) or [model.graph.output[0].name]
+    )
+    made = {name for node in part.graph.node for name in node.output}
+    made |= {start, "", *(each.name for each in part.graph.initializer)}
+    needed = {name for node in part.graph.node for name in node.input} - made
+    if needed:
+        raise ValueError(
+            f"what lies between {start} and its outputs needs {', '.join(sorted(needed))} too, perhaps its sizes: export the "
+            "network with fixed sizes, or the layer alone."
+        )
+    return part
 
 
 def _formats(model: Any) -> set[str]:

@@ -63,7 +63,13 @@ def _part(model: Any, input_name: str | None, output_names: tuple[str, ...]) -> 
     fed.output(0).set_names({input_name})
     for target in list(start.get_target_inputs()):
         target.replace_source_output(fed.output(0))
-    return openvino.Model(ends, [fed], "part")
+    try:
+        return openvino.Model(ends, [fed], "part")
+    except RuntimeError as error:
+        raise ValueError(
+            f"what lies between {input_name} and its outputs needs more, perhaps the sizes of the network's input: export the "
+            f"network with fixed sizes, or the layer alone. OpenVINO says: {error}"
+        ) from error
 
 
 def _formats(model: Any) -> set[str]:
