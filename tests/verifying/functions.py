@@ -61,12 +61,14 @@ def not_a_number(x: Array) -> Array:
     return y
 
 
-_CALLS = []
+_SEEN = set()
 
 
 def remembers(x: Array) -> Array:
-    _CALLS.append(1)
-    return right(x) + np.float32(0.01 * (len(_CALLS) > 2))
+    """What it was asked before."""
+    known = x.tobytes() in _SEEN
+    _SEEN.add(x.tobytes())
+    return right(x) + np.float32(0.01 * known)
 
 
 def even_sizes_only(x: Array) -> Array:

@@ -1,0 +1,50 @@
+"""The formats that files are held to: inputs that they hold, and floors in the order of their precision."""
+
+import numpy as np
+import pytest
+
+from selfattn_core import SelfAttentionConfig
+from selfattn_core.conformance.cases import Case
+from selfattn_core.conformance.inputs import inputs, rounded
+from selfattn_core.verifying.precision import PRECISIONS, expected, held
+from selfattn_core.verifying.questions import Question, questions
+
+CONFIG = SelfAttentionConfig(16, qk_channels=3, kv_pool=2)
+
+
+def params():
+    return inputs(Case("", "forward", "", CONFIG), "float64").params
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_an_input_is_held_by_the_file_and_by_the_format(dtype, precision):
+    x = np.random.default_rng(0).standard_normal((2, 3, 5))
+    given = held(x, dtype, precision)
+    assert given.dtype == np.float64
+    for each in {dtype, precision} - {"int8", "float64"}:
+        assert (rounded(given, each).astype(np.float64) == given).all()
+    assert not (given == x).any()
+
+
+def test_floors_are_in_the_order_of_the_formats():
+    x = np.random.default_rng(1).standard_normal((2, 5, 7, 16))
+    floors = [
+        expected(CONFIG, params(), Question("", held(x, "float32", each)), each, ("y", "map"))
+        for each in PRECISIONS
+    ]
+    for quantity in ("y", "map"):
+        heights = [floor[quantity].floor for floor in floors]
+        assert heights == sorted(heights)
+        assert all(2 * one < other for one, other in zip(heights[:-2], heights[1:-1], strict=True))
+
+
+def test_the_map_of_the_largest_question_has_several_blocks_and_odd_sides():
+    for pool in (1, 2, 3):
+        config = SelfAttentionConfig(16, kv_pool=pool)
+        drawn = inputs(Case("", "forward", "", config), "float64").params
+        shapes = {question.x.shape for question in questions(config, drawn, (None, None, None), "float32")}
+        _, height, width, _ = max(shapes, key=lambda shape: shape[1] * shape[2])
+        down, across = config.key_grid(height, width)
+        assert height * width * down * across * 4 > 2 * 8 * 2**20
+        assert height != width
