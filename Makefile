@@ -8,7 +8,7 @@ NEWEST ?= $(shell for python in python3.13 python3.12 python3.11 python3 python;
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check format conform calibrate golden golden-check bench docs fuzz test-processors test-loss test-peers test-newest wheel clean
+.PHONY: help demo test check format conform calibrate golden golden-check bench docs fuzz test-slow test-processors test-loss test-peers test-newest wheel clean
 help:  ## what the targets do
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -29,8 +29,11 @@ test: export OMP_NUM_THREADS ?= 1
 test: export OPENBLAS_NUM_THREADS ?= 1
 test: export MKL_NUM_THREADS ?= 1
 test: export TF_NUM_INTRAOP_THREADS ?= 1
-test: check  ## check, then every test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: check  ## check, then the tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+
+test-slow: $(INSTALLED)  ## the tests that take long for what they add to the others
+	$(BIN)/python -m pytest -m slow
 
 check: $(INSTALLED)  ## format, lint, types
 	$(BIN)/ruff format --check .

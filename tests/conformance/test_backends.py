@@ -27,7 +27,7 @@ def layouts(name):
 # They share the attention itself and, on JAX, the compiler, which takes a second for a derivative: of the families below
 # each is asked its part.
 GROUPS = (("keras-jax", "flax-nnx", "flax-linen"), ("torch", "keras-torch"), ("keras-tensorflow",))
-SHARED = ("forward", "map", "vjp", "r1", "mixed", "dtype")
+SHARED = ("forward", "map", "vjp", "r1", "mixed", "spectral_norm", "dtype", "compiled")
 
 
 def in_turns(name):

@@ -30,6 +30,7 @@ def test_a_gamma_that_is_no_parameter_of_torch():
     assert report.level is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["tensorflow", "torch"])
 def test_a_gamma_that_is_no_variable_of_keras(framework, monkeypatch):
     """As in copies written for Keras 2, where a `tf.Variable` was enough."""
@@ -39,6 +40,7 @@ def test_a_gamma_that_is_no_variable_of_keras(framework, monkeypatch):
     assert "expected 1 variables, but received 0" in report.outcomes[-1].message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["tensorflow", "jax"])
 def test_a_projection_that_is_created_in_every_call(framework, monkeypatch):
     """As in copies of DANet, whose answers are never twice the same."""
@@ -50,6 +52,7 @@ def test_a_projection_that_is_created_in_every_call(framework, monkeypatch):
     assert status["SA-DET-001"] <= {"fail", "error"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapter", "framework"), [("keras", "jax"), ("keras", "torch"), ("flax", "jax")])
 def test_a_state_that_moves_in_evaluation(adapter, framework, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", framework)

@@ -62,6 +62,7 @@ def test_its_values_conform(name):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLAIMS)
 def test_its_derivatives_conform(name, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -89,30 +89,31 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(start, tmp_path_factory):
-    """Folders of an unbroken run, of one that was resumed and of a step in 16 bits, of each program once asked for."""
+    """Folders of an unbroken run and of one that was resumed, of each program once asked for, and what they printed."""
     done = {}
 
     def run(framework):
         if framework not in done:
-            kinds = ("whole", "broken", "half")
-            whole, broken, half = (tmp_path_factory.mktemp(f"{framework}-{kind}") for kind in kinds)
+            whole, broken = (tmp_path_factory.mktemp(f"{framework}-{kind}") for kind in ("whole", "broken"))
             common = f"--quick --seed {SEED} --every {BROKEN} --precision float32"
             lines = [
                 f"{common} --steps {STEPS} --start {start} --folder {whole}",
                 f"{common} --steps {BROKEN} --start {start} --folder {broken}",
                 f"{common} --steps {STEPS} --resume --folder {broken}",
-                # The last, for in Keras the precision is the process's.
-                f"--quick --seed {SEED} --steps 1 --precision bfloat16 --start {start} --folder {half}",
             ]
             # What JAX has compiled for the first run serves the others, as it is: compiling is nearly all of their time.
             cache = str(tmp_path_factory.mktemp(f"{framework}-compiled"))
-            program = "-m", "tests.examples.programs", f"sagan_{framework}"
-            result = process(*program, *lines, JAX_COMPILATION_CACHE_DIR=cache)
-            assert result.returncode == 0, result.stdout + result.stderr
-            done[framework] = whole, broken, half, result.stdout
+            done[framework] = whole, broken, program(framework, *lines, JAX_COMPILATION_CACHE_DIR=cache)
         return done[framework]
 
     return run
+
+
+def program(framework, *lines, **environment):
+    """What a program prints, of runs with these options one after the other."""
+    result = process("-m", "tests.examples.programs", f"sagan_{framework}", *lines, **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def losses_of(folder):
@@ -163,7 +164,7 @@ def test_the_losses_are_those_of_float64_up_to_what_rounding_grows_to(framework,
 
 @pytest.mark.parametrize("framework", PROGRAMS)
 def test_a_resumed_run_is_the_unbroken_one(framework, runs):
-    whole, broken, *_ = runs(framework)
+    whole, broken, _ = runs(framework)
     assert [row["step"] for row in journal.read(whole)] == list(range(STEPS))
     assert journal.read(broken) == journal.read(whole)
     first, second = files.load_networks(whole), files.load_networks(broken)
@@ -179,7 +180,7 @@ def test_a_resumed_run_is_the_unbroken_one(framework, runs):
 def test_what_it_trained_goes_back_to_pytorch(framework, runs):
     from examples import sagan_torch
 
-    folder, _, _, said = runs(framework)
+    folder, _, said = runs(framework)
     assert said.count("allowed: 64): the same") == 3
     there = files.load_samples(folder)
     answers = []
@@ -198,7 +199,7 @@ def test_what_it_trained_goes_back_to_pytorch(framework, runs):
         assert load(folder / files.ATTENTION, block=name)[1]["gamma"] != np.float32(0.5)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_compiled_in_pytorch_it_computes_the_same(precision, start):
     from examples import sagan_torch
 
@@ -220,12 +221,17 @@ def test_compiled_in_pytorch_it_computes_the_same(precision, start):
         assert precision == "float32" or error > EPS["bfloat16"] / 8, "not in 16 bits"
 
 
-@pytest.mark.parametrize("framework", PROGRAMS)
-def test_a_step_in_sixteen_bits_has_the_losses_of_float32_but_for_their_rounding(framework, runs, start):
+@pytest.mark.parametrize(
+    "framework", [PROGRAMS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS[1:])]
+)
+def test_a_step_in_sixteen_bits_has_the_losses_of_float32_but_for_their_rounding(framework, start, tmp_path):
     """Its networks are judged in float32 all the same: what it begins with and what it hands on."""
     from examples import sagan_torch
 
-    half = runs(framework)[2]
+    half = tmp_path / "half"
+    program(
+        framework, f"--quick --seed {SEED} --steps 1 --precision bfloat16 --start {start} --folder {half}"
+    )
     wide = losses_of_first_step(start)
     (losses,) = losses_of(half)
     error = np.abs(losses - wide).max() / np.abs(wide).max()
