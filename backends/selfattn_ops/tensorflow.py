@@ -98,7 +98,8 @@ def _sizes(tensor: tf.Tensor) -> list[_Size]:
     known = tensor.shape.as_list()
     if None not in known:
         return known
-    running = tf.shape(tensor, out_type=tf.int64)
+    # Products of sizes pass 32 bits, a size does not: slices count in 32, and tf.shape refuses what is beyond them.
+    running = tf.cast(tf.shape(tensor), tf.int64)
     return [running[axis] if size is None else size for axis, size in enumerate(known)]
 
 
@@ -136,8 +137,8 @@ def _single(block_size: int | None, batch: _Size, rows: _Size, keys: _Size) -> b
     return tf.logical_or(tf.reduce_all(covered), tf.reduce_any(empty))
 
 
-def _shape(sizes: Sequence[_Size]) -> tf.Tensor:
-    return tf.stack([tf.cast(size, tf.int64) for size in sizes])
+def _shape(sizes: Sequence[_Size], dtype: tf.DType = tf.int64) -> tf.Tensor:
+    return tf.stack([tf.cast(size, dtype) for size in sizes])
 
 
 def _largest(one: _Size, other: _Size) -> _Size:
@@ -350,22 +351,23 @@ def _sweep(
         sums[:] = [one + other for one, other in zip(sums, addends, strict=True)]
 
     def again(index: tf.Tensor, arrays: list[tf.TensorArray], totals: list[tf.Tensor]) -> Any:
-        results, addends = body(index * step, size)
+        results, addends = body(index * tf.cast(step, tf.int32), size)
         added = [tf.ensure_shape(one + other, one.shape) for one, other in zip(totals, addends, strict=True)]
         return (
             index + 1,
-            [array.write(tf.cast(index, tf.int32), x) for array, x in zip(arrays, results, strict=True)],
+            [array.write(index, x) for array, x in zip(arrays, results, strict=True)],
             added,
         )
 
     if isinstance(steps, int) and steps == 1:
         once(0, size)
     else:
-        arrays = [tf.TensorArray(dtype, size=tf.cast(steps, tf.int32)) for dtype in dtypes]
+        turns = tf.cast(steps, tf.int32)
+        arrays = [tf.TensorArray(dtype, size=turns) for dtype in dtypes]
         _, arrays, sums = tf.while_loop(
-            lambda index, *_: index < steps,
+            lambda index, *_: index < turns,
             again,
-            (tf.constant(0, tf.int64), arrays, sums),
+            (tf.constant(0), arrays, sums),
             # Blocks that run beside one another also lie in memory beside one another.
             parallel_iterations=1,
             # XLA needs it to differentiate the loop, which only a third derivative does.
@@ -393,7 +395,9 @@ def _part(tensor: tf.Tensor, axis: int, start: _Size, count: _Size) -> tf.Tensor
         return tensor
     begin: list[_Size] = [0] * len(sizes)
     begin[axis], sizes[axis] = start, count
-    return tf.slice(tensor, _shape(begin), _shape(sizes))
+    # The converter to LiteRT narrows a constant size to 32 bits and leaves the loop's begin at 64; its runtime then reads
+    # either the one as the other, or refuses the file.
+    return tf.slice(tensor, _shape(begin, tf.int32), _shape(sizes, tf.int32))
 
 
 def _rowsum(scores: tf.Tensor) -> tf.Tensor:

@@ -26,8 +26,8 @@ def drawn(config):
     return inputs(Case("export", "forward", "", config, SIZES[0]), "float32")
 
 
-def model_of(config, layout, scores, *, batch=None, height=None, width=None):
-    layer = from_canonical(config, drawn(config).params, data_format=layout)
+def model_of(config, layout, scores, *, batch=None, height=None, width=None, block_size=None):
+    layer = from_canonical(config, drawn(config).params, data_format=layout, block_size=block_size)
     sizes = (
         (height, width, config.channels) if layout == "channels_last" else (config.channels, height, width)
     )
@@ -121,19 +121,23 @@ if FRAMEWORK == "tensorflow":
     # TensorFlow's own interpreter, which is to move to a package of its own.
     @pytest.mark.filterwarnings("ignore:(?s).*tf.lite.Interpreter is deprecated:UserWarning")
     @pytest.mark.parametrize(
-        ("config", "layout", "scores", "sizes"),
+        ("config", "layout", "scores", "sizes", "block_size"),
         [
             # Blocks of a number of positions that is not known are a loop, which LiteRT runs in its Flex delegate only.
-            pytest.param(FLAT, "channels_last", False, SIZES[:1], id="flat, of fixed sizes"),
-            pytest.param(POOLED, "channels_first", True, SIZES, id="pooled, with its map"),
+            pytest.param(FLAT, "channels_last", False, SIZES[:1], None, id="flat, of fixed sizes"),
+            # Six and a rest. With the loop's begin in 64 bits and the size in 32, this was NaN, or rows from elsewhere.
+            pytest.param(FLAT, "channels_last", False, SIZES[:1], 10, id="flat, of fixed sizes, in blocks"),
+            pytest.param(POOLED, "channels_first", True, SIZES, None, id="pooled, with its map"),
         ],
     )
-    def test_litert(config, layout, scores, sizes, tmp_path):
+    def test_litert(config, layout, scores, sizes, block_size, tmp_path):
         import tensorflow as tf
 
         path = str(tmp_path / "model.tflite")
         batch, height, width = sizes[0] if len(sizes) == 1 else (None, None, None)
-        model = model_of(config, layout, scores, batch=batch, height=height, width=width)
+        model = model_of(
+            config, layout, scores, batch=batch, height=height, width=width, block_size=block_size
+        )
         shape = model.inputs[0].shape
         signature = [tf.TensorSpec(shape, tf.float32, name="x")]
         model.export(path, format="litert", verbose=False, input_signature=signature)
