@@ -162,10 +162,10 @@ class SelfAttention2d(nn.Module):
             attended, attention = attend_with_map(query, key, value, block_size=self.block_size)
         else:
             attended = attend(query, key, value, block_size=self.block_size)  # (B, N, Dv)
-        attended = attended.mT.unflatten(-1, maps.shape[2:])  # (B, Dv, H, W)
+        attended = attended.transpose(-2, -1).unflatten(-1, maps.shape[2:])  # (B, Dv, H, W)
         if self.config.out_projection:
             attended = self.out(attended)  # (B, C, H, W)
-        y = torch.addcmul(maps, self.gamma.view(1, 1, 1, 1), attended)  # (B, C, H, W)
+        y = _scaled_sum(maps, self.gamma.view(1, 1, 1, 1), attended)  # (B, C, H, W)
         y = y if x.dim() == 4 else y.squeeze(0)
         if not need_weights:
             return y
@@ -193,4 +193,13 @@ class SelfAttention2d(nn.Module):
 
 def _rows(maps: torch.Tensor) -> torch.Tensor:
     """(B, D, H, W) to (B, N, D), positions in row-major order."""
-    return maps.flatten(2).mT
+    # Not `.mT`, which the older converters do not know.
+    return maps.flatten(2).transpose(-2, -1)
+
+
+def _scaled_sum(maps: torch.Tensor, gain: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """Gain times attended, plus maps."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        # Core ML's converter knows no addcmul. Run here, the two would take up to a third longer and another map.
+        return maps + gain * attended
+    return torch.addcmul(maps, gain, attended)

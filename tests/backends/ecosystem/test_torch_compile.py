@@ -1,6 +1,7 @@
 """The layer compiled, exported and run by ONNX Runtime."""
 
 import io
+import warnings
 
 import numpy as np
 import onnxruntime
@@ -230,6 +231,33 @@ def test_onnx_runtime_gives_the_same_at_any_size(layer_of, tmp_path):
         want = spec.forward(case.config, params, maps.double().permute(0, 2, 3, 1).numpy())
         error = np.abs(y.transpose(0, 2, 3, 1) - want).max()
         assert error <= 16 * np.finfo("float32").eps * np.abs(want).max()
+
+
+# The older exporter is deprecated, and warns of each size that the layer checks.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@BOTH
+def test_onnx_by_the_older_exporter_which_traces(layer_of, tmp_path):
+    layer, x, _, case = designed(f"SA-FWD-{layer_of}")
+    axes = dict(enumerate("bchw"))
+    torch.onnx.export(
+        layer, (x,), tmp_path / "layer.onnx", dynamo=False, input_names=["x"], dynamic_axes={"x": axes}
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx", providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": x.numpy()})
+    verdict = judge("y", y.transpose(0, 2, 3, 1), expect(case, "float32")["y"], "float32")
+    assert verdict.passed, verdict.message
+
+
+def test_an_exported_layer_has_operators_that_converters_know():
+    layer, x, _, _ = designed("SA-FWD-006")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(layer, (x,))
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    kinds |= {str(node.target) for node in torch.export.export(layer, (x,)).graph.nodes}
+    assert {"aten::transpose", "aten.transpose.int"} <= kinds
+    # Tracing converters stop at the first, Core ML's at the others.
+    assert kinds.isdisjoint({"aten::mT", "aten::addcmul", "aten.addcmul.default"})
 
 
 def test_onnx_with_the_map(tmp_path):
