@@ -173,7 +173,7 @@ class SelfAttention2d(nn.Module):
 
     def _pool(self, maps: torch.Tensor) -> torch.Tensor:
         side = self.config.kv_pool
-        return nn.functional.max_pool2d(maps, side) if side > 1 else maps
+        return nn.functional.max_pool2d(maps, side, side) if side > 1 else maps
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What `torch.jit.script` calls first, also for a layer inside another module."""

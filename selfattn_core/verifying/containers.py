@@ -110,6 +110,11 @@ CONTAINERS: Mapping[str, Container] = {
         (".pt2",),
         (Runtime("torch", "selfattn_runtimes.torch_export:open_artifact", ("torch",), "'selfattn[torch]'"),),
     ),
+    "executorch": Container(
+        "ExecuTorch",
+        (".pte",),
+        (Runtime("executorch", "selfattn_runtimes.executorch:open_artifact", ("executorch",), "executorch"),),
+    ),
     "jax-export": Container(
         "jax.export",
         (".jax", ".jax_export", ".stablehlo"),

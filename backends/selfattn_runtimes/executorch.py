@@ -1,0 +1,45 @@
+"""Programs of ExecuTorch (`.pte`), run by its Python runtime."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.runtime import Runtime
+from numpy.typing import NDArray
+
+from selfattn_core.verifying.artifact import Artifact, Tensor
+
+__all__ = ["open_artifact"]
+
+
+def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str, ...]) -> Artifact:
+    """Open a program.
+
+    Args:
+        path: of the file.
+        input_name: of the input; the whole program is run.
+        output_names: of outputs; the whole program is run.
+    """
+    # The program lives as long as its method.
+    program = Runtime.get().load_program(Path(path))
+    method = program.load_method("forward")
+    if method is None:
+        raise ValueError(f"it has no method forward; it has {', '.join(sorted(program.method_names))}.")
+    said = method.metadata
+    inputs = [_tensor(f"input {at}", said.input_tensor_meta(at)) for at in range(said.num_inputs())]
+    outputs = [_tensor(f"output {at}", said.output_tensor_meta(at)) for at in range(said.num_outputs())]
+
+    def run(x: NDArray[Any], _: str, names: tuple[str, ...]) -> list[NDArray[Any]]:
+        with torch.no_grad():
+            answered = method.execute([torch.from_numpy(x)])
+        by_name = {each.name: value for each, value in zip(outputs, answered, strict=True)}
+        # A copy: the runtime writes the next answer into the same memory.
+        return [by_name[name].numpy().copy() for name in names]
+
+    note = "a program does not say whether its sizes are open, but the largest that it plans memory for; it was asked at these"
+    return Artifact(tuple(inputs), tuple(outputs), run, {}, notes=(note,))
+
+
+def _tensor(name: str, said: Any) -> Tensor:
+    dtypes = {5: "float16", 6: "float32", 7: "float64", 15: "bfloat16"}
+    return Tensor(name, dtypes.get(said.dtype(), f"ScalarType {said.dtype()}"), tuple(said.sizes()))
