@@ -8,7 +8,7 @@ NEWEST ?= $(shell for python in python3.13 python3.12 python3.11 python3 python;
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check format conform calibrate golden golden-check bench docs fuzz test-slow test-processors test-loss test-peers test-newest wheel clean
+.PHONY: help demo test check format conform calibrate golden golden-check bench docs fuzz test-slow test-processors test-loss test-peers test-exports test-newest wheel clean
 help:  ## what the targets do
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -80,6 +80,15 @@ test-peers:  ## port real layers of published packages, compare outputs and grad
 	.venv-peers/bin/python -m pip install --quiet --no-deps -r tests/peers/requirements.txt
 	PYTHONPATH=.:backends .venv-peers/bin/python -m pytest tests/peers/check_peers.py -o filterwarnings=default
 
+# An environment of its own: exporters and runtimes are many, large, and choose versions of what they share.
+test-exports: export OMP_NUM_THREADS ?= 1
+test-exports: export TF_NUM_INTRAOP_THREADS ?= 1
+test-exports:  ## every exporter and runtime against the numpy specification; written to docs/exports.md: an hour
+	test -d .venv-exports || $(PYTHON) -m venv .venv-exports
+	.venv-exports/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	.venv-exports/bin/python -m pip install --quiet -c constraints.txt -e '.[all]' --group test --group exports
+	.venv-exports/bin/python -m tests.exports
+
 # Without constraints.txt. TORCH_INDEX may name an index that has builds of torch for the CPU.
 test-newest:  ## the newest releases of the frameworks against the numpy specification; written to docs/versions.md
 	test -d .venv-newest || $(NEWEST) -m venv .venv-newest
@@ -90,4 +99,4 @@ wheel: $(INSTALLED)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove the environment and everything built
-	rm -rf .venv .venv-peers .venv-newest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-exports .venv-newest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

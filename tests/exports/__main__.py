@@ -1,6 +1,7 @@
 """Every exporter and runtime, held to the numpy definition: `make test-exports`.
 
-Prints how each cell ended and the counts, writes the table into `docs/exports.md`, and ends with 1 if any is wrong.
+Prints how each cell ended and the counts, writes the table into `docs/exports.md`, and ends with 1 if any is wrong, or if a block of the
+pages that needs these packages does not run.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from selfattn_core.weights import write_atomically
 from tests.exports.cells import EXPORTERS, FORMS
 from tests.exports.page import in_page, table
 from tests.exports.sweep import Cell, kept, sweep
+from tests.test_docs import failures, fenced
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "exports.md"
@@ -45,7 +47,11 @@ def main() -> int:
     if every := kept(FOLDER):
         page = in_page(PAGE.read_text(encoding="utf-8"), table(every))
         write_atomically(PAGE, page.encode(), overwrite=True)
-    return CHECK_FAILED if counts["wrong"] else 0
+    # Blocks of the pages that need one of these packages.
+    broken = failures(fenced("python", elsewhere=True))
+    for place, error in broken.items():
+        sys.stderr.write(f"{place}: {error}\n")
+    return CHECK_FAILED if counts["wrong"] or broken else 0
 
 
 if __name__ == "__main__":
