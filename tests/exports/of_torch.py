@@ -87,10 +87,10 @@ def onnx_traced(form: Form, path: Path) -> None:
 def _openvino(model: Any, form: Form, path: Path, **options: Any) -> None:
     import openvino
 
-    channels = CONFIGS[form.config].channels
     batch, height, width = (-1, -1, -1) if form.open else SIZES
-    converted = openvino.convert_model(model, input=[("x", [batch, channels, height, width])], **options)
-    openvino.save_model(converted, path, compress_to_fp16=False)
+    # Without it, also the fixed sizes of a program of torch.export become open in the file, and others are refused.
+    shape = [batch, CONFIGS[form.config].channels, height, width]
+    openvino.save_model(openvino.convert_model(model, input=shape, **options), path, compress_to_fp16=False)
 
 
 def openvino_traced(form: Form, path: Path) -> None:
@@ -98,9 +98,7 @@ def openvino_traced(form: Form, path: Path) -> None:
 
 
 def openvino_exported(form: Form, path: Path) -> None:
-    import openvino
-
-    openvino.save_model(openvino.convert_model(_program(form)), path, compress_to_fp16=False)
+    _openvino(_program(form), form, path)
 
 
 def executorch(form: Form, path: Path) -> None:
