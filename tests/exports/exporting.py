@@ -15,6 +15,7 @@ from tests.exports.cells import EXPORTERS, FORMS
 __all__ = ["SAID", "artifact"]
 
 SAID = "said.jsonl"
+_LONGEST = 400
 
 
 def artifact(folder: Path, form: str, suffix: str) -> Path:
@@ -30,8 +31,7 @@ def artifact(folder: Path, form: str, suffix: str) -> Path:
 
 def reason(error: BaseException) -> str:
     """What a tool says, in a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST] or 'no message'}"
 
 
 def main(name: str, folder: Path, words: list[str]) -> None:

@@ -115,7 +115,9 @@ def executorch(form: Form, path: Path) -> None:
 def litert_torch(form: Form, path: Path) -> None:
     import litert_torch as converter
 
-    sizes = [torch.export.Dim(name, min=4, max=_LARGEST) for name in "bhw"]
+    sizes = [
+        torch.export.Dim(name, min=least, max=_LARGEST) for name, least in zip("bhw", (1, 4, 4), strict=True)
+    ]
     dynamic = ({0: sizes[0], 2: sizes[1], 3: sizes[2]},) if form.open else None
     converter.convert(_layer(form), (_example(form),), dynamic_shapes=dynamic).export(str(path))
 
