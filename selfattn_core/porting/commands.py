@@ -133,6 +133,7 @@ def port(
 
     What was done to every tensor is reported. Exit code 1 means that a check failed, 2 a refusal; nothing is written then.
     """
+    from selfattn_core.porting.errors import VerificationError
     from selfattn_core.porting.port import port as run
 
     given = {}
@@ -143,20 +144,23 @@ def port(
         given[name] = value
     kept = {"SRC": source, "DST": target, "the file of --check": check, "the dialect of --from": dialect}
     json_file = _json_target(json_file, {name: Path(path) for name, path in kept.items() if path})
-    report = run(
-        source,
-        target,
-        dialect=dialect,
-        prefix=prefix or None,
-        to=to,
-        settings=given,
-        check=check,
-        dtype=dtype,
-        keep_spectral_norm=keep_spectral_norm,
-        strict=not allow_unused,
-        dry_run=dry_run,
-        overwrite=force,
-    )
+    try:
+        report = run(
+            source,
+            target,
+            dialect=dialect,
+            prefix=prefix or None,
+            to=to,
+            settings=given,
+            check=check,
+            dtype=dtype,
+            keep_spectral_norm=keep_spectral_norm,
+            strict=not allow_unused,
+            dry_run=dry_run,
+            overwrite=force,
+        )
+    except VerificationError as error:
+        report = error.report
     click.echo(report.to_text(), err=json_file == STANDARD_OUTPUT)
     if json_file:
         write_report(json_file, _as_json(report.to_dict()))

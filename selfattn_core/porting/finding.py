@@ -1,5 +1,6 @@
 """The blocks of a file that a dialect describes, or everything that stands in the way, at once."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from selfattn_core.porting.report import listed
 from selfattn_core.porting.settings import Settings
 from selfattn_core.weights import FORMAT, configs_of
 
-__all__ = ["Found", "canonical_configs", "find_blocks", "index_of", "shown"]
+__all__ = ["Found", "canonical_configs", "find_blocks", "index_of", "shown", "stored_pools"]
 
 
 @dataclass(frozen=True)
@@ -168,3 +169,23 @@ def canonical_configs(tensors: Tensors, chosen: Dialect) -> dict[str, SelfAttent
         return configs_of(tensors.path, tensors.metadata)
     except ValueError as error:
         raise PortError(str(error)) from error
+
+
+def stored_pools(tensors: Tensors, chosen: Dialect) -> dict[str, int]:
+    """The `kv_pool` of the blocks whose file says it beside the tensors, by prefix as `normal` makes it.
+
+    A reader finds it where a layer of this library left it; a file that `port` wrote has it in the report it carries.
+    """
+    if chosen.kv_pool_stored:
+        return {}
+    found = {normal(prefix): pool for prefix, pool in tensors.pools.items()}
+    try:
+        report = json.loads(tensors.metadata["port"])
+        if report["target_dialect"].startswith(f"{chosen.name}:"):
+            for block in report["blocks"]:
+                config = SelfAttentionConfig.from_dict(block["config"])
+                found.setdefault(normal(block["block"]), config.kv_pool)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        # No report of ours, which nothing says that it should be.
+        return found
+    return found

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from selfattn_core.porting.dialects import Dialect, dialect, dialect_names
-from selfattn_core.porting.finding import canonical_configs, index_of, shown
+from selfattn_core.porting.finding import canonical_configs, index_of, shown, stored_pools
 from selfattn_core.porting.importing import plan, state_notes
 from selfattn_core.porting.matching import KeyIndex, match, prefixes
 from selfattn_core.porting.readers import Tensors, open_tensors
@@ -176,8 +176,9 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
     settings = settings_of(chosen, {})
     configs = canonical_configs(tensors, chosen) or {}
     own = configs.get(prefix.rstrip("/").replace("/", "."))
-    if own:
-        settings = replace(settings, kv_pool=own.kv_pool, plain=not own.spectral_norm)
+    pool = own.kv_pool if own else stored_pools(tensors, chosen).get(prefix.rstrip("/"))
+    if pool is not None:
+        settings = replace(settings, kv_pool=pool, plain=own is not None and not own.spectral_norm)
     planned = plan(found, tensors, settings)
     config = planned.config.to_dict() if planned.config else None
     reasons = [telltale.reason for telltale in found.telltales]
@@ -202,6 +203,6 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
             (),
             chosen.caveats,
         )
-    assumed = (*given, *(str(one) for one in planned.assumptions if not (own and one.setting == "kv_pool")))
+    assumed = (*given, *(str(one) for one in planned.assumptions if pool is None or one.setting != "kv_pool"))
     notes = (*chosen.caveats, *state_notes(planned, tensors.read))
     return Fit(name, title, "fits", variant, config, (), assumed, notes)

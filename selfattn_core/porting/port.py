@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.porting.checking import check_framework, check_output, read_io
 from selfattn_core.porting.dialects import Dialect, dialect
-from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.errors import PortError, VerificationError
 from selfattn_core.porting.exporting import Exported, export_block, separator
-from selfattn_core.porting.finding import Found, canonical_configs, find_blocks, index_of
-from selfattn_core.porting.importing import Imported, checksum, import_block, plan
+from selfattn_core.porting.finding import Found, canonical_configs, find_blocks, index_of, stored_pools
+from selfattn_core.porting.importing import Imported, Plan, checksum, import_block, plan
 from selfattn_core.porting.inspecting import candidates
 from selfattn_core.porting.lazy import LazyArrays
 from selfattn_core.porting.matching import match, normal
@@ -71,9 +71,10 @@ def port(
         overwrite: whether an existing target may be replaced.
 
     Returns:
-        What was done; `passed` is False, and nothing was written, if a check failed.
+        What was done. Every check that ran has passed.
 
     Raises:
+        VerificationError: a PortError whose `report` says which check failed; nothing was written.
         PortError: if it cannot be done, with every reason; nothing was written.
         ModuleNotFoundError: if a format's own library is not installed.
 
@@ -119,7 +120,8 @@ def load(
         keep_spectral_norm: as in `port`.
 
     Warns:
-        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have.
+        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
+            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
 
     Raises:
         PortError: as `port`.
@@ -141,6 +143,16 @@ def load(
         if len(found) > 1:
             names = ", ".join(block.prefix for block in found)
             raise PortError(f"{path}: {prefix!r} names {len(found)} blocks: {names}; name one.")
+        if any(one.setting == "kv_pool" for one in found[0].plan.assumptions) and "kv_pool" not in (
+            settings or {}
+        ):
+            assert found[0].plan.config is not None  # noqa: S101 - it has no problems
+            pool = found[0].plan.config.kv_pool
+            warnings.warn(
+                f"{path}: does not say whether the layer pools key and value, and its tensors do not show it: kv_pool = {pool} is "
+                f'assumed. Say it with settings={{"kv_pool": {pool}}}, or with the window of the layer that was saved.',
+                stacklevel=2,
+            )
         block = import_block(found[0].plan, tensors.read, dtype=dtype, keep_spectral_norm=keep_spectral_norm)
         for note in block.notes:
             warnings.warn(f"{path}: {note}.", stacklevel=2)
@@ -220,7 +232,9 @@ class _Port:
             )
             layers = {block.name: (block.config, block.imported.params) for block in blocks}
             report = replace(report, checks=(*report.checks, *check_framework(self.to.name, layers)))
-            if not report.passed or self.options.dry_run:
+            if not report.passed:
+                raise VerificationError(report)
+            if self.options.dry_run:
                 return report
             report = replace(report, written=True)
             self._write(self.target, blocks, report, overwrite=self.options.overwrite)
@@ -307,13 +321,7 @@ class _Port:
             return Check(name, "failed", "; ".join((*planned.problems, *planned.match.missing)))
         again = import_block(planned, tensors.read, keep_spectral_norm=block.config.spectral_norm)
         if planned.match.unused or _plain(block.exported):
-            sums = (
-                {key: one.sha256 for key, one in side.origins.items()} for side in (again, block.imported)
-            )
-            same = again.config == block.config and next(sums) == next(sums)
-            return Check(
-                name, "passed" if same else "failed", "the same config and bits" if same else "other tensors"
-            )
+            return Check(name, *_comparison(block, again))
         x = np.random.Generator(np.random.PCG64(1)).standard_normal(
             (2, 2 * block.config.kv_pool + 1, 3 * block.config.kv_pool, block.config.channels)
         )
@@ -343,6 +351,30 @@ class _Port:
         if report:
             metadata["port"] = json.dumps(report.to_dict(), ensure_ascii=False)
         write_tensors(path, tensors, container=self.container, metadata=metadata, overwrite=overwrite)
+
+
+def _comparison(block: _Block, again: Imported) -> tuple[Literal["passed", "failed"], str]:
+    """Whether what was read back is the same layer bit for bit; biases of zeros that one side lacks are the same function."""
+    there, here = again.origins, block.imported.origins
+    if _without_biases(again.config) != _without_biases(block.config):
+        return "failed", f"another layer: {again.config}"
+    wrong = [name for name in there if name in here and there[name].sha256 != here[name].sha256]
+    made = [name for name in there if name not in here]
+    gone = [name for name in here if name not in there]
+    wrong += [name for name in made if again.params[name].any()]
+    wrong += [name for name in gone if block.imported.params[name].any()]
+    if wrong:
+        return "failed", f"other tensors: {', '.join(wrong)}"
+    detail = "the same config and bits"
+    if made or gone:
+        detail = (
+            f"the same bits; {', '.join(made or gone)} {'are made, and' if made else 'are left out:'} zeros"
+        )
+    return "passed", detail
+
+
+def _without_biases(config: SelfAttentionConfig) -> SelfAttentionConfig:
+    return SelfAttentionConfig.from_dict(config.to_dict() | {"use_bias": False})
 
 
 def _check_kept(target: Path, read: Mapping[str, PathLike | None]) -> None:
@@ -424,11 +456,31 @@ def _found(
     settings = settings_of(chosen, given)
     configs = canonical_configs(tensors, chosen)
     if configs is None:
-        return find_blocks(tensors, chosen, settings, prefix=prefix, strict=strict)
+        pools = stored_pools(tensors, chosen)
+        found = find_blocks(tensors, chosen, settings, prefix=prefix, strict=strict)
+        return [_with_pool(tensors, one, pools.get(normal(one.prefix)), settings) for one in found]
     found = find_blocks(
         tensors, chosen, settings, prefix=[""] if "" in configs and prefix is None else prefix, strict=strict
     )
     return [_with_config(tensors, one, configs, settings) for one in found]
+
+
+def _with_pool(tensors: Tensors, found: Found, pool: int | None, settings: Settings) -> Found:
+    """A block whose pooling the file says, if it does."""
+    if pool is None:
+        return found
+    if settings.kv_pool not in (None, pool):
+        raise PortError(_contradiction(tensors, pool, settings))
+    planned = plan(found.plan.match, tensors, replace(settings, kv_pool=pool))
+    return Found(found.prefix, _without_assumed_pool(planned))
+
+
+def _contradiction(tensors: Tensors, pool: int, settings: Settings) -> str:
+    return f"{tensors.path}: its metadata says kv_pool = {pool}, so --set kv_pool={settings.kv_pool} would contradict it."
+
+
+def _without_assumed_pool(planned: Plan) -> Plan:
+    return replace(planned, assumptions=tuple(one for one in planned.assumptions if one.setting != "kv_pool"))
 
 
 def _with_config(
@@ -440,9 +492,7 @@ def _with_config(
     if config is None:
         raise PortError(f"{tensors.path}: its metadata has no config of block {name!r}.")
     if settings.kv_pool not in (None, config.kv_pool):
-        raise PortError(
-            f"{tensors.path}: its metadata says kv_pool = {config.kv_pool}, so --set kv_pool={settings.kv_pool} would contradict it."
-        )
+        raise PortError(_contradiction(tensors, config.kv_pool, settings))
     planned = plan(
         found.plan.match, tensors, replace(settings, kv_pool=config.kv_pool, plain=not config.spectral_norm)
     )
@@ -454,8 +504,7 @@ def _with_config(
         raise PortError(
             f"{tensors.path}: its metadata says spectral_norm = {config.spectral_norm}, and its tensors u and v say otherwise."
         )
-    assumptions = tuple(one for one in planned.assumptions if one.setting != "kv_pool")
-    return Found(found.prefix, replace(planned, assumptions=assumptions))
+    return Found(found.prefix, _without_assumed_pool(planned))
 
 
 def _replace_norm(shapes: SelfAttentionConfig, config: SelfAttentionConfig) -> SelfAttentionConfig:

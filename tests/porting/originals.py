@@ -340,7 +340,8 @@ def _flat(row, seed):
     name, names, form, attend, axes, bias, more = row
     tensors = torch_checkpoint(seed, names, WIDTHS, form, axes, bias, **more)
     forward = flat_layer(names, gain("gamma"), KERNEL[form], attend, bias)
-    return Original(name, under("net.attn.", tensors), forward, "BCHW", "net.attn.", {})
+    settings = {"kv_pool": 1} if name == "torch" else {}
+    return Original(name, under("net.attn.", tensors), forward, "BCHW", "net.attn.", settings)
 
 
 def _pooled(row, seed):

@@ -10,12 +10,15 @@ Source: keras/src/saving/saving_lib.py and legacy/saving/legacy_h5_format.py for
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from selfattn_core.params import KV_POOL
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.readers.archive import Archive
 from selfattn_core.porting.readers.hdf5 import Dataset, Hdf5
+from selfattn_core.porting.readers.limits import MAX_DEPTH
 from selfattn_core.porting.readers.source import Source
 from selfattn_core.porting.readers.tensors import Entry, Tensors
 
@@ -26,6 +29,7 @@ CONTINUED = " continued "
 Keys = tuple[str, ...]
 
 _WEIGHTS = "model.weights.h5"
+_OURS = "selfattn>SelfAttention2D"
 # Attributes of older files that describe the model.
 _CONFIGS = {"model_config", "training_config"}
 # Variables of layers of Keras in the order in which they save them. By the class, in a list of layers.
@@ -71,22 +75,62 @@ def open_keras(path: Path) -> Tensors:
             raise PortError(f"{path}: is a .keras archive without {_WEIGHTS}; save the model as one file.")
         place = archive.place(_WEIGHTS)
         size = archive.members[_WEIGHTS].file_size
-        return _open(archive.source, place, size, _versions(archive), archive.close)
+        pools = _pools(_json(archive, "config.json"))
+        return _open(archive.source, place, size, _versions(archive), archive.close, pools)
     except BaseException:
         archive.close()
         raise
 
 
 def _versions(archive: Archive) -> dict[str, str]:
+    content = _json(archive, "metadata.json")
+    return {"keras_version": str(content["keras_version"])} if "keras_version" in content else {}
+
+
+def _json(archive: Archive, name: str) -> dict[str, Any]:
+    """A JSON object of the archive; an empty one if it is not there, or is none."""
     try:
-        content = json.loads(archive.read("metadata.json"))
-        return {"keras_version": str(content["keras_version"])}
+        content = json.loads(archive.read(name))
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _pools(model: dict[str, Any]) -> dict[str, int]:
+    """The pooling of layers of ours by the path to their variables, from the config of a model."""
+    found = {}
+    waiting: list[tuple[dict[str, Any], Keys]] = [(model, ())]
+    while waiting:
+        layer, path = waiting.pop()
+        config = layer.get("config")
+        if len(path) > MAX_DEPTH or not isinstance(config, dict):
+            continue
+        pool = config.get("kv_pool")
+        if (
+            _OURS in (layer.get("class_name"), layer.get("registered_name"))
+            and type(pool) is int
+            and pool > 0
+        ):
+            found["/".join(path)] = pool
+        children = config.get("layers")
+        for child in children if isinstance(children, list) else ():
+            inner = child.get("config") if isinstance(child, dict) else None
+            if isinstance(inner, dict):
+                waiting.append((child, (*path, "layers", str(inner.get("name")))))
+        # A wrapper, or a layer that is an attribute of one.
+        for name, child in config.items():
+            if isinstance(child, dict) and "class_name" in child:
+                waiting.append((child, (*path, name)))
+    return found
 
 
 def _open(
-    source: Source, begin: int, size: int, metadata: dict[str, str], close: Callable[[], object]
+    source: Source,
+    begin: int,
+    size: int,
+    metadata: dict[str, str],
+    close: Callable[[], object],
+    pools: Mapping[str, int] | None = None,
 ) -> Tensors:
     file = Hdf5(source, begin, size)
     if file.problems:
@@ -100,7 +144,43 @@ def _open(
         entries[name] = Entry(dataset.info, lambda n=name, d=dataset: file.read(n, d))  # type: ignore[misc]
     if not entries:
         raise PortError(f"{source.path}: holds no variables; expected weights that Keras saved.")
-    return Tensors(source.path, "keras", entries, metadata | _attributes(file.texts.get((), {})), close)
+    texts = file.texts.get((), {})
+    return Tensors(
+        source.path,
+        "keras",
+        entries,
+        metadata | _attributes(texts),
+        close,
+        pools=_old_pools(texts, entries) | dict(pools or {}) | _noted_pools(file),
+    )
+
+
+def _noted_pools(file: Hdf5) -> dict[str, int]:
+    """The pooling of layers of ours that noted it beside their variables."""
+    own = _own_names(file)
+    return {
+        "/".join(_path(keys[:-1], own)): int(texts[KV_POOL])
+        for keys, texts in file.texts.items()
+        if keys[-1:] == ("vars",) and re.fullmatch("[1-9][0-9]{0,8}", texts.get(KV_POOL, ""))
+    }
+
+
+def _path(layer: Keys, own: Mapping[Keys, str]) -> list[str]:
+    return [own.get(layer[: length + 1], part) for length, part in enumerate(layer)]
+
+
+def _old_pools(texts: Mapping[str, str], entries: Mapping[str, Entry]) -> dict[str, int]:
+    """The pooling of layers of ours in an older `.h5`, which holds the model's config as text and paths by names of layers."""
+    try:
+        model = json.loads(texts["model_config"])
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    found = _pools(model) if isinstance(model, dict) else {}
+    names = {path.rpartition("/")[2]: pool for path, pool in found.items()}
+    if len(names) < len(found):
+        return {}
+    prefixes = [name.removesuffix("/gamma") for name in entries if name.endswith("/gamma")]
+    return {prefix: names[last] for prefix in prefixes if (last := prefix.rpartition("/")[2]) in names}
 
 
 def _attributes(texts: dict[str, str]) -> dict[str, str]:
@@ -128,7 +208,7 @@ def _named(file: Hdf5) -> Iterator[tuple[str, Dataset]]:
         children = {
             keys[len(layer)] for keys in groups if len(keys) > len(layer) and keys[: len(layer)] == layer
         }
-        path = [own.get(layer[: length + 1], part) for length, part in enumerate(layer)]
+        path = _path(layer, own)
         # Our spectral norm keeps its state under names, beside the numbers of the convolution.
         for name in (name for name in held if not name.isdecimal()):
             yield "/".join((*path, name)), held[name]

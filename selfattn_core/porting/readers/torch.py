@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core.params import KV_POOL
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.readers.archive import Archive, Member
 from selfattn_core.porting.readers.binary import bits, read_array, stored_bytes
@@ -153,7 +154,23 @@ def _tensors(
         own = state.get("_metadata", {}).get(METADATA) if isinstance(state, dict) else None
         if isinstance(own, dict):
             metadata |= {str(key): str(value) for key, value in own.items()}
-    return Tensors(path, "torch", entries, metadata, close)
+    return Tensors(path, "torch", entries, metadata, close, pools=_pools(content, found, names))
+
+
+def _pools(
+    content: Unpickled, found: list[tuple[tuple[str, ...], Tensor]], names: list[str]
+) -> dict[str, int]:
+    """The pooling of layers of ours, which lies among torch's versions of modules."""
+    shown = {id(tensor): name for (_, tensor), name in zip(found, names, strict=True)}
+    pools = {}
+    for held, state in content.states:
+        versions = state.get("_metadata") if isinstance(state, dict) else None
+        for module, version in versions.items() if isinstance(versions, dict) else ():
+            pool = version.get(KV_POOL) if isinstance(version, dict) else None
+            name = shown.get(id(held.get(f"{module}.gamma" if module else "gamma")), "")
+            if type(pool) is int and pool > 0 and name:
+                pools[name.removesuffix("gamma").removesuffix(".")] = pool
+    return pools
 
 
 def _walk(
