@@ -13,6 +13,7 @@ from selfattn_core.porting.matching import KeyIndex, match, prefixes
 from selfattn_core.porting.readers import Tensors, open_tensors
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.settings import settings_of
+from selfattn_core.porting.suggesting import Group, Nearest, as_lines, groups, nearest
 
 __all__ = ["BlockFound", "Fit", "InspectReport", "candidates", "inspect"]
 
@@ -69,6 +70,8 @@ class InspectReport:
         parameters: numbers in all of them.
         blocks: attention blocks, in the order of their prefixes.
         left_out: what else is there under names of tensors, by name: why it is none.
+        nearest: where no dialect fits, those that have most of their keys there.
+        groups: where no dialect fits, tensors that could be such a layer by their shapes.
     """
 
     path: str
@@ -78,6 +81,8 @@ class InspectReport:
     parameters: int
     blocks: tuple[BlockFound, ...]
     left_out: dict[str, str] = field(default_factory=dict)
+    nearest: tuple[Nearest, ...] = ()
+    groups: tuple[Group, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
@@ -88,20 +93,33 @@ class InspectReport:
         lines = [f"{self.path}: {self.format}, {len(self.tensors)} tensors, {self.parameters:,} numbers"]
         if self.left_out:
             lines.append(f"left out, since they are no numbers: {listed(list(self.left_out))}")
-        if not self.blocks:
-            lines.append(
-                "No attention block that a dialect has names for. `selfattn dialects` lists them; a TOML file describes another."
-            )
         for block in self.blocks:
             lines.append(f"block {block.prefix or 'at the top of the file'}, {block.tensors} tensors")
             for fit in block.fits:
                 lines += _fit_lines(fit)
-        if any(fit.verdict == "fits" for block in self.blocks for fit in block.fits):
+        verdicts = {fit.verdict for block in self.blocks for fit in block.fits}
+        if verdicts <= {"almost"}:
+            lines += self._without_a_dialect()
+        if "fits" in verdicts:
             lines.append(
                 "Equal keys do not mean equal functions: choose the dialect of the code that wrote the file, and give it to "
                 "`selfattn port` with --from."
             )
         return "\n".join(lines)
+
+    def _without_a_dialect(self) -> list[str]:
+        head = "No dialect fits" if self.blocks else "No attention block that a dialect has names for"
+        if self.groups:
+            tail = "; the shapes of these tensors could be one"
+        else:
+            tail = (
+                ", and no tensors under one prefix have its shapes: 1×1 kernels C → D, C → D and C → C, or C → V and V → C, "
+                "and one number"
+            )
+        return [
+            f"{head}{tail}. `selfattn dialects` lists what is known, --tensors what is here; a TOML file describes another.",
+            *as_lines(self.nearest if not self.blocks else (), self.groups),
+        ]
 
 
 def _fit_lines(fit: Fit) -> list[str]:
@@ -136,6 +154,8 @@ def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> In
     """
     with open_tensors(path) as tensors:
         blocks = _blocks(tensors, dialects)
+        index = index_of(tensors)
+        unknown = all(fit.verdict == "almost" for block in blocks for fit in block.fits)
         return InspectReport(
             str(path),
             tensors.container,
@@ -144,6 +164,8 @@ def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> In
             sum(math.prod(info.shape) for info in tensors.values()),
             tuple(blocks),
             tensors.left_out,
+            tuple(nearest(index)) if unknown else (),
+            tuple(groups(index, tensors)) if unknown else (),
         )
 
 
@@ -160,7 +182,7 @@ def _blocks(tensors: Tensors, own: Sequence[str]) -> list[BlockFound]:
         chosen = dialect(name)
         for prefix in prefixes(chosen, index):
             places.setdefault(prefix, []).append(_fit(chosen, index, prefix, tensors))
-    order = {"fits": 0, "refused": 1, "almost": 2}
+    order = {"refused": 0, "fits": 1, "almost": 2}
     return [
         BlockFound(
             shown(prefix, index),
@@ -191,6 +213,8 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
     reasons += [text for text in planned.problems if text not in given]
     name, title, variant = chosen.name, chosen.title, found.variant.name
     if reasons:
+        if chosen.refused:
+            reasons += [f"if it is this one all the same: {chosen.reason}", f"instead: {chosen.instead}"]
         return Fit(name, title, "almost", variant, config, tuple(reasons))
     if chosen.refused:
         return Fit(
