@@ -70,7 +70,7 @@ def settings_of(dialect: Dialect, given: Mapping[str, str | Value]) -> Settings:
         >>> settings_of(dialect("heykeetae"), {"use_scale": "false"})
         Traceback (most recent call last):
         ...
-        selfattn_core.porting.errors.PortError: dialect heykeetae: use_scale is no setting of it; it has none.
+        selfattn_core.porting.errors.PortError: dialect heykeetae: use_scale is no setting of it; it has sn_eps.
     """
     kinds = _kinds(dialect)
     problems = []

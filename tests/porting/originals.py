@@ -145,10 +145,14 @@ def bmm_columns(q, k, v):
     return v @ softmax(t(q) @ k, 1)
 
 
+def bias_of(p, name):
+    return p[f"{name}.bias" if f"{name}.bias" in p else f"{name}.module.bias"]
+
+
 def flat_layer(names, gain, kernel, attend, bias=True):
     def forward(p, x):
         query, key, value = (
-            flat(conv(x, kernel(p, name), p[f"{name}.bias"] if bias else None)) for name in names
+            flat(conv(x, kernel(p, name), bias_of(p, name) if bias else None)) for name in names
         )
         return gain(p) * attend(query, key, value).reshape(x.shape) + x
 
@@ -257,7 +261,7 @@ def torch_checkpoint(
         elif form == "mimicry's own":
             make.weight(f"{name}.weight", shape, fan_in)
             make.p[f"{name}.sn_u"], make.p[f"{name}.sn_sigma"] = make.unit(1, out), np.array([7.0])
-        elif form == "wrapper":
+        elif form in ("wrapper", "SpectralNorm class"):
             # Small, so that eps 1e-4 matters.
             make.p[f"{name}.module.weight_bar"] = make.normal(*shape, scale=0.01)
             make.p[f"{name}.module.weight_u"], make.p[f"{name}.module.weight_v"] = (
@@ -270,7 +274,8 @@ def torch_checkpoint(
             make.weight(f"{name}.weight", shape, fan_in)
             make.p[f"{name}.weight_u"] = make.unit(out)
         if bias:
-            make.p[f"{name}.bias"] = make.normal(out, scale=0.4)
+            inner = "module." if form == "SpectralNorm class" else ""
+            make.p[f"{name}.{inner}bias"] = make.normal(out, scale=0.4)
     make.p[gain_key] = np.full(gain_shape, 0.7)
     return make.p
 
@@ -300,6 +305,7 @@ KERNEL = {
     "ajbrock": ajbrock,
     "mimicry's own": lambda p, name: ajbrock(p, name, 1e-12, u="sn_u"),
     "wrapper": wrapper,
+    "SpectralNorm class": lambda p, name: wrapper(p, name, 1e-12),
     "rosinality": rosinality_norm,
 }
 
@@ -308,6 +314,9 @@ FLAT = [
     ("fgh", ("f", "g", "h"), "plain", bmm_rows, 2, True, {}),
     ("heykeetae", ("query_conv", "key_conv", "value_conv"), "plain", bmm_rows, 2, True, {}),
     ("heykeetae", ("query_conv", "key_conv", "value_conv"), "old hook", bmm_rows, 2, True, {}),
+    ("heykeetae", ("query_conv", "key_conv", "value_conv"), "SpectralNorm class", bmm_rows, 2, True, {}),
+    ("deoldify", ("query", "key", "value"), "SpectralNorm class", bmm_columns, 1, False, {}),
+    ("fgh", ("f", "g", "h"), "SpectralNorm class", bmm_rows, 2, True, {}),
     ("danet", ("query_conv", "key_conv", "value_conv"), "plain", bmm_rows, 2, True, {}),
     ("pytorch-advanced", ("query_conv", "key_conv", "value_conv"), "plain", bmm_columns, 2, True, {}),
     ("fastai", ("query.0", "key.0", "value.0"), "hook", bmm_columns, 1, False, {}),
@@ -328,6 +337,7 @@ POOLED_TORCH = [
     ("studiogan", ONES, "hook", False, {"gain_key": "sigma", **AVERAGED}),
     ("studiogan", ONES, "parametrization", False, {"gain_key": "sigma"}),
     ("studiogan", ONES, "plain", False, {"gain_key": "sigma"}),
+    ("studiogan", ONES, "SpectralNorm class", False, {"gain_key": "sigma"}),
     ("voletiv", (*SN, "snconv1x1_attn"), "hook", True, {"gain_key": "sigma"}),
     ("mimicry", ("theta", "phi", "g", "o"), "hook", False, {"gain_shape": ()}),
     ("mimicry", ("theta", "phi", "g", "o"), "mimicry's own", False, {"gain_shape": ()}),

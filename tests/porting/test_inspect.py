@@ -18,6 +18,7 @@ from tests.porting.originals import ORIGINALS
 SAME_KEYS = {
     "heykeetae, plain": {"heykeetae", "danet", "pytorch-advanced", "heykeetae-2018-06-08"},
     "heykeetae, old hook": {"heykeetae", "danet", "pytorch-advanced"},
+    "heykeetae, SpectralNorm class": {"heykeetae", "danet", "pytorch-advanced"},
     "danet, plain": {"heykeetae", "danet", "pytorch-advanced", "heykeetae-2018-06-08"},
     "pytorch-advanced, plain": {"heykeetae", "danet", "pytorch-advanced", "heykeetae-2018-06-08"},
     "torch, plain": {"torch", "torchgan"},
