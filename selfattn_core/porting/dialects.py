@@ -65,8 +65,9 @@ mean = "norm.running_mean"
 var = "norm.running_var"
 eps = 1e-5
 
-[ema]                                # averaged copies of kernels, biases and gamma; `--set ema=false` takes the others
-suffixes = ["/ExponentialMovingAverage"]
+[ema]                                # averaged copies of kernels, biases and gamma, which the original evaluates with;
+suffixes = ["/ema_0.9999"]           # `--set ema=false` takes the others. TensorFlow's /ExponentialMovingAverage are known without
+                                     # this table, and taken with `--set ema=true`
 
 [[variants]]                         # the same with changes; the one whose keys are there is taken
 name = "with pooling"
@@ -120,6 +121,7 @@ _WIDTH = re.compile(r"channels(?://([1-9]\d*))?")
 _POWER = re.compile(r"(channels|qk_channels)\^(-?\d+(?:\.\d+)?)")
 # What stands for every way in which PyTorch code stores a kernel.
 _TORCH = "torch"
+_AVERAGES = ("/ExponentialMovingAverage",)
 _PLACEHOLDER = re.compile(r"\{[^}]*\}?|\}")
 
 
@@ -216,6 +218,7 @@ class Dialect:
     value_channels: str
     widths_required: bool
     ema: tuple[str, ...]
+    ema_first: bool
     telltales: tuple[Telltale, ...]
     reason: str
     instead: str
@@ -387,7 +390,9 @@ class _Parser:
             qk_channels=qk_channels,
             value_channels=value_channels,
             widths_required=layer.flag("widths_required", False),
-            ema=suffixes,
+            # TensorFlow's own averages can lie beside any variable; only where the dialect says so are they what it evaluates.
+            ema=suffixes or (_AVERAGES if any("/" in form.kernel for form in kernels) else ()),
+            ema_first=bool(suffixes),
             telltales=tuple(self._telltale(table) for table in top.tables("telltales")),
             reason=reason,
             instead=instead,

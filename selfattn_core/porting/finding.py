@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.porting.bystanders import optimiser_keys
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.importing import Plan, plan
@@ -27,12 +28,13 @@ class Found:
 
 
 def index_of(tensors: Tensors) -> KeyIndex:
-    """The keys of a file.
+    """The keys of a file, without those of an optimiser's state.
 
     Raises:
         PortError: if two of them differ in nothing but separators.
     """
-    index = KeyIndex(tensors)
+    passed_over = optimiser_keys(tensors)
+    index = KeyIndex(key for key in tensors if key not in passed_over)
     if index.clashes:
         pairs = "; ".join(f"{one} and {other}" for one, other in index.clashes[:8])
         raise PortError(f"{tensors.path}: keys that cannot be told apart: {pairs}.")
@@ -112,6 +114,11 @@ def _chosen(
             else [name]
         )
         if not some or (some == [name] and not index.under(name)):
+            if any(normal(key).startswith(name) for key in optimiser_keys(tensors)):
+                raise PortError(
+                    f"{tensors.path}: {wanted!r} is the state of an optimiser, which mirrors a layer and is none; name the "
+                    f"layer's own weights{f': {listed(known, 20)}' if known else ''}."
+                )
             blocks = f"it has {listed(known, 20)}" if known else "it has none"
             raise PortError(
                 f"{tensors.path}: has no block {wanted!r} that looks like {dialect.name}; {blocks}."

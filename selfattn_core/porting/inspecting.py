@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from selfattn_core.porting.bystanders import averages_without_names, is_averaged, optimiser_keys
 from selfattn_core.porting.dialects import Dialect, dialect, dialect_names
 from selfattn_core.porting.finding import canonical_configs, index_of, shown, stored_pools
 from selfattn_core.porting.importing import plan, state_notes
@@ -70,6 +71,8 @@ class InspectReport:
         parameters: numbers in all of them.
         blocks: attention blocks, in the order of their prefixes.
         left_out: what else is there under names of tensors, by name: why it is none.
+        optimiser_state: keys of an optimiser's state, which are passed over.
+        note: what a person must know of the whole file.
         nearest: where no dialect fits, those that have most of their keys there.
         groups: where no dialect fits, tensors that could be such a layer by their shapes.
     """
@@ -81,6 +84,8 @@ class InspectReport:
     parameters: int
     blocks: tuple[BlockFound, ...]
     left_out: dict[str, str] = field(default_factory=dict)
+    optimiser_state: tuple[str, ...] = ()
+    note: str = ""
     nearest: tuple[Nearest, ...] = ()
     groups: tuple[Group, ...] = ()
 
@@ -93,8 +98,15 @@ class InspectReport:
         lines = [f"{self.path}: {self.format}, {len(self.tensors)} tensors, {self.parameters:,} numbers"]
         if self.left_out:
             lines.append(f"left out, since they are no numbers: {listed(list(self.left_out))}")
+        if self.optimiser_state:
+            lines.append(
+                f"passed over: {len(self.optimiser_state)} tensors of an optimiser's state ({listed(self.optimiser_state, 3)})"
+            )
+        if self.note:
+            lines.append(f"note: {self.note}")
         for block in self.blocks:
-            lines.append(f"block {block.prefix or 'at the top of the file'}, {block.tensors} tensors")
+            kind = ", averaged copies by their name" if is_averaged(block.prefix) else ""
+            lines.append(f"block {block.prefix or 'at the top of the file'}, {block.tensors} tensors{kind}")
             for fit in block.fits:
                 lines += _fit_lines(fit)
         verdicts = {fit.verdict for block in self.blocks for fit in block.fits}
@@ -164,6 +176,8 @@ def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> In
             sum(math.prod(info.shape) for info in tensors.values()),
             tuple(blocks),
             tensors.left_out,
+            tuple(sorted(optimiser_keys(tensors))),
+            averages_without_names(tensors),
             tuple(nearest(index)) if unknown else (),
             tuple(groups(index, tensors)) if unknown else (),
         )

@@ -105,6 +105,7 @@ class Match:
         gamma: key of gamma, "" if it is not in the file.
         batch_norm: keys by part ("weight", "bias", "mean", "var").
         averaged: whether kernels, biases and gamma are the averaged copies.
+        averages: whether there are averaged copies.
         missing: names under the prefix that the dialect needs and the file lacks.
         unused: the file's keys under the prefix that nothing reads.
         ignored: those that say nothing about the function.
@@ -119,6 +120,7 @@ class Match:
     gamma: str
     batch_norm: Mapping[str, str]
     averaged: bool
+    averages: bool
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     ignored: tuple[str, ...]
@@ -160,16 +162,17 @@ def prefixes(dialect: Dialect, index: KeyIndex) -> list[str]:
     return list(found)
 
 
-def match(dialect: Dialect, index: KeyIndex, prefix: str, *, averaged: bool = True) -> Match:
+def match(dialect: Dialect, index: KeyIndex, prefix: str, *, averaged: bool | None = None) -> Match:
     """What a dialect finds under a prefix, in its best variant.
 
     Args:
         dialect: with keys.
         index: of the file.
         prefix: normalised.
-        averaged: whether averaged copies are preferred where the dialect has them.
+        averaged: whether averaged copies are preferred where there are some; by default as the dialect says.
     """
-    found = [_Matcher(dialect, variant, index, prefix, averaged).match() for variant in dialect.variants]
+    prefer = dialect.ema_first if averaged is None else averaged
+    found = [_Matcher(dialect, variant, index, prefix, prefer).match() for variant in dialect.variants]
 
     def distance(candidate: Match) -> tuple[int, int]:
         return len(candidate.missing), len(candidate.unused)
@@ -215,7 +218,8 @@ class _Matcher:
         self.used: set[str] = set()
         self.ignored: set[str] = set()
         self.missing: list[str] = []
-        self.ending = self._ending() if averaged else ""
+        self.averages = self._averages()
+        self.ending = self.averages if averaged else ""
 
     def match(self) -> Match:
         variant = self.variant
@@ -244,13 +248,14 @@ class _Matcher:
             gamma,
             batch_norm,
             bool(self.ending),
+            bool(self.averages),
             tuple(dict.fromkeys(self.missing)),
             self._originals(unused),
             self._originals(ignored),
             tuple(telltale for telltale in self.dialect.telltales if self._shows(telltale, here)),
         )
 
-    def _ending(self) -> str:
+    def _averages(self) -> str:
         """The suffix of the averaged copies that are there."""
         for suffix in self.dialect.ema:
             for form in self.dialect.kernels:

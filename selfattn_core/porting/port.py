@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.porting.bystanders import optimiser_keys
 from selfattn_core.porting.checking import check_framework, check_output, read_io
 from selfattn_core.porting.dialects import Dialect, dialect
 from selfattn_core.porting.errors import PortError, VerificationError
@@ -226,9 +227,10 @@ class _Port:
                 str(self.target),
                 self.container,
                 f"{self.to.name}: {self.to.title}",
-                len(tensors) - _used(blocks, tensors),
+                len(tensors) - _used(blocks, tensors) - len(optimiser_keys(tensors)),
                 tuple(_block_report(block) for block in blocks),
                 tuple(checks),
+                optimiser_state=len(optimiser_keys(tensors)),
             )
             layers = {block.name: (block.config, block.imported.params) for block in blocks}
             report = replace(report, checks=(*report.checks, *check_framework(self.to.name, layers)))

@@ -89,7 +89,7 @@ def settings_of(dialect: Dialect, given: Mapping[str, str | Value]) -> Settings:
             fields[field] = parsed
     if problems:
         raise PortError(f"dialect {dialect.name}: {'; '.join(problems)}")
-    return Settings(frozenset(given), **fields)  # type: ignore[arg-type]
+    return Settings(frozenset(given), **({"ema": dialect.ema_first} | fields))  # type: ignore[arg-type]
 
 
 _WANTED = {

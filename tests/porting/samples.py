@@ -75,7 +75,7 @@ def write_flax(folder: Path) -> None:
 
 
 def write_keras(folder: Path) -> None:
-    """`model.keras`, `model.weights.h5`, `old.h5`, and `graph-1` (Checkpoint) and `saver-7` (Saver) of TensorFlow."""
+    """`model.keras`, `model.weights.h5`, `old.h5`, and of TensorFlow `graph-1` and `tf2` (Checkpoint, the latter with an optimiser), `exported` (SavedModel) and `saver-7`."""
     import keras
     import tensorflow as tf
 
@@ -111,6 +111,10 @@ def write_keras(folder: Path) -> None:
         assert variables
         session.run(tf.compat.v1.global_variables_initializer())
         tf.compat.v1.train.Saver().save(session, str(folder / "saver" / "model.ckpt"), global_step=7)
+    model.compile("adam")
+    model.optimizer.build(model.trainable_variables)
+    tf.train.Checkpoint(optimizer=model.optimizer, net=model).write(str(folder / "tf2" / "ckpt"))
+    model.export(str(folder / "exported"), format="tf_saved_model", verbose=False)
     attention = tf.Module()
     attention.kernel = tf.Variable(tensors()["query.weight"])
     tf.train.Checkpoint(attention=attention).save(str(folder / "graph" / "ckpt"))

@@ -156,6 +156,16 @@ def test_tensorflow(samples, tmp_path):
         (tmp_path / "variables").mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / "variables" / path.name.replace("model.ckpt-7", "variables"))
     assert_same(contents(tmp_path), want)
+    with np.load(samples / "keras.npz") as file:
+        ours = {name: file[name] for name in file.files}
+    # By the way through the layers, and not as `optimizer/_trainable_variables/3`.
+    for folder in ("tf2", "exported"):
+        held = contents(samples / folder)
+        gammas = [key for key in held if key.endswith("/gamma") and held[key] == ours["first/gamma"]]
+        (prefix,) = (key.removesuffix("gamma") for key in gammas)
+        for name in ours:
+            layer, _, rest = name.partition("/")
+            assert layer != "first" or held[prefix + rest].tobytes() == ours[name].tobytes(), (folder, name)
     graph = contents(samples / "graph")
     assert graph["attention/kernel"].tobytes() == WANT["query.weight"].tobytes()
 
