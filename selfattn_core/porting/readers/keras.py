@@ -11,8 +11,11 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from selfattn_core.params import KV_POOL
 from selfattn_core.porting.errors import PortError
@@ -22,7 +25,7 @@ from selfattn_core.porting.readers.limits import MAX_DEPTH
 from selfattn_core.porting.readers.source import Source
 from selfattn_core.porting.readers.tensors import Entry, Tensors
 
-__all__ = ["CONTINUED", "open_h5", "open_keras"]
+__all__ = ["CONTINUED", "open_h5", "open_keras", "open_shards"]
 
 # Between the name of an attribute that is too long for one and the number of the piece.
 CONTINUED = " continued "
@@ -82,6 +85,47 @@ def open_keras(path: Path) -> Tensors:
         raise
 
 
+def open_shards(path: Path, files: list[Path]) -> Tensors:
+    """The variables of several `.weights.h5` files that are one; a layer may lie in two of them.
+
+    Args:
+        path: of their index, for messages.
+        files: all of them.
+
+    Raises:
+        PortError: as `open_h5`, or if a variable is in two of them.
+    """
+    with ExitStack() as stack:
+        shards = []
+        for file in files:
+            source = Source(file)
+            stack.callback(source.close)
+            shards.append(Hdf5(source, 0, source.size))
+        return _tensors(path, _Shards(path, shards), {}, stack.pop_all().close)
+
+
+class _Shards:
+    """The content of several files as of one."""
+
+    def __init__(self, path: Path, files: list[Hdf5]) -> None:
+        self.problems = [problem for file in files for problem in file.problems]
+        self.datasets: dict[Keys, Dataset] = {}
+        self.texts: dict[Keys, dict[str, str]] = {}
+        self._owners: dict[int, Hdf5] = {}
+        for file in files:
+            for keys, dataset in file.datasets.items():
+                if keys in self.datasets:
+                    raise PortError(
+                        f"{path}: its files hold {'/'.join(keys)} twice; which one is meant cannot be known."
+                    )
+                self.datasets[keys] = dataset
+                self._owners[id(dataset)] = file
+            self.texts |= file.texts
+
+    def read(self, name: str, dataset: Dataset) -> NDArray[Any]:
+        return self._owners[id(dataset)].read(name, dataset)
+
+
 def _versions(archive: Archive) -> dict[str, str]:
     content = _json(archive, "metadata.json")
     return {"keras_version": str(content["keras_version"])} if "keras_version" in content else {}
@@ -132,21 +176,28 @@ def _open(
     close: Callable[[], object],
     pools: Mapping[str, int] | None = None,
 ) -> Tensors:
-    file = Hdf5(source, begin, size)
+    return _tensors(source.path, Hdf5(source, begin, size), metadata, close, pools)
+
+
+def _tensors(
+    path: Path,
+    file: Hdf5 | _Shards,
+    metadata: dict[str, str],
+    close: Callable[[], object],
+    pools: Mapping[str, int] | None = None,
+) -> Tensors:
     if file.problems:
-        raise PortError(
-            f"{source.path}: is not read:\n" + "\n".join(f"  {line}" for line in file.problems[:50])
-        )
+        raise PortError(f"{path}: is not read:\n" + "\n".join(f"  {line}" for line in file.problems[:50]))
     entries: dict[str, Entry] = {}
     for name, dataset in _named(file):
         if name in entries:
-            raise PortError(f"{source.path}: holds {name} twice; which one is meant cannot be known.")
+            raise PortError(f"{path}: holds {name} twice; which one is meant cannot be known.")
         entries[name] = Entry(dataset.info, lambda n=name, d=dataset: file.read(n, d))  # type: ignore[misc]
     if not entries:
-        raise PortError(f"{source.path}: holds no variables; expected weights that Keras saved.")
+        raise PortError(f"{path}: holds no variables; expected weights that Keras saved.")
     texts = file.texts.get((), {})
     return Tensors(
-        source.path,
+        path,
         "keras",
         entries,
         metadata | _attributes(texts),
@@ -155,7 +206,7 @@ def _open(
     )
 
 
-def _noted_pools(file: Hdf5) -> dict[str, int]:
+def _noted_pools(file: Hdf5 | _Shards) -> dict[str, int]:
     """The pooling of layers of ours that noted it beside their variables."""
     own = _own_names(file)
     return {
@@ -192,7 +243,7 @@ def _attributes(texts: dict[str, str]) -> dict[str, str]:
     return joined
 
 
-def _named(file: Hdf5) -> Iterator[tuple[str, Dataset]]:
+def _named(file: Hdf5 | _Shards) -> Iterator[tuple[str, Dataset]]:
     """Names of the variables, by layers and attributes."""
     parents: dict[Keys, dict[str, Dataset]] = {}
     for keys, dataset in file.datasets.items():
@@ -218,7 +269,7 @@ def _named(file: Hdf5) -> Iterator[tuple[str, Dataset]]:
             yield "/".join((*path, role or f"vars/{name}")), held[name]
 
 
-def _own_names(file: Hdf5) -> dict[Keys, str]:
+def _own_names(file: Hdf5 | _Shards) -> dict[Keys, str]:
     """The names of layers in lists that Keras keys by class and counter, where no two are the same."""
     lists: dict[Keys, dict[Keys, str]] = {}
     for keys, texts in file.texts.items():

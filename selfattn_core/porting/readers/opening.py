@@ -11,6 +11,7 @@ from selfattn_core.porting.readers.msgpack import looks_like_msgpack, open_msgpa
 from selfattn_core.porting.readers.npz import open_npz
 from selfattn_core.porting.readers.orbax import is_orbax, open_orbax
 from selfattn_core.porting.readers.safetensors import open_safetensors
+from selfattn_core.porting.readers.sharded import index_in, open_index
 from selfattn_core.porting.readers.source import Source, unreadable
 from selfattn_core.porting.readers.tensorflow import checkpoint_prefix, open_tensorflow
 from selfattn_core.porting.readers.tensors import Tensors
@@ -28,6 +29,7 @@ _READERS: dict[str, Callable[[Path], Tensors]] = {
     "msgpack": open_msgpack,
     "orbax": open_orbax,
     "tensorflow": open_tensorflow,
+    "index": lambda path: open_index(path, open_tensors),
 }
 CONTAINERS = tuple(_READERS)
 _SHOWN = ".safetensors, .npz, PyTorch, .keras, .h5, Flax msgpack, an Orbax folder, a TensorFlow checkpoint"
@@ -72,6 +74,8 @@ def open_tensors(path: str | os.PathLike[str], *, layout: str | None = None) -> 
     if layout is not None and layout not in _READERS:
         raise PortError(f"{path}: unknown format {layout!r}; known are {', '.join(CONTAINERS)}.")
     try:
+        if layout is None and path.is_dir() and not is_orbax(path) and (inside := index_in(path)):
+            path = inside
         return _READERS[layout or _layout(path)](path)
     except OSError as error:
         raise unreadable(path, error) from error
@@ -89,6 +93,8 @@ def _layout(path: Path) -> str:
             return _zip_layout(source)
     finally:
         source.close()
+    if start.lstrip()[:1] == b"{":
+        return "index"
     for layout, fits in _SIGNS.items():
         if fits(start):
             return layout
