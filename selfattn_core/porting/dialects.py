@@ -75,7 +75,7 @@ roles = { key = "g.0", value = "h.0" }
 kv_pool = 2                          # and out_projection, use_bias, bias_free, [variants.batch_norm] or batch_norm = false
 
 [[telltales]]                        # a key that shows another function
-key = "concat_project.*"             # or `missing = "…"`
+key = "concat_project.*"             # or `missing = "…"`, and then `beside = "…"`: only where this is there
 reason = "…"
 
 [refusal]                            # the layer cannot be expressed
@@ -191,6 +191,7 @@ class Telltale:
     key: str
     missing: bool
     reason: str
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -576,12 +577,12 @@ class _Parser:
         return BatchNorm(**keys, eps=eps or 0.0)
 
     def _telltale(self, table: TomlTable) -> Telltale:
-        key, missing = table.text("key"), table.text("missing")
+        key, missing, beside = table.text("key"), table.text("missing"), table.text("beside")
         reason = table.text("reason", required=True)
         if bool(key) == bool(missing):
             table.problem(f"needs either key or missing, and has {'both' if key else 'none'}")
         table.finish()
-        return Telltale(key or missing, bool(missing), reason)
+        return Telltale(key or missing, bool(missing), reason, beside)
 
     def _width(self, layer: TomlTable, name: str) -> str:
         rule = layer.text(name)

@@ -353,8 +353,12 @@ class _Matcher:
         return any(f"{plain}/{filled(suffix)}" in self.used for suffix in self.dialect.ema)
 
     def _shows(self, telltale: Telltale, here: list[str]) -> bool:
-        present = any(fnmatchcase(name, filled(telltale.key)) for name in here)
-        return present != telltale.missing
+        def present(pattern: str) -> bool:
+            return any(fnmatchcase(name, filled(pattern)) for name in here)
+
+        if telltale.beside and not present(telltale.beside):
+            return False
+        return present(telltale.key) != telltale.missing
 
     def _originals(self, names: list[str]) -> tuple[str, ...]:
         return tuple(self.index.original(self.prefix + name) for name in names)

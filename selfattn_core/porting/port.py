@@ -404,6 +404,7 @@ _SUFFIXES = {
     ".pth": "torch",
     ".bin": "torch",
     ".h5": "keras",
+    ".msgpack": "msgpack",
 }
 
 
@@ -416,10 +417,11 @@ def _container(target: Path, to: Dialect) -> str:
         raise PortError(
             f"{target}: {target.suffix} cannot be written; expected {', '.join(_SUFFIXES)}, or a folder without suffix for Orbax."
         )
-    if container in ("keras", "orbax") and separator(to) != "/":
+    owner = {"keras": "Keras", "orbax": "Orbax", "msgpack": "Flax"}.get(container)
+    if owner and separator(to) != "/":
         better = "keras" if container == "keras" else "flax"
         raise PortError(
-            f"{target}: a file of {'Keras' if container == 'keras' else 'Orbax'} has no keys like those of {to.name}; say "
+            f"{target}: a file of {owner} has no keys like those of {to.name}; say "
             f"--to {better}, or name a .safetensors file."
         )
     if container != "safetensors" and to.name == "canonical":

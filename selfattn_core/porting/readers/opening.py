@@ -9,13 +9,14 @@ from selfattn_core.porting.readers.archive import Archive
 from selfattn_core.porting.readers.keras import open_h5, open_keras
 from selfattn_core.porting.readers.msgpack import looks_like_msgpack, open_msgpack
 from selfattn_core.porting.readers.npz import open_npz
-from selfattn_core.porting.readers.orbax import is_orbax, open_orbax
+from selfattn_core.porting.readers.orbax import is_orbax, open_orbax, steps_in
 from selfattn_core.porting.readers.safetensors import open_safetensors
 from selfattn_core.porting.readers.sharded import index_in, open_index
 from selfattn_core.porting.readers.source import Source, unreadable
 from selfattn_core.porting.readers.tensorflow import checkpoint_prefix, open_tensorflow
 from selfattn_core.porting.readers.tensors import Tensors
 from selfattn_core.porting.readers.torch import open_torch, open_torch_legacy
+from selfattn_core.porting.readers.unread import unread_archive, unread_file, unread_folder
 
 __all__ = ["CONTAINERS", "open_tensors"]
 
@@ -102,6 +103,8 @@ def _layout(path: Path) -> str:
         raise PortError(
             f"{path}: is a tar archive; unpack it, or, if torch before 0.1.10 wrote it, load it there and save it again."
         )
+    if known := unread_file(path, start):
+        raise PortError(f"{path}: {known}.")
     raise PortError(
         f"{path}: is of no known format (it begins with {start[:8].hex(' ')}); expected {_SHOWN}."
     )
@@ -113,6 +116,8 @@ def _folder_layout(path: Path) -> str:
         return "orbax"
     if checkpoint_prefix(path):
         return "tensorflow"
+    if known := unread_folder(path, steps_in(path)):
+        raise PortError(f"{path}: {known}.")
     raise PortError(
         f"{path}: is a folder, and neither a checkpoint of Orbax nor of TensorFlow; it holds {', '.join(names[:6]) or 'nothing'}."
     )
@@ -126,6 +131,8 @@ def _zip_layout(source: Source) -> str:
         return "keras"
     if any(name.endswith(".npy") for name in members) or not members:
         return "npz"
+    if known := unread_archive(members):
+        raise PortError(f"{source.path}: {known}.")
     raise PortError(
         f"{source.path}: is a zip archive of no known format; it holds {', '.join(list(members)[:6])}; expected {_SHOWN}."
     )

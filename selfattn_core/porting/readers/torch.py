@@ -126,7 +126,7 @@ def _unpickle(path: Path, file: Any, *, torch: bool = True) -> Unpickled:
         raise PortError(f"{path}: {error}.") from None
     if content.blocked:
         wanted = (
-            "Expected a state dict. If you trust the file, load it where it was written and save model.state_dict() alone."
+            f"Expected a state dict. If you trust the file, load it where it was written and save {_alone(content.value)} alone."
             if torch
             else "Expected arrays. If you trust the file, load it where it was written and save its arrays with numpy.savez, or a "
             "model's state_dict() with torch.save."
@@ -135,6 +135,16 @@ def _unpickle(path: Path, file: Any, *, torch: bool = True) -> Unpickled:
             f"{path}: loading it would import and could run {', '.join(content.blocked[:20])}; nothing was executed. {wanted}"
         )
     return content
+
+
+def _alone(value: Any) -> str:
+    """What of a checkpoint to save again: the state dicts in it, or a model's."""
+    held = [
+        f"checkpoint[{name!r}]"
+        for name, inner in (value.items() if isinstance(value, dict) else ())
+        if isinstance(inner, dict) and any(isinstance(tensor, Tensor) for tensor in inner.values())
+    ]
+    return " or ".join(held[:4]) or "model.state_dict()"
 
 
 def _arrays(path: Path, content: Unpickled, close: Callable[[], object]) -> Tensors:

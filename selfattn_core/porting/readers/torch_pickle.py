@@ -304,6 +304,10 @@ class _Machine:
             raise PortError(f"refers to {str(identity)[:80]}, expected a storage")
         kind, key, numel = identity[1], identity[2], identity[4]
         name = kind.name.rpartition(".")[2] if isinstance(kind, _Name) else ""
+        if name.startswith(("QInt", "QUInt")):
+            raise PortError(
+                f"holds quantised numbers ({name}); in torch call dequantize() on its tensors, and save them again"
+            )
         if name not in STORAGE_DTYPES or type(numel) is not int or numel < 0:
             raise PortError(
                 f"refers to a storage of kind {name or str(kind)[:80]} and length {str(numel)[:40]}"
