@@ -105,6 +105,11 @@ def inspect(file: Path, own: tuple[str, ...], tensors: bool, json_file: str | No
 @click.option(
     "--allow-unused", is_flag=True, help="Go on although tensors under the prefix are read by nothing."
 )
+@click.option(
+    "--whole",
+    is_flag=True,
+    help="DST is all of SRC, a file of torch or .safetensors, with every attention block in the form of --to.",
+)
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("--force", is_flag=True, help="Replace DST if it exists.")
 @click.option(
@@ -125,6 +130,7 @@ def port(
     dtype: str | None,
     keep_spectral_norm: bool,
     allow_unused: bool,
+    whole: bool,
     dry_run: bool,
     force: bool,
     json_file: str | None,
@@ -158,6 +164,7 @@ def port(
             strict=not allow_unused,
             dry_run=dry_run,
             overwrite=force,
+            whole=whole,
         )
     except VerificationError as error:
         report = error.report

@@ -109,6 +109,7 @@ class Match:
         missing: names under the prefix that the dialect needs and the file lacks.
         unused: the file's keys under the prefix that nothing reads.
         ignored: those that say nothing about the function.
+        used: those that the dialect reads, or that must be there.
         telltales: what shows that this is another function.
         ambiguous: names of other variants that fit as well.
     """
@@ -124,6 +125,7 @@ class Match:
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     ignored: tuple[str, ...]
+    used: tuple[str, ...]
     telltales: tuple[Telltale, ...]
     ambiguous: tuple[str, ...] = ()
 
@@ -252,6 +254,7 @@ class _Matcher:
             tuple(dict.fromkeys(self.missing)),
             self._originals(unused),
             self._originals(ignored),
+            tuple(self.index.original(name) for name in sorted(self.used) if name.startswith(self.prefix)),
             tuple(telltale for telltale in self.dialect.telltales if self._shows(telltale, here)),
         )
 

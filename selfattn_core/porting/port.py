@@ -22,11 +22,12 @@ from selfattn_core.porting.finding import Found, canonical_configs, find_blocks,
 from selfattn_core.porting.importing import Imported, Plan, checksum, import_block, plan
 from selfattn_core.porting.inspecting import candidates
 from selfattn_core.porting.lazy import LazyArrays
-from selfattn_core.porting.matching import match, normal
+from selfattn_core.porting.matching import match, normal, prefixes
 from selfattn_core.porting.readers import Tensors, open_tensors
 from selfattn_core.porting.report import BlockReport, Check, PortReport, TensorReport
 from selfattn_core.porting.scratch import scratch_folder
 from selfattn_core.porting.settings import Settings, settings_of
+from selfattn_core.porting.whole import WHOLE, Renamed, write_whole
 from selfattn_core.porting.writers import write_tensors
 from selfattn_core.report_files import would_replace
 from selfattn_core.weights import FORMAT, VERSION
@@ -52,6 +53,7 @@ def port(
     strict: bool = True,
     dry_run: bool = False,
     overwrite: bool = False,
+    whole: bool = False,
 ) -> PortReport:
     """Bring attention weights from one file into another.
 
@@ -70,6 +72,8 @@ def port(
         strict: whether keys under a block's prefix that nothing reads are an error.
         dry_run: do everything but write.
         overwrite: whether an existing target may be replaced.
+        whole: whether the target is the whole source, in its own format, with every attention block that the dialect finds
+            (or those of `prefix`) in the form of `to` and every other tensor as it is. An optimiser's state is left out.
 
     Returns:
         What was done. Every check that ran has passed.
@@ -97,7 +101,7 @@ def port(
         Path(target),
         to,
         dialect,
-        _Options(check, dtype, keep_spectral_norm, strict, dry_run, overwrite),
+        _Options(check, dtype, keep_spectral_norm, strict, dry_run, overwrite, whole),
     ).run([prefix] if isinstance(prefix, str) else prefix, settings or {})
 
 
@@ -168,6 +172,7 @@ class _Options:
     strict: bool
     dry_run: bool
     overwrite: bool
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -217,9 +222,16 @@ class _Port:
     ) -> PortReport:
         with open_tensors(self.source) as tensors:
             chosen = _source_dialect(tensors, self.source_dialect)
+            if self.options.whole:
+                self._check_whole_fits(tensors)
+                prefix = prefix or prefixes(chosen, index_of(tensors)) or None
             found = _found(tensors, chosen, settings, prefix, strict=self.options.strict)
             blocks = [self._block(one, tensors, alone=len(found) == 1) for one in found]
-            checks = [*self._check_source(chosen, blocks), *self._check_round_trip(blocks)]
+            if self.options.whole:
+                trips = self._check_whole(blocks, tensors)
+            else:
+                trips = self._check_round_trip(blocks)
+            checks = [*self._check_source(chosen, blocks), *trips]
             report = PortReport(
                 str(self.source),
                 tensors.container,
@@ -254,6 +266,9 @@ class _Port:
             raise PortError(
                 f"{self.source}: {f'block {found.prefix}: ' if found.prefix else ''}{error}"
             ) from error
+        if self.options.whole:
+            exported = export_block(self.to, imported.config, imported.params, prefix=found.prefix)
+            return _Block(found, found.prefix.rstrip("./"), imported.config, imported, exported)
         name = "" if alone else normal(found.prefix).replace("/", ".")
         if not alone and not name:
             name = "block"
@@ -279,6 +294,59 @@ class _Port:
         except ValueError as error:
             raise PortError(f"{error}") from error
         return [check_output("source's own output", block.config, block.imported.params, x, y)]
+
+    def _check_whole_fits(self, tensors: Tensors) -> None:
+        if tensors.container not in WHOLE or self.container != tensors.container or self.source.is_dir():
+            raise PortError(
+                f"{self.target}: --whole writes a file of torch or .safetensors in the source's own format, and {self.source} is "
+                f"{tensors.container}; port its blocks without --whole."
+            )
+        if separator(self.to) != "." or self.to.name == "canonical":
+            raise PortError(
+                f"--whole writes names that a model loads, such as --to torch; {self.to.name} has others."
+            )
+
+    def _check_whole(self, blocks: list[_Block], tensors: Tensors) -> list[Check]:
+        """Write to a folder of our own, read back: the blocks as they were made, and everything else as it was."""
+        new = {key: block for block in blocks for key in block.exported.tensors}
+        gone = {key for block in blocks for key in _keys_of(block)} | optimiser_keys(tensors)
+        with scratch_folder() as folder:
+            trial = folder / self.target.name
+            self._write(trial, blocks, None, overwrite=False)
+            with open_tensors(trial) as written:
+                others = [key for key in tensors if key not in gone]
+                wrong = [
+                    key
+                    for key in new
+                    if key not in written or _mark(written.read(key)) != _mark(new[key].exported.tensors[key])
+                ]
+                changed = [
+                    key
+                    for key in others
+                    if key not in written
+                    or written[key] != tensors[key]
+                    or _mark(written.read(key)) != _mark(tensors.read(key))
+                ]
+                extra = [key for key in written if key not in new and key not in others]
+                if wrong or changed or extra:
+                    return [
+                        Check(
+                            "round trip",
+                            "failed",
+                            f"came back changed: {', '.join((*wrong, *changed, *extra)[:20])}",
+                        )
+                    ]
+                return [
+                    Check(
+                        "round trip",
+                        "passed",
+                        f"{len(new)} tensors written, read back and compared bit for bit",
+                    ),
+                    Check(
+                        "everything else", "passed", f"{len(others)} tensors are the source's, bit for bit"
+                    ),
+                    *(self._check_reimport(block, written) for block in blocks),
+                ]
 
     def _check_round_trip(self, blocks: list[_Block]) -> list[Check]:
         """Write to a folder of our own, read back, compare the bits, and import what was read."""
@@ -346,6 +414,12 @@ class _Port:
         )
         source = f"{self.source.name} ({report.source_dialect})" if report else ""
         metadata = {"source": source}
+        if self.options.whole:
+            if report:
+                metadata["port"] = json.dumps(report.to_dict(), ensure_ascii=False)
+            renamed = [_renamed(block, sums) for block in blocks]
+            write_whole(self.source, path, self.container, renamed, metadata, overwrite=overwrite)
+            return
         if self.to.name == "canonical":
             configs = {block.name: block.config.to_dict() for block in blocks}
             whole: object = configs.get("", configs)
@@ -353,6 +427,23 @@ class _Port:
         if report:
             metadata["port"] = json.dumps(report.to_dict(), ensure_ascii=False)
         write_tensors(path, tensors, container=self.container, metadata=metadata, overwrite=overwrite)
+
+
+def _keys_of(block: _Block) -> set[str]:
+    """The keys of the source that a block was made of, or that say nothing about its function."""
+    found = block.found.plan.match
+    return {*found.used, *found.ignored}
+
+
+def _renamed(block: _Block, sums: Mapping[str, str]) -> Renamed:
+    prefix = block.found.prefix
+    tensors = LazyArrays(
+        {
+            key.removeprefix(prefix): partial(_unchanged, block.exported.tensors, key, sums.get(key))
+            for key in block.exported.tensors
+        }
+    )
+    return Renamed(prefix, frozenset(_keys_of(block)), tensors, block.config.kv_pool)
 
 
 def _comparison(block: _Block, again: Imported) -> tuple[Literal["passed", "failed"], str]:

@@ -26,7 +26,7 @@ from selfattn_core.porting.readers.source import Source
 from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
 from selfattn_core.porting.readers.torch_pickle import Storage, Tensor, Unpickled, unpickle
 
-__all__ = ["METADATA", "open_torch", "open_torch_legacy"]
+__all__ = ["METADATA", "names_of", "open_torch", "open_torch_legacy"]
 
 # Where our own writer keeps its metadata: beside torch's versions of modules, which no key of a state dict names.
 METADATA = "selfattn metadata"
@@ -239,6 +239,20 @@ def _walk(
         if len(keys) >= MAX_DEPTH and children:
             raise PortError(f"{path}: is nested more than {MAX_DEPTH} levels deep.")
         stack += [((*keys, str(key)), child) for key, child in children][::-1]
+
+
+def names_of(paths: list[tuple[str, ...]], value: Any) -> list[str]:
+    """The names that tensors of a loaded file of torch have here, by the keys that lead to each.
+
+    Args:
+        paths: of every tensor.
+        value: what torch loaded.
+
+    Example:
+        >>> names_of([("state_dict", "module.w")], {"state_dict": {"module.w": 1}})
+        ['w']
+    """
+    return _names(paths, value)[0]
 
 
 def _names(paths: list[tuple[str, ...]], value: Any) -> tuple[list[str], dict[str, str]]:
