@@ -1,5 +1,6 @@
 """Dialects as data: the built-in ones, a user's own, and what is said of a wrong one."""
 
+import re
 import tomllib
 
 import pytest
@@ -264,3 +265,25 @@ def test_the_schema_is_what_the_docstring_shows():
     with pytest.raises(PortError) as caught:
         parse_dialect(text, "docs")
     assert "unknown" not in str(caught.value)
+
+
+def test_every_field_that_is_read_is_documented(monkeypatch):
+    """In the list of fields, which the page takes over, and by its table."""
+    from selfattn_core.porting import dialects
+    from selfattn_core.porting.toml_table import TomlTable
+
+    asked = set()
+    field = TomlTable._field
+
+    def noted(self, name, wanted, required):
+        asked.add(name)
+        return field(self, name, wanted, required)
+
+    monkeypatch.setattr(TomlTable, "_field", noted)
+    for name in dialect_names():
+        parse_dialect(dialect(name).text, name)
+    assert len(asked) > 40
+    assert (
+        sorted(name for name in asked if not re.search(rf"(^|[\[.#` ]){name}\b", dialects.__doc__, re.M))
+        == []
+    )
