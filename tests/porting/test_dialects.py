@@ -283,7 +283,6 @@ def test_every_field_that_is_read_is_documented(monkeypatch):
     for name in dialect_names():
         parse_dialect(dialect(name).text, name)
     assert len(asked) > 40
-    assert (
-        sorted(name for name in asked if not re.search(rf"(^|[\[.#` ]){name}\b", dialects.__doc__, re.M))
-        == []
-    )
+    field_or_table = r"(^|[\s`{{]){0} = |\[([\w.]+\.)?{0}\]"
+    unsaid = [name for name in asked if not re.search(field_or_table.format(name), dialects.__doc__)]
+    assert unsaid == []
