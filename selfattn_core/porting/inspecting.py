@@ -184,8 +184,9 @@ def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> In
 
 
 def candidates(tensors: Tensors) -> list[str]:
-    """The dialects that fit a block of the file, refused ones included."""
+    """The dialects that fit a block of the file, and after them the refused ones."""
     fits = [fit for block in _blocks(tensors, ()) for fit in block.fits if fit.verdict != "almost"]
+    fits.sort(key=lambda fit: fit.verdict == "refused")
     return list(dict.fromkeys(f"{fit.dialect}{' (refused)' * (fit.verdict == 'refused')}" for fit in fits))
 
 

@@ -255,8 +255,11 @@ def torch_checkpoint(
             make.weight(f"{name}.weight", shape, fan_in)
             make.weight(f"{name}.weight_orig", shape, fan_in)
             make.p[f"{name}.weight_u"] = make.unit(out)
-        elif form == "ajbrock":
-            make.weight(f"{name}.weight", shape, fan_in)
+        elif form in ("ajbrock", "ajbrock, small"):
+            # Small, so that eps 1e-6 matters.
+            make.p[f"{name}.weight"] = make.normal(
+                *shape, scale=1.3 / np.sqrt(fan_in) if form == "ajbrock" else 1e-6
+            )
             make.p[f"{name}.u0"], make.p[f"{name}.sv0"] = make.normal(1, out, scale=0.3), np.array([7.0])
         elif form == "mimicry's own":
             make.weight(f"{name}.weight", shape, fan_in)
@@ -303,6 +306,7 @@ KERNEL = {
     "parametrization": parametrization,
     "old hook": plain,
     "ajbrock": ajbrock,
+    "ajbrock, small": lambda p, name: ajbrock(p, name, 1e-6),
     "mimicry's own": lambda p, name: ajbrock(p, name, 1e-12, u="sn_u"),
     "wrapper": wrapper,
     "SpectralNorm class": lambda p, name: wrapper(p, name, 1e-12),
@@ -318,6 +322,16 @@ FLAT = [
     ("deoldify", ("query", "key", "value"), "SpectralNorm class", bmm_columns, 1, False, {}),
     ("fgh", ("f", "g", "h"), "SpectralNorm class", bmm_rows, 2, True, {}),
     ("danet", ("query_conv", "key_conv", "value_conv"), "plain", bmm_rows, 2, True, {}),
+    ("fastai-1", ("query", "key", "value"), "hook", bmm_columns, 1, False, {}),
+    (
+        "mmseg-pam",
+        ("query_project", "key_project", "value_project"),
+        "plain",
+        bmm_rows,
+        2,
+        True,
+        {"gain_key": "gamma.scale", "gain_shape": ()},
+    ),
     ("pytorch-advanced", ("query_conv", "key_conv", "value_conv"), "plain", bmm_columns, 2, True, {}),
     ("fastai", ("query.0", "key.0", "value.0"), "hook", bmm_columns, 1, False, {}),
     ("fastai", ("query.0", "key.0", "value.0"), "parametrization", bmm_columns, 1, False, {}),
@@ -329,6 +343,7 @@ FLAT = [
 SN = [f"snconv1x1_{n}" for n in ("theta", "phi", "g")]
 ONES = [f"conv1x1_{n}" for n in ("theta", "phi", "g", "attn")]
 AVERAGED = {"length": 0.9}
+MMAGIC = ("theta.conv", "phi.conv", "g.conv", "o.conv")
 POOLED_TORCH = [
     ("biggan", ("theta", "phi", "g", "o"), "ajbrock", False, {"gain_shape": ()}),
     ("biggan", ("theta", "phi", "g", "o"), "plain", False, {"gain_shape": ()}),
@@ -342,6 +357,10 @@ POOLED_TORCH = [
     ("mimicry", ("theta", "phi", "g", "o"), "hook", False, {"gain_shape": ()}),
     ("mimicry", ("theta", "phi", "g", "o"), "mimicry's own", False, {"gain_shape": ()}),
     ("mimicry", ("theta", "phi", "g", "o"), "plain", False, {"gain_shape": ()}),
+    ("fastai-1-pooled", ("theta", "phi", "g", "o"), "hook", False, {}),
+    ("mmagic", MMAGIC, "plain", False, {"gain_shape": ()}),
+    ("mmagic", MMAGIC, "hook", False, {"gain_shape": ()}),
+    ("mmagic", MMAGIC, "ajbrock, small", False, {"gain_shape": ()}),
     ("fastai-pooled", ("query.0", "key.0", "value.0", "out.0"), "hook", False, {}),
 ]
 
@@ -349,7 +368,7 @@ POOLED_TORCH = [
 def _flat(row, seed):
     name, names, form, attend, axes, bias, more = row
     tensors = torch_checkpoint(seed, names, WIDTHS, form, axes, bias, **more)
-    forward = flat_layer(names, gain("gamma"), KERNEL[form], attend, bias)
+    forward = flat_layer(names, gain(more.get("gain_key", "gamma")), KERNEL[form], attend, bias)
     settings = {"kv_pool": 1} if name == "torch" else {}
     return Original(name, under("net.attn.", tensors), forward, "BCHW", "net.attn.", settings)
 
@@ -550,6 +569,32 @@ def _ours(name, seed, flax_value=False):
     return Original(name, under(prefix, make.p), forward, "BHWC", prefix, {"kv_pool": 2})
 
 
+def _keras_book(seed, names, gain_key):
+    tensors = tensorflow_checkpoint(
+        seed, names, POOLED, "kernel", None, "bias", gain_key=gain_key, gain_shape=(1,)
+    )
+    forward = last_layer(names, gain(gain_key), lambda p, n: p[f"{n}/kernel"], lambda p, n: p[f"{n}/bias"])
+    prefix = "model/self_attention/"
+    return Original("keras-book", under(prefix, tensors), forward, "BHWC", prefix, {})
+
+
+def _pathology(seed, pooled):
+    # Scores are g·fᵀ: the second convolution is the query.
+    names = ("conv_layer_2", "conv_layer_1", "conv_layer_3", "conv_layer_4")[: 4 if pooled else 3]
+    tensors = tensorflow_checkpoint(
+        seed, names, POOLED if pooled else WIDTHS, "filter_conv", row_vector, "bias", gain_shape=(1,)
+    )
+    forward = last_layer(
+        names,
+        gain("gamma"),
+        lambda p, n: official(p, n, "filter_conv", "u", l2),
+        lambda p, n: p[f"{n}/bias"],
+        pooled=pooled,
+    )
+    prefix = "generator/attention_block_2_512/"
+    return Original("pathology-gan", under(prefix, tensors), forward, "BHWC", prefix, {})
+
+
 def _builders() -> dict[str, Callable[[], Original]]:
     found: dict[str, Callable[[], Original]] = {}
     for row in FLAT:
@@ -567,6 +612,13 @@ def _builders() -> dict[str, Callable[[], Original]]:
     for name in ("taki0112", "taki0112-out", "taki0112-2018"):
         found[name] = lambda name=name: _taki(name, 8, True)
         found[f"{name}, plain"] = lambda name=name: _taki(name, 8, False)
+    by_name = ("Conv_Theta", "Conv_Phi", "Conv_G", "Conv_AttnG")
+    found["keras-book"] = lambda: _keras_book(12, by_name, "sigma")
+    found["keras-book, Conv_g"] = lambda: _keras_book(12, (*by_name[:2], "Conv_g", by_name[3]), "sigma")
+    attributes = ("conv_theta", "conv_phi", "conv_g", "conv_attn_g")
+    found["keras-book, attributes"] = lambda: _keras_book(12, attributes, "Sigma")
+    for pooled in (False, True):
+        found[f"pathology-gan, {1 + pooled}"] = lambda pooled=pooled: _pathology(13, pooled)
     found["timm"] = lambda: _timm(9)
     found["timm, use_scale=False"] = lambda: _timm(9, scaled=False)
     for name in ("mmcv", "nonlocal"):

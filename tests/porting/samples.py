@@ -3,6 +3,7 @@
 Run as `python -m tests.porting.samples LIBRARY FOLDER`, in a process of its own: some of these libraries do not share one.
 """
 
+import pickle
 import sys
 from pathlib import Path
 
@@ -41,8 +42,9 @@ def write_safetensors(folder: Path) -> None:
 
 
 def write_npz(folder: Path) -> None:
-    """`plain.npz`."""
+    """`plain.npz`, and `plain.pkl`, the same arrays in a pickle."""
     np.savez(folder / "plain.npz", **tensors())
+    (folder / "plain.pkl").write_bytes(pickle.dumps(tensors(), 2))
 
 
 def write_flax(folder: Path) -> None:

@@ -13,6 +13,7 @@ EXPECTED = {
     *("canonical", "torch", "keras", "flax", "fgh", "heykeetae", "danet", "sagan-tf", "tfgan", "compare-gan"),
     *("taki0112", "biggan", "biggan-tfhub", "biggan-hf", "studiogan", "voletiv", "mimicry", "fastai"),
     *("fastai-pooled", "deoldify", "rosinality", "pytorch-advanced", "timm", "mmcv", "nonlocal", "biggan-v1"),
+    *("mmagic", "mmseg-pam", "fastai-1", "fastai-1-pooled", "keras-book", "pathology-gan"),
     *("taki0112-out", "taki0112-2018", "torchgan", "heykeetae-2018-06-08", "taming", "diffusers", "ashpy"),
 }
 REFUSED = {"torchgan", "heykeetae-2018-06-08", "taming", "diffusers", "ashpy"}
@@ -56,6 +57,8 @@ def test_the_names_of_query_and_key_are_those_of_what_acts():
         assert (roles[name]["query"], roles[name]["key"]) == ("g_conv", "f_conv")
     for name in ("heykeetae", "danet", "fastai-pooled", "torchgan", "torch", "keras", "flax", "canonical"):
         assert roles[name]["query"].startswith("query"), name
+    assert (roles["fastai-1"]["query"], roles["pathology-gan"]["query"]) == ("key", "conv_layer_2")
+    assert roles["keras-book"]["query"] == "Conv_Theta"
     assert roles["fgh"] == {"query": "f", "key": "g", "value": "h"}
 
 

@@ -25,6 +25,7 @@ _READERS: dict[str, Callable[[Path], Tensors]] = {
     "npz": open_npz,
     "torch": open_torch,
     "torch-legacy": open_torch_legacy,
+    "pickle": open_torch_legacy,
     "keras": open_keras,
     "h5": open_h5,
     "msgpack": open_msgpack,
