@@ -58,6 +58,15 @@ def test_a_dictionary_in_one_array_of_numpy(tmp_path):
         assert set(opened) == set(arrays)
 
 
+def test_a_dictionary_in_an_npz(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, weights=np.array({"w": np.ones(3)}, dtype=object))
+    assert "numpy.savez(NEW, **numpy.load(PATH, allow_pickle=True)['weights'].item())" in said(path)
+    np.savez(tmp_path / "new.npz", **np.load(path, allow_pickle=True)["weights"].item())
+    with open_tensors(tmp_path / "new.npz") as opened:
+        assert set(opened) == {"w"}
+
+
 def test_a_program_of_torch_export(tmp_path):
     layer = torch.nn.Linear(3, 2)
     path = tmp_path / "a.pt2"
