@@ -77,6 +77,10 @@ def test_a_state_dict(old, tmp_path):
     assert check.detail == f"{len(old.state_dict()) - 14} tensors are the source's, bit for bit"
     state = torch.load(tmp_path / "new.pth", weights_only=True)
     check_loads(old, state)
+    # torch's versions of modules, by which its own spectral norm reads a file, and ours.
+    assert state._metadata["first"] == old.state_dict()._metadata["first"]
+    assert state._metadata["attn2"]["selfattn kv_pool"] == 1
+    assert "attn1.query_conv" not in state._metadata
     order = list(state)
     assert (
         order.index("norm.num_batches_tracked")
