@@ -1,5 +1,6 @@
 """What pages take from elsewhere when the site is built: the command's help, the dialects, the measurements."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import click
 from mkdocs.structure.files import File
 
 from selfattn_core.cli import main
+from selfattn_core.porting import dialects
 from selfattn_core.porting.dialects import ROLES, dialect, dialect_names
 
 _ROOT = Path(__file__).parents[1]
@@ -25,6 +27,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Put the generated parts where the pages ask for them."""
     markdown = markdown.replace("<!-- command -->", command_help())
     markdown = markdown.replace("<!-- dialects -->", dialect_table())
+    markdown = markdown.replace("<!-- dialect schema -->", dialect_schema())
     return markdown.replace("<!-- benchmarks -->", measurements())
 
 
@@ -39,6 +42,12 @@ def command_help() -> str:
         text = command.get_help(click.Context(command, info_name=name, parent=context))
         parts.append(f"## selfattn {name}\n\n```text\n{text}\n```\n")
     return "\n".join(parts)
+
+
+def dialect_schema() -> str:
+    """All fields of a dialect file, as the module that reads them lists them."""
+    text = inspect.getdoc(dialects) or ""
+    return text[text.index("```toml") : text.rindex("```") + 3]
 
 
 def dialect_table() -> str:

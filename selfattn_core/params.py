@@ -11,6 +11,7 @@ from selfattn_core import spectral_norm
 from selfattn_core.config import SelfAttentionConfig
 
 __all__ = [
+    "KV_POOL",
     "Parameter",
     "check_params",
     "fold_spectral_norm",
@@ -23,6 +24,9 @@ __all__ = [
     "state_table",
     "widen",
 ]
+
+# The pooling, which no parameter shows, in a framework's own file: beside the weights, under a name that is none of theirs.
+KV_POOL = "selfattn kv_pool"
 
 
 @dataclass(frozen=True)

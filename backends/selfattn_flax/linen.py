@@ -396,7 +396,8 @@ def load(
         name: of the module.
 
     Warns:
-        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have.
+        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
+            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
 
     Raises:
         FileNotFoundError: if there is no such canonical file.

@@ -15,7 +15,7 @@ from keras import ops
 
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.config import check_options
-from selfattn_core.params import projections
+from selfattn_core.params import KV_POOL, projections
 from selfattn_keras.projection import Projection
 from selfattn_keras.spectral_norm import SpectralConv2D
 from selfattn_ops.blocks import check_block_size
@@ -315,6 +315,14 @@ class SelfAttention2D(keras.layers.Layer):
             for window in (1, self.kv_pool)
         )
         return y, keras.KerasTensor((sizes["B"], positions, keys), dtype=self.compute_dtype)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Put the weights into the store and, in a file of HDF5, the pooling, which no weight shows, beside them."""
+        super().save_own_variables(store)
+        # Keras has no other way to an attribute, and would count one more array as a weight.
+        group = getattr(store, "_h5_entry_group", None)
+        if group is not None and hasattr(group, "attrs"):
+            group.attrs[KV_POOL] = str(self.kv_pool)
 
     def get_config(self) -> dict[str, Any]:
         """Every argument of the constructor, as `from_config` takes them."""

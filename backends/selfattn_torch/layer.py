@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from selfattn_core import SelfAttentionConfig
-from selfattn_core.params import projections
+from selfattn_core.params import KV_POOL, projections
 from selfattn_ops.blocks import check_block_size
 from selfattn_ops.torch import attend, attend_with_map
 from selfattn_torch.inputs import refuse
@@ -174,6 +174,13 @@ class SelfAttention2d(nn.Module):
     def _pool(self, maps: torch.Tensor) -> torch.Tensor:
         side = self.config.kv_pool
         return nn.functional.max_pool2d(maps, side, side) if side > 1 else maps
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Put the weights there, and among torch's versions of modules the pooling, which no weight shows."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        versions = getattr(destination, "_metadata", {})
+        # What `selfattn port` and `load` read; a state dict's names stay what they are.
+        versions.get(prefix.removesuffix("."), {})[KV_POOL] = self.config.kv_pool
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What `torch.jit.script` calls first, also for a layer inside another module."""

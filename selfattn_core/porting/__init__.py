@@ -1,6 +1,6 @@
 """Weights from other people's checkpoints, and into other frameworks' files: exactly, or a refusal that explains."""
 
-from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.errors import PortError, VerificationError
 from selfattn_core.porting.inspecting import InspectReport, inspect
 from selfattn_core.porting.port import load, port
 from selfattn_core.porting.readers import TensorInfo, Tensors, open_tensors
@@ -13,6 +13,7 @@ __all__ = [
     "PortReport",
     "TensorInfo",
     "Tensors",
+    "VerificationError",
     "inspect",
     "load",
     "open_tensors",

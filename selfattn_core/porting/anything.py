@@ -1,14 +1,18 @@
 """What every adapter's `load` reads: a canonical file, or anybody's checkpoint."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 import selfattn_core
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.inspecting import candidates
 from selfattn_core.porting.port import load
-from selfattn_core.weights import PathLike
+from selfattn_core.porting.readers import open_tensors
+from selfattn_core.weights import FORMAT, PathLike
 
 __all__ = ["load_any"]
 
@@ -31,7 +35,8 @@ def load_any(
         settings: what another file does not say.
 
     Warns:
-        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have.
+        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
+            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
 
     Raises:
         FileNotFoundError: if there is no such canonical file.
@@ -50,9 +55,29 @@ def load_any(
                 f"load: {' and '.join(given)} says something of another file than a canonical one: pass dialect= as well; a "
                 "layer of a canonical file is named by block=."
             )
+        _check_canonical(Path(path))
         return selfattn_core.load(path, block=block)
     if block is not None:
         raise ValueError(
             f"load: block={block!r} names a layer of a canonical file; with dialect= pass prefix=, the beginning of its keys."
         )
     return load(path, dialect=dialect, prefix=prefix, settings=settings)
+
+
+def _check_canonical(path: Path) -> None:
+    """Say what to pass for a checkpoint that is none of ours; what cannot be read at all is refused by what reads ours."""
+    try:
+        with open_tensors(path) as tensors:
+            if tensors.metadata.get("format") == FORMAT:
+                return
+            found = candidates(tensors)
+    except (PortError, ModuleNotFoundError):
+        return
+    fits = (
+        f"its keys fit {', '.join(found)}"
+        if found
+        else "its keys fit none of them; `selfattn inspect` says why"
+    )
+    raise ValueError(
+        f"{path}: is not a selfattn file, but a checkpoint of another kind ({tensors.container}): say with dialect= which: {fits}."
+    )

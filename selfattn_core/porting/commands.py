@@ -105,6 +105,11 @@ def inspect(file: Path, own: tuple[str, ...], tensors: bool, json_file: str | No
 @click.option(
     "--allow-unused", is_flag=True, help="Go on although tensors under the prefix are read by nothing."
 )
+@click.option(
+    "--whole",
+    is_flag=True,
+    help="DST is all of SRC, a file of torch or .safetensors, with every attention block in the form of --to.",
+)
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("--force", is_flag=True, help="Replace DST if it exists.")
 @click.option(
@@ -125,6 +130,7 @@ def port(
     dtype: str | None,
     keep_spectral_norm: bool,
     allow_unused: bool,
+    whole: bool,
     dry_run: bool,
     force: bool,
     json_file: str | None,
@@ -133,6 +139,7 @@ def port(
 
     What was done to every tensor is reported. Exit code 1 means that a check failed, 2 a refusal; nothing is written then.
     """
+    from selfattn_core.porting.errors import VerificationError
     from selfattn_core.porting.port import port as run
 
     given = {}
@@ -143,20 +150,24 @@ def port(
         given[name] = value
     kept = {"SRC": source, "DST": target, "the file of --check": check, "the dialect of --from": dialect}
     json_file = _json_target(json_file, {name: Path(path) for name, path in kept.items() if path})
-    report = run(
-        source,
-        target,
-        dialect=dialect,
-        prefix=prefix or None,
-        to=to,
-        settings=given,
-        check=check,
-        dtype=dtype,
-        keep_spectral_norm=keep_spectral_norm,
-        strict=not allow_unused,
-        dry_run=dry_run,
-        overwrite=force,
-    )
+    try:
+        report = run(
+            source,
+            target,
+            dialect=dialect,
+            prefix=prefix or None,
+            to=to,
+            settings=given,
+            check=check,
+            dtype=dtype,
+            keep_spectral_norm=keep_spectral_norm,
+            strict=not allow_unused,
+            dry_run=dry_run,
+            overwrite=force,
+            whole=whole,
+        )
+    except VerificationError as error:
+        report = error.report
     click.echo(report.to_text(), err=json_file == STANDARD_OUTPUT)
     if json_file:
         write_report(json_file, _as_json(report.to_dict()))

@@ -50,6 +50,10 @@ normalize = "max"                    # t/max(‖t‖, eps); "add": t/(‖t‖ + 
 eps = 1e-12
 iterations = 1
 
+# spectral_norm = "torch" in [[kernels]], of a kernel that ends in "weight", stands for all ways in which PyTorch code stores
+# it: plain; weight_orig, weight_u and weight_v; parametrizations.weight.…; the kernel itself beside weight_orig, as before
+# torch 1.0; and module.weight_bar, module.weight_u and module.weight_v of the wrapper class SpectralNorm
+
 [scale]                              # the scores are multiplied by
 factor = "qk_channels^-0.5"          # or "channels^-0.5", or a number
 setting = "use_scale"                # not in the file: `--set use_scale=false` makes the factor 1
@@ -61,8 +65,9 @@ mean = "norm.running_mean"
 var = "norm.running_var"
 eps = 1e-5
 
-[ema]                                # averaged copies of kernels, biases and gamma; `--set ema=false` takes the others
-suffixes = ["/ExponentialMovingAverage"]
+[ema]                                # averaged copies of kernels, biases and gamma, which the original evaluates with;
+suffixes = ["/ema_0.9999"]           # `--set ema=false` takes the others. TensorFlow's /ExponentialMovingAverage are known without
+                                     # this table, and taken with `--set ema=true`
 
 [[variants]]                         # the same with changes; the one whose keys are there is taken
 name = "with pooling"
@@ -70,7 +75,7 @@ roles = { key = "g.0", value = "h.0" }
 kv_pool = 2                          # and out_projection, use_bias, bias_free, [variants.batch_norm] or batch_norm = false
 
 [[telltales]]                        # a key that shows another function
-key = "concat_project.*"             # or `missing = "…"`
+key = "concat_project.*"             # or `missing = "…"`, and then `beside = "…"`: only where this is there
 reason = "…"
 
 [refusal]                            # the layer cannot be expressed
@@ -114,6 +119,9 @@ ROLES = ("query", "key", "value", "out")
 _LARGEST_FILE = 2**20
 _WIDTH = re.compile(r"channels(?://([1-9]\d*))?")
 _POWER = re.compile(r"(channels|qk_channels)\^(-?\d+(?:\.\d+)?)")
+# What stands for every way in which PyTorch code stores a kernel.
+_TORCH = "torch"
+_AVERAGES = ("/ExponentialMovingAverage",)
 _PLACEHOLDER = re.compile(r"\{[^}]*\}?|\}")
 
 
@@ -183,6 +191,7 @@ class Telltale:
     key: str
     missing: bool
     reason: str
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -210,6 +219,7 @@ class Dialect:
     value_channels: str
     widths_required: bool
     ema: tuple[str, ...]
+    ema_first: bool
     telltales: tuple[Telltale, ...]
     reason: str
     instead: str
@@ -352,7 +362,7 @@ class _Parser:
             refusal.finish()
         scale, setting = self._scale()
         gamma_keys, gamma_value, gamma_saved = self._gamma(refused=refusal is not None)
-        kernels = tuple(self._kernel(table) for table in top.tables("kernels"))
+        kernels = tuple(form for table in top.tables("kernels") for form in self._kernels(table))
         layer = top.table("layer") or TomlTable({}, "layer.", top.problems)
         variants = self._variants(layer, refused=refusal is not None)
         qk_channels, value_channels = (self._width(layer, name) for name in ("qk_channels", "value_channels"))
@@ -381,7 +391,9 @@ class _Parser:
             qk_channels=qk_channels,
             value_channels=value_channels,
             widths_required=layer.flag("widths_required", False),
-            ema=suffixes,
+            # TensorFlow's own averages can lie beside any variable; only where the dialect says so are they what it evaluates.
+            ema=suffixes or (_AVERAGES if any("/" in form.kernel for form in kernels) else ()),
+            ema_first=bool(suffixes),
             telltales=tuple(self._telltale(table) for table in top.tables("telltales")),
             reason=reason,
             instead=instead,
@@ -427,7 +439,7 @@ class _Parser:
         table.finish()
         return keys, value, saved
 
-    def _kernel(self, table: TomlTable) -> KernelForm:
+    def _kernels(self, table: TomlTable) -> list[KernelForm]:
         axes = table.text("axes", required=True)
         if axes and not (axes.count("O") == axes.count("I") == 1 and set(axes) <= set("OIHWL1")):
             table.wrong(
@@ -447,9 +459,18 @@ class _Parser:
                 self._pattern(table, name, pattern, path=True)
         if kernel and _PLACEHOLDER.findall(kernel) not in ([], ["{path}"]):
             table.wrong("kernel", kernel, "a key with {path} as its only placeholder: blocks are found by it")
+        if table.raw("spectral_norm") == _TORCH:
+            table.text("spectral_norm")
+            table.finish()
+            if not kernel.endswith("weight") or requires or ignore:
+                table.problem(
+                    f'spectral_norm = "{_TORCH}" needs a kernel that ends in "weight", and neither requires nor ignore'
+                )
+            return _torch_forms(kernel, bias, axes)
         inner = table.table("spectral_norm")
         table.finish()
-        return KernelForm(kernel, bias, axes, requires, ignore, self._spectral_norm(inner) if inner else None)
+        norm = self._spectral_norm(inner) if inner else None
+        return [KernelForm(kernel, bias, axes, requires, ignore, norm)]
 
     def _spectral_norm(self, table: TomlTable) -> SpectralNorm:
         u, v = table.text("u", required=True), table.text("v")
@@ -556,12 +577,12 @@ class _Parser:
         return BatchNorm(**keys, eps=eps or 0.0)
 
     def _telltale(self, table: TomlTable) -> Telltale:
-        key, missing = table.text("key"), table.text("missing")
+        key, missing, beside = table.text("key"), table.text("missing"), table.text("beside")
         reason = table.text("reason", required=True)
         if bool(key) == bool(missing):
             table.problem(f"needs either key or missing, and has {'both' if key else 'none'}")
         table.finish()
-        return Telltale(key or missing, bool(missing), reason)
+        return Telltale(key or missing, bool(missing), reason, beside)
 
     def _width(self, layer: TomlTable, name: str) -> str:
         rule = layer.text(name)
@@ -590,3 +611,25 @@ class _Parser:
             )
         if found.widths_required and not (found.qk_channels or found.value_channels):
             top.problem("layer.widths_required = true needs qk_channels or value_channels")
+
+
+def _torch_forms(kernel: str, bias: str, axes: str) -> list[KernelForm]:
+    """Every way in which PyTorch code stores a convolution, with spectral norm or without.
+
+    The wrapper class is that of github.com/christiancosgrove/pytorch-spectral-normalization-gan, spectral_normalization.py.
+    """
+    path, wrapper = kernel.removesuffix("weight"), f"{kernel.removesuffix('weight')}module."
+    made = f"{path}parametrizations.weight."
+    inner_bias = f"{wrapper}{bias.removeprefix(path)}" if bias else ""
+
+    def stored(u: str, v: str) -> SpectralNorm:
+        return SpectralNorm(u, v, "stored", "out", "max", 0.0, 1)
+
+    iterated = SpectralNorm(f"{wrapper}weight_u", "", "iterate", "out", "add", 1e-12, 1)
+    return [
+        KernelForm(kernel, bias, axes),
+        KernelForm(f"{path}weight_orig", bias, axes, (), (), stored(f"{path}weight_u", f"{path}weight_v")),
+        KernelForm(f"{made}original", bias, axes, (), (), stored(f"{made}0._u", f"{made}0._v")),
+        KernelForm(kernel, bias, axes, (f"{path}weight_orig", f"{path}weight_u")),
+        KernelForm(f"{wrapper}weight_bar", inner_bias, axes, (), (f"{wrapper}weight_v",), iterated),
+    ]

@@ -1,10 +1,12 @@
 """The blocks of a file that a dialect describes, or everything that stands in the way, at once."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.porting.bystanders import optimiser_keys
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.importing import Plan, plan
@@ -14,7 +16,7 @@ from selfattn_core.porting.report import listed
 from selfattn_core.porting.settings import Settings
 from selfattn_core.weights import FORMAT, configs_of
 
-__all__ = ["Found", "canonical_configs", "find_blocks", "index_of", "shown"]
+__all__ = ["Found", "canonical_configs", "find_blocks", "index_of", "shown", "stored_pools"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,13 @@ class Found:
 
 
 def index_of(tensors: Tensors) -> KeyIndex:
-    """The keys of a file.
+    """The keys of a file, without those of an optimiser's state.
 
     Raises:
         PortError: if two of them differ in nothing but separators.
     """
-    index = KeyIndex(tensors)
+    passed_over = optimiser_keys(tensors)
+    index = KeyIndex(key for key in tensors if key not in passed_over)
     if index.clashes:
         pairs = "; ".join(f"{one} and {other}" for one, other in index.clashes[:8])
         raise PortError(f"{tensors.path}: keys that cannot be told apart: {pairs}.")
@@ -111,6 +114,11 @@ def _chosen(
             else [name]
         )
         if not some or (some == [name] and not index.under(name)):
+            if any(normal(key).startswith(name) for key in optimiser_keys(tensors)):
+                raise PortError(
+                    f"{tensors.path}: {wanted!r} is the state of an optimiser, which mirrors a layer and is none; name the "
+                    f"layer's own weights{f': {listed(known, 20)}' if known else ''}."
+                )
             blocks = f"it has {listed(known, 20)}" if known else "it has none"
             raise PortError(
                 f"{tensors.path}: has no block {wanted!r} that looks like {dialect.name}; {blocks}."
@@ -168,3 +176,23 @@ def canonical_configs(tensors: Tensors, chosen: Dialect) -> dict[str, SelfAttent
         return configs_of(tensors.path, tensors.metadata)
     except ValueError as error:
         raise PortError(str(error)) from error
+
+
+def stored_pools(tensors: Tensors, chosen: Dialect) -> dict[str, int]:
+    """The `kv_pool` of the blocks whose file says it beside the tensors, by prefix as `normal` makes it.
+
+    A reader finds it where a layer of this library left it; a file that `port` wrote has it in the report it carries.
+    """
+    if chosen.kv_pool_stored:
+        return {}
+    found = {normal(prefix): pool for prefix, pool in tensors.pools.items()}
+    try:
+        report = json.loads(tensors.metadata["port"])
+        if report["target_dialect"].startswith(f"{chosen.name}:"):
+            for block in report["blocks"]:
+                config = SelfAttentionConfig.from_dict(block["config"])
+                found.setdefault(normal(block["block"]), config.kv_pool)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        # No report of ours, which nothing says that it should be.
+        return found
+    return found

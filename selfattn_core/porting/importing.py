@@ -276,7 +276,7 @@ class _Planner:
         if match.variant.batch_norm:
             eps = match.variant.batch_norm.eps if settings.bn_eps is None else settings.bn_eps
             add(Assumption("bn_eps", f"bn_eps = {eps:g}, of the batch norm"))
-        if dialect.ema:
+        if dialect.ema_first or match.averages:
             which = "averaged" if match.averaged else "raw"
             add(Assumption("ema", f"the {which} copies of kernels, biases and gamma are taken"))
         roles: dict[str, list[str]] = {}

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from selfattn_core.porting.bystanders import averages_without_names, is_averaged, optimiser_keys
 from selfattn_core.porting.dialects import Dialect, dialect, dialect_names
-from selfattn_core.porting.finding import canonical_configs, index_of, shown
+from selfattn_core.porting.finding import canonical_configs, index_of, shown, stored_pools
 from selfattn_core.porting.importing import plan, state_notes
 from selfattn_core.porting.matching import KeyIndex, match, prefixes
 from selfattn_core.porting.readers import Tensors, open_tensors
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.settings import settings_of
+from selfattn_core.porting.suggesting import Group, Nearest, as_lines, groups, nearest
 
 __all__ = ["BlockFound", "Fit", "InspectReport", "candidates", "inspect"]
 
@@ -69,6 +71,10 @@ class InspectReport:
         parameters: numbers in all of them.
         blocks: attention blocks, in the order of their prefixes.
         left_out: what else is there under names of tensors, by name: why it is none.
+        optimiser_state: keys of an optimiser's state, which are passed over.
+        note: what a person must know of the whole file.
+        nearest: where no dialect fits, those that have most of their keys there.
+        groups: where no dialect fits, tensors that could be such a layer by their shapes.
     """
 
     path: str
@@ -78,6 +84,10 @@ class InspectReport:
     parameters: int
     blocks: tuple[BlockFound, ...]
     left_out: dict[str, str] = field(default_factory=dict)
+    optimiser_state: tuple[str, ...] = ()
+    note: str = ""
+    nearest: tuple[Nearest, ...] = ()
+    groups: tuple[Group, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
@@ -88,20 +98,40 @@ class InspectReport:
         lines = [f"{self.path}: {self.format}, {len(self.tensors)} tensors, {self.parameters:,} numbers"]
         if self.left_out:
             lines.append(f"left out, since they are no numbers: {listed(list(self.left_out))}")
-        if not self.blocks:
+        if self.optimiser_state:
             lines.append(
-                "No attention block that a dialect has names for. `selfattn dialects` lists them; a TOML file describes another."
+                f"passed over: {len(self.optimiser_state)} tensors of an optimiser's state ({listed(self.optimiser_state, 3)})"
             )
+        if self.note:
+            lines.append(f"note: {self.note}")
         for block in self.blocks:
-            lines.append(f"block {block.prefix or 'at the top of the file'}, {block.tensors} tensors")
+            kind = ", averaged copies by their name" if is_averaged(block.prefix) else ""
+            lines.append(f"block {block.prefix or 'at the top of the file'}, {block.tensors} tensors{kind}")
             for fit in block.fits:
                 lines += _fit_lines(fit)
-        if any(fit.verdict == "fits" for block in self.blocks for fit in block.fits):
+        verdicts = {fit.verdict for block in self.blocks for fit in block.fits}
+        if verdicts <= {"almost"}:
+            lines += self._without_a_dialect()
+        if "fits" in verdicts:
             lines.append(
                 "Equal keys do not mean equal functions: choose the dialect of the code that wrote the file, and give it to "
                 "`selfattn port` with --from."
             )
         return "\n".join(lines)
+
+    def _without_a_dialect(self) -> list[str]:
+        head = "No dialect fits" if self.blocks else "No attention block that a dialect has names for"
+        if self.groups:
+            tail = "; the shapes of these tensors could be one"
+        else:
+            tail = (
+                ", and no tensors under one prefix have its shapes: 1×1 kernels C → D, C → D and C → C, or C → V and V → C, "
+                "and one number"
+            )
+        return [
+            f"{head}{tail}. `selfattn dialects` lists what is known, --tensors what is here; a TOML file describes another.",
+            *as_lines(self.nearest if not self.blocks else (), self.groups),
+        ]
 
 
 def _fit_lines(fit: Fit) -> list[str]:
@@ -136,6 +166,8 @@ def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> In
     """
     with open_tensors(path) as tensors:
         blocks = _blocks(tensors, dialects)
+        index = index_of(tensors)
+        unknown = all(fit.verdict == "almost" for block in blocks for fit in block.fits)
         return InspectReport(
             str(path),
             tensors.container,
@@ -144,12 +176,17 @@ def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> In
             sum(math.prod(info.shape) for info in tensors.values()),
             tuple(blocks),
             tensors.left_out,
+            tuple(sorted(optimiser_keys(tensors))),
+            averages_without_names(tensors),
+            tuple(nearest(index)) if unknown else (),
+            tuple(groups(index, tensors)) if unknown else (),
         )
 
 
 def candidates(tensors: Tensors) -> list[str]:
-    """The dialects that fit a block of the file, refused ones included."""
+    """The dialects that fit a block of the file, and after them the refused ones."""
     fits = [fit for block in _blocks(tensors, ()) for fit in block.fits if fit.verdict != "almost"]
+    fits.sort(key=lambda fit: fit.verdict == "refused")
     return list(dict.fromkeys(f"{fit.dialect}{' (refused)' * (fit.verdict == 'refused')}" for fit in fits))
 
 
@@ -160,7 +197,7 @@ def _blocks(tensors: Tensors, own: Sequence[str]) -> list[BlockFound]:
         chosen = dialect(name)
         for prefix in prefixes(chosen, index):
             places.setdefault(prefix, []).append(_fit(chosen, index, prefix, tensors))
-    order = {"fits": 0, "refused": 1, "almost": 2}
+    order = {"refused": 0, "fits": 1, "almost": 2}
     return [
         BlockFound(
             shown(prefix, index),
@@ -176,8 +213,9 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
     settings = settings_of(chosen, {})
     configs = canonical_configs(tensors, chosen) or {}
     own = configs.get(prefix.rstrip("/").replace("/", "."))
-    if own:
-        settings = replace(settings, kv_pool=own.kv_pool, plain=not own.spectral_norm)
+    pool = own.kv_pool if own else stored_pools(tensors, chosen).get(prefix.rstrip("/"))
+    if pool is not None:
+        settings = replace(settings, kv_pool=pool, plain=own is not None and not own.spectral_norm)
     planned = plan(found, tensors, settings)
     config = planned.config.to_dict() if planned.config else None
     reasons = [telltale.reason for telltale in found.telltales]
@@ -190,6 +228,8 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
     reasons += [text for text in planned.problems if text not in given]
     name, title, variant = chosen.name, chosen.title, found.variant.name
     if reasons:
+        if chosen.refused:
+            reasons += [f"if it is this one all the same: {chosen.reason}", f"instead: {chosen.instead}"]
         return Fit(name, title, "almost", variant, config, tuple(reasons))
     if chosen.refused:
         return Fit(
@@ -202,6 +242,6 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
             (),
             chosen.caveats,
         )
-    assumed = (*given, *(str(one) for one in planned.assumptions if not (own and one.setting == "kv_pool")))
+    assumed = (*given, *(str(one) for one in planned.assumptions if pool is None or one.setting != "kv_pool"))
     notes = (*chosen.caveats, *state_notes(planned, tensors.read))
     return Fit(name, title, "fits", variant, config, (), assumed, notes)

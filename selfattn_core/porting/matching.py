@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from selfattn_core.porting.dialects import Dialect, KernelForm, Telltale, Variant
 
-__all__ = ["KeyIndex", "Match", "Projection", "match", "prefixes"]
+__all__ = ["KeyIndex", "Match", "Projection", "filled", "match", "prefixes"]
 
 
 class KeyIndex:
@@ -105,9 +105,11 @@ class Match:
         gamma: key of gamma, "" if it is not in the file.
         batch_norm: keys by part ("weight", "bias", "mean", "var").
         averaged: whether kernels, biases and gamma are the averaged copies.
+        averages: whether there are averaged copies.
         missing: names under the prefix that the dialect needs and the file lacks.
         unused: the file's keys under the prefix that nothing reads.
         ignored: those that say nothing about the function.
+        used: those that the dialect reads, or that must be there.
         telltales: what shows that this is another function.
         ambiguous: names of other variants that fit as well.
     """
@@ -119,9 +121,11 @@ class Match:
     gamma: str
     batch_norm: Mapping[str, str]
     averaged: bool
+    averages: bool
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     ignored: tuple[str, ...]
+    used: tuple[str, ...]
     telltales: tuple[Telltale, ...]
     ambiguous: tuple[str, ...] = ()
 
@@ -152,7 +156,7 @@ def prefixes(dialect: Dialect, index: KeyIndex) -> list[str]:
             here = set()
             for form in dialect.kernels:
                 for ending in ("", *dialect.ema):
-                    kernel = _fill(form.kernel + ending, path=variant.roles.get(role, ""))
+                    kernel = filled(form.kernel + ending, path=variant.roles.get(role, ""))
                     here.update(index.prefixes_of(kernel))
             sets.append(here)
         if sets and variant.roles:
@@ -160,16 +164,17 @@ def prefixes(dialect: Dialect, index: KeyIndex) -> list[str]:
     return list(found)
 
 
-def match(dialect: Dialect, index: KeyIndex, prefix: str, *, averaged: bool = True) -> Match:
+def match(dialect: Dialect, index: KeyIndex, prefix: str, *, averaged: bool | None = None) -> Match:
     """What a dialect finds under a prefix, in its best variant.
 
     Args:
         dialect: with keys.
         index: of the file.
         prefix: normalised.
-        averaged: whether averaged copies are preferred where the dialect has them.
+        averaged: whether averaged copies are preferred where there are some; by default as the dialect says.
     """
-    found = [_Matcher(dialect, variant, index, prefix, averaged).match() for variant in dialect.variants]
+    prefer = dialect.ema_first if averaged is None else averaged
+    found = [_Matcher(dialect, variant, index, prefix, prefer).match() for variant in dialect.variants]
 
     def distance(candidate: Match) -> tuple[int, int]:
         return len(candidate.missing), len(candidate.unused)
@@ -183,13 +188,13 @@ def match(dialect: Dialect, index: KeyIndex, prefix: str, *, averaged: bool = Tr
     return best
 
 
-def _fill(pattern: str, *, path: str = "", prefix: str = "") -> str:
+def filled(pattern: str, *, path: str = "", prefix: str = "") -> str:
     """A pattern as a normalised name; a whole key keeps its leading "//"."""
     bare = prefix.rstrip("/")
-    filled = (
+    text = (
         pattern.replace("{prefix}", bare).replace("{module}", bare.partition("/")[2]).replace("{path}", path)
     )
-    name = "/".join(part for part in filled.replace(".", "/").split("/") if part)
+    name = "/".join(part for part in text.replace(".", "/").split("/") if part)
     return f"//{name}" if pattern.startswith("//") else name
 
 
@@ -215,7 +220,8 @@ class _Matcher:
         self.used: set[str] = set()
         self.ignored: set[str] = set()
         self.missing: list[str] = []
-        self.ending = self._ending() if averaged else ""
+        self.averages = self._averages()
+        self.ending = self.averages if averaged else ""
 
     def match(self) -> Match:
         variant = self.variant
@@ -244,17 +250,19 @@ class _Matcher:
             gamma,
             batch_norm,
             bool(self.ending),
+            bool(self.averages),
             tuple(dict.fromkeys(self.missing)),
             self._originals(unused),
             self._originals(ignored),
+            tuple(self.index.original(name) for name in sorted(self.used) if name.startswith(self.prefix)),
             tuple(telltale for telltale in self.dialect.telltales if self._shows(telltale, here)),
         )
 
-    def _ending(self) -> str:
+    def _averages(self) -> str:
         """The suffix of the averaged copies that are there."""
         for suffix in self.dialect.ema:
             for form in self.dialect.kernels:
-                name = _fill(form.kernel + suffix, path=self.variant.roles.get("query", ""))
+                name = filled(form.kernel + suffix, path=self.variant.roles.get("query", ""))
                 if self.prefix + name in self.index:
                     return suffix
         return ""
@@ -267,7 +275,7 @@ class _Matcher:
 
     def _has_out(self) -> bool:
         return any(
-            self.prefix + _fill(form.kernel, path=self.variant.roles["out"]) in self.index
+            self.prefix + filled(form.kernel, path=self.variant.roles["out"]) in self.index
             for form in self.dialect.kernels
         )
 
@@ -297,9 +305,9 @@ class _Matcher:
                 needed["v"] = form.spectral_norm.v
         needed |= {f"required {number}": pattern for number, pattern in enumerate(form.requires)}
         path = self.variant.roles[role]
-        names = {part: _fill(pattern, path=path, prefix=self.prefix) for part, pattern in needed.items()}
+        names = {part: filled(pattern, path=path, prefix=self.prefix) for part, pattern in needed.items()}
         lacking = [name for name in names.values() if self._absolute(name) not in self.index]
-        extra = {self._absolute(_fill(pattern, path=path, prefix=self.prefix)) for pattern in form.ignore}
+        extra = {self._absolute(filled(pattern, path=path, prefix=self.prefix)) for pattern in form.ignore}
         used = {self._absolute(name) for name in names.values()}
         return _Try(form, names, lacking, used, {name for name in extra if name in self.index})
 
@@ -307,7 +315,7 @@ class _Matcher:
         """Whether the query has a bias, in any form."""
         path = self.variant.roles["query"]
         return any(
-            self.prefix + _fill(form.bias + self.ending, path=path) in self.index
+            self.prefix + filled(form.bias + self.ending, path=path) in self.index
             for form in self.dialect.kernels
             if form.bias
         )
@@ -316,7 +324,7 @@ class _Matcher:
         return name[2:] if name.startswith("//") else self.prefix + name
 
     def _find(self, name: str) -> str:
-        absolute = self._absolute(_fill(name, prefix=self.prefix))
+        absolute = self._absolute(filled(name, prefix=self.prefix))
         if absolute not in self.index:
             return ""
         self.used.add(absolute)
@@ -325,18 +333,18 @@ class _Matcher:
     def _need(self, name: str) -> str:
         key = self._find(name)
         if not key:
-            self.missing.append(_fill(name, prefix=self.prefix).removeprefix("//"))
+            self.missing.append(filled(name, prefix=self.prefix).removeprefix("//"))
         return key
 
     def _is_ignored(self, name: str) -> bool:
         if self.prefix + name in self.ignored:
             return True
-        if any(fnmatchcase(name, _fill(pattern)) for pattern in self.dialect.ignore):
+        if any(fnmatchcase(name, filled(pattern)) for pattern in self.dialect.ignore):
             return True
         # The other copy of something that is used: averaged where the raw one is, and the reverse.
         absolute = self.prefix + name
         for suffix in self.dialect.ema:
-            tail = f"/{_fill(suffix)}"
+            tail = f"/{filled(suffix)}"
             plain = absolute.removesuffix(tail)
             if (
                 plain != absolute and (plain in self.used or self._other(plain))
@@ -345,11 +353,15 @@ class _Matcher:
         return False
 
     def _other(self, plain: str) -> bool:
-        return any(f"{plain}/{_fill(suffix)}" in self.used for suffix in self.dialect.ema)
+        return any(f"{plain}/{filled(suffix)}" in self.used for suffix in self.dialect.ema)
 
     def _shows(self, telltale: Telltale, here: list[str]) -> bool:
-        present = any(fnmatchcase(name, _fill(telltale.key)) for name in here)
-        return present != telltale.missing
+        def present(pattern: str) -> bool:
+            return any(fnmatchcase(name, filled(pattern)) for name in here)
+
+        if telltale.beside and not present(telltale.beside):
+            return False
+        return present(telltale.key) != telltale.missing
 
     def _originals(self, names: list[str]) -> tuple[str, ...]:
         return tuple(self.index.original(self.prefix + name) for name in names)

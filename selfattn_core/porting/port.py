@@ -7,25 +7,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.porting.bystanders import optimiser_keys
 from selfattn_core.porting.checking import check_framework, check_output, read_io
 from selfattn_core.porting.dialects import Dialect, dialect
-from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.errors import PortError, VerificationError
 from selfattn_core.porting.exporting import Exported, export_block, separator
-from selfattn_core.porting.finding import Found, canonical_configs, find_blocks, index_of
-from selfattn_core.porting.importing import Imported, checksum, import_block, plan
+from selfattn_core.porting.finding import Found, canonical_configs, find_blocks, index_of, stored_pools
+from selfattn_core.porting.importing import Imported, Plan, checksum, import_block, plan
 from selfattn_core.porting.inspecting import candidates
 from selfattn_core.porting.lazy import LazyArrays
-from selfattn_core.porting.matching import match, normal
+from selfattn_core.porting.matching import match, normal, prefixes
 from selfattn_core.porting.readers import Tensors, open_tensors
 from selfattn_core.porting.report import BlockReport, Check, PortReport, TensorReport
 from selfattn_core.porting.scratch import scratch_folder
 from selfattn_core.porting.settings import Settings, settings_of
+from selfattn_core.porting.whole import WHOLE, Renamed, write_whole
 from selfattn_core.porting.writers import write_tensors
 from selfattn_core.report_files import would_replace
 from selfattn_core.weights import FORMAT, VERSION
@@ -51,6 +53,7 @@ def port(
     strict: bool = True,
     dry_run: bool = False,
     overwrite: bool = False,
+    whole: bool = False,
 ) -> PortReport:
     """Bring attention weights from one file into another.
 
@@ -69,11 +72,14 @@ def port(
         strict: whether keys under a block's prefix that nothing reads are an error.
         dry_run: do everything but write.
         overwrite: whether an existing target may be replaced.
+        whole: whether the target is the whole source, in its own format, with every attention block that the dialect finds
+            (or those of `prefix`) in the form of `to` and every other tensor as it is. An optimiser's state is left out.
 
     Returns:
-        What was done; `passed` is False, and nothing was written, if a check failed.
+        What was done. Every check that ran has passed.
 
     Raises:
+        VerificationError: a PortError whose `report` says which check failed; nothing was written.
         PortError: if it cannot be done, with every reason; nothing was written.
         ModuleNotFoundError: if a format's own library is not installed.
 
@@ -95,7 +101,7 @@ def port(
         Path(target),
         to,
         dialect,
-        _Options(check, dtype, keep_spectral_norm, strict, dry_run, overwrite),
+        _Options(check, dtype, keep_spectral_norm, strict, dry_run, overwrite, whole),
     ).run([prefix] if isinstance(prefix, str) else prefix, settings or {})
 
 
@@ -119,7 +125,8 @@ def load(
         keep_spectral_norm: as in `port`.
 
     Warns:
-        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have.
+        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
+            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
 
     Raises:
         PortError: as `port`.
@@ -141,6 +148,16 @@ def load(
         if len(found) > 1:
             names = ", ".join(block.prefix for block in found)
             raise PortError(f"{path}: {prefix!r} names {len(found)} blocks: {names}; name one.")
+        if any(one.setting == "kv_pool" for one in found[0].plan.assumptions) and "kv_pool" not in (
+            settings or {}
+        ):
+            assert found[0].plan.config is not None  # noqa: S101 - it has no problems
+            pool = found[0].plan.config.kv_pool
+            warnings.warn(
+                f"{path}: does not say whether the layer pools key and value, and its tensors do not show it: kv_pool = {pool} is "
+                f'assumed. Say it with settings={{"kv_pool": {pool}}}, or with the window of the layer that was saved.',
+                stacklevel=2,
+            )
         block = import_block(found[0].plan, tensors.read, dtype=dtype, keep_spectral_norm=keep_spectral_norm)
         for note in block.notes:
             warnings.warn(f"{path}: {note}.", stacklevel=2)
@@ -155,6 +172,7 @@ class _Options:
     strict: bool
     dry_run: bool
     overwrite: bool
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -204,9 +222,16 @@ class _Port:
     ) -> PortReport:
         with open_tensors(self.source) as tensors:
             chosen = _source_dialect(tensors, self.source_dialect)
+            if self.options.whole:
+                self._check_whole_fits(tensors)
+                prefix = prefix or prefixes(chosen, index_of(tensors)) or None
             found = _found(tensors, chosen, settings, prefix, strict=self.options.strict)
             blocks = [self._block(one, tensors, alone=len(found) == 1) for one in found]
-            checks = [*self._check_source(chosen, blocks), *self._check_round_trip(blocks)]
+            if self.options.whole:
+                trips = self._check_whole(blocks, tensors)
+            else:
+                trips = self._check_round_trip(blocks)
+            checks = [*self._check_source(chosen, blocks), *trips]
             report = PortReport(
                 str(self.source),
                 tensors.container,
@@ -214,13 +239,16 @@ class _Port:
                 str(self.target),
                 self.container,
                 f"{self.to.name}: {self.to.title}",
-                len(tensors) - _used(blocks, tensors),
+                len(tensors) - _used(blocks, tensors) - len(optimiser_keys(tensors)),
                 tuple(_block_report(block) for block in blocks),
                 tuple(checks),
+                optimiser_state=len(optimiser_keys(tensors)),
             )
             layers = {block.name: (block.config, block.imported.params) for block in blocks}
             report = replace(report, checks=(*report.checks, *check_framework(self.to.name, layers)))
-            if not report.passed or self.options.dry_run:
+            if not report.passed:
+                raise VerificationError(report)
+            if self.options.dry_run:
                 return report
             report = replace(report, written=True)
             self._write(self.target, blocks, report, overwrite=self.options.overwrite)
@@ -238,6 +266,9 @@ class _Port:
             raise PortError(
                 f"{self.source}: {f'block {found.prefix}: ' if found.prefix else ''}{error}"
             ) from error
+        if self.options.whole:
+            exported = export_block(self.to, imported.config, imported.params, prefix=found.prefix)
+            return _Block(found, found.prefix.rstrip("./"), imported.config, imported, exported)
         name = "" if alone else normal(found.prefix).replace("/", ".")
         if not alone and not name:
             name = "block"
@@ -263,6 +294,59 @@ class _Port:
         except ValueError as error:
             raise PortError(f"{error}") from error
         return [check_output("source's own output", block.config, block.imported.params, x, y)]
+
+    def _check_whole_fits(self, tensors: Tensors) -> None:
+        if tensors.container not in WHOLE or self.container != tensors.container or self.source.is_dir():
+            raise PortError(
+                f"{self.target}: --whole writes a file of torch or .safetensors in the source's own format, and {self.source} is "
+                f"{tensors.container}; port its blocks without --whole."
+            )
+        if separator(self.to) != "." or self.to.name == "canonical":
+            raise PortError(
+                f"--whole writes names that a model loads, such as --to torch; {self.to.name} has others."
+            )
+
+    def _check_whole(self, blocks: list[_Block], tensors: Tensors) -> list[Check]:
+        """Write to a folder of our own, read back: the blocks as they were made, and everything else as it was."""
+        new = {key: block for block in blocks for key in block.exported.tensors}
+        gone = {key for block in blocks for key in _keys_of(block)} | optimiser_keys(tensors)
+        with scratch_folder() as folder:
+            trial = folder / self.target.name
+            self._write(trial, blocks, None, overwrite=False)
+            with open_tensors(trial) as written:
+                others = [key for key in tensors if key not in gone]
+                wrong = [
+                    key
+                    for key in new
+                    if key not in written or _mark(written.read(key)) != _mark(new[key].exported.tensors[key])
+                ]
+                changed = [
+                    key
+                    for key in others
+                    if key not in written
+                    or written[key] != tensors[key]
+                    or _mark(written.read(key)) != _mark(tensors.read(key))
+                ]
+                extra = [key for key in written if key not in new and key not in others]
+                if wrong or changed or extra:
+                    return [
+                        Check(
+                            "round trip",
+                            "failed",
+                            f"came back changed: {', '.join((*wrong, *changed, *extra)[:20])}",
+                        )
+                    ]
+                return [
+                    Check(
+                        "round trip",
+                        "passed",
+                        f"{len(new)} tensors written, read back and compared bit for bit",
+                    ),
+                    Check(
+                        "everything else", "passed", f"{len(others)} tensors are the source's, bit for bit"
+                    ),
+                    *(self._check_reimport(block, written) for block in blocks),
+                ]
 
     def _check_round_trip(self, blocks: list[_Block]) -> list[Check]:
         """Write to a folder of our own, read back, compare the bits, and import what was read."""
@@ -307,13 +391,7 @@ class _Port:
             return Check(name, "failed", "; ".join((*planned.problems, *planned.match.missing)))
         again = import_block(planned, tensors.read, keep_spectral_norm=block.config.spectral_norm)
         if planned.match.unused or _plain(block.exported):
-            sums = (
-                {key: one.sha256 for key, one in side.origins.items()} for side in (again, block.imported)
-            )
-            same = again.config == block.config and next(sums) == next(sums)
-            return Check(
-                name, "passed" if same else "failed", "the same config and bits" if same else "other tensors"
-            )
+            return Check(name, *_comparison(block, again))
         x = np.random.Generator(np.random.PCG64(1)).standard_normal(
             (2, 2 * block.config.kv_pool + 1, 3 * block.config.kv_pool, block.config.channels)
         )
@@ -336,6 +414,12 @@ class _Port:
         )
         source = f"{self.source.name} ({report.source_dialect})" if report else ""
         metadata = {"source": source}
+        if self.options.whole:
+            if report:
+                metadata["port"] = json.dumps(report.to_dict(), ensure_ascii=False)
+            renamed = [_renamed(block, sums) for block in blocks]
+            write_whole(self.source, path, self.container, renamed, metadata, overwrite=overwrite)
+            return
         if self.to.name == "canonical":
             configs = {block.name: block.config.to_dict() for block in blocks}
             whole: object = configs.get("", configs)
@@ -343,6 +427,47 @@ class _Port:
         if report:
             metadata["port"] = json.dumps(report.to_dict(), ensure_ascii=False)
         write_tensors(path, tensors, container=self.container, metadata=metadata, overwrite=overwrite)
+
+
+def _keys_of(block: _Block) -> set[str]:
+    """The keys of the source that a block was made of, or that say nothing about its function."""
+    found = block.found.plan.match
+    return {*found.used, *found.ignored}
+
+
+def _renamed(block: _Block, sums: Mapping[str, str]) -> Renamed:
+    prefix = block.found.prefix
+    tensors = LazyArrays(
+        {
+            key.removeprefix(prefix): partial(_unchanged, block.exported.tensors, key, sums.get(key))
+            for key in block.exported.tensors
+        }
+    )
+    return Renamed(prefix, frozenset(_keys_of(block)), tensors, block.config.kv_pool)
+
+
+def _comparison(block: _Block, again: Imported) -> tuple[Literal["passed", "failed"], str]:
+    """Whether what was read back is the same layer bit for bit; biases of zeros that one side lacks are the same function."""
+    there, here = again.origins, block.imported.origins
+    if _without_biases(again.config) != _without_biases(block.config):
+        return "failed", f"another layer: {again.config}"
+    wrong = [name for name in there if name in here and there[name].sha256 != here[name].sha256]
+    made = [name for name in there if name not in here]
+    gone = [name for name in here if name not in there]
+    wrong += [name for name in made if again.params[name].any()]
+    wrong += [name for name in gone if block.imported.params[name].any()]
+    if wrong:
+        return "failed", f"other tensors: {', '.join(wrong)}"
+    detail = "the same config and bits"
+    if made or gone:
+        detail = (
+            f"the same bits; {', '.join(made or gone)} {'are made, and' if made else 'are left out:'} zeros"
+        )
+    return "passed", detail
+
+
+def _without_biases(config: SelfAttentionConfig) -> SelfAttentionConfig:
+    return SelfAttentionConfig.from_dict(config.to_dict() | {"use_bias": False})
 
 
 def _check_kept(target: Path, read: Mapping[str, PathLike | None]) -> None:
@@ -370,6 +495,7 @@ _SUFFIXES = {
     ".pth": "torch",
     ".bin": "torch",
     ".h5": "keras",
+    ".msgpack": "msgpack",
 }
 
 
@@ -382,10 +508,11 @@ def _container(target: Path, to: Dialect) -> str:
         raise PortError(
             f"{target}: {target.suffix} cannot be written; expected {', '.join(_SUFFIXES)}, or a folder without suffix for Orbax."
         )
-    if container in ("keras", "orbax") and separator(to) != "/":
+    owner = {"keras": "Keras", "orbax": "Orbax", "msgpack": "Flax"}.get(container)
+    if owner and separator(to) != "/":
         better = "keras" if container == "keras" else "flax"
         raise PortError(
-            f"{target}: a file of {'Keras' if container == 'keras' else 'Orbax'} has no keys like those of {to.name}; say "
+            f"{target}: a file of {owner} has no keys like those of {to.name}; say "
             f"--to {better}, or name a .safetensors file."
         )
     if container != "safetensors" and to.name == "canonical":
@@ -424,11 +551,31 @@ def _found(
     settings = settings_of(chosen, given)
     configs = canonical_configs(tensors, chosen)
     if configs is None:
-        return find_blocks(tensors, chosen, settings, prefix=prefix, strict=strict)
+        pools = stored_pools(tensors, chosen)
+        found = find_blocks(tensors, chosen, settings, prefix=prefix, strict=strict)
+        return [_with_pool(tensors, one, pools.get(normal(one.prefix)), settings) for one in found]
     found = find_blocks(
         tensors, chosen, settings, prefix=[""] if "" in configs and prefix is None else prefix, strict=strict
     )
     return [_with_config(tensors, one, configs, settings) for one in found]
+
+
+def _with_pool(tensors: Tensors, found: Found, pool: int | None, settings: Settings) -> Found:
+    """A block whose pooling the file says, if it does."""
+    if pool is None:
+        return found
+    if settings.kv_pool not in (None, pool):
+        raise PortError(_contradiction(tensors, pool, settings))
+    planned = plan(found.plan.match, tensors, replace(settings, kv_pool=pool))
+    return Found(found.prefix, _without_assumed_pool(planned))
+
+
+def _contradiction(tensors: Tensors, pool: int, settings: Settings) -> str:
+    return f"{tensors.path}: its metadata says kv_pool = {pool}, so --set kv_pool={settings.kv_pool} would contradict it."
+
+
+def _without_assumed_pool(planned: Plan) -> Plan:
+    return replace(planned, assumptions=tuple(one for one in planned.assumptions if one.setting != "kv_pool"))
 
 
 def _with_config(
@@ -440,9 +587,7 @@ def _with_config(
     if config is None:
         raise PortError(f"{tensors.path}: its metadata has no config of block {name!r}.")
     if settings.kv_pool not in (None, config.kv_pool):
-        raise PortError(
-            f"{tensors.path}: its metadata says kv_pool = {config.kv_pool}, so --set kv_pool={settings.kv_pool} would contradict it."
-        )
+        raise PortError(_contradiction(tensors, config.kv_pool, settings))
     planned = plan(
         found.plan.match, tensors, replace(settings, kv_pool=config.kv_pool, plain=not config.spectral_norm)
     )
@@ -454,8 +599,7 @@ def _with_config(
         raise PortError(
             f"{tensors.path}: its metadata says spectral_norm = {config.spectral_norm}, and its tensors u and v say otherwise."
         )
-    assumptions = tuple(one for one in planned.assumptions if one.setting != "kv_pool")
-    return Found(found.prefix, replace(planned, assumptions=assumptions))
+    return Found(found.prefix, _without_assumed_pool(planned))
 
 
 def _replace_norm(shapes: SelfAttentionConfig, config: SelfAttentionConfig) -> SelfAttentionConfig:

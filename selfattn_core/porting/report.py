@@ -91,6 +91,7 @@ class PortReport:
         blocks: what was ported.
         checks: what was verified.
         written: whether the target is there now.
+        optimiser_state: how many tensors of the source are an optimiser's state, which is not carried.
     """
 
     source: str
@@ -103,6 +104,7 @@ class PortReport:
     blocks: tuple[BlockReport, ...]
     checks: tuple[Check, ...] = field(default=())
     written: bool = False
+    optimiser_state: int = 0
 
     @property
     def passed(self) -> bool:
@@ -120,6 +122,10 @@ class PortReport:
             lines += _block_lines(block)
         if self.tensors_elsewhere:
             lines.append(f"{self.tensors_elsewhere} tensors of the source belong to no ported block.")
+        if self.optimiser_state:
+            lines.append(
+                f"{self.optimiser_state} tensors of the source are an optimiser's state, and are not carried."
+            )
         lines.append("checks")
         lines += [f"  {check.outcome:<7}  {check.name}: {check.detail}" for check in self.checks]
         state = "written" if self.written else "not written"

@@ -70,7 +70,7 @@ def settings_of(dialect: Dialect, given: Mapping[str, str | Value]) -> Settings:
         >>> settings_of(dialect("heykeetae"), {"use_scale": "false"})
         Traceback (most recent call last):
         ...
-        selfattn_core.porting.errors.PortError: dialect heykeetae: use_scale is no setting of it; it has none.
+        selfattn_core.porting.errors.PortError: dialect heykeetae: use_scale is no setting of it; it has sn_eps.
     """
     kinds = _kinds(dialect)
     problems = []
@@ -89,7 +89,7 @@ def settings_of(dialect: Dialect, given: Mapping[str, str | Value]) -> Settings:
             fields[field] = parsed
     if problems:
         raise PortError(f"dialect {dialect.name}: {'; '.join(problems)}")
-    return Settings(frozenset(given), **fields)  # type: ignore[arg-type]
+    return Settings(frozenset(given), **({"ema": dialect.ema_first} | fields))  # type: ignore[arg-type]
 
 
 _WANTED = {

@@ -41,6 +41,8 @@ class TomlTable:
         if not isinstance(value, str) or not value or (choices and value not in choices):
             self.wrong(name, value, wanted)
             return ""
+        if value == "?":
+            self.problem(f'{name} = "?" is still a question: write what the code says')
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
@@ -52,6 +54,8 @@ class TomlTable:
         if not isinstance(found, list) or not all(isinstance(item, str) and item for item in found):
             self.wrong(name, value, "a string or a list of strings")
             return ()
+        if "?" in found:
+            self.problem(f'{name} = "?" is still a question: write what the code says')
         return tuple(found)
 
     def flag(self, name: str, default: bool) -> bool:

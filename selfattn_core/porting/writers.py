@@ -39,12 +39,12 @@ def write_tensors(
 
     Args:
         path: the target, a file, or with "orbax" a folder; the folder that it is in must exist.
-        tensors: arrays by name, in the target's own layout. For "torch" names are separated by dots, for "keras" and
-            "orbax" by slashes: `query/kernel`. bfloat16 is widened to float32, which is exact.
+        tensors: arrays by name, in the target's own layout. For "torch" names are separated by dots, for "keras",
+            "msgpack" and "orbax" by slashes: `query/kernel`. bfloat16 is widened to float32, which is exact.
         container: one of `WRITABLE`. "torch" is a state dict for `load_state_dict`, "keras" a `.weights.h5` for
-            `load_weights`, "orbax" a checkpoint that Orbax restores.
+            `load_weights`, "msgpack" what `flax.serialization` restores, "orbax" a checkpoint that Orbax restores.
         metadata: kept with the file: in the header of "safetensors", as a member of "npz", among torch's versions of
-            modules, as an attribute of the HDF5 file, as custom metadata of Orbax.
+            modules, as an attribute of the HDF5 file, as custom metadata of Orbax, and nowhere in "msgpack".
         overwrite: whether an existing target may be replaced.
 
     Raises:
@@ -185,11 +185,14 @@ def _keras(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
     return content.getvalue()
 
 
-def _write_orbax(
-    target: Path, tensors: Mapping[str, Array], metadata: dict[str, str], overwrite: bool
-) -> None:
-    require("selfattn_core.porting", ["orbax"], "flax")
-    checkpoint = imported("orbax.checkpoint")
+def _msgpack(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:  # noqa: ARG001 - it has no place for any
+    require("selfattn_core.porting", ["flax"], "flax")
+    content: bytes = imported("flax.serialization").msgpack_serialize(_tree(tensors))
+    return content
+
+
+def _tree(tensors: Mapping[str, Array]) -> dict[str, Any]:
+    """Names with slashes as nested dictionaries."""
     tree: dict[str, Any] = {}
     for name, array in tensors.items():
         *folders, leaf = name.split("/")
@@ -197,6 +200,14 @@ def _write_orbax(
         for folder in folders:
             node = node.setdefault(folder, {})
         node[leaf] = array
+    return tree
+
+
+def _write_orbax(
+    target: Path, tensors: Mapping[str, Array], metadata: dict[str, str], overwrite: bool
+) -> None:
+    require("selfattn_core.porting", ["orbax"], "flax")
+    checkpoint = imported("orbax.checkpoint")
     # Not StandardCheckpointer, whose threads (orbax-checkpoint 0.12.8) wait for ever where the first file cannot be made.
     with (
         write_folder_atomically(target, overwrite=overwrite) as place,
@@ -207,7 +218,9 @@ def _write_orbax(
         check_room(place.parent, 2 * sum(array.nbytes for array in tensors.values()) + _ORBAX_ROOM)
         try:
             checkpointer.save(
-                place, args=checkpoint.args.StandardSave(tree), custom_metadata={orbax.METADATA: metadata}
+                place,
+                args=checkpoint.args.StandardSave(_tree(tensors)),
+                custom_metadata={orbax.METADATA: metadata},
             )
         except (ValueError, RuntimeError) as error:
             # How TensorStore reports what the system refused.
@@ -255,5 +268,6 @@ _BYTES: dict[str, Callable[[Mapping[str, Array], Mapping[str, str]], bytes]] = {
     "npz": _npz,
     "torch": _torch,
     "keras": _keras,
+    "msgpack": _msgpack,
 }
 WRITABLE = ("safetensors", *_BYTES, "orbax")

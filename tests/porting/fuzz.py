@@ -47,6 +47,7 @@ READERS = {
     "msgpack": "plain.msgpack",
     "orbax": "linen",
     "tensorflow": "saver/model.ckpt-7.index",
+    "pickle": "plain.pkl",
 }
 
 

@@ -145,10 +145,14 @@ def bmm_columns(q, k, v):
     return v @ softmax(t(q) @ k, 1)
 
 
+def bias_of(p, name):
+    return p[f"{name}.bias" if f"{name}.bias" in p else f"{name}.module.bias"]
+
+
 def flat_layer(names, gain, kernel, attend, bias=True):
     def forward(p, x):
         query, key, value = (
-            flat(conv(x, kernel(p, name), p[f"{name}.bias"] if bias else None)) for name in names
+            flat(conv(x, kernel(p, name), bias_of(p, name) if bias else None)) for name in names
         )
         return gain(p) * attend(query, key, value).reshape(x.shape) + x
 
@@ -251,13 +255,16 @@ def torch_checkpoint(
             make.weight(f"{name}.weight", shape, fan_in)
             make.weight(f"{name}.weight_orig", shape, fan_in)
             make.p[f"{name}.weight_u"] = make.unit(out)
-        elif form == "ajbrock":
-            make.weight(f"{name}.weight", shape, fan_in)
+        elif form in ("ajbrock", "ajbrock, small"):
+            # Small, so that eps 1e-6 matters.
+            make.p[f"{name}.weight"] = make.normal(
+                *shape, scale=1.3 / np.sqrt(fan_in) if form == "ajbrock" else 1e-6
+            )
             make.p[f"{name}.u0"], make.p[f"{name}.sv0"] = make.normal(1, out, scale=0.3), np.array([7.0])
         elif form == "mimicry's own":
             make.weight(f"{name}.weight", shape, fan_in)
             make.p[f"{name}.sn_u"], make.p[f"{name}.sn_sigma"] = make.unit(1, out), np.array([7.0])
-        elif form == "wrapper":
+        elif form in ("wrapper", "SpectralNorm class"):
             # Small, so that eps 1e-4 matters.
             make.p[f"{name}.module.weight_bar"] = make.normal(*shape, scale=0.01)
             make.p[f"{name}.module.weight_u"], make.p[f"{name}.module.weight_v"] = (
@@ -270,7 +277,8 @@ def torch_checkpoint(
             make.weight(f"{name}.weight", shape, fan_in)
             make.p[f"{name}.weight_u"] = make.unit(out)
         if bias:
-            make.p[f"{name}.bias"] = make.normal(out, scale=0.4)
+            inner = "module." if form == "SpectralNorm class" else ""
+            make.p[f"{name}.{inner}bias"] = make.normal(out, scale=0.4)
     make.p[gain_key] = np.full(gain_shape, 0.7)
     return make.p
 
@@ -298,8 +306,10 @@ KERNEL = {
     "parametrization": parametrization,
     "old hook": plain,
     "ajbrock": ajbrock,
+    "ajbrock, small": lambda p, name: ajbrock(p, name, 1e-6),
     "mimicry's own": lambda p, name: ajbrock(p, name, 1e-12, u="sn_u"),
     "wrapper": wrapper,
+    "SpectralNorm class": lambda p, name: wrapper(p, name, 1e-12),
     "rosinality": rosinality_norm,
 }
 
@@ -308,7 +318,20 @@ FLAT = [
     ("fgh", ("f", "g", "h"), "plain", bmm_rows, 2, True, {}),
     ("heykeetae", ("query_conv", "key_conv", "value_conv"), "plain", bmm_rows, 2, True, {}),
     ("heykeetae", ("query_conv", "key_conv", "value_conv"), "old hook", bmm_rows, 2, True, {}),
+    ("heykeetae", ("query_conv", "key_conv", "value_conv"), "SpectralNorm class", bmm_rows, 2, True, {}),
+    ("deoldify", ("query", "key", "value"), "SpectralNorm class", bmm_columns, 1, False, {}),
+    ("fgh", ("f", "g", "h"), "SpectralNorm class", bmm_rows, 2, True, {}),
     ("danet", ("query_conv", "key_conv", "value_conv"), "plain", bmm_rows, 2, True, {}),
+    ("fastai-1", ("query", "key", "value"), "hook", bmm_columns, 1, False, {}),
+    (
+        "mmseg-pam",
+        ("query_project", "key_project", "value_project"),
+        "plain",
+        bmm_rows,
+        2,
+        True,
+        {"gain_key": "gamma.scale", "gain_shape": ()},
+    ),
     ("pytorch-advanced", ("query_conv", "key_conv", "value_conv"), "plain", bmm_columns, 2, True, {}),
     ("fastai", ("query.0", "key.0", "value.0"), "hook", bmm_columns, 1, False, {}),
     ("fastai", ("query.0", "key.0", "value.0"), "parametrization", bmm_columns, 1, False, {}),
@@ -320,6 +343,7 @@ FLAT = [
 SN = [f"snconv1x1_{n}" for n in ("theta", "phi", "g")]
 ONES = [f"conv1x1_{n}" for n in ("theta", "phi", "g", "attn")]
 AVERAGED = {"length": 0.9}
+MMAGIC = ("theta.conv", "phi.conv", "g.conv", "o.conv")
 POOLED_TORCH = [
     ("biggan", ("theta", "phi", "g", "o"), "ajbrock", False, {"gain_shape": ()}),
     ("biggan", ("theta", "phi", "g", "o"), "plain", False, {"gain_shape": ()}),
@@ -328,10 +352,15 @@ POOLED_TORCH = [
     ("studiogan", ONES, "hook", False, {"gain_key": "sigma", **AVERAGED}),
     ("studiogan", ONES, "parametrization", False, {"gain_key": "sigma"}),
     ("studiogan", ONES, "plain", False, {"gain_key": "sigma"}),
+    ("studiogan", ONES, "SpectralNorm class", False, {"gain_key": "sigma"}),
     ("voletiv", (*SN, "snconv1x1_attn"), "hook", True, {"gain_key": "sigma"}),
     ("mimicry", ("theta", "phi", "g", "o"), "hook", False, {"gain_shape": ()}),
     ("mimicry", ("theta", "phi", "g", "o"), "mimicry's own", False, {"gain_shape": ()}),
     ("mimicry", ("theta", "phi", "g", "o"), "plain", False, {"gain_shape": ()}),
+    ("fastai-1-pooled", ("theta", "phi", "g", "o"), "hook", False, {}),
+    ("mmagic", MMAGIC, "plain", False, {"gain_shape": ()}),
+    ("mmagic", MMAGIC, "hook", False, {"gain_shape": ()}),
+    ("mmagic", MMAGIC, "ajbrock, small", False, {"gain_shape": ()}),
     ("fastai-pooled", ("query.0", "key.0", "value.0", "out.0"), "hook", False, {}),
 ]
 
@@ -339,8 +368,9 @@ POOLED_TORCH = [
 def _flat(row, seed):
     name, names, form, attend, axes, bias, more = row
     tensors = torch_checkpoint(seed, names, WIDTHS, form, axes, bias, **more)
-    forward = flat_layer(names, gain("gamma"), KERNEL[form], attend, bias)
-    return Original(name, under("net.attn.", tensors), forward, "BCHW", "net.attn.", {})
+    forward = flat_layer(names, gain(more.get("gain_key", "gamma")), KERNEL[form], attend, bias)
+    settings = {"kv_pool": 1} if name == "torch" else {}
+    return Original(name, under("net.attn.", tensors), forward, "BCHW", "net.attn.", settings)
 
 
 def _pooled(row, seed):
@@ -539,6 +569,32 @@ def _ours(name, seed, flax_value=False):
     return Original(name, under(prefix, make.p), forward, "BHWC", prefix, {"kv_pool": 2})
 
 
+def _keras_book(seed, names, gain_key):
+    tensors = tensorflow_checkpoint(
+        seed, names, POOLED, "kernel", None, "bias", gain_key=gain_key, gain_shape=(1,)
+    )
+    forward = last_layer(names, gain(gain_key), lambda p, n: p[f"{n}/kernel"], lambda p, n: p[f"{n}/bias"])
+    prefix = "model/self_attention/"
+    return Original("keras-book", under(prefix, tensors), forward, "BHWC", prefix, {})
+
+
+def _pathology(seed, pooled):
+    # Scores are g·fᵀ: the second convolution is the query.
+    names = ("conv_layer_2", "conv_layer_1", "conv_layer_3", "conv_layer_4")[: 4 if pooled else 3]
+    tensors = tensorflow_checkpoint(
+        seed, names, POOLED if pooled else WIDTHS, "filter_conv", row_vector, "bias", gain_shape=(1,)
+    )
+    forward = last_layer(
+        names,
+        gain("gamma"),
+        lambda p, n: official(p, n, "filter_conv", "u", l2),
+        lambda p, n: p[f"{n}/bias"],
+        pooled=pooled,
+    )
+    prefix = "generator/attention_block_2_512/"
+    return Original("pathology-gan", under(prefix, tensors), forward, "BHWC", prefix, {})
+
+
 def _builders() -> dict[str, Callable[[], Original]]:
     found: dict[str, Callable[[], Original]] = {}
     for row in FLAT:
@@ -556,6 +612,13 @@ def _builders() -> dict[str, Callable[[], Original]]:
     for name in ("taki0112", "taki0112-out", "taki0112-2018"):
         found[name] = lambda name=name: _taki(name, 8, True)
         found[f"{name}, plain"] = lambda name=name: _taki(name, 8, False)
+    by_name = ("Conv_Theta", "Conv_Phi", "Conv_G", "Conv_AttnG")
+    found["keras-book"] = lambda: _keras_book(12, by_name, "sigma")
+    found["keras-book, Conv_g"] = lambda: _keras_book(12, (*by_name[:2], "Conv_g", by_name[3]), "sigma")
+    attributes = ("conv_theta", "conv_phi", "conv_g", "conv_attn_g")
+    found["keras-book, attributes"] = lambda: _keras_book(12, attributes, "Sigma")
+    for pooled in (False, True):
+        found[f"pathology-gan, {1 + pooled}"] = lambda pooled=pooled: _pathology(13, pooled)
     found["timm"] = lambda: _timm(9)
     found["timm, use_scale=False"] = lambda: _timm(9, scaled=False)
     for name in ("mmcv", "nonlocal"):

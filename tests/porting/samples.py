@@ -3,6 +3,7 @@
 Run as `python -m tests.porting.samples LIBRARY FOLDER`, in a process of its own: some of these libraries do not share one.
 """
 
+import pickle
 import sys
 from pathlib import Path
 
@@ -41,8 +42,9 @@ def write_safetensors(folder: Path) -> None:
 
 
 def write_npz(folder: Path) -> None:
-    """`plain.npz`."""
+    """`plain.npz`, and `plain.pkl`, the same arrays in a pickle."""
     np.savez(folder / "plain.npz", **tensors())
+    (folder / "plain.pkl").write_bytes(pickle.dumps(tensors(), 2))
 
 
 def write_flax(folder: Path) -> None:
@@ -75,7 +77,7 @@ def write_flax(folder: Path) -> None:
 
 
 def write_keras(folder: Path) -> None:
-    """`model.keras`, `model.weights.h5`, `old.h5`, and `graph-1` (Checkpoint) and `saver-7` (Saver) of TensorFlow."""
+    """`model.keras`, `model.weights.h5`, `old.h5`, and of TensorFlow `graph-1` and `tf2` (Checkpoint, the latter with an optimiser), `exported` (SavedModel) and `saver-7`."""
     import keras
     import tensorflow as tf
 
@@ -111,6 +113,10 @@ def write_keras(folder: Path) -> None:
         assert variables
         session.run(tf.compat.v1.global_variables_initializer())
         tf.compat.v1.train.Saver().save(session, str(folder / "saver" / "model.ckpt"), global_step=7)
+    model.compile("adam")
+    model.optimizer.build(model.trainable_variables)
+    tf.train.Checkpoint(optimizer=model.optimizer, net=model).write(str(folder / "tf2" / "ckpt"))
+    model.export(str(folder / "exported"), format="tf_saved_model", verbose=False)
     attention = tf.Module()
     attention.kernel = tf.Variable(tensors()["query.weight"])
     tf.train.Checkpoint(attention=attention).save(str(folder / "graph" / "ckpt"))

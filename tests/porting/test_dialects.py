@@ -1,5 +1,6 @@
 """Dialects as data: the built-in ones, a user's own, and what is said of a wrong one."""
 
+import re
 import tomllib
 
 import pytest
@@ -12,6 +13,7 @@ EXPECTED = {
     *("canonical", "torch", "keras", "flax", "fgh", "heykeetae", "danet", "sagan-tf", "tfgan", "compare-gan"),
     *("taki0112", "biggan", "biggan-tfhub", "biggan-hf", "studiogan", "voletiv", "mimicry", "fastai"),
     *("fastai-pooled", "deoldify", "rosinality", "pytorch-advanced", "timm", "mmcv", "nonlocal", "biggan-v1"),
+    *("mmagic", "mmseg-pam", "fastai-1", "fastai-1-pooled", "keras-book", "pathology-gan"),
     *("taki0112-out", "taki0112-2018", "torchgan", "heykeetae-2018-06-08", "taming", "diffusers", "ashpy"),
 }
 REFUSED = {"torchgan", "heykeetae-2018-06-08", "taming", "diffusers", "ashpy"}
@@ -55,6 +57,8 @@ def test_the_names_of_query_and_key_are_those_of_what_acts():
         assert (roles[name]["query"], roles[name]["key"]) == ("g_conv", "f_conv")
     for name in ("heykeetae", "danet", "fastai-pooled", "torchgan", "torch", "keras", "flax", "canonical"):
         assert roles[name]["query"].startswith("query"), name
+    assert (roles["fastai-1"]["query"], roles["pathology-gan"]["query"]) == ("key", "conv_layer_2")
+    assert roles["keras-book"]["query"] == "Conv_Theta"
     assert roles["fgh"] == {"query": "f", "key": "g", "value": "h"}
 
 
@@ -264,3 +268,24 @@ def test_the_schema_is_what_the_docstring_shows():
     with pytest.raises(PortError) as caught:
         parse_dialect(text, "docs")
     assert "unknown" not in str(caught.value)
+
+
+def test_every_field_that_is_read_is_documented(monkeypatch):
+    """In the list of fields, which the page takes over, and by its table."""
+    from selfattn_core.porting import dialects
+    from selfattn_core.porting.toml_table import TomlTable
+
+    asked = set()
+    field = TomlTable._field
+
+    def noted(self, name, wanted, required):
+        asked.add(name)
+        return field(self, name, wanted, required)
+
+    monkeypatch.setattr(TomlTable, "_field", noted)
+    for name in dialect_names():
+        parse_dialect(dialect(name).text, name)
+    assert len(asked) > 40
+    field_or_table = r"(^|[\s`{{]){0} = |\[([\w.]+\.)?{0}\]"
+    unsaid = [name for name in asked if not re.search(field_or_table.format(name), dialects.__doc__)]
+    assert unsaid == []

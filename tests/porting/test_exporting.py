@@ -31,8 +31,9 @@ WRITABLE = [
     ),
     *("rosinality", "fastai-pooled", "biggan", "biggan-hf", "studiogan", "voletiv", "mimicry", "compare-gan"),
     *("taki0112", "taki0112-out", "taki0112-2018", "timm", "mmcv", "nonlocal"),
+    *("mmagic", "mmseg-pam", "fastai-1", "fastai-1-pooled", "keras-book"),
 ]
-ALWAYS_NORMALISED = ["biggan-v1", "sagan-tf", "tfgan", "biggan-tfhub"]
+ALWAYS_NORMALISED = ["biggan-v1", "sagan-tf", "tfgan", "biggan-tfhub", "pathology-gan"]
 FREE = ("canonical", "torch", "keras", "flax")
 
 

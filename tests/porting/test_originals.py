@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from selfattn_core import spec
+from selfattn_core.porting.bystanders import optimiser_keys
 from selfattn_core.porting.dialects import dialect, dialect_names
 from selfattn_core.porting.importing import import_block, plan
 from selfattn_core.porting.matching import KeyIndex, match, prefixes
@@ -20,7 +21,7 @@ def infos(tensors):
 
 def imported(original, read_by=None, **options):
     chosen = read_by or dialect(original.dialect)
-    index = KeyIndex(original.tensors)
+    index = KeyIndex(original.tensors.keys() - optimiser_keys(original.tensors))
     prefix = original.prefix.replace(".", "/")
     settings = settings_of(chosen, original.settings)
     found = match(chosen, index, prefix, averaged=settings.ema)

@@ -10,7 +10,16 @@ import pytest
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, spec
-from selfattn_core.porting import PortError, checking, inspect, load, open_tensors, port, write_tensors
+from selfattn_core.porting import (
+    PortError,
+    VerificationError,
+    checking,
+    inspect,
+    load,
+    open_tensors,
+    port,
+    write_tensors,
+)
 from selfattn_core.porting.dialects import dialect, dialect_names
 from tests.porting.checkpoints import io_file, output, written
 from tests.porting.originals import ORIGINALS, C
@@ -25,6 +34,15 @@ def outcomes(report):
 
 def details(report):
     return {check.name: check.detail for check in report.checks}
+
+
+def failed_report(*arguments, **options):
+    """The report of a port whose check fails, which is raised."""
+    with pytest.raises(VerificationError, match="nothing was written, because a check failed") as caught:
+        port(*arguments, **options)
+    assert not caught.value.report.passed
+    assert not caught.value.report.written
+    return caught.value.report
 
 
 def error_of(config, params, original):
@@ -135,10 +153,8 @@ def test_the_obvious_mapping_of_a_trap_fails_its_check(tmp_path):
     ):
         path, original = written(tmp_path, name)
         target = tmp_path / "out.safetensors"
-        report = port(path, target, dialect=obvious, check=io_file(tmp_path, original))
+        report = failed_report(path, target, dialect=obvious, check=io_file(tmp_path, original))
         assert outcomes(report)["source's own output"] == "failed"
-        assert not report.passed
-        assert not report.written
         assert not target.exists()
 
 
@@ -170,7 +186,7 @@ def test_the_old_hook_and_rosinality_differ_on_the_same_keys(tmp_path):
     path, original = written(tmp_path, "rosinality, rosinality")
     flat = {key: value[..., None] if value.ndim == 3 else value for key, value in original.tensors.items()}
     np.savez(path, **flat)
-    old = load(path, dialect="torch")[1]
+    old = load(path, dialect="torch", settings={"kv_pool": 1})[1]
     weight = flat["net.attn.value.weight"][:, :, 0, 0].T
     assert (old["value.kernel"] == weight).all()
     assert (
@@ -329,7 +345,7 @@ def test_settings_change_what_is_assumed(tmp_path):
     path, original = written(tmp_path, "mmcv, use_scale=False")
     io = io_file(tmp_path, original)
     target = tmp_path / "o.safetensors"
-    assert not port(path, target, dialect="mmcv", check=io).passed
+    failed_report(path, target, dialect="mmcv", check=io)
     assert port(path, target, dialect="mmcv", settings={"use_scale": "false"}, check=io).passed
     path, original = written(tmp_path, "compare-gan, auto, averaged")
     plain = load(path, dialect="compare-gan", settings={"ema": "false"})[1]
@@ -342,7 +358,7 @@ def test_settings_change_what_is_assumed(tmp_path):
     one, other = (load(path, dialect="timm", settings={"bn_eps": eps})[1] for eps in (1e-5, 1e-3))
     assert np.abs(one["out.kernel"] - other["out.kernel"]).max() > 1e-5
     path, _ = written(tmp_path, "heykeetae, plain")
-    assert "it has none" in refusal(path, tmp_path, dialect="heykeetae", settings={"gamma": 1.0})
+    assert "it has sn_eps" in refusal(path, tmp_path, dialect="heykeetae", settings={"gamma": 1.0})
     path, _ = written(tmp_path, "fgh, plain")
     assert "would contradict it" in refusal(path, tmp_path, dialect="fgh", settings={"gamma": 1.0})
 
@@ -572,7 +588,7 @@ def test_kept_state_is_where_each_framework_has_it(tmp_path, monkeypatch):
     selfattn_core.save(tmp_path / "a.safetensors", config, params)
 
     def same(path, name):
-        found, arrays = load(path, dialect=name, keep_spectral_norm=True)
+        found, arrays = load(path, dialect=name, keep_spectral_norm=True, settings={"kv_pool": 1})
         assert found == config
         assert all(arrays[key].tobytes() == value.tobytes() for key, value in params.items())
 
@@ -612,10 +628,8 @@ def test_a_wrong_output_fails_and_nothing_is_written(tmp_path):
     target = tmp_path / "o.safetensors"
     target.write_bytes(b"precious")
     io = io_file(tmp_path, original, spoil=1e-3)
-    report = port(path, target, dialect="fastai", check=io, overwrite=True)
+    report = failed_report(path, target, dialect="fastai", check=io, overwrite=True)
     assert outcomes(report)["source's own output"] == "failed"
-    assert not report.passed
-    assert not report.written
     assert target.read_bytes() == b"precious"
 
 
@@ -664,7 +678,7 @@ def test_a_target_that_comes_back_changed_fails(tmp_path, monkeypatch):
         return right(tensors | {"gamma": tensors["gamma"] + 1}, metadata)
 
     monkeypatch.setitem(writers._BYTES, "npz", wrong)
-    report = port(path, tmp_path / "o.npz", dialect="heykeetae", to="heykeetae")
+    report = failed_report(path, tmp_path / "o.npz", dialect="heykeetae", to="heykeetae")
     assert outcomes(report)["round trip"] == "failed"
     assert not (tmp_path / "o.npz").exists()
 
@@ -675,7 +689,7 @@ def test_a_target_that_means_something_else_fails(tmp_path, monkeypatch):
 
     path, _ = written(tmp_path, "heykeetae, plain")
     monkeypatch.setattr(_Exporter, "_bias", lambda self, role, *_: self.params[f"{role}.bias"] + 1)
-    report = port(path, tmp_path / "o.npz", dialect="heykeetae", to="danet")
+    report = failed_report(path, tmp_path / "o.npz", dialect="heykeetae", to="danet")
     assert outcomes(report)["round trip"] == "passed"
     assert outcomes(report)["read back as danet"] == "failed"
     assert not (tmp_path / "o.npz").exists()
@@ -719,7 +733,8 @@ def test_a_framework_whose_layer_is_wrong_fails(fault, outcome, gamma, tmp_path,
         checking, "REGISTRY", {"torch": Registered("toy_layer:Backend", (), "torch", environment)}
     )
     path, _ = spoiled("heykeetae, plain", tmp_path, put("gamma", np.full(1, gamma, np.float32)))
-    report = port(path, tmp_path / "o.npz", dialect="heykeetae", to="torch")
+    run = port if outcome == "passed" else failed_report
+    report = run(path, tmp_path / "o.npz", dialect="heykeetae", to="torch")
     assert outcomes(report)["torch's layer"] == outcome
     assert (tmp_path / "o.npz").exists() == (outcome == "passed")
 
@@ -754,6 +769,52 @@ def test_a_framework_that_is_not_installed_is_listed(tmp_path, monkeypatch):
     (check,) = (check for check in report.checks if check.name == "target's layer")
     assert check.outcome == "not run"
     assert "pip install 'selfattn[torch]'" in check.detail
+
+
+# ---- biases of zeros
+
+
+@pytest.mark.parametrize("name", ["heykeetae", "danet", "fgh", "taki0112-out", "mmcv"])
+def test_a_layer_without_biases_goes_where_there_are_some(name, tmp_path):
+    """Zeros are the same function, and verified as that."""
+    out = name in ("taki0112-out", "mmcv")
+    config = SelfAttentionConfig(
+        24, *([12, 12] if name == "mmcv" else []), out_projection=out, use_bias=False
+    )
+    params = {key: value + 0.3 for key, value in selfattn_core.init_params(config, 3).items()}
+    selfattn_core.save(tmp_path / "a.safetensors", config, params)
+    report = port(tmp_path / "a.safetensors", tmp_path / "o.npz", to=name)
+    assert report.written
+    assert outcomes(report)[f"read back as {name}"] == "passed"
+    if name != "mmcv":
+        assert "query.bias" in details(report)[f"read back as {name}"]
+    again, arrays = load(tmp_path / "o.npz", dialect=name)
+    assert again.use_bias
+    assert not any(value.any() for key, value in arrays.items() if key.endswith("bias"))
+
+
+def test_biases_of_zeros_may_be_left_out(tmp_path):
+    config = SelfAttentionConfig(24, 3, 12, out_projection=True, kv_pool=2)
+    params = {
+        key: value + 0.3 * (not key.endswith("bias"))
+        for key, value in selfattn_core.init_params(config, 3).items()
+    }
+    selfattn_core.save(tmp_path / "a.safetensors", config, params)
+    report = port(tmp_path / "a.safetensors", tmp_path / "o.npz", to="biggan")
+    assert report.written
+    assert "are left out" in details(report)["read back as biggan"]
+
+
+def test_made_biases_that_are_not_zero_fail(tmp_path, monkeypatch):
+    from selfattn_core.porting.exporting import _Exporter
+
+    config = SelfAttentionConfig(24, use_bias=False)
+    params = {key: value + 0.3 for key, value in selfattn_core.init_params(config, 3).items()}
+    selfattn_core.save(tmp_path / "a.safetensors", config, params)
+    monkeypatch.setattr(_Exporter, "_constant", lambda self, length, _: np.ones(length, self.dtype))
+    report = failed_report(tmp_path / "a.safetensors", tmp_path / "o.npz", to="danet")
+    assert "other tensors: query.bias" in details(report)["read back as danet"]
+    assert not (tmp_path / "o.npz").exists()
 
 
 # ---- targets

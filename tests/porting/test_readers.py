@@ -156,6 +156,17 @@ def test_tensorflow(samples, tmp_path):
         (tmp_path / "variables").mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / "variables" / path.name.replace("model.ckpt-7", "variables"))
     assert_same(contents(tmp_path), want)
+    with np.load(samples / "keras.npz") as file:
+        ours = {name: file[name] for name in file.files}
+    first = {name.partition("/first/")[2]: value for name, value in ours.items() if "/first/" in name}
+    # By the way through the layers, and not as `optimizer/_trainable_variables/3`.
+    for folder in ("tf2", "exported"):
+        held = contents(samples / folder)
+        gammas = [
+            key for key in held if key.endswith("/gamma") and held[key].tobytes() == first["gamma"].tobytes()
+        ]
+        (prefix,) = (key.removesuffix("gamma") for key in gammas)
+        assert_same({name: held[prefix + name] for name in first}, first)
     graph = contents(samples / "graph")
     assert graph["attention/kernel"].tobytes() == WANT["query.weight"].tobytes()
 

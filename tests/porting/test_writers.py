@@ -223,7 +223,8 @@ def test_targets_that_cannot_be(tmp_path, container):
 
 def test_an_unknown_format(tmp_path):
     with pytest.raises(
-        PortError, match="unknown format 'onnx'; can be written: safetensors, npz, torch, keras, orbax"
+        PortError,
+        match="unknown format 'onnx'; can be written: safetensors, npz, torch, keras, msgpack, orbax",
     ):
         write_tensors(tmp_path / "x", tree(), container="onnx")
 

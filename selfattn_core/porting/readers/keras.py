@@ -10,22 +10,29 @@ Source: keras/src/saving/saving_lib.py and legacy/saving/legacy_h5_format.py for
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+from numpy.typing import NDArray
+
+from selfattn_core.params import KV_POOL
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.readers.archive import Archive
 from selfattn_core.porting.readers.hdf5 import Dataset, Hdf5
+from selfattn_core.porting.readers.limits import MAX_DEPTH
 from selfattn_core.porting.readers.source import Source
 from selfattn_core.porting.readers.tensors import Entry, Tensors
 
-__all__ = ["CONTINUED", "open_h5", "open_keras"]
+__all__ = ["CONTINUED", "open_h5", "open_keras", "open_shards"]
 
 # Between the name of an attribute that is too long for one and the number of the piece.
 CONTINUED = " continued "
 Keys = tuple[str, ...]
 
 _WEIGHTS = "model.weights.h5"
+_OURS = "selfattn>SelfAttention2D"
 # Attributes of older files that describe the model.
 _CONFIGS = {"model_config", "training_config"}
 # Variables of layers of Keras in the order in which they save them. By the class, in a list of layers.
@@ -71,36 +78,160 @@ def open_keras(path: Path) -> Tensors:
             raise PortError(f"{path}: is a .keras archive without {_WEIGHTS}; save the model as one file.")
         place = archive.place(_WEIGHTS)
         size = archive.members[_WEIGHTS].file_size
-        return _open(archive.source, place, size, _versions(archive), archive.close)
+        pools = _pools(_json(archive, "config.json"))
+        return _open(archive.source, place, size, _versions(archive), archive.close, pools)
     except BaseException:
         archive.close()
         raise
 
 
+def open_shards(path: Path, files: list[Path]) -> Tensors:
+    """The variables of several `.weights.h5` files that are one; a layer may lie in two of them.
+
+    Args:
+        path: of their index, for messages.
+        files: all of them.
+
+    Raises:
+        PortError: as `open_h5`, or if a variable is in two of them.
+    """
+    with ExitStack() as stack:
+        shards = []
+        for file in files:
+            source = Source(file)
+            stack.callback(source.close)
+            shards.append(Hdf5(source, 0, source.size))
+        return _tensors(path, _Shards(path, shards), {}, stack.pop_all().close)
+
+
+class _Shards:
+    """The content of several files as of one."""
+
+    def __init__(self, path: Path, files: list[Hdf5]) -> None:
+        self.problems = [problem for file in files for problem in file.problems]
+        self.datasets: dict[Keys, Dataset] = {}
+        self.texts: dict[Keys, dict[str, str]] = {}
+        self._owners: dict[int, Hdf5] = {}
+        for file in files:
+            for keys, dataset in file.datasets.items():
+                if keys in self.datasets:
+                    raise PortError(
+                        f"{path}: its files hold {'/'.join(keys)} twice; which one is meant cannot be known."
+                    )
+                self.datasets[keys] = dataset
+                self._owners[id(dataset)] = file
+            self.texts |= file.texts
+
+    def read(self, name: str, dataset: Dataset) -> NDArray[Any]:
+        return self._owners[id(dataset)].read(name, dataset)
+
+
 def _versions(archive: Archive) -> dict[str, str]:
+    content = _json(archive, "metadata.json")
+    return {"keras_version": str(content["keras_version"])} if "keras_version" in content else {}
+
+
+def _json(archive: Archive, name: str) -> dict[str, Any]:
+    """A JSON object of the archive; an empty one if it is not there, or is none."""
     try:
-        content = json.loads(archive.read("metadata.json"))
-        return {"keras_version": str(content["keras_version"])}
+        content = json.loads(archive.read(name))
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _pools(model: dict[str, Any]) -> dict[str, int]:
+    """The pooling of layers of ours by the path to their variables, from the config of a model."""
+    found = {}
+    waiting: list[tuple[dict[str, Any], Keys]] = [(model, ())]
+    while waiting:
+        layer, path = waiting.pop()
+        config = layer.get("config")
+        if len(path) > MAX_DEPTH or not isinstance(config, dict):
+            continue
+        pool = config.get("kv_pool")
+        if (
+            _OURS in (layer.get("class_name"), layer.get("registered_name"))
+            and type(pool) is int
+            and pool > 0
+        ):
+            found["/".join(path)] = pool
+        children = config.get("layers")
+        for child in children if isinstance(children, list) else ():
+            inner = child.get("config") if isinstance(child, dict) else None
+            if isinstance(inner, dict):
+                waiting.append((child, (*path, "layers", str(inner.get("name")))))
+        # A wrapper, or a layer that is an attribute of one.
+        for name, child in config.items():
+            if isinstance(child, dict) and "class_name" in child:
+                waiting.append((child, (*path, name)))
+    return found
 
 
 def _open(
-    source: Source, begin: int, size: int, metadata: dict[str, str], close: Callable[[], object]
+    source: Source,
+    begin: int,
+    size: int,
+    metadata: dict[str, str],
+    close: Callable[[], object],
+    pools: Mapping[str, int] | None = None,
 ) -> Tensors:
-    file = Hdf5(source, begin, size)
+    return _tensors(source.path, Hdf5(source, begin, size), metadata, close, pools)
+
+
+def _tensors(
+    path: Path,
+    file: Hdf5 | _Shards,
+    metadata: dict[str, str],
+    close: Callable[[], object],
+    pools: Mapping[str, int] | None = None,
+) -> Tensors:
     if file.problems:
-        raise PortError(
-            f"{source.path}: is not read:\n" + "\n".join(f"  {line}" for line in file.problems[:50])
-        )
+        raise PortError(f"{path}: is not read:\n" + "\n".join(f"  {line}" for line in file.problems[:50]))
     entries: dict[str, Entry] = {}
     for name, dataset in _named(file):
         if name in entries:
-            raise PortError(f"{source.path}: holds {name} twice; which one is meant cannot be known.")
+            raise PortError(f"{path}: holds {name} twice; which one is meant cannot be known.")
         entries[name] = Entry(dataset.info, lambda n=name, d=dataset: file.read(n, d))  # type: ignore[misc]
     if not entries:
-        raise PortError(f"{source.path}: holds no variables; expected weights that Keras saved.")
-    return Tensors(source.path, "keras", entries, metadata | _attributes(file.texts.get((), {})), close)
+        raise PortError(f"{path}: holds no variables; expected weights that Keras saved.")
+    texts = file.texts.get((), {})
+    return Tensors(
+        path,
+        "keras",
+        entries,
+        metadata | _attributes(texts),
+        close,
+        pools=_old_pools(texts, entries) | dict(pools or {}) | _noted_pools(file),
+    )
+
+
+def _noted_pools(file: Hdf5 | _Shards) -> dict[str, int]:
+    """The pooling of layers of ours that noted it beside their variables."""
+    own = _own_names(file)
+    return {
+        "/".join(_path(keys[:-1], own)): int(texts[KV_POOL])
+        for keys, texts in file.texts.items()
+        if keys[-1:] == ("vars",) and re.fullmatch("[1-9][0-9]{0,8}", texts.get(KV_POOL, ""))
+    }
+
+
+def _path(layer: Keys, own: Mapping[Keys, str]) -> list[str]:
+    return [own.get(layer[: length + 1], part) for length, part in enumerate(layer)]
+
+
+def _old_pools(texts: Mapping[str, str], entries: Mapping[str, Entry]) -> dict[str, int]:
+    """The pooling of layers of ours in an older `.h5`, which holds the model's config as text and paths by names of layers."""
+    try:
+        model = json.loads(texts["model_config"])
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    found = _pools(model) if isinstance(model, dict) else {}
+    names = {path.rpartition("/")[2]: pool for path, pool in found.items()}
+    if len(names) < len(found):
+        return {}
+    prefixes = [name.removesuffix("/gamma") for name in entries if name.endswith("/gamma")]
+    return {prefix: names[last] for prefix in prefixes if (last := prefix.rpartition("/")[2]) in names}
 
 
 def _attributes(texts: dict[str, str]) -> dict[str, str]:
@@ -112,7 +243,7 @@ def _attributes(texts: dict[str, str]) -> dict[str, str]:
     return joined
 
 
-def _named(file: Hdf5) -> Iterator[tuple[str, Dataset]]:
+def _named(file: Hdf5 | _Shards) -> Iterator[tuple[str, Dataset]]:
     """Names of the variables, by layers and attributes."""
     parents: dict[Keys, dict[str, Dataset]] = {}
     for keys, dataset in file.datasets.items():
@@ -128,7 +259,7 @@ def _named(file: Hdf5) -> Iterator[tuple[str, Dataset]]:
         children = {
             keys[len(layer)] for keys in groups if len(keys) > len(layer) and keys[: len(layer)] == layer
         }
-        path = [own.get(layer[: length + 1], part) for length, part in enumerate(layer)]
+        path = _path(layer, own)
         # Our spectral norm keeps its state under names, beside the numbers of the convolution.
         for name in (name for name in held if not name.isdecimal()):
             yield "/".join((*path, name)), held[name]
@@ -138,7 +269,7 @@ def _named(file: Hdf5) -> Iterator[tuple[str, Dataset]]:
             yield "/".join((*path, role or f"vars/{name}")), held[name]
 
 
-def _own_names(file: Hdf5) -> dict[Keys, str]:
+def _own_names(file: Hdf5 | _Shards) -> dict[Keys, str]:
     """The names of layers in lists that Keras keys by class and counter, where no two are the same."""
     lists: dict[Keys, dict[Keys, str]] = {}
     for keys, texts in file.texts.items():

@@ -65,7 +65,9 @@ def _entry(archive: Archive, name: str) -> Entry:
     header = npy_header(name, bytes(start))
     if header.dtype.hasobject:
         raise _NoNumbersError(
-            f"{name}: holds Python objects, which only unpickling could read; nothing is executed"
+            f"{name}: holds Python objects, which only unpickling could read; nothing is executed. Of a dictionary in it make a "
+            f"file of arrays, if you trust it: numpy.savez(NEW, **numpy.load(PATH, allow_pickle=True)"
+            f"[{name.removesuffix('.npy')!r}].item())"
         )
     narrow = dtype_name(header.dtype)
     if narrow is None:

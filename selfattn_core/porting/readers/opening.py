@@ -9,12 +9,14 @@ from selfattn_core.porting.readers.archive import Archive
 from selfattn_core.porting.readers.keras import open_h5, open_keras
 from selfattn_core.porting.readers.msgpack import looks_like_msgpack, open_msgpack
 from selfattn_core.porting.readers.npz import open_npz
-from selfattn_core.porting.readers.orbax import is_orbax, open_orbax
+from selfattn_core.porting.readers.orbax import is_orbax, open_orbax, steps_in
 from selfattn_core.porting.readers.safetensors import open_safetensors
+from selfattn_core.porting.readers.sharded import index_in, open_index
 from selfattn_core.porting.readers.source import Source, unreadable
 from selfattn_core.porting.readers.tensorflow import checkpoint_prefix, open_tensorflow
 from selfattn_core.porting.readers.tensors import Tensors
 from selfattn_core.porting.readers.torch import open_torch, open_torch_legacy
+from selfattn_core.porting.readers.unread import unread_archive, unread_file, unread_folder
 
 __all__ = ["CONTAINERS", "open_tensors"]
 
@@ -23,11 +25,13 @@ _READERS: dict[str, Callable[[Path], Tensors]] = {
     "npz": open_npz,
     "torch": open_torch,
     "torch-legacy": open_torch_legacy,
+    "pickle": open_torch_legacy,
     "keras": open_keras,
     "h5": open_h5,
     "msgpack": open_msgpack,
     "orbax": open_orbax,
     "tensorflow": open_tensorflow,
+    "index": lambda path: open_index(path, open_tensors),
 }
 CONTAINERS = tuple(_READERS)
 _SHOWN = ".safetensors, .npz, PyTorch, .keras, .h5, Flax msgpack, an Orbax folder, a TensorFlow checkpoint"
@@ -72,6 +76,8 @@ def open_tensors(path: str | os.PathLike[str], *, layout: str | None = None) -> 
     if layout is not None and layout not in _READERS:
         raise PortError(f"{path}: unknown format {layout!r}; known are {', '.join(CONTAINERS)}.")
     try:
+        if layout is None and path.is_dir() and not is_orbax(path) and (inside := index_in(path)):
+            path = inside
         return _READERS[layout or _layout(path)](path)
     except OSError as error:
         raise unreadable(path, error) from error
@@ -89,6 +95,8 @@ def _layout(path: Path) -> str:
             return _zip_layout(source)
     finally:
         source.close()
+    if start.lstrip()[:1] == b"{":
+        return "index"
     for layout, fits in _SIGNS.items():
         if fits(start):
             return layout
@@ -96,6 +104,8 @@ def _layout(path: Path) -> str:
         raise PortError(
             f"{path}: is a tar archive; unpack it, or, if torch before 0.1.10 wrote it, load it there and save it again."
         )
+    if known := unread_file(path, start):
+        raise PortError(f"{path}: {known}.")
     raise PortError(
         f"{path}: is of no known format (it begins with {start[:8].hex(' ')}); expected {_SHOWN}."
     )
@@ -107,6 +117,8 @@ def _folder_layout(path: Path) -> str:
         return "orbax"
     if checkpoint_prefix(path):
         return "tensorflow"
+    if known := unread_folder(path, steps_in(path)):
+        raise PortError(f"{path}: {known}.")
     raise PortError(
         f"{path}: is a folder, and neither a checkpoint of Orbax nor of TensorFlow; it holds {', '.join(names[:6]) or 'nothing'}."
     )
@@ -120,6 +132,8 @@ def _zip_layout(source: Source) -> str:
         return "keras"
     if any(name.endswith(".npy") for name in members) or not members:
         return "npz"
+    if known := unread_archive(members):
+        raise PortError(f"{source.path}: {known}.")
     raise PortError(
         f"{source.path}: is a zip archive of no known format; it holds {', '.join(list(members)[:6])}; expected {_SHOWN}."
     )

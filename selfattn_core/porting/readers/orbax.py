@@ -6,6 +6,7 @@ Source: orbax/checkpoint/_src/metadata/tree.py and serialization/tensorstore_uti
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from selfattn_core.porting.readers.limits import MAX_DEPTH, MAX_EXPANSION, MAX_T
 from selfattn_core.porting.readers.source import Source
 from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
 
-__all__ = ["METADATA", "is_orbax", "open_orbax"]
+__all__ = ["METADATA", "is_orbax", "open_orbax", "steps_in"]
 
 # Where our own writer keeps its metadata, in what Orbax keeps for its users.
 METADATA = "selfattn"
@@ -39,6 +40,25 @@ def is_orbax(folder: Path) -> bool:
         False
     """
     return bool(_items(folder))
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """The steps in a folder of Orbax's manager, the latest last.
+
+    Example:
+        >>> steps_in(Path("there-is-no-such-folder"))
+        []
+    """
+    try:
+        found = [child for child in folder.iterdir() if child.is_dir() and is_orbax(child)]
+    except OSError:
+        return []
+
+    def order(child: Path) -> tuple[int, str]:
+        number = re.search(r"\d+$", child.name)
+        return (int(number[0]) if number and len(number[0]) < 20 else -1, child.name)
+
+    return sorted(found, key=order)
 
 
 def open_orbax(path: Path) -> Tensors:

@@ -77,7 +77,8 @@ def _open(source: Source) -> Tensors:
     if length > MAX_HEADER:
         raise PortError(f"{path}: has a header of {length} bytes; at most {MAX_HEADER} are read.")
     header = _parse(path, source.bytes_at(8, length))
-    metadata = header.pop("__metadata__", {})
+    # MLX writes null where there is none.
+    metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise PortError(f"{path}: its __metadata__ is not a JSON object of strings.")
     start, end = 8 + length, source.size

@@ -16,6 +16,8 @@ from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.readers.binary import read_array, stored_bytes
 from selfattn_core.porting.readers.crc32c import crc32c, masked
 from selfattn_core.porting.readers.limits import MAX_HEADER, MAX_TENSORS, checked_shape
+from selfattn_core.porting.readers.object_graph import names_of
+from selfattn_core.porting.readers.protobuf import message, number, varint
 from selfattn_core.porting.readers.source import Source
 from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
 
@@ -45,6 +47,7 @@ _DTYPES = {
 _STRING = 7
 _LONGEST_KEY = 2**14
 _OBJECT = "/.ATTRIBUTES/VARIABLE_VALUE"
+_GRAPH = b"_CHECKPOINTABLE_OBJECT_GRAPH"
 
 
 def checkpoint_prefix(path: Path) -> Path | None:
@@ -84,9 +87,9 @@ def open_tensorflow(path: Path) -> Tensors:
     rows = list(_index(_beside(prefix, ".index")))
     if not rows or rows[0][0]:
         raise PortError(f"{prefix}.index: is damaged: its header is missing.")
-    header = _message(f"{prefix}.index", rows[0][1])
-    shards = _number(f"{prefix}.index", header, 1, 1)
-    if _number(f"{prefix}.index", header, 2, 0):
+    header = message(f"{prefix}.index", rows[0][1])
+    shards = number(f"{prefix}.index", header, 1, 1)
+    if number(f"{prefix}.index", header, 2, 0):
         raise PortError(
             f"{prefix}: was written on a big-endian machine; load it with TensorFlow and save it again."
         )
@@ -99,13 +102,15 @@ def open_tensorflow(path: Path) -> Tensors:
     try:
         entries: dict[str, Entry] = {}
         problems = []
+        names = names_of(str(prefix), _graph(prefix, dict(rows), shards, sources))
         for key, value in rows[1:]:
             # Keys of slices of a partitioned variable are binary.
             if key[:1] == b"\0":
                 continue
-            name = key.decode("utf-8", "replace").removesuffix(_OBJECT)
+            stored = key.decode("utf-8", "replace")
+            name = names.get(stored, stored.removesuffix(_OBJECT))
             try:
-                entry = _entry(prefix, name, _message(f"{prefix}: {name}", value), shards, sources)
+                entry = _entry(prefix, name, message(f"{prefix}: {name}", value), shards, sources)
             except PortError as error:
                 problems.append(str(error))
                 continue
@@ -146,31 +151,53 @@ def _prefix_in(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
+def _graph(prefix: Path, rows: dict[bytes, bytes], shards: int, sources: dict[int, Source]) -> bytes:
+    """The description of objects that `tf.train.Checkpoint` keeps as a tensor of one text; empty if there is none."""
+    if _GRAPH not in rows:
+        return b""
+    where = f"{prefix}: {_GRAPH.decode()}"
+    fields = message(where, rows[_GRAPH])
+    size = number(where, fields, 5, 0)
+    if number(where, fields, 1, 0) != _STRING or size > MAX_HEADER:
+        raise PortError(f"{where}: is no text, or has {size} bytes; at most {MAX_HEADER} are read")
+    source = _data_file(prefix, where, number(where, fields, 3, 0), shards, sources)
+    content = source.bytes_at(number(where, fields, 4, 0), size)
+    length, place = varint(where, content, 0)
+    # Four bytes of a checksum lie between the length and the text.
+    if place + 4 + length != size:
+        raise PortError(f"{where}: is damaged: it should have {length} bytes")
+    return content[place + 4 :]
+
+
+def _data_file(prefix: Path, name: str, shard: int, shards: int, sources: dict[int, Source]) -> Source:
+    if shard >= shards or shards > 99_999:
+        raise PortError(f"{name}: is in data file {shard} of {shards}")
+    if shard not in sources:
+        sources[shard] = Source(_beside(prefix, f".data-{shard:05d}-of-{shards:05d}"))
+    return sources[shard]
+
+
 def _entry(
     prefix: Path, name: str, fields: dict[int, list[int | bytes]], shards: int, sources: dict[int, Source]
 ) -> Entry | None:
-    kind = _number(name, fields, 1, 0)
+    kind = number(name, fields, 1, 0)
     if kind == _STRING:
         return None
     if kind not in _DTYPES:
         raise PortError(f"{name}: has the dtype number {kind}, which cannot be read")
     if 7 in fields:
         raise PortError(f"{name}: is a partitioned variable; load it with TensorFlow and save it whole")
-    shapes = [_message(name, shape) for shape in fields.get(2, [])]
+    shapes = [message(name, shape) for shape in fields.get(2, [])]
     # Protocol buffers leave a zero out.
-    axes = [_number(name, _message(name, axis), 1, 0) for shape in shapes for axis in shape.get(2, [])]
+    axes = [number(name, message(name, axis), 1, 0) for shape in shapes for axis in shape.get(2, [])]
     info = TensorInfo(checked_shape(name, axes), _DTYPES[kind])
-    shard, place = _number(name, fields, 3, 0), _number(name, fields, 4, 0)
-    size, checksum = _number(name, fields, 5, 0), _number(name, fields, 6, 0)
+    shard, place = number(name, fields, 3, 0), number(name, fields, 4, 0)
+    size, checksum = number(name, fields, 5, 0), number(name, fields, 6, 0)
     if size != stored_bytes(info):
         raise PortError(
             f"{name}: {info.dtype} {info.shape} needs {stored_bytes(info)} bytes, the index says {size}"
         )
-    if shard >= shards or shards > 99_999:
-        raise PortError(f"{name}: is in data file {shard} of {shards}")
-    if shard not in sources:
-        sources[shard] = Source(_beside(prefix, f".data-{shard:05d}-of-{shards:05d}"))
-    source = sources[shard]
+    source = _data_file(prefix, name, shard, shards, sources)
     if place + size > source.size:
         raise PortError(
             f"{name}: ends at byte {place + size} of {source.path.name}, which has {source.size}: it is truncated"
@@ -217,15 +244,15 @@ def _index(path: Path) -> Iterator[tuple[bytes, bytes]]:
     if len(content) < _FOOTER or content[-8:] != _MAGIC:
         raise PortError(f"{path}: is truncated or no index of a checkpoint.")
     footer = content[-_FOOTER:]
-    _, place = _varint(path, footer, 0)
-    _, place = _varint(path, footer, place)
-    offset, place = _varint(path, footer, place)
-    size, _ = _varint(path, footer, place)
+    _, place = varint(path, footer, 0)
+    _, place = varint(path, footer, place)
+    offset, place = varint(path, footer, place)
+    size, _ = varint(path, footer, place)
     last = None
     count = 0
     for _, handle in _block(path, content, offset, size):
-        begin, place = _varint(path, handle, 0)
-        length, _ = _varint(path, handle, place)
+        begin, place = varint(path, handle, 0)
+        length, _ = varint(path, handle, place)
         for key, value in _block(path, content, begin, length):
             count += 1
             if (last is not None and key <= last) or count > MAX_TENSORS:
@@ -250,57 +277,12 @@ def _block(path: Path, content: bytes, offset: int, size: int) -> Iterator[tuple
     end = len(block) - 4 - 4 * restarts
     place, key = 0, b""
     while place < end:
-        shared, place = _varint(path, block, place)
-        fresh, place = _varint(path, block, place)
-        length, place = _varint(path, block, place)
+        shared, place = varint(path, block, place)
+        fresh, place = varint(path, block, place)
+        length, place = varint(path, block, place)
         if shared > len(key) or place + fresh + length > end or shared + fresh > _LONGEST_KEY:
             raise PortError(f"{path}: is damaged: a row lies outside its block.")
         key = key[:shared] + block[place : place + fresh]
         place += fresh
         yield key, block[place : place + length]
         place += length
-
-
-def _varint(where: object, content: bytes, place: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if place >= len(content):
-            break
-        byte = content[place]
-        place += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, place
-    raise PortError(f"{where}: is damaged: a number does not end.")
-
-
-def _message(where: str, content: int | bytes) -> dict[int, list[int | bytes]]:
-    """The fields of a protocol buffer by their number."""
-    if not isinstance(content, bytes):
-        raise PortError(f"{where}: is damaged: a number where a message should be.")
-    fields: dict[int, list[int | bytes]] = {}
-    place = 0
-    while place < len(content):
-        tag, place = _varint(where, content, place)
-        value: int | bytes
-        if tag & 7 == 0:
-            value, place = _varint(where, content, place)
-        elif tag & 7 in (1, 5):
-            width = 8 if tag & 7 == 1 else 4
-            value, place = int.from_bytes(content[place : place + width], "little"), place + width
-        elif tag & 7 == 2:
-            length, place = _varint(where, content, place)
-            value, place = content[place : place + length], place + length
-        else:
-            raise PortError(f"{where}: is damaged: a field of an unknown kind.")
-        if place > len(content):
-            raise PortError(f"{where}: is damaged: a field is cut off.")
-        fields.setdefault(tag >> 3, []).append(value)
-    return fields
-
-
-def _number(where: str, fields: dict[int, list[int | bytes]], field: int, default: int) -> int:
-    value = fields.get(field, [default])[-1]
-    if not isinstance(value, int):
-        raise PortError(f"{where}: is damaged: bytes where a number should be.")
-    return value

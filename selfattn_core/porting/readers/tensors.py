@@ -55,6 +55,8 @@ class Tensors(Mapping[str, TensorInfo]):
         metadata: what else the file says of itself.
         close: called once at the end.
         left_out: what else the file holds under names of tensors, by name: why it cannot be one.
+        pools: the `kv_pool` of layers of this library, where the file holds it beside the tensors, by the beginning of
+            their keys without the last separator.
 
     Example:
         >>> entry = Entry(TensorInfo((2,), "float32"), lambda: np.ones(2, np.float32))
@@ -71,11 +73,13 @@ class Tensors(Mapping[str, TensorInfo]):
         metadata: Mapping[str, str] | None = None,
         close: Callable[[], object] = lambda: None,
         left_out: Mapping[str, str] | None = None,
+        pools: Mapping[str, int] | None = None,
     ) -> None:
         self.path = path
         self.container = container
         self.metadata = dict(metadata or {})
         self.left_out = dict(left_out or {})
+        self.pools = dict(pools or {})
         self._entries = dict(entries)
         self._close = close
         self._closed = False

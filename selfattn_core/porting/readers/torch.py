@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core.params import KV_POOL
 from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.readers import numpy_pickle
 from selfattn_core.porting.readers.archive import Archive, Member
 from selfattn_core.porting.readers.binary import bits, read_array, stored_bytes
 from selfattn_core.porting.readers.limits import MAX_DEPTH, MAX_TENSORS, SMALL, checked_shape
+from selfattn_core.porting.readers.numpy_pickle import NumpyArray
 from selfattn_core.porting.readers.source import Source
 from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
 from selfattn_core.porting.readers.torch_pickle import Storage, Tensor, Unpickled, unpickle
 
-__all__ = ["METADATA", "open_torch", "open_torch_legacy"]
+__all__ = ["METADATA", "names_of", "open_torch", "open_torch_legacy"]
 
 # Where our own writer keeps its metadata: beside torch's versions of modules, which no key of a state dict names.
 METADATA = "selfattn metadata"
@@ -83,10 +86,9 @@ def open_torch_legacy(path: Path) -> Tensors:
     source = Source(path)
     try:
         with mmap.mmap(source.file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            if _unpickle(path, view).value != _MAGIC or _unpickle(path, view).value != _PROTOCOL:
-                raise PortError(
-                    f"{path}: is a pickle, but no checkpoint of torch; nothing in it was executed."
-                )
+            first = _unpickle(path, view, torch=False)
+            if first.value != _MAGIC or _unpickle(path, view).value != _PROTOCOL:
+                return _arrays(path, first, source.close)
             system = _unpickle(path, view).value
             if not isinstance(system, dict) or system.get("little_endian") is not True:
                 raise PortError(
@@ -117,34 +119,76 @@ def _listing(archive: Archive) -> str:
     return f"it holds {', '.join(names[:6]) or 'nothing'}{', …' if len(names) > 6 else ''}"
 
 
-def _unpickle(path: Path, file: Any) -> Unpickled:
+def _unpickle(path: Path, file: Any, *, torch: bool = True) -> Unpickled:
     try:
         content = unpickle(file)
     except PortError as error:
         raise PortError(f"{path}: {error}.") from None
     if content.blocked:
+        wanted = (
+            f"Expected a state dict. If you trust the file, load it where it was written and save {_alone(content.value)} alone."
+            if torch
+            else "Expected arrays. If you trust the file, load it where it was written and save its arrays with numpy.savez, or a "
+            "model's state_dict() with torch.save."
+        )
         raise PortError(
-            f"{path}: loading it would import and could run {', '.join(content.blocked[:20])}; nothing was executed. Expected a "
-            "state dict. If you trust the file, load it where it was written and save model.state_dict() alone."
+            f"{path}: loading it would import and could run {', '.join(content.blocked[:20])}; nothing was executed. {wanted}"
         )
     return content
 
 
+def _alone(value: Any) -> str:
+    """What of a checkpoint to save again: the state dicts in it, or a model's."""
+    held = [
+        f"checkpoint[{name!r}]"
+        for name, inner in (value.items() if isinstance(value, dict) else ())
+        if isinstance(inner, dict) and any(isinstance(tensor, Tensor) for tensor in inner.values())
+    ]
+    return " or ".join(held[:4]) or "model.state_dict()"
+
+
+def _arrays(path: Path, content: Unpickled, close: Callable[[], object]) -> Tensors:
+    """The arrays of numpy in a pickle that is not torch's, as of Paddle (`.pdparams`) or of parameters of Flax."""
+
+    def storage(key: str, dtype: str, numel: int) -> Fetch:
+        raise PortError(f"its storage {key} of {numel} numbers of {dtype} is not in the file")
+
+    if not any(isinstance(value, NumpyArray) for _, value in _walk(path, content.value, (), 0)):
+        raise PortError(
+            f"{path}: is a pickle, but no checkpoint of torch, and holds no arrays; nothing in it was executed."
+        )
+    return _tensors(path, content, storage, close, container="pickle")
+
+
 def _tensors(
-    path: Path, content: Unpickled, storage: Callable[[str, str, int], Fetch], close: Any
+    path: Path,
+    content: Unpickled,
+    storage: Callable[[str, str, int], Fetch],
+    close: Callable[[], object],
+    *,
+    container: str = "torch",
 ) -> Tensors:
     found = list(_walk(path, content.value, (), 0))
     if not found:
         raise PortError(f"{path}: holds no tensors; expected a state dict.")
     names, metadata = _names([keys for keys, _ in found], content.value)
+    if content.settings:
+        metadata["types that were only named"] = ", ".join(content.settings)
     entries: dict[str, Entry] = {}
+    left_out: dict[str, str] = {}
     problems = []
     for name, (_, tensor) in zip(names, found, strict=True):
         if name in entries:
             problems.append(f"{name}: is there twice; which one is meant cannot be known")
             continue
         try:
-            entries[name] = _entry(f"{path}: {name}", tensor, storage)
+            where = f"{path}: {name}"
+            if isinstance(tensor, NumpyArray) and not tensor.has_numbers:
+                left_out[name] = f"{name}: holds Python objects or texts"
+            elif isinstance(tensor, NumpyArray):
+                entries[name] = numpy_pickle.entry(where, tensor)
+            else:
+                entries[name] = _entry(where, tensor, storage)
         except PortError as error:
             problems.append(str(error).removeprefix(f"{path}: "))
     if problems:
@@ -153,12 +197,28 @@ def _tensors(
         own = state.get("_metadata", {}).get(METADATA) if isinstance(state, dict) else None
         if isinstance(own, dict):
             metadata |= {str(key): str(value) for key, value in own.items()}
-    return Tensors(path, "torch", entries, metadata, close)
+    return Tensors(path, container, entries, metadata, close, left_out, _pools(content, found, names))
+
+
+def _pools(
+    content: Unpickled, found: list[tuple[tuple[str, ...], Tensor | NumpyArray]], names: list[str]
+) -> dict[str, int]:
+    """The pooling of layers of ours, which lies among torch's versions of modules."""
+    shown = {id(tensor): name for (_, tensor), name in zip(found, names, strict=True)}
+    pools = {}
+    for held, state in content.states:
+        versions = state.get("_metadata") if isinstance(state, dict) else None
+        for module, version in versions.items() if isinstance(versions, dict) else ():
+            pool = version.get(KV_POOL) if isinstance(version, dict) else None
+            name = shown.get(id(held.get(f"{module}.gamma" if module else "gamma")), "")
+            if type(pool) is int and pool > 0 and name:
+                pools[name.removesuffix("gamma").removesuffix(".")] = pool
+    return pools
 
 
 def _walk(
     path: Path, value: Any, keys: tuple[str, ...], visited: int
-) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+) -> Iterator[tuple[tuple[str, ...], Tensor | NumpyArray]]:
     """Every tensor below a value and the keys that lead there. A value that is shared is visited each time, so counted."""
     stack: list[tuple[tuple[str, ...], Any]] = [(keys, value)]
     while stack:
@@ -166,7 +226,7 @@ def _walk(
         visited += 1
         if visited > MAX_TENSORS:
             raise PortError(f"{path}: holds more than {MAX_TENSORS} values.")
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | NumpyArray):
             yield keys or ("tensor",), value
             continue
         children = (
@@ -179,6 +239,20 @@ def _walk(
         if len(keys) >= MAX_DEPTH and children:
             raise PortError(f"{path}: is nested more than {MAX_DEPTH} levels deep.")
         stack += [((*keys, str(key)), child) for key, child in children][::-1]
+
+
+def names_of(paths: list[tuple[str, ...]], value: Any) -> list[str]:
+    """The names that tensors of a loaded file of torch have here, by the keys that lead to each.
+
+    Args:
+        paths: of every tensor.
+        value: what torch loaded.
+
+    Example:
+        >>> names_of([("state_dict", "module.w")], {"state_dict": {"module.w": 1}})
+        ['w']
+    """
+    return _names(paths, value)[0]
 
 
 def _names(paths: list[tuple[str, ...]], value: Any) -> tuple[list[str], dict[str, str]]:

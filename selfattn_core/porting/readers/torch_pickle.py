@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.readers import numpy_pickle
 from selfattn_core.porting.readers.limits import MAX_TENSORS
+from selfattn_core.porting.readers.numpy_pickle import NumpyArray, NumpyType
 
 __all__ = ["STORAGE_DTYPES", "Storage", "Tensor", "Unpickled", "unpickle"]
 
@@ -82,6 +84,62 @@ _REBUILD = {
     "torch._tensor._rebuild_from_type_v2",
 }
 _KNOWN = _REBUILD | _PLAIN | _IGNORED | set(_UNREAD) | set(_TORCH_DTYPES)
+# Types of settings, paths, dates and numbers, which training scripts and Lightning save beside the weights. Nothing of them is
+# made here: they are named, and what is in a dictionary is seen.
+_DICTS = {
+    "collections.defaultdict",
+    "easydict.EasyDict",
+    "flax.core.frozen_dict.FrozenDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning_utilities.core.rank_zero.AttributeDict",
+    "munch.Munch",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+}
+_SETTINGS = {
+    "argparse.Namespace",
+    "builtins.frozenset",
+    "builtins.object",
+    "builtins.range",
+    "builtins.slice",
+    "collections.deque",
+    "copy_reg._reconstructor",
+    "copyreg._reconstructor",
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "datetime.timezone",
+    "decimal.Decimal",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.nodes.AnyNode",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+    "pathlib.PureWindowsPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath",
+    "types.SimpleNamespace",
+    "typing.Any",
+    "uuid.UUID",
+}
+_BUILTIN_TYPES = {
+    f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")
+}
+_NUMPY = (
+    numpy_pickle.ARRAYS
+    | numpy_pickle.BUFFERS
+    | numpy_pickle.SCALARS
+    | {numpy_pickle.DTYPE, numpy_pickle.JAX, "numpy.ndarray"}
+)
+_ML_DTYPES = {f"ml_dtypes.{name}" for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")}
+_KNOWN |= _DICTS | _SETTINGS | _BUILTIN_TYPES | _NUMPY | _ML_DTYPES
+_NESTED = "torch.storage._load_from_bytes"
 _MARK = object()
 _MAX_OPERATIONS = 10 * MAX_TENSORS
 
@@ -130,16 +188,18 @@ class Unpickled:
     """What a pickle holds.
 
     Args:
-        value: dicts, lists, tuples, strings, numbers and `Tensor`.
+        value: dicts, lists, tuples, strings, numbers, `Tensor` and `NumpyArray`.
         blocked: names that would have been imported and that no state dict needs.
         storages: every storage that is referred to, by its name in the file.
         states: dicts and what was set on them as objects, for example torch's versions of modules.
+        settings: names of types of settings and the like, which are only named.
     """
 
     value: Any = None
     blocked: list[str] = field(default_factory=list)
     storages: dict[str, Storage] = field(default_factory=dict)
     states: list[tuple[dict[Any, Any], Any]] = field(default_factory=list)
+    settings: dict[str, None] = field(default_factory=dict)
 
 
 def unpickle(file: BinaryIO | bytes) -> Unpickled:
@@ -230,6 +290,8 @@ class _Machine:
         storage = module in ("torch", "torch.storage", "torch.cuda") and name in STORAGE_DTYPES
         if not storage and full not in _KNOWN and full not in self.result.blocked:
             self.result.blocked.append(full)
+        if full in _DICTS or full in _SETTINGS:
+            self.result.settings[full] = None
         self.stack.append(_Name(full))
 
     def stack_name(self) -> None:
@@ -242,6 +304,10 @@ class _Machine:
             raise PortError(f"refers to {str(identity)[:80]}, expected a storage")
         kind, key, numel = identity[1], identity[2], identity[4]
         name = kind.name.rpartition(".")[2] if isinstance(kind, _Name) else ""
+        if name.startswith(("QInt", "QUInt")):
+            raise PortError(
+                f"holds quantised numbers ({name}); in torch call dequantize() on its tensors, and save them again"
+            )
         if name not in STORAGE_DTYPES or type(numel) is not int or numel < 0:
             raise PortError(
                 f"refers to a storage of kind {name or str(kind)[:80]} and length {str(numel)[:40]}"
@@ -260,20 +326,20 @@ class _Machine:
         name = function.name if isinstance(function, _Name) else ""
         if not isinstance(arguments, tuple):
             raise PortError("is a damaged pickle (a call without arguments)")
-        if name == "collections.OrderedDict":
-            self.stack.append(_pairs(arguments))
-        elif name == "torch.Size":
-            self.stack.append(tuple(arguments[0]))
-        elif name in _UNREAD:
+        if name in _UNREAD:
             self.stack.append(Tensor(Storage("", "uint8", 0), 0, (), (), "uint8", _UNREAD[name]))
         elif name in _REBUILD:
             self.stack.append(_rebuild(name, arguments))
+        elif name in _MADE:
+            self.stack.append(_MADE[name](arguments))
         else:
             self.stack.append(_Ignored(name))
 
     def build(self) -> None:
         state = self.pop()
-        if isinstance(self.stack[-1], dict):
+        if isinstance(self.stack[-1], NumpyArray | NumpyType):
+            self.stack[-1].set_state(state)
+        elif isinstance(self.stack[-1], dict):
             self.result.states.append((self.stack[-1], state))
 
     def set_items(self, flat: list[Any]) -> None:
@@ -300,6 +366,35 @@ def _pairs(arguments: tuple[Any, ...]) -> dict[Any, Any]:
     return result
 
 
+def _settings(arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    return dict(arguments[0]) if arguments and isinstance(arguments[0], dict) else {}
+
+
+def _dtype(arguments: tuple[Any, ...]) -> NumpyType:
+    code = arguments[0]
+    return numpy_pickle.type_of(code.name if isinstance(code, _Name) else code)
+
+
+def _encoded(arguments: tuple[Any, ...]) -> Any:
+    """Bytes, as protocols before 3 write them."""
+    plain = arguments[1:] in (("latin1",), ("latin-1",))
+    return arguments[0].encode("latin-1") if plain else _Ignored("_codecs.encode")
+
+
+# What comes of a call that is known: of its arguments alone.
+_MADE: dict[str, Callable[[tuple[Any, ...]], Any]] = {
+    "collections.OrderedDict": _pairs,
+    "torch.Size": lambda arguments: tuple(arguments[0]),
+    "_codecs.encode": _encoded,
+    "builtins.bytes": lambda arguments: _Ignored("builtins.bytes") if arguments else b"",
+    numpy_pickle.DTYPE: _dtype,
+    numpy_pickle.JAX: lambda arguments: numpy_pickle.from_state(arguments[2]),
+    **dict.fromkeys(_DICTS, _settings),
+    **dict.fromkeys(numpy_pickle.ARRAYS, lambda _: NumpyArray()),
+    **dict.fromkeys(numpy_pickle.BUFFERS, numpy_pickle.from_buffer),
+}
+
+
 def _fill(target: dict[Any, Any], pairs: Any) -> None:
     for key, value in pairs:
         # Only keys whose hash takes no time: nested tuples can be made to take for ever.
@@ -322,6 +417,11 @@ def _rebuild(name: str, arguments: tuple[Any, ...]) -> Tensor:
             raise PortError("holds a parameter that is no tensor")
         return arguments[0]
     storage, offset, shape, stride = arguments[:4]
+    if isinstance(storage, _Ignored) and storage.name == _NESTED:
+        raise PortError(
+            "is a plain pickle of tensors, which torch's own format is not; where it was written, load it with pickle.load and "
+            "save the same with torch.save"
+        )
     if not isinstance(storage, Storage):
         raise PortError("holds a tensor without a storage")
     dtype = storage.dtype
