@@ -1,4 +1,4 @@
-"""The devices that a framework sees, as JSON: {name: model}."""
+"""The devices that a framework sees, as JSON: {"kinds": {word: names}, "models": {name: model}}."""
 
 import importlib
 import json
@@ -6,6 +6,7 @@ import sys
 
 if __name__ == "__main__":
     module = importlib.import_module(f"selfattn_ops.devices.{sys.argv[1]}")
-    names = dict.fromkeys(name for names in module.devices().values() for name in names)
+    kinds = module.devices()
+    models = {name: module.about(name)["model"] for names in kinds.values() for name in names}
     # What the framework prints may stand before it.
-    sys.stdout.write("\n" + json.dumps({name: module.about(name)["model"] for name in names}) + "\n")
+    sys.stdout.write("\n" + json.dumps({"kinds": kinds, "models": models}) + "\n")
