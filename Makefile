@@ -8,7 +8,7 @@ NEWEST ?= $(shell for python in python3.13 python3.12 python3.11 python3 python;
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check format conform calibrate golden golden-check bench docs fuzz test-slow test-processors test-loss test-peers test-exports test-newest wheel clean
+.PHONY: help demo test check format conform calibrate golden golden-check bench device-check docs fuzz test-slow test-processors test-loss test-peers test-exports test-newest wheel clean
 help:  ## what the targets do
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -56,9 +56,14 @@ golden-check: $(INSTALLED)  ## compute all golden vectors again, compare every b
 calibrate: $(INSTALLED)  ## how near right backends come to the limits, over 200 seeds: half an hour
 	$(BIN)/python -m selfattn_core.conformance.calibrate
 
-bench: $(INSTALLED)  ## time and memory, written to benchmarks/results
+# DEVICE is a word of the frameworks' own, as in cuda:1; FRAMEWORKS is torch,jax,tensorflow or some of them.
+bench: $(INSTALLED)  ## time and memory, written to benchmarks/results; with DEVICE=cuda on that device
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
-	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.bench $(if $(DEVICE),--device $(DEVICE)) $(if $(FRAMEWORKS),--framework $(FRAMEWORKS))
+
+# With whatever is installed where PYTHON is, as on a borrowed machine; .venv has frameworks for the CPU.
+device-check:  ## conformance, times and a short training on DEVICE, within 8 minutes; into build/device-check
+	PYTHONPATH=$(CURDIR):$(CURDIR)/backends $(PYTHON) -m benchmarks.device_check --device $(or $(DEVICE),cuda) $(if $(SMALL),--small)
 
 fuzz: $(INSTALLED)  ## 20,000 damaged files for each reader of checkpoints
 	KERAS_BACKEND=tensorflow $(BIN)/python -m tests.porting.fuzz

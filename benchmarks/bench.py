@@ -1,14 +1,16 @@
 """Time and peak memory of the library beside everything else that computes the same function.
 
-    python -m benchmarks.bench [--quick | --toy] [--framework torch,jax,tensorflow] [--out DIR]
+    python -m benchmarks.bench [--quick | --toy] [--framework torch,jax,tensorflow] [--device cuda] [--out DIR]
 
 Run it from the root of the repository, on a machine that does nothing else. Each timing cell has a process of its
 own, in which all implementations are checked against float64 and then take turns; each peak of memory has one too
-(`measure.py`). What is measured is the table in `cells.py`; the page compares it with `targets.py`. The accelerators
-of the machine are hidden: these are numbers of its CPU.
+(`measure.py`). What is measured is the table in `cells.py`; the page compares it with `targets.py`. Without a device the
+accelerators of the machine are hidden: these are numbers of its CPU. With one the cells are others, float32 is in full
+precision, the core is measured in bfloat16 too, and no target is compared.
 
 Exit code 0 if everything that was started answered rightly, 1 if something gave a wrong answer or failed (a missed
-target is no failure), 2 for a wrong option, 3 if a framework that was asked for is not installed.
+target is no failure), 2 for a wrong option, 3 if a framework that was asked for is not installed or does not see the
+device.
 """
 
 import argparse
@@ -28,6 +30,15 @@ from benchmarks.cells import FRAMEWORKS, MODES, Cell, Mode
 from benchmarks.report import markdown, plot
 from benchmarks.results import file_stem, machine, merge, write_bytes, write_text
 from benchmarks.targets import evaluate
+from selfattn_core.conformance.devices import (
+    WORDS,
+    DeviceAbsentError,
+    chosen,
+    device_problem,
+    device_variables,
+)
+from selfattn_core.conformance.environment import shared_accelerator
+from selfattn_core.conformance.seen import seen
 from selfattn_core.installed import missing_modules
 
 __all__ = ["main"]
@@ -54,13 +65,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if absent:
         print("not installed: " + "; ".join(absent), file=sys.stderr)
         return 3
-    about = machine()
+    about, devices = machine(), {}
+    if options.device:
+        if wrong := [
+            f"{name}: {problem}"
+            for name in options.frameworks
+            if (problem := device_problem(options.device, WORDS[name]))
+        ]:
+            print("; ".join(wrong), file=sys.stderr)
+            return 2
+        for name in options.frameworks:
+            try:
+                kinds = seen(name, device_variables(name, options.device, os.environ))["kinds"]
+                devices[name] = chosen(options.device, kinds)
+            except (DeviceAbsentError, RuntimeError) as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                return 3
+        about["device"] = options.device
     status = 0
     for framework in options.frameworks:
-        run = _measure(framework, options.mode)
-        status = max(status, _status(run))
-        results = merge(options.out, about, options.mode.name, {framework: run})
-        _write(results, options.out)
+        for dtype in ("float32", "bfloat16") if options.device else ("float32",):
+            run = _measure(
+                framework, options.mode, devices.get(framework, "cpu:0"), dtype, hidden=not options.device
+            )
+            status = max(status, _status(run))
+            about |= {"device_model": run["device"]["model"]} if options.device and "device" in run else {}
+            label = framework if dtype == "float32" else f"{framework} in {dtype}"
+            results = merge(options.out, about, options.mode.name, {label: run})
+            _write(results, options.out)
     for finding in evaluate(results):
         if finding.value is not None:
             print(f"{finding.verdict:7} {finding.target.framework:11} {finding}: {finding.target.row}")
@@ -96,7 +128,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="folder of the results",
     )
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--device",
+        default="",
+        metavar="DEVICE",
+        help="in the framework's own words, as in cuda:1; the CPU if none",
+    )
+    options = parser.parse_args(arguments)
+    if options.device and options.mode.name in ("full", "quick"):
+        options.mode = MODES["device" if options.mode.name == "full" else "device-quick"]
+    return options
 
 
 def _frameworks(text: str) -> tuple[str, ...]:
@@ -107,9 +148,10 @@ def _frameworks(text: str) -> tuple[str, ...]:
     return names
 
 
-def _measure(framework: str, mode: Mode) -> dict[str, Any]:
-    """All cells of one framework, one process after the other."""
+def _measure(framework: str, mode: Mode, device: str, dtype: str, *, hidden: bool) -> dict[str, Any]:
+    """All cells of one framework, one process after the other; in bfloat16 those of the core."""
     start = time.perf_counter()
+    cells = [cell for cell in mode.cells if dtype == "float32" or cell.level == "core"]
     run: dict[str, Any] = {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "commit": _commit(),
@@ -123,20 +165,22 @@ def _measure(framework: str, mode: Mode) -> dict[str, Any]:
         "threads": {},
         "cells": [],
     }
-    for number, cell in enumerate(mode.cells, 1):
+    job = {"framework": framework, "seconds": mode.seconds, "device": device, "dtype": dtype}
+    for number, cell in enumerate(cells, 1):
         found: dict[str, Any] = {}
-        for names in _processes(cell, framework):
-            answer = _process({"framework": framework, "names": names, "seconds": mode.seconds}, cell)
+        for names in _processes(cell, framework, device):
+            answer = _process(job | {"names": names}, cell, hidden=hidden)
             found |= answer["records"]
             run |= answer.get("about", {})
         run["cells"].append(_named(cell) | {"results": found})
-        print(f"{framework} {number}/{len(mode.cells)} {_line(cell, found)}", flush=True)
+        where = "" if hidden else f" {device} {dtype}"
+        print(f"{framework}{where} {number}/{len(cells)} {_line(cell, found)}", flush=True)
     return run | {"seconds": time.perf_counter() - start}
 
 
-def _processes(cell: Cell, framework: str) -> Iterator[tuple[str, ...]]:
+def _processes(cell: Cell, framework: str, device: str) -> Iterator[tuple[str, ...]]:
     """The implementations that share a process: all in time, none in memory."""
-    names = cell.implementations(framework)
+    names = cell.implementations(framework, device)
     if cell.measure == "time":
         yield names
     else:
@@ -144,21 +188,27 @@ def _processes(cell: Cell, framework: str) -> Iterator[tuple[str, ...]]:
             yield (name,)
 
 
-def _process(job: dict[str, Any], cell: Cell) -> dict[str, Any]:
+def _process(job: dict[str, Any], cell: Cell, *, hidden: bool) -> dict[str, Any]:
     """One job; a process that dies or hangs is a failure of all its implementations."""
     with tempfile.TemporaryDirectory() as folder:
         job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
         job_file.write_text(json.dumps(job | {"cell": dataclasses.asdict(cell)}), encoding="utf-8")
-        quiet = {
-            "CUDA_VISIBLE_DEVICES": "",
-            "JAX_PLATFORMS": "cpu",
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-        }
+        quiet: dict[str, str | None] = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+        if hidden:
+            quiet |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+        else:
+            quiet |= device_variables(job["framework"], job["device"], os.environ)
+            # In full, as every answer is checked; and memory as it is needed, or counters would show what is kept.
+            quiet |= {
+                "NVIDIA_TF32_OVERRIDE": "0",
+                "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+                **shared_accelerator(),
+            }
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "benchmarks.measure", str(job_file), str(result_file)],
                 cwd=_ROOT,
-                env=os.environ | quiet,
+                env={name: value for name, value in (os.environ | quiet).items() if value is not None},
                 capture_output=True,
                 text=True,
                 timeout=_LONGEST_SECONDS,

@@ -34,6 +34,13 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
+# What there is on cards alone; elsewhere it says so itself, and is "refused".
+ON_CARDS: dict[str, tuple[str, ...]] = {
+    "torch": ("sdpa-memory-efficient", "flex-attention"),
+    "jax": ("cudnn",),
+    "tensorflow": (),
+}
+
 # Known to hold N×N arrays. SDPA does on CPU, where no fused kernel takes Dv ≠ Dk.
 QUADRATIC = frozenset({"dense", "sdpa", "flax", "matmul", "keras-mha"})
 
@@ -71,9 +78,11 @@ class Cell:
         """N."""
         return self.side**2
 
-    def implementations(self, framework: str) -> tuple[str, ...]:
-        """Those of the framework that take part, ours first."""
+    def implementations(self, framework: str, device: str = "cpu") -> tuple[str, ...]:
+        """Those of the framework that take part on a device, ours first."""
         names = IMPLEMENTATIONS[framework][self.level]
+        if self.level == "core" and not device.startswith("cpu"):
+            names += ON_CARDS[framework]
         if self.measure == "memory":
             names = tuple(name for name in names if name not in CEILINGS)
         if self.side <= _ONE_BLOCK:
@@ -169,6 +178,32 @@ MODES = {
             *_cells("memory", "core", "train", (64,), (64,), _PUBLISHED),
         ),
         seconds=1.0,
+    ),
+    # On an accelerator, where a process takes longer to start than a cell to run.
+    "device": Mode(
+        "device",
+        (
+            *_cells("time", "core", "forward", (64,), (32, 64, 128)),
+            *_cells("time", "core", "train", (64, 512), (64,)),
+            *_cells("time", "core", "train", (64,), (32, 128)),
+            *_cells("time", "core", "r1", (64,), (64, 128)),
+            *_cells("time", "flat", "train", (64,), (64,)),
+            *_cells("time", "pooled", "train", (64,), (64,)),
+            *_cells("memory", "core", "train", (64,), (64, 128), _PUBLISHED),
+            *_cells("memory", "core", "r1", (64,), (128, 256), (OURS,)),
+        ),
+        seconds=1.0,
+    ),
+    # The same within the minutes of `make device-check`.
+    "device-quick": Mode(
+        "device-quick",
+        (
+            *_cells("time", "core", "forward", (64,), (64,)),
+            *_cells("time", "core", "train", (64,), (64, 128)),
+            *_cells("time", "core", "r1", (64,), (64,)),
+            *_cells("memory", "core", "r1", (64,), (128,), (OURS,)),
+        ),
+        seconds=0.5,
     ),
     # For the tests: every level, step and measure once, each in a process, at sizes where nothing takes time and no
     # number means anything.

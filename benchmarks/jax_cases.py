@@ -1,12 +1,13 @@
 """The implementations in JAX; every one is compiled by `jax.jit`."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import math
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax
@@ -17,9 +18,11 @@ from flax import linen
 
 from benchmarks.problem import Problem, products, row_local
 from benchmarks.step import RefusedError, Step
+from selfattn_core.params import widen
+from selfattn_ops.devices import jax as devices
 from selfattn_ops.jax import attend
 
-__all__ = ["about", "array", "build"]
+__all__ = ["about", "array", "build", "on", "peak_memory", "synchronize"]
 
 Function = Callable[..., jax.Array]
 
@@ -37,13 +40,29 @@ def array(values: np.ndarray) -> jax.Array:
     return jnp.asarray(values)
 
 
+def synchronize() -> None:
+    """Nothing: every step waits for its own answers."""
+
+
+@contextlib.contextmanager
+def on(device: str) -> Iterator[Mapping[str, str]]:
+    """This is the default device in between; gives its model and driver."""
+    with devices.OnDevices().on(device) as found:
+        yield found
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """By JAX's counters of the device."""
+    return devices.peak_memory(call, device)
+
+
 def build(name: str, problem: Problem) -> Step:
     """One implementation on one problem.
 
     Raises:
         RefusedError: if it does not take the problem.
     """
-    inputs = [array(operand) for operand in problem.operands.values()]
+    inputs = [array(operand).astype(problem.dtype) for operand in problem.operands.values()]
     if name == "matmul-blocks":
         return _in_blocks(problem, *inputs)
     if name == "matmul":
@@ -61,12 +80,13 @@ def build(name: str, problem: Problem) -> Step:
 
     def prepare() -> None:
         if not compiled:
-            compiled.append(jax.jit(compute).lower(parameters, inputs, problem.weight).compile())
+            weight = array(problem.weight).astype(problem.dtype)
+            compiled.append(jax.jit(compute).lower(parameters, inputs, weight).compile())
 
     def run(weight: jax.Array) -> Any:
         if not compiled:
             prepare()
-        return jax.block_until_ready(compiled[0](parameters, inputs, weight))
+        return jax.block_until_ready(compiled[0](parameters, inputs, weight.astype(problem.dtype)))
 
     return Step(run, _to_numpy, prepare)
 
@@ -89,13 +109,16 @@ def _in_blocks(problem: Problem, query: jax.Array, key: jax.Array, value: jax.Ar
 
     def run(weight: jax.Array) -> Any:
         found = []
+        weight = weight.astype(problem.dtype)
         for rows in problem.blocks:
             block = compute(query, key, value, weight, rows.start, size=rows.stop - rows.start)
             found.append({kept: block[kept] for kept in ("rows", "query") if kept in block})
         return jax.block_until_ready(found)
 
     def join(found: Any) -> dict[str, np.ndarray]:
-        return row_local(step, found, lambda parts: np.concatenate([np.asarray(p) for p in parts], axis=1))
+        return row_local(
+            step, found, lambda parts: np.concatenate([widen(np.asarray(p)) for p in parts], axis=1)
+        )
 
     return Step(run, join)
 
@@ -136,7 +159,7 @@ def _to_numpy(answers: Mapping[str, Any]) -> dict[str, np.ndarray]:
     tree = answers.pop("parameters", {})
     for name, values in flax.traverse_util.flatten_dict(tree.get("params", tree), sep=".").items():
         answers[name] = values[0, 0] if values.ndim == 4 else values
-    return {name: np.asarray(values) for name, values in answers.items()}
+    return {name: widen(np.asarray(values)) for name, values in answers.items()}
 
 
 def _core(name: str) -> Function:
@@ -144,6 +167,9 @@ def _core(name: str) -> Function:
         return lambda _, *operands: attend(*operands)
     if name == "dense":
         return lambda _, query, key, value: jax.nn.softmax(query @ key.mT, axis=-1) @ value
+    if name == "cudnn":
+        cudnn = functools.partial(jax.nn.dot_product_attention, scale=1.0, implementation="cudnn")
+        return lambda _, *operands: cudnn(*(operand[..., None, :] for operand in operands))[..., 0, :]
     if name == "flax":
         return _with_heads(linen.dot_product_attention)
     if name == "memory-efficient-attention":

@@ -11,7 +11,8 @@ compilers) and the real inputs and the compiled step are there, the high-water m
 the step runs once, and the peak above what was resident before is taken. Outputs count. The allocator is the
 system's, with its defaults, as users have it: glibc keeps freed blocks below its (moving) mmap threshold, so the peak
 holds what fragmentation adds; memory that it had kept from before is given back first (malloc_trim), or it would hide
-the first megabytes. Without /proc the mark cannot be reset, and what stays below an earlier peak is not seen.
+the first megabytes. Without /proc the mark cannot be reset, and what stays below an earlier peak is not seen. On
+another device than the CPU the peak is that of the framework's own counters.
 """
 
 import ctypes
@@ -46,12 +47,14 @@ def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     cell = Cell(**job["cell"])
     cases = importlib.import_module(f"benchmarks.{job['framework']}_cases")
-    records = _memory(cases, cell, job["names"][0]) if cell.measure == "memory" else _time(cases, cell, job)
-    Path(result_file).write_text(json.dumps({"about": cases.about(), "records": records}), encoding="utf-8")
+    with cases.on(job["device"]) as device:
+        records = _memory(cases, cell, job) if cell.measure == "memory" else _time(cases, cell, job)
+        about = cases.about() | {"device": {"name": job["device"], **device}}
+    Path(result_file).write_text(json.dumps({"about": about, "records": records}), encoding="utf-8")
 
 
 def _time(cases: ModuleType, cell: Cell, job: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    problem = Problem.of(cell)
+    problem = Problem.of(cell, dtype=job["dtype"])
     weight, checked_weight = cases.array(problem.weight), cases.array(problem.checked_weight)
     records: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
@@ -64,6 +67,7 @@ def _time(cases: ModuleType, cell: Cell, job: Mapping[str, Any]) -> dict[str, di
             step = cases.build(name, problem)
             start = time.perf_counter()
             answer = step.run(checked_weight)
+            cases.synchronize()
             first = time.perf_counter() - start
         except Exception as error:
             records[name] = _excuse(name, error)
@@ -72,7 +76,7 @@ def _time(cases: ModuleType, cell: Cell, job: Mapping[str, Any]) -> dict[str, di
         del answer
         if records[name]["status"] == "ok":
             steps[name] = step
-    calls = {name: _call(step, weight) for name, step in steps.items()}
+    calls = {name: _call(cases, step, weight) for name, step in steps.items()}
     samples = interleaved(calls, job["seconds"])
     for name, seconds in samples.items():
         records[name] |= {
@@ -90,8 +94,12 @@ def _time(cases: ModuleType, cell: Cell, job: Mapping[str, Any]) -> dict[str, di
     return records
 
 
-def _call(step: Step, weight: Any) -> Callable[[], Any]:
-    return lambda: step.run(weight)
+def _call(cases: ModuleType, step: Step, weight: Any) -> Callable[[], Any]:
+    def call() -> None:
+        step.run(weight)
+        cases.synchronize()
+
+    return call
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
@@ -137,27 +145,41 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _memory(cases: ModuleType, cell: Cell, name: str) -> dict[str, dict[str, Any]]:
+def _memory(cases: ModuleType, cell: Cell, job: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    name, device = job["names"][0], job["device"]
     reason = too_large(name, cell, _available())
     if reason:
         return {name: {"status": "skipped", "reason": reason}}
-    tiny = Problem.of(dataclasses.replace(cell, side=8))
-    problem = Problem.of(cell)
+    tiny = Problem.of(dataclasses.replace(cell, side=8), dtype=job["dtype"])
+    problem = Problem.of(cell, dtype=job["dtype"])
     try:
         cases.build(name, tiny).run(cases.array(tiny.weight))
         step = cases.build(name, problem)
         weight = cases.array(problem.checked_weight)
         step.compile()
-        before = _reset_peak()
-        start = time.perf_counter()
-        answer = step.run(weight)
-        seconds = time.perf_counter() - start
-        peak = max(0, _peak() - before)
+        answers, seconds = [], 0.0
+
+        def call() -> None:
+            nonlocal seconds
+            start = time.perf_counter()
+            answers.append(step.run(weight))
+            cases.synchronize()
+            seconds = time.perf_counter() - start
+
+        peak = _peak_of(call) if device.startswith("cpu") else cases.peak_memory(call, device)
+        (answer,) = answers
     except Exception as error:
         return {name: _excuse(name, error)}
     return {
         name: _checked(problem, name, step, answer) | {"peak_bytes": peak, "single_call_seconds": seconds}
     }
+
+
+def _peak_of(call: Callable[[], None]) -> int:
+    """Bytes by which the resident memory rises."""
+    before = _reset_peak()
+    call()
+    return max(0, _peak() - before)
 
 
 def _checked(problem: Problem, name: str, step: Step, answer: Any) -> dict[str, Any]:

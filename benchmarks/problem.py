@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from benchmarks.cells import CEILINGS, Cell
 from selfattn_core import SelfAttentionConfig, init_params, spec
-from selfattn_core.conformance.tolerance import ALLOWANCES, CAPS, Expectation, Verdict, judge
+from selfattn_core.conformance.inputs import rounded
+from selfattn_core.conformance.tolerance import ALLOWANCES, CAPS, EPS, Expectation, Verdict, judge
 from selfattn_ops.blocks import block_rows
 
 __all__ = ["PRODUCTS", "Problem", "products", "row_local"]
 
 Array = NDArray[Any]
 Dot = Callable[..., Any]
+Keep = Callable[[Array], Array]
 
 _WHOLE = 1024
 _ROWS = 48
@@ -61,6 +63,7 @@ class Problem:
         weight: w, in the shape of the output.
         checked_weight: the weights that the wanted answers are for.
         rows: the query rows that they are computed from.
+        dtype: "float32", or "bfloat16" of the core alone: the arrays are float32, and bfloat16 holds their values.
     """
 
     cell: Cell
@@ -70,9 +73,10 @@ class Problem:
     weight: Array
     checked_weight: Array
     rows: Array
+    dtype: str = "float32"
 
     @classmethod
-    def of(cls, cell: Cell, seed: int = 0) -> "Problem":
+    def of(cls, cell: Cell, seed: int = 0, dtype: str = "float32") -> "Problem":
         """The problem of a cell."""
         draw = np.random.default_rng([seed, cell.channels, cell.side])
         config = (
@@ -96,14 +100,15 @@ class Problem:
             "key": spread * draw.standard_normal((1, positions, config.qk_channels), np.float32),
             "value": draw.standard_normal((1, positions, config.value_channels), np.float32),
         }
-        weight = draw.standard_normal(operands["value"].shape, np.float32)
+        operands = {name: rounded(operand, dtype) for name, operand in operands.items()}
+        weight = rounded(draw.standard_normal(operands["value"].shape, np.float32), dtype)
         rows = np.arange(positions)
         checked = weight
         if positions > _WHOLE:
             rows = np.sort(draw.choice(positions, _ROWS, replace=False))
             checked = np.zeros_like(weight)
             checked[:, rows] = weight[:, rows]
-        return cls(cell, config, operands, {}, weight, checked, rows)
+        return cls(cell, config, operands, {}, weight, checked, rows, dtype)
 
     def check(self, name: str, got: Mapping[str, Array]) -> list[Verdict]:
         """Compare what an implementation returns for `checked_weight` with the wanted answers.
@@ -129,10 +134,11 @@ class Problem:
         for quantity, answer in got.items():
             want = answers.wanted[quantity]
             scale = answers.magnitudes.get(quantity, float(np.abs(want).max(initial=0)))
-            ulp = float(np.finfo(np.float32).eps) * scale * growth
+            ulp = EPS[self.dtype] * scale * growth
             floor = float(np.abs(answers.noisy[quantity] - want).max(initial=0)) + ALLOWANCES[family] * ulp
             known = answer[:, self.rows] if self._by_rows(quantity) else answer
-            verdicts.append(judge(quantity, known, Expectation(want, floor, CAPS[family] * ulp), "float32"))
+            expected = Expectation(want, floor, CAPS[family] * ulp)
+            verdicts.append(judge(quantity, known, expected, self.dtype))
         return verdicts
 
     def _by_rows(self, quantity: str) -> bool:
@@ -171,7 +177,12 @@ class Problem:
 
     def _core_answers(self, function: Callable[..., dict[str, Array]]) -> "_Answers":
         query, key, *_ = few = self._few(np.float64)
-        answers = [function(self.cell.step, *few), function(self.cell.step, *self._few(np.float32))]
+
+        def keep(array: Array) -> Array:
+            return rounded(array, self.dtype)
+
+        noisy = function(self.cell.step, *self._few(np.float32), keep)
+        answers = [function(self.cell.step, *few), {name: keep(value) for name, value in noisy.items()}]
         for each in answers:
             if "query" in each:
                 whole = np.zeros(self.operands["query"].shape, each["query"].dtype)
@@ -237,33 +248,44 @@ def row_local(step: str, blocks: list[dict[str, Any]], join: Callable[[list[Any]
     return {name: join([block[name] for block in blocks]) for name in names}
 
 
-def _ceiling(step: str, query: Array, key: Array, value: Array, weight: Array) -> dict[str, Array]:
+def _same(array: Array) -> Array:
+    return array
+
+
+def _ceiling(
+    step: str, query: Array, key: Array, value: Array, weight: Array, keep: Keep = _same
+) -> dict[str, Array]:
     def dot(a: Array, b: Array, transposed: str = "") -> Array:
-        return (a.mT if transposed == "ta" else a) @ (b.mT if transposed == "tb" else b)
+        return keep((a.mT if transposed == "ta" else a) @ (b.mT if transposed == "tb" else b))
 
     return products(step, dot, query, key, value, weight)
 
 
-def _core(step: str, query: Array, key: Array, value: Array, weight: Array) -> dict[str, Array]:
-    """The formulas of `spec`, for the query rows given; the derivatives as if there were no other rows."""
+def _core(
+    step: str, query: Array, key: Array, value: Array, weight: Array, keep: Keep = _same
+) -> dict[str, Array]:
+    """The formulas of `spec`, for the query rows given; the derivatives as if there were no other rows.
+
+    In 16 bits the map and dS are rounded where a product takes them, and every answer, by `keep`.
+    """
     scores = query @ key.mT
     A = np.exp(scores - scores.max(-1, keepdims=True))
     A /= A.sum(-1, keepdims=True)
     if step == "forward":
-        return {"y": A @ value}
+        return {"y": keep(keep(A) @ value)}
     dA = weight @ value.mT
     D = (A * dA).sum(-1, keepdims=True)
     dS = A * (dA - D)
-    dq, dk, dv = dS @ key, dS.mT @ query, A.mT @ weight
+    dq, dk, dv = keep(keep(dS) @ key), keep(keep(dS).mT @ query), keep(keep(A).mT @ weight)
     if step == "train":
-        return {"y": A @ value, "query": dq, "key": dk, "value": dv}
+        return {"y": keep(keep(A) @ value), "query": dq, "key": dk, "value": dv}
     moved_q, moved_k, moved_v = 2 * dq, 2 * dk, 2 * dv  # what the squared norm sends back
     U = moved_q @ key.mT + query @ moved_k.mT
     centred = U - (A * U).sum(-1, keepdims=True)
     X = centred * (dA - D) + weight @ moved_v.mT
     moved_dS = A * (X - (A * X).sum(-1, keepdims=True))
     return {
-        "query": moved_dS @ key + dS @ moved_k,
-        "key": moved_dS.mT @ query + dS.mT @ moved_q,
-        "value": (A * centred).mT @ weight,
+        "query": keep(keep(moved_dS) @ key + keep(dS) @ moved_k),
+        "key": keep(keep(moved_dS).mT @ query + keep(dS).mT @ moved_q),
+        "value": keep(keep(A * centred).mT @ weight),
     }

@@ -54,7 +54,9 @@ def markdown(results: Results, plots: Mapping[str, str]) -> str:
     """
     lines = ["# Time and memory", "", *_header(results), ""]
     lines += [line for title, file in plots.items() for line in (f"![{title}]({file})", "")]
-    lines += ["## Targets", "", *_targets(results), "", "## Time", "", _TIME_NOTE]
+    if "device" not in results["machine"]:
+        lines += ["## Targets", "", *_targets(results), ""]
+    lines += ["## Time", "", _TIME_NOTE]
     for level, title in _LEVELS.items():
         for step, name in _STEPS.items():
             table = _times(results, level, step)
@@ -71,10 +73,10 @@ def _header(results: Results) -> Iterator[str]:
     about = results["machine"]
     yield (
         f"{about['cpu']}, {about['cores']} cores, {about['memory_bytes'] / 2**30:.0f} GiB, {about['system']} "
-        f"{about['architecture']}, Python {about['python']}. float32, one sample (B = 1), Dk = C/8. "
+        f"{about['architecture']}, Python {about['python']}. {_place(about)}float32, one sample (B = 1), Dk = C/8. "
         "Written by `make bench`; do not edit."
     )
-    if results["mode"] != "full":
+    if results["mode"] not in ("full", "device"):
         yield ""
         yield f"**A {results['mode']} run: its numbers are for a look, not for the record.**"
     yield ""
@@ -129,11 +131,11 @@ def _times(results: Results, level: str, step: str) -> list[str]:
     for framework, channels, side, found in cells:
         row = [framework, str(channels), f"{side}×{side}", *(_time(found.get(name)) for name in names)]
         if "matmul" in names:
-            row.append(_rate(found, step, channels, side))
+            row += [_rate(found, step, channels, side), _share(found)]
         rows.append(row)
     head = ["framework", "C", "map", *names]
     if "matmul" in names:
-        head.append("matmul, GF/s")
+        head += ["matmul, GF/s", "share of it"]
     return _table(head, rows)
 
 
@@ -143,6 +145,20 @@ def _rate(found: Mapping[str, Any], step: str, channels: int, side: int) -> str:
     flops = 2 * side**4 * (narrow * channels // 8 + wide * channels)
     seconds = [found[name]["seconds"]["median"] for name in CEILINGS if "seconds" in found.get(name, {})]
     return f"{flops / min(seconds) / 1e9:.0f}" if seconds else "–"
+
+
+def _share(found: Mapping[str, Any]) -> str:
+    """Of the rate of the faster ceiling, what ours has on the same products."""
+    seconds = [found[name]["seconds"]["median"] for name in CEILINGS if "seconds" in found.get(name, {})]
+    ours = found.get(OURS, {})
+    return f"{min(seconds) / ours['seconds']['median']:.2f}" if seconds and "seconds" in ours else "–"
+
+
+def _place(about: Mapping[str, Any]) -> str:
+    """The device, unless it is the CPU that is named before."""
+    if "device" not in about:
+        return ""
+    return f"On {about['device']} ({about.get('device_model', 'not known')}), float32 in full precision. "
 
 
 def _time(record: Mapping[str, Any] | None) -> str:

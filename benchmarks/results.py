@@ -50,15 +50,18 @@ def _cpu_name() -> str:
 
 
 def file_stem(about: Mapping[str, Any], mode: str, date: str) -> str:
-    """Machine, date and, unless the run is a full one, mode.
+    """Machine or device, date and, unless the run is a full one, mode.
 
     Example:
         >>> file_stem({"cpu": "AMD EPYC (TM) 9", "cores": 2}, "toy", "2030-01-31")
         'amd-epyc-9-2-cores-2030-01-31-toy'
     """
     cpu = re.sub(r"\((tm|r|c)\)|\bcpu\b|@.*", "", str(about["cpu"]).lower())
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{cpu}-{about['cores']}-cores-{date}").strip("-")
-    return slug if mode == "full" else f"{slug}-{mode}"
+    place = f"{cpu}-{about['cores']}-cores"
+    if "device" in about:
+        place = f"{about.get('device_model', cpu)}-{about['device']}".lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{place}-{date}").strip("-")
+    return slug if mode in ("full", "device") else f"{slug}-{mode}"
 
 
 def merge(folder: Path, about: Mapping[str, Any], mode: str, new: Mapping[str, Any]) -> Results:
@@ -73,10 +76,10 @@ def merge(folder: Path, about: Mapping[str, Any], mode: str, new: Mapping[str, A
     merged: dict[str, Any] = {}
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        same = ("cpu", "cores")
+        same = ("cpu", "cores", "device", "device_model")
         if found.get("schema") != SCHEMA or found["mode"] != mode:
             continue
-        if any(found["machine"][key] != about[key] for key in same):
+        if any(found["machine"].get(key) != about.get(key) for key in same):
             continue
         for framework, run in found["frameworks"].items():
             if framework not in merged or run["date"] >= merged[framework]["date"]:

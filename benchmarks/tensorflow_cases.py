@@ -1,8 +1,9 @@
 """The implementations in TensorFlow and Keras; every one is a `tf.function`."""
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # before keras is imported: it cannot change afterwards
@@ -13,9 +14,11 @@ import tensorflow as tf
 
 from benchmarks.problem import Problem, products, row_local
 from benchmarks.step import RefusedError, Step
+from selfattn_core.params import widen
+from selfattn_ops.devices import tensorflow as devices
 from selfattn_ops.tensorflow import attend
 
-__all__ = ["about", "array", "build"]
+__all__ = ["about", "array", "build", "on", "peak_memory", "synchronize"]
 
 Function = Callable[..., tf.Tensor]
 
@@ -40,13 +43,31 @@ def array(values: np.ndarray) -> tf.Tensor:
     return tf.constant(values)
 
 
+def synchronize() -> None:
+    """Wait until everything asked for is computed."""
+    if tf.config.list_physical_devices("GPU"):
+        tf.test.experimental.sync_devices()
+
+
+@contextlib.contextmanager
+def on(device: str) -> Iterator[Mapping[str, str]]:
+    """Operations run on this device in between; gives its model and driver."""
+    with devices.OnDevices().on(device) as found:
+        yield found
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """By TensorFlow's counters of the device."""
+    return devices.peak_memory(call, device)
+
+
 def build(name: str, problem: Problem) -> Step:
     """One implementation on one problem.
 
     Raises:
         RefusedError: if it does not take the problem.
     """
-    inputs = [array(operand) for operand in problem.operands.values()]
+    inputs = [tf.cast(array(operand), problem.dtype) for operand in problem.operands.values()]
     variables: dict[str, tf.Variable] = {}
     if name == "matmul-blocks":
         return _in_blocks(problem, *inputs)
@@ -63,10 +84,10 @@ def build(name: str, problem: Problem) -> Step:
     compiled = tf.function(compute, autograph=False)
 
     def prepare() -> None:
-        compiled.get_concrete_function(inputs, array(problem.weight))
+        compiled.get_concrete_function(inputs, tf.cast(array(problem.weight), problem.dtype))
 
     return Step(
-        lambda weight: compiled(inputs, weight),
+        lambda weight: compiled(inputs, tf.cast(weight, problem.dtype)),
         lambda answers: {
             key: _to_numpy(values) for key, values in answers.items() if not key.startswith(_FOREIGN)
         },
@@ -94,13 +115,14 @@ def _in_blocks(problem: Problem, query: tf.Tensor, key: tf.Tensor, value: tf.Ten
 
     def run(weight: tf.Tensor) -> list[dict[str, tf.Tensor]]:
         found = []
+        weight = tf.cast(weight, problem.dtype)
         for start, size in blocks:
             block = compute(weight, start, size)
             found.append({kept: block[kept] for kept in ("rows", "query") if kept in block})
         return found
 
     def join(found: list[dict[str, tf.Tensor]]) -> dict[str, np.ndarray]:
-        return row_local(step, found, lambda parts: np.concatenate([p.numpy() for p in parts], axis=1))
+        return row_local(step, found, lambda parts: np.concatenate([widen(p.numpy()) for p in parts], axis=1))
 
     return Step(run, join)
 
@@ -138,7 +160,7 @@ def _r1(function: Function, names: list[str], variables: Mapping[str, Any]) -> C
 
 
 def _to_numpy(values: tf.Tensor) -> np.ndarray:
-    answer = tf.convert_to_tensor(values).numpy()
+    answer = widen(tf.convert_to_tensor(values).numpy())
     return answer[0, 0] if answer.shape[:2] == (1, 1) and answer.ndim == 4 else answer
 
 

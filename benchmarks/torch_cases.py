@@ -1,11 +1,12 @@
 """The implementations in PyTorch."""
 
+import contextlib
 import importlib
 import importlib.util
 import math
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from torch import nn
 from benchmarks.cells import CEILINGS
 from benchmarks.problem import Problem, products, row_local
 from benchmarks.step import RefusedError, Step
+from selfattn_ops.devices import torch as devices
 from selfattn_ops.torch import attend
 
-__all__ = ["about", "array", "build"]
+__all__ = ["about", "array", "build", "on", "peak_memory", "synchronize"]
 
 Tensor = torch.Tensor
 Function = Callable[..., Tensor]
@@ -33,7 +35,27 @@ def about() -> dict[str, Any]:
 
 def array(values: np.ndarray) -> Tensor:
     """A tensor of these values."""
-    return torch.from_numpy(np.ascontiguousarray(values))
+    # Not from_numpy, which knows no device.
+    return torch.tensor(np.ascontiguousarray(values))
+
+
+def synchronize() -> None:
+    """Wait until everything asked for is computed."""
+    device = torch.get_default_device()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@contextlib.contextmanager
+def on(device: str) -> Iterator[Mapping[str, str]]:
+    """All tensors are made on this device in between; gives its model and driver."""
+    with torch.device(device):
+        yield devices.about(device)
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """By torch's counters of the device."""
+    return devices.peak_memory(call, device)
 
 
 def build(name: str, problem: Problem) -> Step:
@@ -43,9 +65,11 @@ def build(name: str, problem: Problem) -> Step:
         RefusedError: if it does not take the problem.
     """
     if problem.cell.level == "core":
-        inputs = [array(problem.operands[operand]) for operand in ("query", "key", "value")]
+        dtype = getattr(torch, problem.dtype)
+        inputs = [array(problem.operands[operand]).to(dtype) for operand in ("query", "key", "value")]
         if name in CEILINGS:
-            return Step(torch.no_grad()(_ceiling(name, problem, *inputs)), _to_numpy)
+            ceiling = torch.no_grad()(_ceiling(name, problem, *inputs))
+            return Step(lambda weight: ceiling(weight.to(dtype)), _to_numpy)
         function, parameters = _core(name), {}
     else:
         inputs = [array(problem.operands["x"]).permute(0, 3, 1, 2).contiguous()]
@@ -54,8 +78,7 @@ def build(name: str, problem: Problem) -> Step:
     compute = {"forward": _forward, "train": _train, "r1": _r1}[problem.cell.step]
 
     def run(weight: Tensor) -> dict[str, Tensor]:
-        if problem.cell.level != "core":
-            weight = weight.permute(0, 3, 1, 2)
+        weight = weight.permute(0, 3, 1, 2) if problem.cell.level != "core" else weight.to(dtype)
         return compute(function, names, inputs, list(parameters.values()), weight)
 
     return Step(run, _to_numpy)
@@ -118,7 +141,8 @@ def _to_numpy(answers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         values = answer.detach()
         if values.dim() == 4:
             values = values[:, :, 0, 0].mT if name.endswith("kernel") else values.permute(0, 2, 3, 1)
-        arrays[name] = values.contiguous().numpy()
+        wide = values.float() if values.dtype == torch.bfloat16 else values
+        arrays[name] = wide.contiguous().cpu().numpy()
     return arrays
 
 
@@ -129,6 +153,20 @@ def _core(name: str) -> Function:
         return lambda query, key, value: torch.softmax(query @ key.mT, dim=-1) @ value
     if name == "sdpa":
         return lambda *operands: nn.functional.scaled_dot_product_attention(*operands, scale=1.0)
+    if name == "sdpa-memory-efficient":
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        def fused(*operands: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+                heads = (operand[:, None] for operand in operands)
+                return nn.functional.scaled_dot_product_attention(*heads, scale=1.0)[:, 0]
+
+        return fused
+    if name == "flex-attention":
+        from torch.nn.attention.flex_attention import flex_attention
+
+        flexible = torch.compile(flex_attention)
+        return lambda *operands: flexible(*(operand[:, None] for operand in operands), scale=1.0)[:, 0]
     if name == "memory-efficient-attention":
         efficient = _memory_efficient_attention()
 
@@ -158,7 +196,9 @@ def _layer(name: str, problem: Problem) -> tuple[Function, dict[str, Tensor]]:
     if name == "ours":
         import selfattn_torch
 
-        layer = selfattn_torch.from_canonical(problem.config, problem.params)
+        layer = selfattn_torch.from_canonical(
+            problem.config, problem.params, device=torch.get_default_device()
+        )
         parameters = {
             key.replace("weight", "kernel"): parameter for key, parameter in layer.named_parameters()
         }

@@ -130,6 +130,7 @@ class Training:
         averaged: the average of an earlier training to go on with; a new one begins with the first step.
         precision: "bfloat16" for convolutions and matrix products, or "float32".
         compiler: a backend of `torch.compile`, or "none".
+        device: that the networks are moved to; images go there, and come back.
     """
 
     def __init__(
@@ -140,7 +141,12 @@ class Training:
         *,
         precision: str,
         compiler: str,
+        device: str = "cpu",
     ) -> None:
+        self.device = torch.device(device)
+        for network in (generator, discriminator, averaged):
+            if network is not None:
+                network.to(self.device)
         self.generator, self.discriminator, self.step = generator, discriminator, 0
         # u and v of a spectral norm are unit vectors, and an average of unit vectors is shorter than they are: sigma
         # would come out too small. So parameters are averaged, and buffers copied, which is what `use_buffers=False`
@@ -152,7 +158,7 @@ class Training:
             self.averaged.n_averaged += 1  # or the first step would copy
         self.generator_adam = _adam(generator, GENERATOR_RATE)
         self.discriminator_adam = _adam(discriminator, DISCRIMINATOR_RATE)
-        self._autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16")
         self._discriminator_loss, self._generator_loss = discriminator_loss, generator_loss
         if compiler != "none":
             # Without this, `torch.autograd.grad` ends a compiled graph.
@@ -163,8 +169,8 @@ class Training:
     def update(self, batch: Batch) -> dict[str, float]:
         """One step of each network; losses and gains before it."""
         gains = {f"gamma/{name}": network.attention.gamma.item() for name, network in self._networks()}
-        real = torch.from_numpy(batch.real).permute(0, 3, 1, 2).requires_grad_()
-        labels, latents = torch.from_numpy(batch.labels), torch.from_numpy(batch.latents)
+        real = self._tensor(batch.real).permute(0, 3, 1, 2).requires_grad_()
+        labels, latents = self._tensor(batch.labels), self._tensor(batch.latents)
         with self._autocast:
             hinge, penalty = self._discriminator_loss(
                 self.generator, self.discriminator, real, labels, latents
@@ -179,8 +185,8 @@ class Training:
             loss = self._generator_loss(
                 self.generator,
                 self.discriminator,
-                torch.from_numpy(batch.new_latents),
-                torch.from_numpy(batch.new_labels),
+                self._tensor(batch.new_latents),
+                self._tensor(batch.new_labels),
             )
         self.generator_adam.zero_grad()
         loss.backward()
@@ -196,15 +202,15 @@ class Training:
     def generate(self, latents: Array, labels: Array) -> Array:
         """Images (B, 8, 8, 1) of the averaged generator, in float32."""
         generator = self.averaged.module.eval()
-        images = generator(torch.from_numpy(latents), torch.from_numpy(labels))
-        return images.permute(0, 2, 3, 1).numpy()
+        images = generator(self._tensor(latents), self._tensor(labels))
+        return images.permute(0, 2, 3, 1).cpu().numpy()
 
     @torch.no_grad()
     def attend(self, latents: Array, labels: Array) -> Array:
         """The map (B, 8, 8, 8, 8) of the averaged generator's attention."""
         generator = self.averaged.module.eval()
-        features = generator.features(torch.from_numpy(latents), torch.from_numpy(labels))
-        return selfattn_torch.attention_grid(generator.attention, features).numpy()
+        features = generator.features(self._tensor(latents), self._tensor(labels))
+        return selfattn_torch.attention_grid(generator.attention, features).cpu().numpy()
 
     def gain(self) -> float:
         """The gamma of that map's layer."""
@@ -215,9 +221,9 @@ class Training:
         """Images, and the discriminator's scores of them."""
         images = self.generate(latents, labels)
         self.discriminator.eval()
-        scores = self.discriminator(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
+        scores = self.discriminator(self._tensor(images).permute(0, 3, 1, 2), self._tensor(labels))
         self.discriminator.train()
-        return files.Samples(latents, labels, images, scores.numpy())
+        return files.Samples(latents, labels, images, scores.cpu().numpy())
 
     def save(self, folder: Path) -> None:
         """Write all that the next step depends on."""
@@ -228,7 +234,7 @@ class Training:
 
     def load(self, folder: Path) -> None:
         """Go on where `save` was called."""
-        state = torch.load(folder / _CHECKPOINT, weights_only=True)
+        state = torch.load(folder / _CHECKPOINT, map_location=self.device, weights_only=True)
         self.step = state["step"]
         for name, part in self._parts():
             part.load_state_dict(state[name])
@@ -246,11 +252,14 @@ class Training:
         files.save_networks(
             folder,
             {
-                name: tensor.detach().permute(*_TO_FILE[tensor.ndim]).numpy()
+                name: tensor.detach().cpu().permute(*_TO_FILE[tensor.ndim]).numpy()
                 for prefix, network in named.items()
                 for name, tensor in _tensors(prefix, network)
             },
         )
+
+    def _tensor(self, array: Array) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     def _networks(self) -> Iterator[tuple[str, nn.Module]]:
         yield from (("generator", self.generator), ("discriminator", self.discriminator))
@@ -310,7 +319,9 @@ def main() -> int:
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     networks = networks_of(options.start) if options.start else (Generator(), Discriminator())
-    training = Training(*networks, precision=options.precision, compiler=options.compiler)
+    training = Training(
+        *networks, precision=options.precision, compiler=options.compiler, device=options.device
+    )
     return loop.train(training, options)
 
 

@@ -29,16 +29,20 @@ main.add_command(verify)
 
 @main.command()
 def backends() -> None:
-    """What is installed, in which version, and how to get what is missing."""
+    """What is installed, in which version, on which devices, and how to get what is missing."""
     from selfattn_core.conformance.backend import REGISTRY
+    from selfattn_core.conformance.seen import devices_of
     from selfattn_core.installed import missing_modules
 
+    installed = [each.framework for each in REGISTRY.values() if not missing_modules(each.requires)]
+    seen = devices_of(list(dict.fromkeys(installed)))
     for name, registered in REGISTRY.items():
         missing = missing_modules(registered.requires)
         if missing:
             state = f"missing {', '.join(missing)}: pip install 'selfattn[{registered.extra}]'"
         else:
-            state = ", ".join(f"{module} {_version(module)}" for module in registered.requires)
+            versions = ", ".join(f"{module} {_version(module)}" for module in registered.requires)
+            state = f"{versions}; {seen[registered.framework]}"
         click.echo(f"{name:<17} {state}")
 
 
@@ -53,6 +57,13 @@ def backends() -> None:
     show_default=True,
     type=click.Choice(["core", "training", "gan", "deploy"]),
     help="How far to go; each level holds those before it.",
+)
+@click.option(
+    "--device",
+    "devices",
+    metavar="DEVICE",
+    multiple=True,
+    help="Compute on this device, in the framework's own words: cpu, cuda, cuda:1, mps, xpu, gpu, tpu. By default the CPU.",
 )
 @click.option(
     "--self-test",
@@ -94,6 +105,7 @@ def conform(
     names: tuple[str, ...],
     seed: int,
     level: Literal["core", "training", "gan", "deploy"],
+    devices: tuple[str, ...],
     self_test: bool,
     json_file: str | None,
     html_file: str | None,
@@ -110,10 +122,14 @@ def conform(
     files = {"json": json_file, "html": html_file, "junit": junit_file, "markdown": markdown_file}
     targets = {form: target for form, target in files.items() if target is not None}
     if diff:
-        if names or targets or self_test:
+        if names or targets or self_test or devices:
             raise click.UsageError("--diff runs nothing: give it two files, and no backend or other report.")
         sys.exit(command.tell_difference(*diff))
-    sys.exit(command.conform(names, seed=seed, level=level, with_self_test=self_test, targets=targets))
+    sys.exit(
+        command.conform(
+            names, seed=seed, level=level, with_self_test=self_test, targets=targets, devices=devices
+        )
+    )
 
 
 class _Point(click.ParamType[tuple[int, int]]):

@@ -3,23 +3,68 @@
 import operator
 from collections.abc import Sequence
 
-__all__ = ["MINIMUM_ROWS", "SCORE_BUDGET", "block_rows", "check_block_size", "check_operands"]
+__all__ = [
+    "ACCELERATORS",
+    "ACCELERATOR_BUDGET",
+    "MINIMUM_ROWS",
+    "SCORE_BUDGET",
+    "block_rows",
+    "check_block_size",
+    "check_operands",
+    "score_budget",
+]
 
 SCORE_BUDGET = 8 * 2**20
-"""Bytes of one float32 score buffer that the automatic choice aims at."""
+"""Bytes of one float32 score buffer that the automatic choice aims at, on a CPU and wherever nothing else is known."""
 
 MINIMUM_ROWS = 128
 """Query rows that a block of the automatic choice has at least: with fewer, products are slow."""
 
 
-def block_rows(block_size: int | None, batch: int, rows: int, keys: int) -> int:
-    """Query rows in a block: a pure function of sizes, never of free memory or of data.
+ACCELERATORS = frozenset({"cuda", "gpu", "mps", "rocm", "tpu", "xpu"})
+"""Kinds of device, in the words of their frameworks, that a product as small as a CPU's leaves idle."""
+
+ACCELERATOR_BUDGET = 64 * 2**20
+"""The same on these, at most; no card has been measured."""
+
+_MOST_BUFFERS = 16
+"""No step holds so many score buffers at once; second derivatives hold 13."""
+
+
+def score_budget(kind: str, batch: int, rows: int, keys: int, dtype: str = "float32") -> int:
+    """Bytes of one float32 score buffer that the automatic choice aims at: a pure function of its arguments.
+
+    On an accelerator it grows with the map, but stays so small a part of it that all buffers of a step together are
+    less than one map.
 
     Args:
-        block_size: the caller's choice in query rows, or None for the largest block within `SCORE_BUDGET`.
+        kind: of the device, in the words of its framework, without a number; one that is not known is as a CPU.
         batch: B, elements in the leading axes together.
         rows: N, query positions.
         keys: M, key positions.
+        dtype: of the operands; scores of float64 take twice the memory.
+
+    Example:
+        >>> [score_budget(kind, 1, 128 * 128, 128 * 128) // 2**20 for kind in ("cpu", "cuda")]
+        [8, 64]
+        >>> score_budget("cuda", 1, 64 * 64, 64 * 64) // 2**20
+        8
+    """
+    if kind not in ACCELERATORS:
+        return SCORE_BUDGET
+    budget = min(ACCELERATOR_BUDGET, 4 * batch * rows * keys // _MOST_BUFFERS)
+    return max(SCORE_BUDGET, budget // 2 if dtype == "float64" else budget)
+
+
+def block_rows(block_size: int | None, batch: int, rows: int, keys: int, budget: int | None = None) -> int:
+    """Query rows in a block: a pure function of sizes, never of free memory or of data.
+
+    Args:
+        block_size: the caller's choice in query rows, or None for the largest block within the budget.
+        batch: B, elements in the leading axes together.
+        rows: N, query positions.
+        keys: M, key positions.
+        budget: bytes, as `score_budget` gives them; by default `SCORE_BUDGET`.
 
     Returns:
         A number from 1 to max(N, 1).
@@ -35,7 +80,8 @@ def block_rows(block_size: int | None, batch: int, rows: int, keys: int) -> int:
     """
     wanted = check_block_size(block_size)
     if wanted is None:
-        wanted = max(MINIMUM_ROWS, SCORE_BUDGET // (4 * max(batch, 1) * max(keys, 1)))
+        budget = SCORE_BUDGET if budget is None else budget
+        wanted = max(MINIMUM_ROWS, budget // (4 * max(batch, 1) * max(keys, 1)))
     return max(1, min(rows, wanted))
 
 

@@ -21,7 +21,13 @@ import jax  # noqa: E402 - the message above must come first
 import jax.numpy as jnp  # noqa: E402
 from jax.custom_derivatives import SymbolicZero  # noqa: E402
 
-from selfattn_ops.blocks import SCORE_BUDGET, block_rows, check_block_size, check_operands  # noqa: E402
+from selfattn_ops.blocks import (  # noqa: E402
+    SCORE_BUDGET,
+    block_rows,
+    check_block_size,
+    check_operands,
+    score_budget,
+)
 
 __all__ = ["attend", "attend_with_map"]
 
@@ -47,7 +53,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, block_size: in
         >>> attend(jnp.zeros((1, 6, 2)), jnp.zeros((1, 4, 2)), jnp.ones((1, 4, 3))).shape
         (1, 6, 3)
     """
-    return _attend(*_checked(query, key, value), check_block_size(block_size))
+    operands = _checked(query, key, value)
+    return _attend(*operands, check_block_size(block_size), _kind(operands[0]))
 
 
 def attend_with_map(
@@ -72,9 +79,11 @@ def _checked(*operands: jax.Array) -> tuple[jax.Array, ...]:
 
 
 # Compiled as a whole, or every eager call would build its loop anew and compile it again.
-@functools.partial(jax.jit, static_argnums=3)
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, block_size: int | None) -> jax.Array:
-    chunks, blocks = _plan(query.shape, key.shape[-2], block_size)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, block_size: int | None, kind: str
+) -> jax.Array:
+    chunks, blocks = _plan(query.shape, key.shape[-2], block_size, kind, str(query.dtype))
     operands = (query, key, value)
     batch = math.prod(query.shape[:-2])
     if chunks > 1:
@@ -94,13 +103,23 @@ def _attend_with_map(query: jax.Array, key: jax.Array, value: jax.Array) -> tupl
     return _product(attention, _transposed(value)).astype(value.dtype), attention
 
 
-def _plan(query: tuple[Any, ...], keys: Any, block_size: int | None) -> tuple[int, int]:
+def _kind(array: jax.Array) -> str:
+    """JAX's word for the device that an array is on; of one that is traced, the device that is used by default."""
+    if not isinstance(array, jax.core.Tracer):
+        return next(iter(array.devices())).platform
+    default = jax.config.jax_default_device or jax.devices()[0]
+    return default if isinstance(default, str) else default.platform
+
+
+def _plan(
+    query: tuple[Any, ...], keys: Any, block_size: int | None, kind: str = "cpu", dtype: str = "float32"
+) -> tuple[int, int]:
     """Parts that the batch and the rows are looped over in; 1 and 1 for no loop."""
     *leading, rows, _ = query
     if not (isinstance(rows, int) and isinstance(keys, int)) or 0 in query:
         return 1, 1
     batch = math.prod(leading) if all(isinstance(size, int) for size in leading) else 1
-    chunks = 1
+    chunks, budget = 1, score_budget(kind, batch, rows, keys, dtype)
     if block_size is None:
         # So large a batch gets the fewest rows.
         smallest = 4 * keys * block_rows(None, SCORE_BUDGET, rows, keys)
@@ -108,8 +127,8 @@ def _plan(query: tuple[Any, ...], keys: Any, block_size: int | None) -> tuple[in
         # it; inside `shard_map` it is one device's share.
         local = bool(jax.sharding.get_abstract_mesh().manual_axes)
         unit = 1 if local else math.gcd(batch, jax.device_count())
-        chunks = _parts(batch // unit, max(1, SCORE_BUDGET // (smallest * unit)))
-    return chunks, _parts(rows, block_rows(block_size, -(-batch // chunks), rows, keys))
+        chunks = _parts(batch // unit, max(1, budget // (smallest * unit)))
+    return chunks, _parts(rows, block_rows(block_size, -(-batch // chunks), rows, keys, budget))
 
 
 def _parts(size: int, largest: int) -> int:

@@ -20,6 +20,7 @@ from selfattn_ops.blocks import (  # noqa: E402
     block_rows,
     check_block_size,
     check_operands,
+    score_budget,
 )
 
 __all__ = ["attend", "attend_with_map"]
@@ -103,25 +104,44 @@ def _sizes(tensor: tf.Tensor) -> list[_Size]:
     return [running[axis] if size is None else size for axis, size in enumerate(known)]
 
 
-def _block_rows(block_size: int | None, batch: _Size, rows: _Size, keys: _Size) -> _Size:
+def _block_rows(
+    block_size: int | None, batch: _Size, rows: _Size, keys: _Size, budget: int | None = None
+) -> _Size:
     """`block_rows`, also of sizes that only the running graph knows."""
     if all(isinstance(size, int) for size in (batch, rows, keys)):
-        return block_rows(block_size, batch, rows, keys)
+        return block_rows(block_size, batch, rows, keys, budget)
     wanted = check_block_size(block_size)
     if wanted is None:
         wanted = _largest(MINIMUM_ROWS, SCORE_BUDGET // (4 * _largest(batch, 1) * _largest(keys, 1)))
     return _largest(1, _smallest(rows, wanted))
 
 
-def _plan(block_size: int | None, batch: _Size, rows: _Size, keys: _Size) -> tuple[_Size, _Size]:
+def _plan(
+    block_size: int | None,
+    batch: _Size,
+    rows: _Size,
+    keys: _Size,
+    kind: str = "cpu",
+    dtype: str = "float32",
+) -> tuple[_Size, _Size]:
     """Batch elements and query rows in a block.
 
     The rows are those of a single element: many rows of few elements read keys and values less often than few rows of
     many. Elements fill what is left of the budget.
     """
-    block = _block_rows(block_size, 1, rows, keys)
-    elements = SCORE_BUDGET // (4 * block * _largest(keys, 1))
+    known = all(isinstance(size, int) for size in (batch, rows, keys))
+    # Sizes that only the running graph knows have the budget of a CPU.
+    budget = score_budget(kind, batch, rows, keys, dtype) if known else SCORE_BUDGET
+    block = _block_rows(block_size, 1, rows, keys, budget)
+    elements = budget // (4 * block * _largest(keys, 1))
     return _largest(1, _smallest(batch, elements)), block
+
+
+def _kind(tensor: tf.Tensor) -> str:
+    """TensorFlow's word for the device that a tensor is on; in a graph, which does not tell, a card if there is one."""
+    if tensor.device:
+        return tensor.device.split(":")[-2].lower()
+    return "gpu" if tf.config.list_physical_devices("GPU") else "cpu"
 
 
 def _single(block_size: int | None, batch: _Size, rows: _Size, keys: _Size) -> bool | tf.Tensor:
@@ -298,7 +318,7 @@ def _in_blocks(
     """
     batch, rows = _sizes(by_row[0])[:2]
     keys = _sizes(by_element[0])[1]
-    elements, step = _plan(block_size, batch, rows, keys)
+    elements, step = _plan(block_size, batch, rows, keys, _kind(by_row[0]), by_row[0].dtype.name)
     wide = by_row[0].dtype
 
     def chunk(start: _Size, count: _Size) -> _Parts:

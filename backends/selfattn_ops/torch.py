@@ -22,7 +22,13 @@ require("selfattn_ops.torch", ["torch"], "torch")
 
 import torch  # noqa: E402 - the message above must come first
 
-from selfattn_ops.blocks import SCORE_BUDGET, block_rows, check_block_size, check_operands  # noqa: E402
+from selfattn_ops.blocks import (  # noqa: E402
+    SCORE_BUDGET,
+    block_rows,
+    check_block_size,
+    check_operands,
+    score_budget,
+)
 
 __all__ = ["attend", "attend_with_map"]
 
@@ -295,8 +301,10 @@ def _blocks(
     batch, positions, keys = query.shape[0], query.shape[1], key.shape[1]
     # Whole elements before parts of them: a product with more rows is a faster one.
     least = positions if block_size is None else min(block_size, positions)
-    together = max(1, min(batch, SCORE_BUDGET // max(1, 4 * least * keys)))
-    step = block_rows(block_size, together, positions, keys)
+    dtype = "float64" if query.dtype == torch.float64 else "float32"
+    budget = score_budget(query.device.type, batch, positions, keys, dtype)
+    together = max(1, min(batch, budget // max(1, 4 * least * keys)))
+    step = block_rows(block_size, together, positions, keys, budget)
     whole = [query.new_empty(together * step * keys, dtype=dtype) for dtype in dtypes]
     for start in range(0, batch, together):
         count = min(together, batch - start)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from selfattn_core import SelfAttentionConfig, parameter_table
 from selfattn_core.conformance.backend import ABILITIES
 from selfattn_core.conformance.cases import DTYPES
+from selfattn_ops.devices.torch import OnDevices
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.weights import from_canonical, to_canonical
 
@@ -39,7 +40,7 @@ class Model:
 
     def given(self, x: Array) -> torch.Tensor:
         """(B, H, W, C) as the layer takes it."""
-        maps = torch.from_numpy(np.array(x)).to(self.dtype).permute(0, 3, 1, 2)
+        maps = torch.from_numpy(np.array(x)).to(self.layer.gamma.device, self.dtype).permute(0, 3, 1, 2)
         return maps.contiguous(memory_format=self.memory_format)
 
     def inputs(self, x: Array) -> dict[str, torch.Tensor]:
@@ -49,7 +50,7 @@ class Model:
         return {"x": self.given(x).requires_grad_()} | parameters
 
 
-class TorchBackend:
+class TorchBackend(OnDevices):
     """`SelfAttention2d`; "channels_last" is torch's memory format of that name, the axes are (B, C, H, W) in both."""
 
     name = "torch"
@@ -67,8 +68,8 @@ class TorchBackend:
         return ("channels_first", "channels_last")
 
     def dtypes(self) -> tuple[str, ...]:
-        """All that the kit knows."""
-        return DTYPES
+        """All that the kit knows, but those that the device has not."""
+        return tuple(dtype for dtype in DTYPES if dtype != "float64" or not self.device.startswith("mps"))
 
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
@@ -76,7 +77,7 @@ class TorchBackend:
         """The layer, and the memory format its inputs come in."""
         memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
         # The specification is the function in evaluation.
-        layer = from_canonical(config, params, dtype=getattr(torch, dtype)).eval()
+        layer = from_canonical(config, params, device=self.device, dtype=getattr(torch, dtype)).eval()
         return Model(layer, layer, memory_format)
 
     def update(self, model: Model, params: Mapping[str, Array]) -> Model:
@@ -87,34 +88,42 @@ class TorchBackend:
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
         with torch.no_grad():
-            return _maps(model.call(model.given(x)))
+            return _maps(self.noted(model.call(model.given(x))))
 
     def attention_map(self, model: Model, x: Array) -> Array:
         """The map A."""
         with torch.no_grad():
-            return _array(model.call(model.given(x), need_weights=True)[1])
+            return _array(self.noted(model.call(model.given(x), need_weights=True)[1]))
 
     def vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode."""
         inputs = model.inputs(x)
-        return _gradients(model.call(inputs["x"]), inputs, model.given(dy))
+        return self._gradients(model.call(inputs["x"]), inputs, model.given(dy))
 
     def params(self, model: Model) -> Mapping[str, Array]:
         """The weights as the adapter exports them."""
+        for parameter in model.layer.parameters():
+            self.noted(parameter)
         return to_canonical(model.layer)
 
     def initial(self, config: SelfAttentionConfig, seed: int) -> Mapping[str, Array]:
         """A new layer."""
-        with torch.random.fork_rng(devices=[]):
+        kind, _, index = self.device.partition(":")
+        forked: dict[str, Any] = (
+            {"devices": []} if kind in ("cpu", "mps") else {"devices": [int(index)], "device_type": kind}
+        )
+        with torch.random.fork_rng(**forked):
             torch.manual_seed(seed)
-            return to_canonical(SelfAttention2d.from_config(config))
+            layer = SelfAttention2d.from_config(config, device=self.device)
+        self.noted(layer.gamma)
+        return to_canonical(layer)
 
     def training_pass(self, model: Model, x: Array) -> Mapping[str, Array]:
         """The output in training mode, and the state dict after it."""
         model.layer.train()
         y = model.call(model.given(x))
         model.layer.eval()
-        return {"y": _maps(y), **to_canonical(model.layer)}
+        return {"y": _maps(self.noted(y)), **to_canonical(model.layer)}
 
     def training_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode, in training mode."""
@@ -129,7 +138,7 @@ class TorchBackend:
         y = model.call(inputs["x"])
         (dx,) = torch.autograd.grad(y, inputs["x"], model.given(w), create_graph=True)
         penalty = dx.square().sum()
-        return penalty.item(), _gradients(penalty, inputs, None)
+        return penalty.item(), self._gradients(penalty, inputs, None)
 
     def vjp_of_vjp(
         self, model: Model, x: Array, dy: Array, cotangents: Mapping[str, Array]
@@ -145,7 +154,7 @@ class TorchBackend:
             (gradient * _like(gradient, name, cotangents[name])).sum()
             for name, gradient in zip(inputs, first, strict=True)
         ]
-        return _gradients(torch.stack(terms).sum(), {"dy": cotangent} | inputs, None)
+        return self._gradients(torch.stack(terms).sum(), {"dy": cotangent} | inputs, None)
 
     def compiled(self, model: Model) -> Model:
         """By `torch.compile`, as one graph."""
@@ -155,7 +164,7 @@ class TorchBackend:
         """By `torch.save` of the state dict."""
         path = Path(folder) / "layer.pt"
         torch.save(model.layer.state_dict(), path)
-        layer = SelfAttention2d.from_config(model.layer.config, dtype=model.dtype)
+        layer = SelfAttention2d.from_config(model.layer.config, device=self.device, dtype=model.dtype)
         layer.load_state_dict(torch.load(path, weights_only=True))
         return replace(model, layer=layer.eval(), call=layer)
 
@@ -170,10 +179,23 @@ class TorchBackend:
 
         gradient = torch.func.vmap(torch.func.grad(inner, argnums=(0, 1)), in_dims=(0, None, 0))
         by_x, by_parameters = gradient(model.given(x), parameters, model.given(dy))
-        found = {"x": _maps(by_x)}
+        found = {"x": _maps(self.noted(by_x))}
         for name in names:
             tensor = by_parameters[name.replace("kernel", "weight")]
             found[name] = _array(tensor[..., 0, 0].mT if name.endswith("kernel") else tensor)
+        return found
+
+    def _gradients(
+        self, output: torch.Tensor, inputs: dict[str, torch.Tensor], cotangent: torch.Tensor | None
+    ) -> dict[str, Array]:
+        grads = torch.autograd.grad(output, list(inputs.values()), cotangent, materialize_grads=True)
+        found = {}
+        for name, gradient in zip(inputs, grads, strict=True):
+            self.noted(gradient)
+            if name in ("x", "dy"):
+                found[name] = _maps(gradient)
+            else:
+                found[name] = _array(gradient[:, :, 0, 0].mT if name.endswith("kernel") else gradient)
         return found
 
 
@@ -198,7 +220,7 @@ def _array(tensor: torch.Tensor) -> Array:
     """A new array; bfloat16 is widened."""
     wide = tensor.detach()
     wide = wide.float() if wide.dtype == torch.bfloat16 else wide
-    return np.array(wide.numpy(), order="C")
+    return np.array(wide.cpu().numpy(), order="C")
 
 
 def _maps(maps: torch.Tensor) -> Array:
@@ -208,20 +230,7 @@ def _maps(maps: torch.Tensor) -> Array:
 
 def _like(tensor: torch.Tensor, name: str, array: Array) -> torch.Tensor:
     """An array of canonical shape in the shape of the framework's own."""
-    given = torch.from_numpy(np.array(array)).to(tensor.dtype)
+    given = torch.from_numpy(np.array(array)).to(tensor.device, tensor.dtype)
     if name == "x":
         return given.permute(0, 3, 1, 2)
     return (given.mT if name.endswith("kernel") else given).reshape(tensor.shape)
-
-
-def _gradients(
-    output: torch.Tensor, inputs: dict[str, torch.Tensor], cotangent: torch.Tensor | None
-) -> dict[str, Array]:
-    grads = torch.autograd.grad(output, list(inputs.values()), cotangent, materialize_grads=True)
-    found = {}
-    for name, gradient in zip(inputs, grads, strict=True):
-        if name in ("x", "dy"):
-            found[name] = _maps(gradient)
-        else:
-            found[name] = _array(gradient[:, :, 0, 0].mT if name.endswith("kernel") else gradient)
-    return found

@@ -45,6 +45,11 @@ def arguments(framework: str, description: str, *, steps: int) -> argparse.Names
             help="of the losses; inductor needs a C++ compiler and minutes, which networks this small do not win back "
             "(default: %(default)s)",
         )
+        parser.add_argument(
+            "--device",
+            default="cpu",
+            help="to train on, in torch's words, as in cuda:1 (default: %(default)s)",
+        )
     parser.add_argument(
         "--folder",
         type=Path,

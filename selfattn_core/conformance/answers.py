@@ -36,7 +36,7 @@ def answers(
         seed: of the input, for the families that draw more than that.
 
     Raises:
-        PeakUnknownError: if the case is about memory, which cannot be measured on this system.
+        PeakUnknownError: if the case is about memory, which cannot be measured on this system or device.
     """
 
     def build() -> Any:
@@ -78,7 +78,7 @@ def _view(case: Case, maps: Array) -> Array:
 
 
 def _value(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
-    of = case.of if case.family in ("dtype", "compiled", "spectral_norm") else case.family
+    of = case.of if case.family in ("dtype", "compiled", "spectral_norm", "shipped") else case.family
     if of == "map":
         return {"map": backend.attention_map(model, given.x)}
     if of == "vjp":
@@ -191,10 +191,16 @@ def _memory(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[
         "r1": lambda x, dy: backend.r1(model, x, dy),
     }
     call = calls[case.of]
-    peak_growth(lambda: None)  # Before the work, for it raises where the work would be for nothing.
+    peak = getattr(backend, "peak_memory", peak_growth)
+    peak(lambda: None)  # Before the work, for it raises where the work would be for nothing.
     # What threads, libraries and compilers take once is no part of the case.
     call(given.x[:, :8, :9], given.dy[:, :8, :9])
-    return {"bytes": np.array(peak_growth(lambda: call(given.x, given.dy)))}
+    return {"bytes": np.array(peak(lambda: call(given.x, given.dy)))}
+
+
+def _shipped(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    as_shipped = getattr(backend, "as_shipped", None)
+    return _value(backend, model if as_shipped is None else as_shipped(model), case, given)
 
 
 _ASK: Mapping[Family, Callable[[Backend, Any, Case, Inputs], Mapping[str, Any]]] = {
@@ -214,6 +220,7 @@ _ASK: Mapping[Family, Callable[[Backend, Any, Case, Inputs], Mapping[str, Any]]]
     "saved": _saved,
     "per_sample": _per_sample,
     "memory": _memory,
+    "shipped": _shipped,
 }
 
 

@@ -3,8 +3,9 @@
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, get_args, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -20,12 +21,14 @@ __all__ = [
     "Backend",
     "Layout",
     "NotABackendError",
+    "Placed",
     "Registered",
     "declined",
     "dtypes_of",
     "expected_failures_of",
     "is_target",
     "resolve",
+    "takes_device",
 ]
 
 Array = NDArray[Any]
@@ -47,7 +50,12 @@ class Backend(Protocol):
     Three further methods are optional. `declines(config)` says why there is no layer for a config, or "": its cases are
     then listed as unclaimed, with that reason. `update(model, params)` gives a model with these weights, which may be the
     given one, changed: a training trajectory then keeps one model, where it otherwise calls `build` for each step. `eager(model)`
-    gives the model computing operation by operation, for a backend of which `build` gives a compiled one.
+    gives the model computing operation by operation, for a backend of which `build` gives a compiled one. `as_shipped(model)`
+    gives it with the precision that the framework has by default, where `build` asks for more.
+
+    A backend that can be asked for a device has the methods of `Placed`, and may have `peak_memory(call)`: the bytes by which the memory of the device rises, at its highest, while the call runs
+    (`conformance.memory.PeakUnknownError` where that is not known). Without them it is asked for no device, and
+    says itself where it computes.
     """
 
     name: str
@@ -120,6 +128,26 @@ class Backend(Protocol):
     def per_sample_vjp(self, model: Any, x: Array, dy: Array) -> Mapping[str, Array]:
         """The gradient of sum(dy∘y) of each sample: {"x": (B, H, W, C), canonical name: (B, …)}."""
 
+    def default_products(self, left: Array, right: Array) -> Mapping[str, Array]:
+        """The product of two float32 matrices as the framework has it by default, by name of the way it is computed.
+
+        Each way that the layer takes is one: as a matrix product, as a 1×1 convolution. What they keep of their operands
+        is the format that the family "shipped" is held to.
+        """
+
+
+class Placed(Protocol):
+    """The further methods of a backend that can be asked for a device; it has all three or none."""
+
+    def devices(self) -> Mapping[str, tuple[str, ...]]:
+        """By each word for a kind of device, the names of those that there are, as in {"cpu": ("cpu:0",), "cuda": ()}."""
+
+    def on(self, device: str) -> AbstractContextManager[Mapping[str, str]]:
+        """A context in which all is built and computed on this one of `devices`; it gives "model" and "driver"."""
+
+    def places(self) -> frozenset[str]:
+        """On which devices the answers lay that were given since this was last called, before they were numpy's."""
+
 
 METHODS: Mapping[Ability, str] = {
     "forward": "forward",
@@ -135,6 +163,7 @@ METHODS: Mapping[Ability, str] = {
     "saved": "saved",
     "per_sample": "per_sample_vjp",
     "memory": "forward",
+    "shipped": "default_products",
 }
 """The method of each ability; "memory" claims no more than that `forward`, and what else there is, stays linear."""
 
@@ -153,12 +182,20 @@ class Registered:
         requires: import names without which it cannot run.
         extra: the extra of this library that installs them.
         environment: variables to set before anything is imported.
+        precision: and those that, beside them, ask float32 for its precision or show that the layer asks for it itself;
+            not set where the framework's own defaults are asked for.
     """
 
     target: str
     requires: tuple[str, ...]
     extra: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    precision: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def framework(self) -> str:
+        """The framework of its arrays."""
+        return self.requires[-1]
 
 
 def _keras(framework: str) -> Registered:
@@ -174,7 +211,7 @@ def _flax(kind: str) -> Registered:
     # These ask for their precision. Attention has to be in full under this default too, which on a processor rounds
     # operands in float64 alone.
     default = {"JAX_DEFAULT_MATMUL_PRECISION": "BF16_BF16_F32"}
-    return Registered(f"selfattn_flax.conformance:{kind}_backend", ("flax", "jax"), "flax", default)
+    return Registered(f"selfattn_flax.conformance:{kind}_backend", ("flax", "jax"), "flax", precision=default)
 
 
 REGISTRY: Mapping[str, Registered] = {
@@ -259,8 +296,14 @@ def expected_failures_of(backend: Backend) -> dict[str, tuple[str, str]]:
     return dict(backend.expected_failures()) if hasattr(backend, "expected_failures") else {}
 
 
+def takes_device(backend: Any) -> TypeGuard[Placed]:
+    """Whether a backend can be asked for a device."""
+    return any(hasattr(backend, name) for name in _DEVICES)
+
+
 _ALWAYS = ("name", "versions", "claims", "layouts", "build")
-_OPTIONAL = ("declines", "update", "eager")
+_DEVICES = ("devices", "on", "places")
+_OPTIONAL = ("declines", "update", "eager", "as_shipped", "peak_memory", *_DEVICES)
 
 _SAYS: Mapping[str, tuple[type[Any], str]] = {
     "versions": (Mapping, "a mapping of names to versions"),
@@ -268,6 +311,7 @@ _SAYS: Mapping[str, tuple[type[Any], str]] = {
     "layouts": (Iterable, f"a tuple of {', '.join(get_args(Layout))}"),
     "dtypes": (Iterable, f"a tuple of {', '.join(DTYPES)}"),
     "expected_failures": (Mapping, "a mapping of runs to (reason, link)"),
+    "devices": (Mapping, "a mapping of words to names of devices"),
 }
 """What the methods without arguments have to say."""
 
@@ -303,6 +347,8 @@ def _problems(candidate: Any) -> list[str]:
     said, problems = _sayings(candidate)
     claims = said.get("claims", [])
     wanted = [*_ALWAYS, *(METHODS[claim] for claim in claims if claim in ABILITIES)]
+    if takes_device(candidate):
+        wanted += _DEVICES
     missing = [name for name in dict.fromkeys(wanted) if not hasattr(candidate, name)]
     problems = ([f"lacks {', '.join(missing)}"] if missing else []) + problems
     problems += _uncallable(candidate, wanted)

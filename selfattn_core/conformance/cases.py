@@ -10,9 +10,11 @@ A case belongs to a family, a family to a level, and the levels build on one ano
 | core | computes the function, whatever is done to it | forward, map, sizes, batch, permutation, determinism, nonfinite |
 | training | can be trained, and its weights taken in and out | vjp, params, init, trajectory |
 | gan | can be trained under a gradient penalty | r1, mixed |
-| deploy | serves: in 16 bits, compiled, saved, in linear memory | dtype, compiled, saved, memory; per_sample where claimed |
+| deploy | serves: in 16 bits, compiled, saved, in linear memory | dtype, compiled, saved, memory; per_sample and shipped where claimed |
 
-The family spectral_norm, of the level training, is looked at where it is claimed.
+The family spectral_norm, of the level training, is looked at where it is claimed. All families ask float32 at full
+precision; shipped asks for what the framework does on the device unless it is told otherwise, in a process that tells it
+nothing, and holds it to the format that the framework's own products have there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -75,6 +77,7 @@ Family = Literal[
     "saved",
     "per_sample",
     "memory",
+    "shipped",
 ]
 Ability = Literal[
     "forward",
@@ -90,6 +93,7 @@ Ability = Literal[
     "saved",
     "per_sample",
     "memory",
+    "shipped",
 ]
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -100,11 +104,11 @@ LEVELS: Mapping[Level, tuple[Family, ...]] = {
     "core": ("forward", "map", "sizes", "batch", "permutation", "determinism", "nonfinite"),
     "training": ("vjp", "params", "init", "trajectory", "spectral_norm"),
     "gan": ("r1", "mixed"),
-    "deploy": ("dtype", "compiled", "saved", "per_sample", "memory"),
+    "deploy": ("dtype", "compiled", "saved", "per_sample", "memory", "shipped"),
 }
 """The families that each level adds to the one before."""
 
-WHERE_CLAIMED: tuple[Family, ...] = ("spectral_norm", "per_sample")
+WHERE_CLAIMED: tuple[Family, ...] = ("spectral_norm", "per_sample", "shipped")
 """Families that are looked at where a backend claims them, and that no level asks for."""
 
 
@@ -132,8 +136,8 @@ class Case:
         gamma: the residual gain.
         logits: standard deviation of the entries of q kᵀ.
         constant: whether every position of the input is the same.
-        of: which computation a case of the families "dtype", "compiled", "memory" and "spectral_norm" is about; of
-            the last, "spectral_norm" is a pass in training and "training_vjp" its derivatives. "evaluation", there and
+        of: which computation a case of the families "dtype", "compiled", "memory", "shipped" and "spectral_norm" is
+            about; of the last, "spectral_norm" is a pass in training and "training_vjp" its derivatives. "evaluation", there and
             in the families "vjp" and "r1", is what calls in evaluation leave behind: to the layer, to their arguments
             and to what earlier calls gave.
         dtypes: in which it is run.
@@ -200,6 +204,7 @@ def needs(case: Case) -> frozenset[Ability]:
         "saved": {"saved", "forward", "params"},
         "per_sample": {"per_sample"},
         "memory": {"memory", *of},
+        "shipped": {"shipped", *of},
     }
     return frozenset(by_family[case.family])
 
@@ -514,6 +519,18 @@ def _deploy() -> Iterator[Case]:
         title = f"{of}: less than one N×N array"
         config = SelfAttentionConfig(8, 2)
         yield Case(next(ids), "memory", title, config, (1, 64, 96), of=of, dtypes=_ONE_DTYPE)
+    ids = _number("SHP")
+    # Sizes that the units of accelerators which round their operands take; pooling would let roundings choose winners.
+    shipped: tuple[tuple[str, SelfAttentionConfig, Computation], ...] = (
+        ("forward, flat form", SelfAttentionConfig(64, 16), "forward"),
+        ("forward, official pooled form", SelfAttentionConfig.pooled(64), "forward"),
+        ("map", SelfAttentionConfig(64, 16), "map"),
+        ("gradients", SelfAttentionConfig(64, 16, 32, out_projection=True), "vjp"),
+        ("R1", SelfAttentionConfig(64, 16), "r1"),
+    )
+    for title, config, of in shipped:
+        described = f"as the framework computes by default: {title}"
+        yield Case(next(ids), "shipped", described, config, (3, 8, 12), of=of, dtypes=_ONE_DTYPE)
 
 
 def _gradients_in_16_bits(ids: Iterator[str]) -> Iterator[Case]:

@@ -10,7 +10,7 @@ import click
 from selfattn_core.conformance.backend import REGISTRY, is_target
 from selfattn_core.conformance.cases import Level
 from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, difference, show
-from selfattn_core.conformance.runner import run_backends
+from selfattn_core.conformance.runner import run_backends, unknown_device
 from selfattn_core.conformance.selftest import self_test
 from selfattn_core.exit_codes import BAD_INPUT, CHECK_FAILED, MISSING
 from selfattn_core.reading import read_text
@@ -34,7 +34,13 @@ FORMS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def conform(
-    names: Sequence[str], *, seed: int, level: Level, with_self_test: bool, targets: Mapping[str, str]
+    names: Sequence[str],
+    *,
+    seed: int,
+    level: Level,
+    with_self_test: bool,
+    targets: Mapping[str, str],
+    devices: Sequence[str] = (),
 ) -> int:
     """Check backends, planted bugs, or both.
 
@@ -44,10 +50,11 @@ def conform(
         level: how far to go.
         with_self_test: whether to run the planted bugs.
         targets: form to file; "-" is standard output.
+        devices: one to compute on; none is the CPU.
 
     Returns:
-        The exit code: 2 if a name turns out to be no backend, or else 1 if something failed, or else 3 if something is
-        not installed, or else 0.
+        The exit code: 2 if a name turns out to be no backend, or the device none of its devices, or else 1 if something
+        failed, or else 3 if something is not installed or the device is not there, or else 0.
 
     Raises:
         click.UsageError: if a name or a target is wrong, before anything is run.
@@ -58,31 +65,45 @@ def conform(
         for name in names
         if name not in REGISTRY and not is_target(name)
     ]
+    chosen = list(dict.fromkeys(names)) or ([] if with_self_test else list(REGISTRY))
+    problems += _device_problems(chosen, devices)
     targets = {form: report_target(target) for form, target in targets.items()}
     problems += target_problems(targets)
     problems += shared_targets(targets)
     if problems:
         raise click.UsageError(f"{'; '.join(problems)}.")
-    chosen = list(dict.fromkeys(names)) or ([] if with_self_test else list(REGISTRY))
+    device = devices[0] if devices else ""
 
     def tell(name: str, words: str) -> None:
         click.echo(f"{name}: {words}", err=True)
 
-    reports = run_backends(chosen, seed=seed, level=level, tell=tell)
+    reports = run_backends(chosen, seed=seed, level=level, device=device, tell=tell)
     kills = self_test(seed=seed) if with_self_test else []
     for kill in kills:
         if kill.unasked:
             click.echo(f"not tried, {kill.mutant.name!r}: {kill.unasked}", err=True)
     kills = [kill for kill in kills if not kill.unasked]
-    data = as_data(reports, seed=seed, level=level, kills=kills)
+    data = as_data(reports, seed=seed, level=level, kills=kills, device=device)
     show(data, error_stream=STANDARD_OUTPUT in targets.values())
     write_reports(targets, lambda form: FORMS[form](data))
-    failed = any(not report.passed and not report.missing for report in reports)
+    failed = any(not (report.passed or report.missing or report.absent) for report in reports)
     if any(report.refused for report in reports):
         return BAD_INPUT
     if failed or any(kill.outcome is None for kill in kills):
         return CHECK_FAILED
-    return MISSING if any(report.missing for report in reports) else 0
+    return MISSING if any(report.missing or report.absent for report in reports) else 0
+
+
+def _device_problems(names: Sequence[str], devices: Sequence[str]) -> list[str]:
+    if len(devices) > 1:
+        return [f"--device: got {' and '.join(devices)}; expected one device a run"]
+    if devices and not names:
+        return [f"--device {devices[0]}: broken implementations are numpy's, which has none; name a BACKEND"]
+    found: dict[str, list[str]] = {}
+    for name in names if devices else ():
+        if problem := unknown_device(name, devices[0]):
+            found.setdefault(problem, []).append(name)
+    return [f"{', '.join(of)}: {problem}" for problem, of in found.items()]
 
 
 def tell_difference(old: Path, new: Path) -> int:

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from selfattn_core.conformance.answers import INITIAL_DRAWS
 from selfattn_core.conformance.cases import Case
+from selfattn_core.conformance.formats import FORMATS
 from selfattn_core.conformance.initial import distribution_verdicts
 from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.outcome import Outcome
 from selfattn_core.conformance.runs import Run
-from selfattn_core.conformance.tolerance import Expectation, Verdict, expect, judge
+from selfattn_core.conformance.tolerance import Expectation, Verdict, expect, expect_shipped, judge
 from selfattn_core.conformance.training import trained
 from selfattn_core.conformance.trajectory import judge_trajectory
 from selfattn_core.params import parameter_table, state_table
@@ -23,13 +24,14 @@ __all__ = ["compare", "memory_limit"]
 Array = NDArray[Any]
 
 
-def compare(run: Run, found: Mapping[str, Array], seed: int = 0) -> Outcome:
+def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "float32") -> Outcome:
     """Judge the answers of one run.
 
     Args:
         run: which.
         found: array by quantity.
         seed: of the inputs.
+        label: the format of `FORMATS` that the family "shipped" is held to.
     """
     family = run.case.family
     losses: tuple[float, ...] = ()
@@ -46,6 +48,12 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0) -> Outcome:
         if problem := _names(found, names):
             return Outcome(run, "fail", (), problem)
         verdicts = distribution_verdicts(run.case.config, found)
+    elif family == "shipped":
+        wanted = _shipped_expectations(run.case, label, seed)
+        if problem := _names(found, list(wanted)):
+            return Outcome(run, "fail", (), problem, label=label)
+        factor = FORMATS[label].factor
+        verdicts = [judge(name, found[name], want, run.dtype, factor=factor) for name, want in wanted.items()]
     else:
         of = run.case.of if family == "spectral_norm" else family
         weighed = of in ("params", "saved", "spectral_norm")
@@ -68,7 +76,14 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0) -> Outcome:
                 _bits(name, found[name], found["y"], "of the first call") for name in ("again", "rebuilt")
             ]
     messages = [verdict.message for verdict in verdicts if not verdict.passed]
-    return Outcome(run, "fail" if messages else "pass", tuple(verdicts), "; ".join(messages), losses=losses)
+    return Outcome(
+        run,
+        "fail" if messages else "pass",
+        tuple(verdicts),
+        "; ".join(messages),
+        losses=losses,
+        label=label if family == "shipped" else "",
+    )
 
 
 def memory_limit(case: Case) -> int:
@@ -81,6 +96,11 @@ def memory_limit(case: Case) -> int:
 @lru_cache(maxsize=512)
 def _expectations(case: Case, dtype: str, seed: int) -> Mapping[str, Expectation]:
     return expect(case, dtype, seed)
+
+
+@lru_cache(maxsize=32)
+def _shipped_expectations(case: Case, label: str, seed: int) -> Mapping[str, Expectation]:
+    return expect_shipped(case, label, seed)
 
 
 def _bits(name: str, got: Array, want: Array, which: str) -> Verdict:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["THREADS", "cores", "environment", "kept_programs"]
+__all__ = ["THREADS", "cores", "environment", "kept_programs", "shared_accelerator"]
 
 _ARITHMETIC: Mapping[str, str] = {
     # float64 needs x64 in JAX, and full float32 products need the reduced formats of accelerators off. They are set
@@ -33,12 +33,28 @@ _SHARED_ACCELERATOR: Mapping[str, str] = {
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
 }
 
+
+def shared_accelerator() -> dict[str, str]:
+    """The variables by which a process takes of an accelerator's memory what it needs, and no more.
+
+    Example:
+        >>> sorted(shared_accelerator())
+        ['TF_FORCE_GPU_ALLOW_GROWTH', 'XLA_PYTHON_CLIENT_PREALLOCATE']
+    """
+    return dict(_SHARED_ACCELERATOR)
+
+
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 """The variables by which the libraries of a backend are told how many threads to take."""
 
 
 def environment(
-    own: Mapping[str, str], *, processes: int = 1, least_threads: int = 1, programs: Path | None = None
+    own: Mapping[str, str],
+    *,
+    processes: int = 1,
+    least_threads: int = 1,
+    programs: Path | None = None,
+    shipped: bool = False,
 ) -> dict[str, str]:
     """The environment of this process, with what a backend needs.
 
@@ -52,6 +68,7 @@ def environment(
         least_threads: that each gets, however few cores there are.
         programs: the folder in which JAX keeps what it has compiled. Two backends that make the same program of a case
             then compile it once. The caller's own is taken if there is one; without either nothing is kept.
+        shipped: whether precisions are left as the frameworks, and the caller's own environment, have them.
 
     Example:
         >>> environment({"KERAS_BACKEND": "jax"}, processes=10_000)["KERAS_BACKEND"]
@@ -65,6 +82,8 @@ def environment(
     if programs is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         preferred |= kept_programs(programs)
     inherited = dict(os.environ)
+    if shipped:
+        return {**preferred, **inherited, "TF_CPP_MIN_LOG_LEVEL": "2", **own}
     if "XLA_FLAGS" in inherited:
         # Taken out, and not set to false: a flag that a later XLA does not know ends the process.
         inherited["XLA_FLAGS"] = _INEXACT_FLAGS.sub("", inherited["XLA_FLAGS"]).rstrip()

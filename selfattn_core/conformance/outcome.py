@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from selfattn_core.conformance.cases import LEVELS, WHERE_CLAIMED, Case, Level, through
+from selfattn_core.conformance.devices import Device
 from selfattn_core.conformance.runs import Run
 from selfattn_core.conformance.tolerance import Verdict
 
@@ -27,6 +28,7 @@ class Outcome:
         link: where that can be read up.
         seconds: that the backend took to answer; 0 if it did not.
         losses: the curve of a training trajectory, one loss for each step.
+        label: the format of products that the family "shipped" was held to; empty in the others.
     """
 
     run: Run
@@ -37,6 +39,7 @@ class Outcome:
     link: str = ""
     seconds: float = 0.0
     losses: tuple[float, ...] = ()
+    label: str = ""
 
     @property
     def ratio(self) -> float:
@@ -58,7 +61,9 @@ class BackendReport:
         missing: modules that are not installed.
         extra: the extra of this library that installs them.
         error: why it did not start.
-        refused: whether that is because what was named is no backend.
+        refused: whether that is because what was named is no backend, or no device of it.
+        absent: whether that is because the device is not in this machine.
+        device: that it computed on.
         seconds: that it took.
     """
 
@@ -72,6 +77,8 @@ class BackendReport:
     extra: str = ""
     error: str = ""
     refused: bool = False
+    absent: bool = False
+    device: Device = field(default_factory=Device)
     seconds: float = 0.0
 
     @property

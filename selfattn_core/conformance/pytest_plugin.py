@@ -20,7 +20,7 @@ import pytest
 from selfattn_core.conformance.backend import REGISTRY, is_target
 from selfattn_core.conformance.cases import LEVELS
 from selfattn_core.conformance.outcome import BackendReport, Outcome
-from selfattn_core.conformance.runner import run_backend
+from selfattn_core.conformance.runner import run_backend, unknown_device
 from selfattn_core.conformance.runs import Run, all_runs, is_claimed
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Three options, all of which begin with `--selfattn`."""
+    """Four options, all of which begin with `--selfattn`."""
     group = parser.getgroup("selfattn", "conformance of 2-D self-attention layers")
     group.addoption(
         "--selfattn-backend",
@@ -47,6 +47,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=list(LEVELS),
         default="deploy",
         help="how far to go; by default everything",
+    )
+    group.addoption(
+        "--selfattn-device",
+        action="append",
+        default=[],
+        metavar="DEVICE",
+        help="to compute on, in the words of the framework; by default the CPU",
     )
     group.addoption("--selfattn-seed", type=_seed, default=0, metavar="S", help="of the random inputs")
 
@@ -63,7 +70,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     if not names:
         return []
     level, seed = config.getoption("selfattn_level"), config.getoption("selfattn_seed")
-    return [f"selfattn: {', '.join(names)} at level {level}, seed {seed}"]
+    device = " and ".join(config.getoption("selfattn_device"))
+    return [f"selfattn: {', '.join(names)} at level {level}, seed {seed}{f', on {device}' if device else ''}"]
 
 
 # First, so that -k and --deselect of pytest itself see the items.
@@ -78,6 +86,12 @@ def pytest_collection_modifyitems(
             f"--selfattn-backend {', '.join(unknown)}: expected module:object, for example "
             f"my_package.mine:Backend, or one of {', '.join(REGISTRY)}."
         )
+    devices = config.getoption("selfattn_device")
+    if len(devices) > 1:
+        raise pytest.UsageError(f"--selfattn-device: got {' and '.join(devices)}; expected one device a run.")
+    device = devices[0] if devices else ""
+    if wrong := [f"{name}: {problem}" for name in names if (problem := unknown_device(name, device))]:
+        raise pytest.UsageError(f"--selfattn-device: {'; '.join(wrong)}.")
     runs = all_runs(level=config.getoption("selfattn_level"))
     for name in names:
         collector = BackendCollector.from_parent(session, name=name, nodeid=name, runs=runs)
@@ -104,7 +118,13 @@ class BackendCollector(pytest.Collector):
             chosen = [
                 item.run for item in self.session.items if isinstance(item, CaseItem) and item.parent is self
             ]
-            self._report = run_backend(self.name, seed=self.config.getoption("selfattn_seed"), runs=chosen)
+            devices = self.config.getoption("selfattn_device")
+            self._report = run_backend(
+                self.name,
+                seed=self.config.getoption("selfattn_seed"),
+                runs=chosen,
+                device=devices[0] if devices else "",
+            )
             # The run of an outcome may be in another layout than was asked, where that is of no importance.
             self._outcomes = dict(zip(chosen, self._report.outcomes, strict=False))
         return self._report, self._outcomes.get(run)

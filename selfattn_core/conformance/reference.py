@@ -116,6 +116,10 @@ class Reference:
         """New weights."""
         return init_params(config, seed)
 
+    def default_products(self, left: Array, right: Array) -> dict[str, Array]:
+        """Numpy's."""
+        return {"matrix product": left @ right}
+
     def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
         """A power iteration, then the output."""
         moved = self.function.power_iteration(model.config, model.params)

@@ -7,19 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import repeat, zip_longest
+from itertools import repeat
 from pathlib import Path
 from threading import Event
 
 from selfattn_core.conformance.backend import REGISTRY, Registered, is_target
 from selfattn_core.conformance.cases import Level
+from selfattn_core.conformance.devices import WORDS, device_problem, device_variables
 from selfattn_core.conformance.environment import cores, environment
 from selfattn_core.conformance.outcome import BackendReport
 from selfattn_core.conformance.runs import Run, all_runs
 from selfattn_core.conformance.session import Session
 from selfattn_core.installed import missing_modules
 
-__all__ = ["run_backend", "run_backends"]
+__all__ = ["run_backend", "run_backends", "unknown_device"]
 
 _MOST_AT_ONCE = 2
 
@@ -34,6 +35,7 @@ def run_backend(
     processes: int = 1,
     programs: Path | None = None,
     stop: Event | None = None,
+    device: str = "",
 ) -> BackendReport:
     """Start a backend in a process of its own, ask it everything and compare.
 
@@ -48,45 +50,79 @@ def run_backend(
         processes: that run at once in all, as for `environment`.
         programs: where JAX keeps what it has compiled, as for `environment`.
         stop: ends the processes when it is set, from another thread.
+        device: to compute on, as in "cuda:1"; empty for the CPU, or for a backend of your own that takes none.
 
     Raises:
-        ValueError: if the name is neither.
+        ValueError: if the name is neither, or the device is none of its framework.
         concurrent.futures.CancelledError: if it was told to stop.
     """
     if name not in REGISTRY and not is_target(name):
         raise ValueError(
             f"backend {name!r}: expected one of {', '.join(REGISTRY)}, or module:object for your own."
         )
+    if problem := unknown_device(name, device):
+        raise ValueError(f"backend {name!r}: {problem}.")
     registered = REGISTRY.get(name, Registered(name, (), ""))
     missing = missing_modules(registered.requires)
     if missing:
         return BackendReport(name, missing=tuple(missing), extra=registered.extra)
     began = time.monotonic()
     # Of a backend in parts there is nothing but them: in one thread, what threads do to one another would not be seen.
-    variables = environment(
-        registered.environment,
-        processes=max(parts, processes),
-        least_threads=min(2, parts),
-        programs=programs,
-    )
     asked = all_runs() if runs is None else runs
-    parts = max(1, min(parts, len(asked)))
+    strict = [index for index, run in enumerate(asked) if run.case.family != "shipped"]
+    shipped = [index for index, run in enumerate(asked) if run.case.family == "shipped"]
+    parts = max(1, min(parts, len(strict)))
+    # What the framework does by default is asked of a process that is told nothing else.
+    shares = [strict[first::parts] for first in range(parts)] + [shipped]
+    shares = [share for share in shares if share] or [[]]
     stop = Event() if stop is None else stop
 
     def part(index: int) -> BackendReport:
+        mine = [asked[run] for run in shares[index]]
+        as_shipped = shares[index] == shipped != []
+        variables = environment(
+            {**registered.environment, **({} if as_shipped else registered.precision)},
+            processes=max(parts, processes),
+            least_threads=min(2, parts),
+            programs=programs,
+            shipped=as_shipped,
+        )
+        if name in REGISTRY:
+            placed = device_variables(registered.framework, device or "cpu", variables)
+            variables = {key: value for key, value in (variables | placed).items() if value is not None}
         with tempfile.TemporaryDirectory(prefix="selfattn-conform-") as scratch:
-            mine = asked[index::parts]
-            return Session(registered.target, variables, Path(scratch), mine, seed, timeout, stop).report(
-                name
+            session = Session(
+                registered.target,
+                variables,
+                Path(scratch),
+                mine,
+                seed,
+                timeout,
+                stop,
+                device=device,
+                shipped=as_shipped,
             )
+            return session.report(name)
 
     with _threads(parts, stop) as pool:
-        reports = list(pool.map(part, range(parts)))
+        reports = list(pool.map(part, range(len(shares))))
     if any(not each.error for each in reports):
         # Some things, such as a device, only one process can hold.
         reports = [part(index) if each.error else each for index, each in enumerate(reports)]
-    report = _whole(reports)
+    report = _whole(shares, reports)
     return replace(report, seconds=time.monotonic() - began)
+
+
+def unknown_device(name: str, device: str) -> str:
+    """Why a backend that ships with the library cannot be asked for a device; empty if it can, or is another one.
+
+    Args:
+        name: of the backend.
+        device: as the user spells it; empty for none.
+    """
+    if not device or name not in REGISTRY:
+        return ""
+    return device_problem(device, WORDS[REGISTRY[name].framework])
 
 
 def run_backends(
@@ -95,6 +131,7 @@ def run_backends(
     seed: int = 0,
     level: Level = "deploy",
     timeout: float = 120.0,
+    device: str = "",
     tell: Callable[[str, str], None] = lambda _, __: None,
 ) -> list[BackendReport]:
     """Run backends in two processes at a time where there is more than one core; of a single one, each has half the runs.
@@ -104,6 +141,7 @@ def run_backends(
         seed: of the inputs.
         level: how far to go.
         timeout: seconds that one run may take.
+        device: as for `run_backend`.
         tell: called with a name and what is happening to it, from another thread.
 
     Returns:
@@ -124,6 +162,7 @@ def run_backends(
             processes=processes,
             programs=Path(programs),
             stop=stop,
+            device=device,
         )
         tell(name, _summary(report))
         return report
@@ -147,19 +186,29 @@ def _threads(number: int, stop: Event) -> Iterator[ThreadPoolExecutor]:
             raise
 
 
-def _whole(parts: Sequence[BackendReport]) -> BackendReport:
-    """One report of what was divided run by run; of a backend that did not start, the first that says so."""
+def _whole(shares: Sequence[Sequence[int]], parts: Sequence[BackendReport]) -> BackendReport:
+    """One report of what was divided; of a backend that did not start, the first that says so.
+
+    Args:
+        shares: by part, the places of its runs among all.
+        parts: the reports of the parts.
+    """
     if failed := [report for report in parts if report.error]:
         return failed[0]
-    turns = zip_longest(*(report.outcomes for report in parts))
-    outcomes = tuple(outcome for turn in turns for outcome in turn if outcome is not None)
-    return replace(parts[0], outcomes=outcomes)
+    placed = [
+        pair
+        for share, part in zip(shares, parts, strict=True)
+        for pair in zip(share, part.outcomes, strict=True)
+    ]
+    outcomes = tuple(outcome for _, outcome in sorted(placed, key=lambda pair: pair[0]))
+    precisions = next((part.device.precisions for part in parts if part.device.precisions), {})
+    return replace(parts[0], outcomes=outcomes, device=replace(parts[0].device, precisions=precisions))
 
 
 def _summary(report: BackendReport) -> str:
     if report.missing:
         return f"{', '.join(report.missing)} not installed"
     if report.error:
-        return "did not start"
+        return "no such device" if report.absent else "did not start"
     counts = Counter(outcome.status for outcome in report.outcomes)
     return ", ".join(f"{count} {status}" for status, count in counts.items()) + f" in {report.seconds:.0f} s"

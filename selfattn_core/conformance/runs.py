@@ -10,7 +10,7 @@ __all__ = ["LAYOUTS", "Run", "all_runs", "chosen_layout", "is_claimed"]
 LAYOUTS = ("channels_last", "channels_first")
 
 # They look at weights or at resources. In another dtype than float32, layouts have nothing more to show.
-_ONE_LAYOUT = ("params", "init", "trajectory", "saved", "memory", "per_sample")
+_ONE_LAYOUT = ("params", "init", "trajectory", "saved", "memory", "per_sample", "shipped")
 
 
 @dataclass(frozen=True)

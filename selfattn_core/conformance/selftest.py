@@ -10,6 +10,7 @@ from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.backend import Backend, dtypes_of
 from selfattn_core.conformance.cases import Family
 from selfattn_core.conformance.compare import compare
+from selfattn_core.conformance.formats import coarsest, measured
 from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.memory import PeakUnknownError
 from selfattn_core.conformance.mutants import MUTANTS, Mutant
@@ -90,6 +91,7 @@ def judge_in_process(backend: Backend, runs: Iterable[Run], seed: int = 0) -> It
         seed: of the inputs.
     """
     claims, layouts, dtypes = backend.claims(), backend.layouts(), dtypes_of(backend)
+    label = coarsest(measured(backend.default_products)) if "shipped" in claims else "float32"
     for run in runs:
         if not is_claimed(run, claims, layouts, dtypes):
             continue
@@ -103,7 +105,7 @@ def judge_in_process(backend: Backend, runs: Iterable[Run], seed: int = 0) -> It
             yield Outcome(run, "unclaimed" if unmeasured else "error", (), message)
             continue
         problem = malformed(found)
-        yield Outcome(run, "fail", (), problem) if problem else compare(run, found, seed)
+        yield Outcome(run, "fail", (), problem) if problem else compare(run, found, seed, label)
 
 
 def _kill(mutant: Mutant, outcomes: list[Outcome]) -> Kill:

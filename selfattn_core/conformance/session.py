@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from selfattn_core.conformance.compare import compare
+from selfattn_core.conformance.devices import Device
+from selfattn_core.conformance.formats import coarsest
 from selfattn_core.conformance.outcome import BackendReport, Outcome
 from selfattn_core.conformance.runs import Run, chosen_layout, is_claimed
 
@@ -36,6 +38,8 @@ class Session:
         seed: of the inputs.
         timeout: seconds that one run may take.
         stop: set where nobody waits for the answers any more.
+        device: to compute on; empty for the CPU of a backend that takes one.
+        shipped: whether the format of the framework's own products is measured.
     """
 
     def __init__(
@@ -47,14 +51,18 @@ class Session:
         seed: int,
         timeout: float,
         stop: Event,
+        *,
+        device: str = "",
+        shipped: bool = False,
     ) -> None:
         self.target, self.variables = target, variables
         self.folder, self.seed, self.timeout = folder, seed, timeout
         self.runs, self.stop = runs, stop
+        self.device, self.shipped = device, shipped
         self.events: dict[int, dict[str, Any]] = {}
         self.ready: dict[str, Any] | None = None
         self.failure = ""
-        self.refused = False
+        self.refused = self.absent = False
         self.timeouts = 0
 
     def report(self, name: str) -> BackendReport:
@@ -69,7 +77,7 @@ class Session:
             if not self.work(number, pending):
                 break
         if self.ready is None:
-            return BackendReport(name, error=self.failure, refused=self.refused)
+            return BackendReport(name, error=self.failure, refused=self.refused, absent=self.absent)
         return BackendReport(
             name,
             self.ready["versions"],
@@ -77,6 +85,7 @@ class Session:
             tuple(self.ready["layouts"]),
             tuple(self.ready["dtypes"]),
             tuple(self.outcome(index) for index in range(len(self.runs))),
+            device=Device(**self.ready["device"]),
         )
 
     def pending(self) -> list[int]:
@@ -104,7 +113,7 @@ class Session:
         self.ready = self.ready or ready
         if ready is None:
             failed = next((line for line in lines if line["event"] == "failed"), {})
-            self.refused = failed.get("refused", False)
+            self.refused, self.absent = failed.get("refused", False), failed.get("absent", False)
             died = f"{ending} while the backend was imported: {_tail(output)}"
             self.failure = failed.get("error", "").strip() or died
             return False
@@ -134,6 +143,8 @@ class Session:
             "folder": str(self.folder),
             "progress": str(progress),
             "seed": self.seed,
+            "device": self.device,
+            "shipped": self.shipped,
             "runs": runs,
         }
         job_file = self.folder / f"job-{number}.json"
@@ -182,7 +193,8 @@ class Session:
         event = self.events.get(index, {"event": "unreached"})
         if event["event"] == "answered":
             with np.load(self.folder / f"{index}.npz") as file:
-                found = compare(run, dict(zip(event["names"], file.values(), strict=True)), self.seed)
+                label = coarsest((self.ready or {})["device"]["precisions"])
+                found = compare(run, dict(zip(event["names"], file.values(), strict=True)), self.seed, label)
         elif event["event"] == "declined":
             return Outcome(run, "unclaimed", (), event["reason"])
         elif event["event"] == "malformed":

@@ -26,6 +26,7 @@ from selfattn_core import spec
 from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.cases import SIXTEEN_BITS, Case
 from selfattn_core.conformance.edited import edited_spec
+from selfattn_core.conformance.formats import FORMATS, spec_in
 from selfattn_core.conformance.inputs import Inputs, inputs
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.vanishing import terms_through_the_map
@@ -41,6 +42,7 @@ __all__ = [
     "Expectation",
     "Verdict",
     "expect",
+    "expect_shipped",
     "expectations",
     "fused",
     "judge",
@@ -60,6 +62,9 @@ ALLOWANCES: Mapping[str, float] = {"forward": 1.0, "map": 2.0, "vjp": 2.0, "r1":
 
 NARROW_ALLOWANCE = 2.0
 """The most of them in 16 bits, where the error of the spec is nearly all of the floor."""
+
+SHIPPED_ALLOWANCE = 0.25
+"""The most of them where operands of products are rounded: that is all of the error, and twice the floor tells formats apart."""
 
 CAPS: Mapping[str, float] = {"forward": 16.0, "map": 16.0, "vjp": 128.0, "r1": 512.0}
 """Ulp that an error may reach, by kind of quantity."""
@@ -146,6 +151,27 @@ def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
     return expectations(case, wide, want, errors, dtype)
 
 
+def expect_shipped(case: Case, label: str, seed: int = 0) -> dict[str, Expectation]:
+    """What each quantity of a float32 case should be where products are computed in a format, and how far off it may be.
+
+    The error that makes the floor is that of the spec with the operands of all its products rounded to the format. Of
+    float32 it is that of `expect`.
+
+    Args:
+        case: of the family "shipped".
+        label: one of `FORMATS`.
+        seed: as for `inputs`.
+    """
+    if label == "float32":
+        return expect(case, label, seed)
+    given = inputs(case, "float32", seed)
+    wide = _cast(given)
+    want = quantities(case, wide, "float64")
+    noise = quantities(case, given, "float32", Reference(spec_in(label)))
+    errors = {name: _largest(noise[name].astype(np.float64) - value) for name, value in want.items()}
+    return expectations(case, wide, want, errors, label)
+
+
 @cache
 def fused() -> Reference:
     """The spec with the softmax and its first derivative as fused kernels compute them."""
@@ -169,10 +195,12 @@ def expectations(
         wide: its input, in at least float64; arrays of dtype object are computed with as the spec does.
         want: what each quantity should be, in float64.
         errors: the largest absolute error that the spec makes in each.
-        dtype: one of `EPS`, which the errors are in.
+        dtype: one of `EPS` or `FORMATS`, which the errors are in.
     """
     sums, growth = _sizes(case, wide)
-    if case.integers and EPS[dtype] > EPS["float32"]:
+    eps = EPS[dtype] if dtype in EPS else FORMATS[dtype].eps
+    narrow = eps > EPS["float32"]
+    if case.integers and narrow:
         growth = 1.0
     terms = _terms(case, wide)
     found = {}
@@ -180,14 +208,23 @@ def expectations(
         of = name.removesuffix(" again")
         kind, cancelled = _kind(case, name), terms.get(of, 0.0)
         size = sums.get(of, _largest(value)) * growth or cancelled
-        ulp = EPS[dtype] * size
-        allowance = min(ALLOWANCES[kind], NARROW_ALLOWANCE if dtype in SIXTEEN_BITS else np.inf)
-        cap = max(CAPS[kind] * ulp, TERMS_CAP * EPS[dtype] * growth * cancelled)
+        ulp = eps * size
+        allowance = min(ALLOWANCES[kind], _most_allowed(dtype))
+        cap = max(CAPS[kind] * ulp, TERMS_CAP * eps * growth * cancelled)
         found[name] = Expectation(value, errors[name] + allowance * ulp, cap)
     return found
 
 
-def judge(quantity: str, got: Array, expectation: Expectation, dtype: str) -> Verdict:
+def _most_allowed(dtype: str) -> float:
+    """The most ulp that are added to the error of the spec."""
+    if dtype in SIXTEEN_BITS:
+        return NARROW_ALLOWANCE
+    return SHIPPED_ALLOWANCE if dtype not in EPS else np.inf
+
+
+def judge(
+    quantity: str, got: Array, expectation: Expectation, dtype: str, *, factor: float | None = None
+) -> Verdict:
     """Compare one quantity.
 
     Args:
@@ -195,8 +232,10 @@ def judge(quantity: str, got: Array, expectation: Expectation, dtype: str) -> Ve
         got: the backend's answer.
         expectation: from `expect`.
         dtype: that the answer should have; for 16 bits float32 is right too, if the values are those of the format.
+        factor: noise floors that the error may reach; by default those of the dtype.
     """
     want = expectation.want
+    allowed = FACTORS[dtype] if factor is None else factor
     if got.shape != want.shape:
         return _unusable(quantity, f"shape {got.shape}, expected {want.shape}")
     half = dtype in SIXTEEN_BITS
@@ -206,7 +245,7 @@ def judge(quantity: str, got: Array, expectation: Expectation, dtype: str) -> Ve
     # The penalty is a number, of no dtype.
     if half and quantity != "r1" and not _held(answer, dtype):
         return _unusable(quantity, f"values that {dtype} does not hold: it is computed in something wider")
-    return measure(quantity, answer, expectation, FACTORS[dtype])
+    return measure(quantity, answer, expectation, allowed)
 
 
 def measure(quantity: str, answer: Array, expectation: Expectation, factor: float) -> Verdict:

@@ -15,8 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,11 @@ from selfattn_core.conformance.backend import (
     dtypes_of,
     expected_failures_of,
     resolve,
+    takes_device,
 )
 from selfattn_core.conformance.cases import CASES
+from selfattn_core.conformance.devices import DeviceAbsentError, DeviceUnknownError, chosen
+from selfattn_core.conformance.formats import measured
 from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.memory import PeakUnknownError
 from selfattn_core.conformance.runs import Run, chosen_layout, is_claimed
@@ -82,9 +85,7 @@ def end_with_parent() -> None:
 def main(job_file: str) -> None:
     """Run the job that the file describes."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    folder = Path(job["folder"])
-    cases = {case.id: case for case in CASES}
-    with Path(job["progress"]).open("w", encoding="utf-8") as progress:
+    with Path(job["progress"]).open("w", encoding="utf-8") as progress, ExitStack() as stack:
 
         def tell(**line: object) -> None:
             progress.write(json.dumps(line) + "\n")
@@ -92,7 +93,9 @@ def main(job_file: str) -> None:
 
         try:
             backend = resolve(job["target"])
+            device, about = _device(backend, job["device"], stack)
             claims, layouts, dtypes = set(backend.claims()), list(backend.layouts()), dtypes_of(backend)
+            precisions = measured(backend.default_products) if job["shipped"] and "shipped" in claims else {}
             tell(
                 event="ready",
                 name=str(backend.name),
@@ -101,40 +104,77 @@ def main(job_file: str) -> None:
                 layouts=layouts,
                 dtypes=list(dtypes),
                 expected_failures={key: list(why) for key, why in expected_failures_of(backend).items()},
+                device={"name": device, **about, "precisions": precisions},
             )
-        except NotABackendError as error:
+        except (NotABackendError, DeviceUnknownError) as error:
             tell(event="failed", error=str(error), refused=True)
+            return
+        except DeviceAbsentError as error:
+            tell(event="failed", error=str(error), absent=True)
             return
         except Exception:
             tell(event="failed", error=traceback.format_exc(limit=-3))
             return
-        for asked in job["runs"]:
-            run = Run(cases[asked["case"]], asked["dtype"], asked["layout"])
-            if not is_claimed(run, claims, layouts, dtypes):
-                continue
-            index = asked["index"]
-            tell(event="started", run=index)
-            began = time.perf_counter()
-            try:
-                if reason := declined(backend, run.case.config):
-                    tell(event="declined", run=index, reason=reason)
-                    continue
-                given = inputs(run.case, run.dtype, job["seed"])
-                found = answers(backend, run.case, given, run.dtype, chosen_layout(run, layouts), job["seed"])
-                seconds = round(time.perf_counter() - began, 4)
-                if problem := malformed(found):
-                    tell(event="malformed", run=index, error=problem)
-                    continue
-                arrays = [widen(np.asarray(value)) for value in found.values()]
-                np.savez(folder / f"{index}.npz", *arrays, allow_pickle=False)
-                tell(event="answered", run=index, names=list(found), seconds=seconds)
-            except Exception as error:
-                # In any other family it would be a way for a backend to get rid of a run.
-                if isinstance(error, PeakUnknownError) and run.case.family == "memory":
-                    tell(event="declined", run=index, reason=str(error))
-                else:
-                    tell(event="raised", run=index, error=traceback.format_exc(limit=-3))
+        _answer(backend, device, job, (claims, layouts, dtypes), tell)
         tell(event="finished")
+
+
+def _device(backend: Any, asked: str, stack: ExitStack) -> tuple[str, dict[str, str]]:
+    """The name of the device that all is computed on until the stack ends, and what the backend says about it."""
+    if not takes_device(backend):
+        if asked:
+            raise DeviceUnknownError(
+                f"got device {asked!r}; this backend takes none: it has no methods devices, on and places."
+            )
+        return "", {}
+    device = chosen(asked or "cpu", backend.devices())
+    said = stack.enter_context(backend.on(device)) or {}
+    return device, {name: str(said.get(name, "")) for name in ("model", "driver")}
+
+
+def _answer(
+    backend: Any,
+    device: str,
+    job: Mapping[str, Any],
+    has: tuple[set[str], Sequence[str], Sequence[str]],
+    tell: Callable[..., None],
+) -> None:
+    """Compute the runs of a job that are claimed."""
+    cases = {case.id: case for case in CASES}
+    for asked in job["runs"]:
+        run = Run(cases[asked["case"]], asked["dtype"], asked["layout"])
+        if not is_claimed(run, *has):
+            continue
+        index = asked["index"]
+        tell(event="started", run=index)
+        began = time.perf_counter()
+        try:
+            if reason := declined(backend, run.case.config):
+                tell(event="declined", run=index, reason=reason)
+                continue
+            given = inputs(run.case, run.dtype, job["seed"])
+            if device:
+                backend.places()
+            found = answers(backend, run.case, given, run.dtype, chosen_layout(run, has[1]), job["seed"])
+            seconds = round(time.perf_counter() - began, 4)
+            if problem := malformed(found) or _misplaced(backend, device):
+                tell(event="malformed", run=index, error=problem)
+                continue
+            arrays = [widen(np.asarray(value)) for value in found.values()]
+            np.savez(Path(job["folder"]) / f"{index}.npz", *arrays, allow_pickle=False)
+            tell(event="answered", run=index, names=list(found), seconds=seconds)
+        except Exception as error:
+            # In any other family it would be a way for a backend to get rid of a run.
+            if isinstance(error, PeakUnknownError) and run.case.family == "memory":
+                tell(event="declined", run=index, reason=str(error))
+            else:
+                tell(event="raised", run=index, error=traceback.format_exc(limit=-3))
+
+
+def _misplaced(backend: Any, device: str) -> str:
+    """Which device answers lay on that was not asked for; empty if none did."""
+    strange = sorted(set(backend.places()) - {device}) if device else []
+    return f"answers lay on {', '.join(strange)}, where {device} was asked for" if strange else ""
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from benchmarks.problem import Problem, products
 from benchmarks.report import markdown, plot
 from benchmarks.results import SCHEMA, exponent, file_stem, merge, write_text
 from benchmarks.targets import TARGETS, Finding, evaluate
+from selfattn_core.conformance.inputs import rounded
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {
@@ -32,9 +33,10 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_toy_run(framework, tmp_path):
-    done = bench("--toy", "--framework", framework, "--out", str(tmp_path))
+@pytest.mark.parametrize(("framework", "device"), [("torch", ""), ("jax", "cpu:0"), ("tensorflow", "")])
+def test_a_toy_run(framework, device, tmp_path):
+    place = ["--device", device] if device else []
+    done = bench("--toy", "--framework", framework, *place, "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     files = {path.suffix: path for path in tmp_path.iterdir()}
     assert len(list(tmp_path.iterdir())) == 4
@@ -46,12 +48,36 @@ def test_a_toy_run(framework, tmp_path):
         assert {"seconds", "peak_bytes"} & set(cell["results"]["ours"])
     assert run["commit"]
     assert run["versions"]
+    page = files[".md"].read_text(encoding="utf-8")
+    assert ("## Targets" in page) == (not device)
+    assert (f"On {device}" in page) == (f"{framework} in bfloat16" in page) == bool(device)
 
 
 def test_an_unknown_framework_is_a_wrong_option():
     done = bench("--framework", "theano")
     assert done.returncode == 2
     assert "there are torch, jax, tensorflow" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "code", "words"),
+    [
+        ("mps", 2, "jax: got device 'mps'; expected one of cpu, gpu"),
+        ("tpu", 3, "there is no device 'tpu' here"),
+    ],
+)
+def test_a_device_that_cannot_be_measured(device, code, words):
+    done = bench("--toy", "--framework", "jax", "--device", device)
+    assert done.returncode == code
+    assert words in done.stderr
+
+
+def test_peers_of_cards_are_asked_there_alone():
+    cell = Cell("time", "core", "train", 64, 64)
+    assert "cudnn" not in cell.implementations("jax")
+    assert {"sdpa-memory-efficient", "flex-attention"} <= set(cell.implementations("torch", "cuda:0"))
+    assert "cudnn" in cell.implementations("jax", "gpu:0")
+    assert "cudnn" not in dataclasses.replace(cell, level="flat").implementations("jax", "gpu:0")
 
 
 STEPS = ("forward", "train", "r1")
@@ -85,6 +111,18 @@ def test_a_wrong_answer_is_seen(step, side, quantity):
     del answers[quantity]
     with pytest.raises(ValueError, match=f"no {quantity} in the answer"):
         problem.check("ours", answers)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", ["ours", "matmul"])
+def test_bfloat16_has_its_own_noise(step, name):
+    problem = Problem.of(Cell("time", "core", step, 16, 8), dtype="bfloat16")
+    answers = problem._products if name == "matmul" else problem._attention
+    assert all(verdict.passed for verdict in problem.check(name, answers.noisy))
+    wrong = {key: rounded(value * np.float32(1.3), "bfloat16") for key, value in answers.noisy.items()}
+    assert not any(verdict.passed for verdict in problem.check(name, wrong))
+    exact = {key: value.astype(np.float32) for key, value in answers.wanted.items()}
+    assert "does not hold" in problem.check(name, exact)[0].message
 
 
 @pytest.mark.parametrize("level", ["core", "flat", "pooled"])
@@ -214,6 +252,13 @@ def test_one_framework_is_replaced_and_the_others_are_kept(tmp_path):
         "tensorflow": "abc",
     }
     assert len(merged["jax"]["cells"]) == len(MODES["toy"].cells)
+
+
+def test_another_device_is_another_machine(tmp_path):
+    write_text(tmp_path / "cpu.json", json.dumps(invented("toy")))
+    card = ABOUT | {"device": "cuda", "device_model": "A Card 100"}
+    assert merge(tmp_path, card, "toy", {})["frameworks"] == {}
+    assert file_stem(card, "device", "2030-01-31") == "a-card-100-cuda-2030-01-31"
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):

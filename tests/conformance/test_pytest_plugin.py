@@ -166,3 +166,19 @@ def test_without_a_backend_it_changes_nothing(theirs):
 def test_no_run_loads_it_unasked():
     entry_points = __import__("importlib.metadata").metadata.entry_points(group="pytest11")
     assert not [entry.value for entry in entry_points if entry.value.startswith("selfattn")]
+
+
+def test_a_device(theirs):
+    chosen = ["--selfattn-backend", "toy_backends:OnTwo", "-k", "FWD-001", "--selfattn-level", "core"]
+    result = run_pytest(theirs, *chosen, "--selfattn-device", "toy")
+    assert result.returncode == 0, result.stdout
+    assert "at level core, seed 0, on toy" in result.stdout
+    result = run_pytest(theirs, *chosen, "--selfattn-device", "card")
+    assert result.returncode == 1
+    assert "there is no device 'card' here; there are: cpu:0, cpu:1, toy:0." in result.stdout
+    result = run_pytest(theirs, "--selfattn-backend", "torch", "--selfattn-device", "gpu")
+    assert result.returncode == 4
+    assert "torch: got device 'gpu'; expected one of cpu, cuda, mps, xpu" in result.stderr
+    result = run_pytest(theirs, *chosen, "--selfattn-device", "toy", "--selfattn-device", "cpu")
+    assert result.returncode == 4
+    assert "got toy and cpu; expected one device a run" in result.stderr

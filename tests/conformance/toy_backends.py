@@ -5,6 +5,7 @@ ship with the kit.
 """
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from selfattn_core import spec
-from selfattn_core.conformance import memory
+from selfattn_core.conformance import formats, memory
 
 
 class Good:
@@ -365,3 +366,49 @@ class Exclusive(Good):
 class SaysMemory(Good):
     def forward(self, model, x):
         raise memory.PeakUnknownError("forward")
+
+
+class OnTwo(Good):
+    """Computes in numpy wherever it is asked to, and says so."""
+
+    def __init__(self):
+        self.device = ""
+
+    def claims(self):
+        return frozenset({*super().claims(), "memory", "shipped"})
+
+    def devices(self):
+        return {"cpu": ("cpu:0", "cpu:1"), "toy": ("toy:0",), "card": ()}
+
+    @contextlib.contextmanager
+    def on(self, device):
+        self.device = device
+        yield {"model": "A processor", "driver": "7"}
+        self.device = ""
+
+    def places(self):
+        return {self.device}
+
+    def peak_memory(self, call):
+        call()
+        return 1000 if self.device == "toy:0" else 2**40
+
+    def default_products(self, left, right):
+        return {"matrix product": formats.kept_bits(left, "tf32") @ formats.kept_bits(right, "tf32")}
+
+
+class Strays(OnTwo):
+    def places(self):
+        return {"cpu:0"}
+
+
+class RunsOut(OnTwo):
+    """A map of all positions does not fit its device."""
+
+    def attention_map(self, model, x):
+        raise MemoryError(f"{self.device}: out of memory")
+
+
+class WithoutPlaces(Good):
+    def devices(self):
+        return {"cpu": ("cpu:0",)}

@@ -21,6 +21,7 @@ from selfattn_core.conformance.cases import DTYPES
 from selfattn_core.params import state_table, widen
 from selfattn_flax import linen, weights
 from selfattn_flax.nnx import SelfAttention2D
+from selfattn_ops.devices.jax import OnDevices
 
 Array = NDArray[Any]
 
@@ -30,7 +31,7 @@ class Kind:
     """One of Flax's two layers, as pure functions of a tree of parameters.
 
     Args:
-        build: (config, canonical arrays, dtype) to (what is static, parameters, state).
+        build: (config, canonical arrays, dtype, precision) to (what is static, parameters, state).
         new: (config, seed) to the same, of a new layer.
         apply: (static, parameters, state, x) to y and the state after it, in evaluation.
         attention: (static, parameters, state, x) to A.
@@ -38,7 +39,7 @@ class Kind:
         export: (static, parameters, state) to canonical arrays.
     """
 
-    build: Callable[[SelfAttentionConfig, Mapping[str, Array], str], tuple[Any, Any, Any]]
+    build: Callable[[SelfAttentionConfig, Mapping[str, Array], str, str | None], tuple[Any, Any, Any]]
     new: Callable[[SelfAttentionConfig, int], tuple[Any, Any, Any]]
     apply: Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any]]
     attention: Callable[[Any, Any, Any, jax.Array], jax.Array]
@@ -71,10 +72,11 @@ class Model:
         return jnp.asarray(x, self.dtype)
 
 
-class FlaxBackend:
+class FlaxBackend(OnDevices):
     """One of Flax's two layers."""
 
     def __init__(self, name: str, kind: Kind) -> None:
+        super().__init__()
         self.name = name
         self.kind = kind
 
@@ -102,7 +104,7 @@ class FlaxBackend:
         layout: str,  # noqa: ARG002 - the protocol's, and there is but one
     ) -> Model:
         """The layer; float64 needs a process in which JAX has it (JAX_ENABLE_X64=1)."""
-        return Model(config, dtype, *self.kind.build(config, params, dtype))
+        return Model(config, dtype, *self.kind.build(config, params, dtype, "highest"))
 
     def update(self, model: Model, params: Mapping[str, Array]) -> Model:
         """The same static part over other arrays."""
@@ -113,12 +115,13 @@ class FlaxBackend:
         """The output y."""
         apply = _forward if model.compiled else _apply
         y, model.state = apply(self.kind, model.static, model.tree, model.state, model.given(x))
-        return _array(y)
+        return _array(self.noted(y))
 
     def attention_map(self, model: Model, x: Array) -> Array:
         """The map A."""
         attention = _attention if model.compiled else _map
-        return _array(attention(self.kind, model.static, model.tree, model.state, model.given(x)))
+        answer = attention(self.kind, model.static, model.tree, model.state, model.given(x))
+        return _array(self.noted(answer))
 
     def vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode."""
@@ -126,34 +129,39 @@ class FlaxBackend:
         named, model.state = gradients(
             self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy)
         )
-        return _named(model, *named)
+        return self._named(model, *named)
 
     def params(self, model: Model) -> Mapping[str, Array]:
         """The weights as the adapter exports them."""
+        for leaf in jax.tree.leaves(model.tree):
+            self.noted(leaf)
         return self.kind.export(model.static, model.tree, model.state)
 
     def initial(self, config: SelfAttentionConfig, seed: int) -> Mapping[str, Array]:
         """A new layer."""
-        return self.kind.export(*self.kind.new(config, seed))
+        static, tree, state = self.kind.new(config, seed)
+        for leaf in jax.tree.leaves(tree):
+            self.noted(leaf)
+        return self.kind.export(static, tree, state)
 
     def training_pass(self, model: Model, x: Array) -> Mapping[str, Array]:
         """The output in training, and the weights with the state after it."""
         y, state = _training_pass(self.kind, model.static, model.tree, model.state, model.given(x))
-        return {"y": _array(y), **self.kind.export(model.static, model.tree, state)}
+        return {"y": _array(self.noted(y)), **self.kind.export(model.static, model.tree, state)}
 
     def training_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode, in training."""
         gradients = _training_vjp(
             self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy)
         )
-        return _named(model, *gradients)
+        return self._named(model, *gradients)
 
     def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
         """The penalty by reverse mode over reverse mode."""
         value, gradients = _r1(
             self.kind, model.static, model.tree, model.state, model.given(x), model.given(w)
         )
-        return float(value), _named(model, *gradients)
+        return float(value), self._named(model, *gradients)
 
     def vjp_of_vjp(
         self, model: Model, x: Array, dy: Array, cotangents: Mapping[str, Array]
@@ -163,7 +171,7 @@ class FlaxBackend:
         leaves, by_x, by_dy = _second(
             self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy), given
         )
-        return {"dy": _array(by_dy)} | _named(model, leaves, by_x)
+        return {"dy": _array(self.noted(by_dy))} | self._named(model, leaves, by_x)
 
     def compiled(self, model: Model) -> Model:
         """By `jax.jit`, as all models of this backend are."""
@@ -172,6 +180,12 @@ class FlaxBackend:
     def eager(self, model: Model) -> Model:
         """Operation by operation."""
         return replace(model, compiled=False)
+
+    def as_shipped(self, model: Model) -> Model:
+        """With no precision of its own, so that JAX's default counts."""
+        params = self.kind.export(model.static, model.tree, model.state)
+        static, tree, state = self.kind.build(model.config, params, str(model.dtype), None)
+        return replace(model, static=static, tree=tree, state=state)
 
     def saved(self, model: Model, folder: str) -> Model:
         """By Flax's own serialization of the trees."""
@@ -189,7 +203,17 @@ class FlaxBackend:
         gradients = _per_sample(
             self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy)
         )
-        return _named(model, *gradients)
+        return self._named(model, *gradients)
+
+    def _named(self, model: Model, leaves: list[jax.Array], by_x: jax.Array) -> dict[str, Array]:
+        arrays = {
+            name: _array(self.noted(leaf))
+            for name, leaf in zip(_in_leaf_order(parameter_table(model.config)), leaves, strict=True)
+        }
+        named = {"x": _array(self.noted(by_x))}
+        for name in parameter_table(model.config):
+            named[name] = arrays[name][..., 0, 0, :, :] if name.endswith("kernel") else arrays[name]
+        return named
 
 
 # Layers of one config are static in the same way, so that each function is compiled once for each size. Gradients by
@@ -267,8 +291,10 @@ def _per_sample(
     return jax.vmap(partial(_first, kind, static), (None, None, 0, 0))(tree, state, x, dy)
 
 
-def _nnx_build(config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str) -> tuple[Any, Any, Any]:
-    return _nnx_split(weights.from_canonical(config, params, param_dtype=dtype, precision="highest"))
+def _nnx_build(
+    config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, precision: str | None
+) -> tuple[Any, Any, Any]:
+    return _nnx_split(weights.from_canonical(config, params, param_dtype=dtype, precision=precision))
 
 
 def _nnx_new(config: SelfAttentionConfig, seed: int) -> tuple[Any, Any, Any]:
@@ -305,9 +331,9 @@ def _nnx_export(static: Any, tree: Any, state: Any) -> dict[str, Array]:
 
 
 def _linen_build(
-    config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str
+    config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, precision: str | None
 ) -> tuple[Any, Any, Any]:
-    return _linen_split(*linen.from_canonical(config, params, param_dtype=dtype, precision="highest"))
+    return _linen_split(*linen.from_canonical(config, params, param_dtype=dtype, precision=precision))
 
 
 def _linen_new(config: SelfAttentionConfig, seed: int) -> tuple[Any, Any, Any]:
@@ -373,14 +399,3 @@ def _filled(tree: Any, names: Iterable[str], arrays: Mapping[str, Array], dtype:
 def _like(model: Model, arrays: Mapping[str, Array]) -> Any:
     """Arrays of canonical names and shapes as a tree like the model's."""
     return _filled(model.tree, parameter_table(model.config), arrays, model.dtype)
-
-
-def _named(model: Model, leaves: list[jax.Array], by_x: jax.Array) -> dict[str, Array]:
-    arrays = {
-        name: _array(leaf)
-        for name, leaf in zip(_in_leaf_order(parameter_table(model.config)), leaves, strict=True)
-    }
-    named = {"x": _array(by_x)}
-    for name in parameter_table(model.config):
-        named[name] = arrays[name][..., 0, 0, :, :] if name.endswith("kernel") else arrays[name]
-    return named

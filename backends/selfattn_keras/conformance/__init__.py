@@ -2,7 +2,8 @@
 
 import importlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,30 @@ from selfattn_core import SelfAttentionConfig, parameter_table
 from selfattn_core.conformance.backend import ABILITIES
 from selfattn_core.conformance.cases import DTYPES
 from selfattn_keras.conformance.model import Model, to_array
-from selfattn_keras.layer import SelfAttention2D
+from selfattn_keras.layer import SelfAttention2D, Tensor
 from selfattn_keras.weights import from_canonical, to_canonical, variable
 
 Array = NDArray[Any]
 
 _FRAMEWORK = keras.backend.backend()
 
+_devices: Any = importlib.import_module(f"selfattn_ops.devices.{_FRAMEWORK}")
+
 # On tensors of the framework. What a result does not depend on has a gradient of zero.
 _functions: Any = importlib.import_module(f"{__name__}.{_FRAMEWORK}")
 
 
-class KerasBackend:
+class KerasBackend(_devices.OnDevices):
     """`SelfAttention2D` in both data formats; derivatives are the framework's own."""
 
     name = f"keras-{_FRAMEWORK}"
+
+    @contextmanager
+    def on(self, device: str) -> Iterator[Mapping[str, str]]:
+        """Keras on torch has a default device of its own, and it is a card if there is one."""
+        own = keras.device(device.removesuffix(":0")) if _FRAMEWORK == "torch" else nullcontext()
+        with super().on(device) as about, own:
+            yield about
 
     def versions(self) -> Mapping[str, str]:
         """The versions of Keras and of the framework underneath."""
@@ -45,8 +55,8 @@ class KerasBackend:
         return ("channels_last", "channels_first")
 
     def dtypes(self) -> tuple[str, ...]:
-        """All that the kit knows."""
-        return DTYPES
+        """All that the kit knows, but those that the device has not."""
+        return tuple(dtype for dtype in DTYPES if dtype != "float64" or not self.device.startswith("mps"))
 
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
@@ -63,18 +73,20 @@ class KerasBackend:
 
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
-        return model.maps(_functions.forward(model, model.given(x)))
+        return model.maps(self.noted(_functions.forward(model, model.given(x))))
 
     def attention_map(self, model: Model, x: Array) -> Array:
         """The map A."""
-        return to_array(_functions.attention(model, model.given(x)))
+        return to_array(self.noted(_functions.attention(model, model.given(x))))
 
     def vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode."""
-        return model.named(_functions.vjp(model, model.given(x), model.given(dy)))
+        return self._named(model, _functions.vjp(model, model.given(x), model.given(dy)))
 
     def params(self, model: Model) -> Mapping[str, Array]:
         """The weights as the adapter exports them."""
+        for value in model.values:
+            self.noted(value)
         return to_canonical(model.layer)
 
     def initial(self, config: SelfAttentionConfig, seed: int) -> Mapping[str, Array]:
@@ -82,23 +94,25 @@ class KerasBackend:
         state = random.getstate()
         try:
             random.seed(seed)
-            return to_canonical(SelfAttention2D.from_spec(config))
+            layer = SelfAttention2D.from_spec(config)
+            self.noted(layer.gamma.value)
+            return to_canonical(layer)
         finally:
             random.setstate(state)
 
     def training_pass(self, model: Model, x: Array) -> Mapping[str, Array]:
         """The output with `training=True`, and the weights after it."""
-        y = model.maps(model.layer(model.given(x), training=True))
+        y = model.maps(self.noted(model.layer(model.given(x), training=True)))
         return {"y": y, **to_canonical(model.layer)}
 
     def training_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode, with `training=True`."""
-        return model.named(_functions.vjp(model, model.given(x), model.given(dy), training=True))
+        return self._named(model, _functions.vjp(model, model.given(x), model.given(dy), training=True))
 
     def r1(self, model: Model, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
         """The penalty by reverse mode over reverse mode."""
         penalty, gradients = _functions.r1(model, model.given(x), model.given(w))
-        return float(penalty), model.named(gradients)
+        return float(penalty), self._named(model, gradients)
 
     def vjp_of_vjp(
         self, model: Model, x: Array, dy: Array, cotangents: Mapping[str, Array]
@@ -106,7 +120,7 @@ class KerasBackend:
         """Second derivatives by reverse mode over reverse mode."""
         given = [model.like(name, cotangents[name]) for name in ("x", *model.names)]
         by_dy, *gradients = _functions.vjp_of_vjp(model, model.given(x), model.given(dy), given)
-        return {"dy": model.maps(by_dy)} | model.named(gradients)
+        return {"dy": model.maps(self.noted(by_dy))} | self._named(model, gradients)
 
     def compiled(self, model: Model) -> Model:
         """By XLA."""
@@ -130,10 +144,15 @@ class KerasBackend:
     def per_sample_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """`jax.vmap` over the gradient."""
         by_x, *gradients = _functions.per_sample(model, model.given(x), model.given(dy))
-        found = {"x": model.maps(by_x)}
+        found = {"x": model.maps(self.noted(by_x))}
         for row, gradient in zip(parameter_table(model.layer.config).values(), gradients, strict=True):
-            found[row.name] = to_array(gradient).reshape(x.shape[0], *row.shape)
+            found[row.name] = to_array(self.noted(gradient)).reshape(x.shape[0], *row.shape)
         return found
+
+    def _named(self, model: Model, gradients: list[Tensor]) -> dict[str, Array]:
+        for gradient in gradients:
+            self.noted(gradient)
+        return model.named(gradients)
 
 
 backend = KerasBackend()

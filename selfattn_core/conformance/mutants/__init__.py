@@ -4,6 +4,7 @@ from selfattn_core.conformance.mutants import (
     behaviour,
     derivative,
     function,
+    shipped,
     sixteen_bits,
     spectral,
     training,
@@ -19,4 +20,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *sixteen_bits.MUTANTS,
     *spectral.MUTANTS,
     *training.MUTANTS,
+    *shipped.MUTANTS,
 )

@@ -63,6 +63,12 @@ def _problems(data: Any, rule: Mapping[str, Any], rules: Mapping[str, Any], plac
 def _loose_ends(data: Any) -> Iterator[str]:
     """What a value names and the report does not have."""
     dtypes = {outcome["dtype"] for backend in data["backends"] for outcome in backend["outcomes"]}
+    dtypes |= {
+        outcome["label"]
+        for backend in data["backends"]
+        for outcome in backend["outcomes"]
+        if "label" in outcome
+    }
     yield from (f"factors.{dtype}: missing" for dtype in sorted(dtypes - set(data["factors"])))
     levels = {data["level"], *(backend["level"] for backend in data["backends"])} - {None}
     yield from (f"levels.{level}: missing" for level in sorted(levels - set(data["levels"])))

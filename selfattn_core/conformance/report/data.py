@@ -11,6 +11,7 @@ import numpy as np
 
 from selfattn_core import __version__, spec
 from selfattn_core.conformance.cases import LEVELS, Case, Level
+from selfattn_core.conformance.formats import FORMATS
 from selfattn_core.conformance.outcome import BackendReport, Outcome
 from selfattn_core.conformance.selftest import Kill
 from selfattn_core.conformance.tolerance import FACTORS
@@ -26,7 +27,12 @@ _UNSHOWN = {code: None for code in (*range(32), *range(127, 160), 0xFFFE, 0xFFFF
 
 
 def as_data(
-    reports: Sequence[BackendReport], *, seed: int = 0, level: Level = "deploy", kills: Sequence[Kill] = ()
+    reports: Sequence[BackendReport],
+    *,
+    seed: int = 0,
+    level: Level = "deploy",
+    kills: Sequence[Kill] = (),
+    device: str = "",
 ) -> dict[str, Any]:
     """Everything that was found, with every verdict.
 
@@ -35,7 +41,9 @@ def as_data(
         seed: of the inputs.
         level: that was asked for.
         kills: what became of each planted bug.
+        device: that was asked for; empty for none.
     """
+    labels = {outcome.label for report in reports for outcome in report.outcomes}
     return {
         "schema": SCHEMA,
         "selfattn": __version__,
@@ -43,8 +51,16 @@ def as_data(
         "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "level": level,
+        "device": device,
         "levels": {name: list(families) for name, families in LEVELS.items()},
-        "factors": dict(FACTORS),
+        "factors": {
+            **FACTORS,
+            **{
+                label: format_.factor
+                for label, format_ in FORMATS.items()
+                if label in labels and label not in FACTORS
+            },
+        },
         "versions": {
             "numpy": np.__version__,
             "python": platform.python_version(),
@@ -76,6 +92,13 @@ def _backend(report: BackendReport) -> dict[str, Any]:
         "missing": list(report.missing),
         "extra": report.extra,
         "error": _shown(report.error),
+        "absent": report.absent,
+        "device": {
+            "name": _shown(report.device.name),
+            "model": _shown(report.device.model),
+            "driver": _shown(report.device.driver),
+            "precisions": {_shown(way): label for way, label in report.device.precisions.items()},
+        },
         "outcomes": [_outcome(outcome) for outcome in report.outcomes],
     }
 
@@ -92,6 +115,7 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
         "message": _shown(outcome.message),
         "reason": _shown(outcome.reason),
         "link": _shown(outcome.link),
+        **({"label": outcome.label} if outcome.label else {}),
         "ratios": {verdict.quantity: _number(verdict.ratio) for verdict in outcome.verdicts},
     }
 

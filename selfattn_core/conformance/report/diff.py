@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from selfattn_core.conformance.report.check import report_problems
-from selfattn_core.conformance.report.summary import Data, ratio_of, run_id
+from selfattn_core.conformance.report.summary import Data, device_words, ratio_of, run_id
 
 __all__ = ["Difference", "difference"]
 
@@ -93,6 +93,11 @@ def difference(old: Data, new: Data) -> Difference:
 def _compare(found: Difference, old: Data, new: Data, first: Data, second: Data) -> None:
     name = new["name"]
     found.versions.extend(_versions(name, old["versions"], new["versions"]))
+    found.versions.extend(
+        _versions(
+            name, {"device": device_words(old) or "its own"}, {"device": device_words(new) or "its own"}
+        )
+    )
     was, now = _state(old), _state(new)
     if was != now:
         (found.regressions if now else found.fixed).append(f"{name}: {now or f'starts; before: {was}'}")

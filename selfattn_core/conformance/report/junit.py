@@ -2,7 +2,7 @@
 
 from xml.etree import ElementTree as ET
 
-from selfattn_core.conformance.report.summary import Data, run_id, unanswered
+from selfattn_core.conformance.report.summary import Data, device_words, run_id, unanswered
 
 __all__ = ["as_junit"]
 
@@ -31,9 +31,10 @@ def as_junit(data: Data) -> str:
 
 def _backend(root: ET.Element, data: Data, backend: Data) -> None:
     suite = ET.SubElement(root, "testsuite", name=backend["name"], time=f"{backend['seconds']:.3f}")
-    if backend["versions"]:
+    device = device_words(backend)
+    if backend["versions"] or device:
         properties = ET.SubElement(suite, "properties")
-        for name, version in backend["versions"].items():
+        for name, version in [*backend["versions"].items(), *([("device", device)] if device else [])]:
             ET.SubElement(properties, "property", name=name, value=version)
     if backend["missing"] or backend["error"]:
         case = ET.SubElement(suite, "testcase", name="start", classname=backend["name"])

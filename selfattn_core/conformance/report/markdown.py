@@ -2,6 +2,8 @@
 
 from selfattn_core.conformance.report.summary import (
     Data,
+    allowed,
+    device_words,
     family_cell,
     family_title,
     level_cell,
@@ -37,6 +39,10 @@ def as_markdown(data: Data) -> str:
     ]:
         listed = ", ".join(f"{key} {value}" for key, value in versions.items())
         lines.append(f"| {_escaped(name)} | {_escaped(listed)} |")
+    placed = [(backend["name"], words) for backend in data["backends"] if (words := device_words(backend))]
+    if placed:
+        lines += ["", "| | device |", "|---|---|"]
+        lines += [f"| {_escaped(name)} | {_escaped(words)} |" for name, words in placed]
     return "\n".join(lines) + "\n"
 
 
@@ -86,10 +92,10 @@ def _worst(data: Data) -> list[str]:
         "|---|---|---|---|",
     ]
     for backend, outcome, _ in worst(data, 10):
-        allowed = data["factors"][outcome["dtype"]]
+        limit = allowed(data, outcome)
         lines.append(
             f"| {_escaped(backend['name'])} | {outcome['case']} ({_escaped(outcome['title'])}; {outcome['dtype']}, "
-            f"{outcome['layout']}) | {multiple(max(outcome['ratios'].values()))} | {allowed:g} × |"
+            f"{outcome['layout']}) | {multiple(max(outcome['ratios'].values()))} | {limit:g} × |"
         )
     return [*lines, "", "</details>", ""]
 

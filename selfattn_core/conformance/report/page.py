@@ -10,6 +10,7 @@ from selfattn_core.conformance.report.summary import (
     Data,
     allowed,
     counts,
+    device_words,
     family_cell,
     family_title,
     level_cell,
@@ -54,6 +55,7 @@ def _head(data: Data) -> str:
     headline = escape(_headline(data))
     facts = [
         f"level {data['level']}",
+        *([f"device {data['device']}"] if data.get("device") else []),
         f"seed {data['seed']}",
         f"spec version {data['spec']}",
         f"selfattn {data['selfattn']}",
@@ -97,6 +99,8 @@ def _scorecard(data: Data) -> str:
 def _card(data: Data, backend: Data) -> str:
     if backend["missing"]:
         badge = '<span class="badge absent">not installed</span>'
+    elif backend.get("absent"):
+        badge = '<span class="badge absent">no such device</span>'
     elif backend["error"]:
         badge = '<span class="badge bad">did not start</span>'
     elif not backend["passed"]:
@@ -118,7 +122,9 @@ def _card(data: Data, backend: Data) -> str:
     tally = ", ".join(f"{number} {status}" for status, number in found.items())
     versions = ", ".join(f"{name} {version}" for name, version in backend["versions"].items())
     foot = " · ".join(
-        part for part in (versions, tally, f"{backend['seconds']:.0f} s" if tally else "") if part
+        part
+        for part in (device_words(backend), versions, tally, f"{backend['seconds']:.0f} s" if tally else "")
+        if part
     )
     return (
         f'<section class="card"><header><h3>{escape(backend["name"])}</h3>{badge}</header>\n'
@@ -176,7 +182,7 @@ def _family(cell: Cell) -> str:
 def _worst(data: Data) -> str:
     rows = []
     for backend, outcome, share in worst(data, 10):
-        limit = allowed(data, outcome["dtype"])
+        limit = allowed(data, outcome)
         rows.append(
             f"<tr><td>{escape(backend['name'])}</td><td>{escape(outcome['case'])} {escape(outcome['title'])} "
             f'<span class="soft">{escape(outcome["dtype"])}, {escape(outcome["layout"])}</span></td>'
@@ -225,7 +231,7 @@ def _figures(row: Data, styles: Mapping[str, str], data: Data) -> str:
             *(Line(name, losses, styles[name]) for name, losses in curves.items()),
         ],
     )
-    factor = allowed(data, row["dtype"])
+    factor = allowed(data, row)
     error = Chart(
         f"Deviation of the loss: {title}",
         [Line(name, _deviation(losses, row["reference"]), styles[name]) for name, losses in curves.items()],

@@ -12,6 +12,7 @@ __all__ = [
     "Data",
     "allowed",
     "counts",
+    "device_words",
     "family_cell",
     "family_title",
     "level_cell",
@@ -43,6 +44,7 @@ _TITLES = {
     "saved": "saved and loaded",
     "per_sample": "per-sample gradients",
     "memory": "linear memory",
+    "shipped": "default precision",
 }
 
 
@@ -94,9 +96,36 @@ def multiple(ratio: float) -> str:
     return f"{ratio:.2f} ×" if ratio < 100 else f"{ratio:.3g} ×"
 
 
-def allowed(data: Data, dtype: str) -> float:
-    """How many noise floors an error may reach."""
-    return float(data["factors"][dtype])
+def allowed(data: Data, outcome: Data) -> float:
+    """How many noise floors an error may reach.
+
+    Args:
+        data: the report.
+        outcome: of a backend, or a trajectory.
+    """
+    return float(data["factors"][outcome.get("label") or outcome["dtype"]])
+
+
+def device_words(backend: Data) -> str:
+    """The device of a backend, its model, driver and default precisions, as far as they are known.
+
+    Args:
+        backend: of `data["backends"]`.
+
+    Example:
+        >>> precisions = {"matrix product": "float32", "convolution": "tf32"}
+        >>> device_words({"device": {"name": "cuda:0", "model": "A card", "driver": "550", "precisions": precisions}})
+        'cuda:0, A card, driver 550; float32 by default: matrix product in float32, convolution in tf32'
+    """
+    device = backend.get("device") or {"name": ""}
+    if not device["name"]:
+        return ""
+    driver = f"driver {device['driver']}" if device["driver"] else ""
+    place = ", ".join(part for part in (device["name"], device["model"], driver) if part)
+    if not device["precisions"]:
+        return f"{place}; float32 by default: not measured, which the level deploy does"
+    ways = ", ".join(f"{way} in {label}" for way, label in device["precisions"].items())
+    return f"{place}; float32 by default: {ways}"
 
 
 def tested_levels(data: Data) -> dict[str, list[str]]:
@@ -147,7 +176,7 @@ def worst(data: Data, number: int) -> list[tuple[Data, Data, float]]:
             ratio = ratio_of(outcome)
             if ratio is None:
                 continue
-            share = ratio / allowed(data, outcome["dtype"])
+            share = ratio / allowed(data, outcome)
             key = (backend["name"], outcome["case"])
             if key not in found or share > found[key][2]:
                 found[key] = (backend, outcome, share)
@@ -180,7 +209,7 @@ def problems(data: Data, backend: Data) -> list[str]:
     if backend["missing"]:
         return [f"{', '.join(backend['missing'])} not installed: pip install 'selfattn[{backend['extra']}]'"]
     if backend["error"]:
-        return [f"did not start: {backend['error']}"]
+        return [backend["error"] if backend.get("absent") else f"did not start: {backend['error']}"]
     if nothing := unanswered(data, backend):
         return [nothing]
     return [
@@ -209,9 +238,10 @@ def verdict(data: Data) -> tuple[bool, str]:
     backends = data["backends"]
     if backends:
         passed = [backend["name"] for backend in backends if backend["passed"]]
-        failed = [b["name"] for b in backends if not b["passed"] and not b["missing"]]
+        absent = [backend["name"] for backend in backends if backend.get("absent")]
+        failed = [b["name"] for b in backends if not b["passed"] and not b["missing"] and not b.get("absent")]
         missing = [backend["name"] for backend in backends if backend["missing"]]
-        good = not failed and not missing
+        good = not failed and not missing and not absent
         if passed:
             everything = "every check that it claims" if len(passed) == 1 else "every check that they claim"
             parts.append(f"{_listed(passed)} passed {everything}")
@@ -219,6 +249,8 @@ def verdict(data: Data) -> tuple[bool, str]:
             parts.append(f"{_listed(failed)} failed")
         if missing:
             parts.append(f"{_listed(missing)} could not be run: something is not installed")
+        if absent:
+            parts.append(f"{_listed(absent)} could not be run: there is no such device here")
     if data["kills"]:
         alive = [kill["mutant"] for kill in data["kills"] if not kill["killed"]]
         good = good and not alive
@@ -233,7 +265,7 @@ def verdict(data: Data) -> tuple[bool, str]:
 
 def _cell(data: Data, backend: Data, families: Sequence[str]) -> Cell:
     if backend["missing"] or backend["error"]:
-        return Cell("absent", "missing") if backend["missing"] else Cell("bad", "error")
+        return _unstarted(backend)
     outcomes = [outcome for outcome in backend["outcomes"] if outcome["family"] in families]
     claimed = [outcome for outcome in outcomes if outcome["status"] != "unclaimed"]
     failed = [outcome for outcome in claimed if outcome["status"] in ("fail", "error")]
@@ -247,7 +279,7 @@ def _cell(data: Data, backend: Data, families: Sequence[str]) -> Cell:
             "expected", f"{len(expected)} of {len(claimed)} fail as expected", case=expected[0]["case"]
         )
     measured = [
-        (ratio / allowed(data, outcome["dtype"]), ratio, outcome)
+        (ratio / allowed(data, outcome), ratio, outcome)
         for outcome in claimed
         if (ratio := ratio_of(outcome))
     ]
@@ -255,6 +287,12 @@ def _cell(data: Data, backend: Data, families: Sequence[str]) -> Cell:
         return Cell("good", "bit for bit" if tuple(families) == ("params",) else "passed")
     share, ratio, outcome = max(measured, key=lambda row: row[0])
     return Cell("good", multiple(ratio), share, outcome["case"])
+
+
+def _unstarted(backend: Data) -> Cell:
+    if backend["missing"]:
+        return Cell("absent", "missing")
+    return Cell("absent", "no such device") if backend.get("absent") else Cell("bad", "error")
 
 
 def _listed(names: list[str]) -> str:

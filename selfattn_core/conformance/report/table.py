@@ -7,6 +7,7 @@ from typing import Any
 from selfattn_core.conformance.report.summary import (
     Cell,
     Data,
+    device_words,
     family_cell,
     family_title,
     multiple,
@@ -121,6 +122,12 @@ def _below(data: Data) -> list[str]:
         lines.append("Versions:")
         lines += [f"  {backend['name']}: {_versions(backend['versions'])}" for backend in data["backends"]]
         lines.append(f"  spec: {_versions(data['versions'])}")
+        placed = [
+            f"  {backend['name']}: {words}"
+            for backend in data["backends"]
+            if (words := device_words(backend))
+        ]
+        lines += ["Devices:", *placed] if placed else []
     for backend in data["backends"]:
         wrong = problems(data, backend)
         lines += [""] if wrong else []

@@ -1,0 +1,165 @@
+"""The formats that products of float32 arrays are computed in, as measured; and the spec with its products in one of them.
+
+Accelerators round the operands of float32 products, some by default and some when asked: TF32 keeps 10 bits of a
+fraction, bfloat16 7, and sums of three bfloat16 products about 15. Some round to the nearest number and some drop the
+other bits, which is twice as far off, and to one side. The sums themselves are in float32.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core import spec
+
+__all__ = ["FORMATS", "Format", "coarsest", "kept_bits", "measured", "spec_in"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the operands of a product are rounded.
+
+    Args:
+        bits: of the fraction that are kept.
+        factor: noise floors that an error may reach.
+        nearest: whether to the nearest number; otherwise towards zero.
+    """
+
+    bits: int
+    factor: float = 4.0
+    nearest: bool = True
+
+    @property
+    def eps(self) -> float:
+        """The distance from 1 to the next number."""
+        return 2.0**-self.bits
+
+    @property
+    def most(self) -> float:
+        """The largest error of a number, as a share of it; products by one of float32 have none."""
+        if self.bits == 23:
+            return 0.0
+        return self.eps / 2 if self.nearest else self.eps
+
+
+FORMATS: Mapping[str, Format] = {
+    "float32": Format(23, 8.0),
+    "bf16x3": Format(15),
+    "tf32": Format(10),
+    "tf32 truncated": Format(10, nearest=False),
+    "bf16": Format(7),
+    "bf16 truncated": Format(7, nearest=False),
+}
+"""From the finest to the coarsest; where operands are rounded, that is nearly all of the error, as it is in 16 bits."""
+
+_SIDE = 64
+
+
+def kept_bits(array: Array, label: str) -> Array:
+    """The operand of a product as a format keeps it.
+
+    Args:
+        array: float32.
+        label: one of `FORMATS`.
+
+    Example:
+        >>> kept_bits(np.array([1 + 2**-8, 1 + 3 * 2**-8], np.float32), "bf16")
+        array([1.      , 1.015625], dtype=float32)
+    """
+    format_ = FORMATS[label]
+    dropped = np.uint32(23 - format_.bits)
+    if not dropped:
+        return array
+    raw = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    if format_.nearest:
+        # Ties to even; what overflows the fraction moves the exponent.
+        raw = raw + ((np.uint32(1) << (dropped - 1)) - 1) + ((raw >> dropped) & 1)
+    kept = (raw >> dropped) << dropped
+    return np.where(np.isfinite(array), kept.view(np.float32).reshape(array.shape), array)
+
+
+def measured(products: Callable[[Array, Array], Mapping[str, Array]]) -> dict[str, str]:
+    """The format of each product that a backend has by default.
+
+    Numbers with all bits of a fraction are multiplied by one, from either side: what comes back is what a product keeps of
+    its operands. A format is the finest whose rounding explains it.
+
+    Args:
+        products: two float32 matrices to their product, by name of the way it is computed.
+
+    Raises:
+        ValueError: if a product is no product: coarser than any format, or of another shape.
+
+    Example:
+        >>> measured(lambda left, right: {"matmul": left @ right})
+        {'matmul': 'float32'}
+        >>> measured(lambda left, right: {"matmul": kept_bits(left, "tf32") @ kept_bits(right, "tf32")})
+        {'matmul': 'tf32'}
+    """
+    generator = np.random.default_rng(32)
+    one = np.eye(_SIDE, dtype=np.float32)
+    dense = generator.uniform(1, 2, (_SIDE, _SIDE)).astype(np.float32)
+    worst: dict[str, float] = {}
+    for left, right in ((dense, one), (one, dense)):
+        for name, product in products(left, right).items():
+            if product.shape != dense.shape:
+                raise ValueError(f"{name}: got a product of shape {product.shape}, expected {dense.shape}")
+            error = float(np.nan_to_num(np.abs(product.astype(np.float64) / dense - 1), nan=np.inf).max())
+            worst[name] = max(error, worst.get(name, error))
+    found = {}
+    for name, error in worst.items():
+        fits = [label for label, format_ in FORMATS.items() if error <= format_.most]
+        if not fits:
+            raise ValueError(
+                f"{name}: a number times one is off by {error:.2g} of itself, which is coarser than any format that is known"
+            )
+        found[name] = fits[0]
+    return found
+
+
+def coarsest(precisions: Mapping[str, str]) -> str:
+    """The coarsest of the formats of several products; float32 of none.
+
+    Example:
+        >>> coarsest({"matrix product": "float32", "convolution": "tf32"})
+        'tf32'
+    """
+    return max(precisions.values(), key=list(FORMATS).index, default="float32")
+
+
+@cache
+def spec_in(label: str) -> ModuleType:
+    """The spec with the operands of every matrix product rounded to a format, as a module.
+
+    Args:
+        label: one of `FORMATS`.
+
+    Example:
+        >>> spec_in("tf32").VERSION
+        1
+    """
+    tree = _Rounding().visit(ast.parse(inspect.getsource(spec)))
+    module = ModuleType(spec.__name__)
+    module.__dict__["_in_format"] = lambda left, right: kept_bits(left, label) @ kept_bits(right, label)
+    # The source is this package's own.
+    exec(compile(ast.fix_missing_locations(tree), f"<spec in {label}>", "exec"), module.__dict__)  # noqa: S102
+    return module
+
+
+class _Rounding(ast.NodeTransformer):
+    """Every `left @ right` becomes a call."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.MatMult):
+            return node
+        called = ast.Name("_in_format", ast.Load())
+        return ast.copy_location(ast.Call(called, [node.left, node.right], []), node)

@@ -1,0 +1,45 @@
+"""Mutants of the family shipped: layers that round more than the products of their framework do by default."""
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+from selfattn_core.conformance.backend import Backend
+from selfattn_core.conformance.formats import kept_bits, spec_in
+from selfattn_core.conformance.mutants.mutant import Mutant
+from selfattn_core.conformance.reference import Reference
+
+__all__ = ["MUTANTS", "RoundsOperands"]
+
+Array = NDArray[Any]
+
+
+class RoundsOperands(Reference):
+    """The spec with its products in one format, over a framework whose own products have another by default.
+
+    Args:
+        computes: the format of the layer, one of `FORMATS`.
+        default: that of the framework.
+    """
+
+    def __init__(self, computes: str, default: str) -> None:
+        super().__init__(spec_in(computes))
+        self.default = default
+
+    def default_products(self, left: Array, right: Array) -> dict[str, Array]:
+        """Numpy's, of rounded operands."""
+        return {"matrix product": kept_bits(left, self.default) @ kept_bits(right, self.default)}
+
+
+def _mutant(computes: str, default: str) -> Mutant:
+    def make() -> Backend:
+        return RoundsOperands(computes, default)
+
+    return Mutant(f"products in {computes} where {default} is the default", "shipped", make)
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    _mutant("tf32", "float32"),
+    _mutant("bf16", "float32"),
+    _mutant("bf16", "tf32"),
+)

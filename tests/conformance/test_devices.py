@@ -1,0 +1,215 @@
+"""Backends on the device that is asked for, in the words of their framework, and on no other."""
+
+import json
+import os
+from pathlib import Path
+
+import jsonschema
+import pytest
+from click.testing import CliRunner
+
+from selfattn_core.cli import main
+from selfattn_core.conformance.backend import REGISTRY
+from selfattn_core.conformance.devices import (
+    WORDS,
+    DeviceAbsentError,
+    DeviceUnknownError,
+    chosen,
+    device_problem,
+    device_variables,
+)
+from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, as_table, schema
+from selfattn_core.conformance.runner import run_backend
+from selfattn_core.conformance.runs import all_runs
+
+HERE = Path(__file__).parent
+ONE = [run for run in all_runs() if run.id == "SA-FWD-001/float32/channels_last"]
+FEW = [
+    run
+    for run in all_runs()
+    if run.case.id in ("SA-FWD-001", "SA-MAP-001", "SA-PAR-001", "SA-MEM-001", "SA-SHP-001")
+    and run.dtype == "float32"
+    and run.layout == "channels_last"
+]
+
+
+@pytest.fixture(autouse=True)
+def _toys(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])))
+
+
+def statuses(report) -> dict[str, str]:
+    return {outcome.run.case.family: outcome.status for outcome in report.outcomes}
+
+
+@pytest.mark.parametrize(
+    ("device", "name"), [("cpu", "cpu:0"), ("cpu:1", "cpu:1"), ("CUDA:1", "gpu:1"), ("gpu", "gpu:0")]
+)
+def test_a_device_has_a_word_and_a_number(device, name):
+    here = {"cpu": ("cpu:0", "cpu:1"), "cuda": ("gpu:0", "gpu:1"), "gpu": ("gpu:0", "gpu:1"), "tpu": ()}
+    assert chosen(device, here) == name
+
+
+@pytest.mark.parametrize("device", ["cpu:2", "tpu", "cuda:17"])
+def test_a_device_that_is_not_there(device):
+    here = {"cpu": ("cpu:0", "cpu:1"), "cuda": ("gpu:0",), "gpu": ("gpu:0",), "tpu": ()}
+    with pytest.raises(
+        DeviceAbsentError, match=rf"no device '{device}' here; there are: cpu:0, cpu:1, gpu:0\."
+    ):
+        chosen(device, here)
+
+
+@pytest.mark.parametrize("device", ["", "card", "cpu:", "cpu:x", "cpu:-1", "cpu:0,cpu:1", "cpu 0"])
+def test_what_is_no_device(device):
+    with pytest.raises(DeviceUnknownError, match="expected one of cpu, cuda"):
+        chosen(device, {"cpu": ("cpu:0",), "cuda": ()})
+
+
+def test_every_framework_has_words():
+    assert {registered.framework for registered in REGISTRY.values()} == set(WORDS)
+    assert device_problem("mps", WORDS["torch"]) == ""
+    assert "cpu, gpu, cuda, rocm, tpu" in device_problem("mps", WORDS["jax"])
+
+
+def test_the_cpu_is_all_that_a_process_on_it_sees():
+    for given in ({}, {"CUDA_VISIBLE_DEVICES": "0", "JAX_PLATFORMS": "cuda"}):
+        assert device_variables("jax", "cpu:3", given) == {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+        assert device_variables("torch", "cpu", given) == {"CUDA_VISIBLE_DEVICES": ""}
+    assert device_variables("torch", "cuda", {"CUDA_VISIBLE_DEVICES": "1"}) == {}
+    assert device_variables("jax", "tpu", {}) == {}
+
+
+def test_a_backend_of_ones_own_computes_where_it_is_asked_to():
+    report = run_backend("toy_backends:OnTwo", runs=FEW, device="toy")
+    assert statuses(report) == dict.fromkeys(("forward", "map", "params", "memory", "shipped"), "pass")
+    assert (report.device.name, report.device.model, report.device.driver) == ("toy:0", "A processor", "7")
+    assert report.device.precisions == {"matrix product": "tf32"}
+    assert {outcome.label for outcome in report.outcomes} == {"", "tf32"}
+
+
+def test_by_default_it_is_the_cpu_and_memory_is_what_its_counters_say():
+    report = run_backend("toy_backends:OnTwo", runs=FEW)
+    assert report.device.name == "cpu:0"
+    assert statuses(report)["memory"] == "fail"
+
+
+def test_answers_on_another_device_are_failures():
+    report = run_backend("toy_backends:Strays", runs=ONE, device="cpu:1")
+    assert [outcome.message for outcome in report.outcomes] == [
+        "answers lay on cpu:0, where cpu:1 was asked for"
+    ]
+    assert statuses(report) == {"forward": "fail"}
+    assert run_backend("toy_backends:Strays", runs=ONE, device="cpu:0").passed
+
+
+def test_a_device_without_memory_for_one_case_answers_the_others():
+    report = run_backend("toy_backends:RunsOut", runs=FEW, device="toy:0")
+    assert statuses(report) == {
+        "forward": "pass",
+        "map": "error",
+        "params": "pass",
+        "memory": "pass",
+        "shipped": "pass",
+    }
+    (message,) = [outcome.message for outcome in report.outcomes if outcome.status == "error"]
+    assert "toy:0: out of memory" in message
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "words"),
+    [
+        ("Good", "cpu", "this backend takes none: it has no methods devices, on and places"),
+        ("OnTwo", "cuda", "got device 'cuda'; expected one of cpu, toy, card"),
+        ("WithoutPlaces", "", "lacks on, places"),
+    ],
+)
+def test_what_is_refused(backend, device, words):
+    report = run_backend(f"toy_backends:{backend}", runs=ONE, device=device)
+    assert report.refused
+    assert words in report.error
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(main, ["conform", *arguments])
+
+
+def test_the_command_asks_for_a_device(tmp_path):
+    path = tmp_path / "report.json"
+    result = invoke("toy_backends:OnTwo", "--level", "core", "--device", "toy", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    assert "toy:0, A processor, driver 7; float32 by default: not measured" in result.output
+    data = json.loads(path.read_text(encoding="utf-8"))
+    jsonschema.validate(data, schema())
+    assert data["device"] == "toy"
+
+
+def test_a_device_that_is_not_there_is_missing():
+    result = invoke("toy_backends:OnTwo", "--level", "core", "--device", "card")
+    assert result.exit_code == 3
+    assert "there is no device 'card' here; there are: cpu:0, cpu:1, toy:0." in result.output
+    assert "did not start" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["torch", "--device", "gpu"], ["torch: got device 'gpu'; expected one of cpu, cuda, mps, xpu"]),
+        (
+            ["--device", "cuda"],
+            ["keras-tensorflow: got device 'cuda'; expected one of cpu, gpu"],
+        ),
+        (
+            ["--device", "mps"],
+            ["keras-tensorflow: got", "keras-jax, flax-nnx, flax-linen: got", "cpu, gpu, cuda, rocm, tpu"],
+        ),
+        (["torch", "--device", "cuda:0", "--device", "cuda:1"], ["got cuda:0 and cuda:1; expected one"]),
+        (["torch", "--device", "cuda:0,cuda:1"], ["got device 'cuda:0,cuda:1'"]),
+        (["--self-test", "--device", "cpu"], ["name a BACKEND"]),
+        (["--device", "cpu", "--diff", "a.json", "b.json"], ["--diff runs nothing"]),
+    ],
+)
+def test_wrong_usage(arguments, words):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    said = " ".join(result.output.replace("│", " ").split())
+    for each in words:
+        assert each in said
+    assert "torch: got" not in said or "torch" in arguments
+
+
+def test_every_form_of_a_report_names_the_device():
+    report = run_backend("toy_backends:OnTwo", runs=FEW, device="toy")
+    data = as_data([report], device="toy")
+    jsonschema.validate(data, schema())
+    assert data["factors"]["tf32"] == 4
+    words = "toy:0, A processor, driver 7; float32 by default: matrix product in tf32"
+    for form in (as_html, as_junit, as_markdown, as_table):
+        assert words in form(data)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:3"])
+def test_jax_on_one_of_several_devices(monkeypatch, device):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    asked = [run for run in FEW if run.case.family in ("forward", "params")]
+    report = run_backend("flax-nnx", runs=asked, device=device)
+    assert report.passed, report
+    assert report.device.name == (device if ":" in device else "cpu:0")
+    assert report.device.model
+
+
+def test_jax_on_another_device_than_asked_for(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    report = run_backend("toy_jax:Strays", runs=ONE, device="cpu:3")
+    assert [outcome.message for outcome in report.outcomes] == [
+        "answers lay on cpu:0, where cpu:3 was asked for"
+    ]
+
+
+@pytest.mark.parametrize("visible", ["", None])
+def test_with_and_without_cards_hidden_the_default_is_the_cpu(monkeypatch, visible):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    report = run_backend("torch", runs=ONE)
+    assert report.passed
+    assert report.device.name == "cpu:0"

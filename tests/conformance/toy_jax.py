@@ -1,0 +1,14 @@
+"""A layer of Flax whose answers lie on the first device, whichever is asked for."""
+
+import jax
+
+from selfattn_flax.conformance import FlaxBackend, nnx_backend
+
+
+class Strays(FlaxBackend):
+    def __init__(self):
+        super().__init__("strays", nnx_backend.kind)
+
+    def forward(self, model, x):
+        with jax.default_device(jax.devices("cpu")[0]):
+            return super().forward(model, x)
