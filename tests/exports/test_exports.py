@@ -21,7 +21,8 @@ def one(name, runtime, form, folder):
     return exporter
 
 
-# A loop that counts in 64 bits is read wrongly, in silence.
+# A loop that counts in 64 bits is read wrongly, in silence; `keras_checks/check_export.py` would see it too.
+@pytest.mark.slow
 def test_litert_in_blocks_is_right(tmp_path):
     one("keras_tensorflow_litert", "tensorflow-lite", Form("pooled", blocks=True), tmp_path)
 
@@ -34,6 +35,7 @@ def test_a_file_is_right_and_with_other_weights_is_wrong(tmp_path):
     assert judged(exporter, form, "onnxruntime", tmp_path).ending == "wrong"
 
 
+@pytest.mark.slow
 def test_what_an_exporter_raises_is_what_it_says(tmp_path):
     elsewhere = replace(BY_NAME["keras_torch_torch"], environment={"KERAS_BACKEND": "jax"})
     (cell,) = sweep([elsewhere], FORMS[:1], folder=tmp_path)
