@@ -283,7 +283,7 @@ def dialect(name: str) -> Dialect:
         >>> dialect("fastia")
         Traceback (most recent call last):
         ...
-        selfattn_core.porting.errors.PortError: dialect 'fastia' is unknown; did you mean fastai? `selfattn dialects` lists them, and a file of your own ends in .toml.
+        selfattn_core.porting.errors.PortError: dialect 'fastia' is unknown; did you mean fastai or fastai-1? `selfattn dialects` lists them, and a file of your own ends in .toml.
     """
     if name.endswith(".toml"):
         return parse_dialect(_read(Path(name)), name)

@@ -122,7 +122,7 @@ def groups(index: KeyIndex, infos: Mapping[str, Listed]) -> list[Group]:
         >>> shapes = {"a.one": (2, 16, 1, 1), "a.two": (2, 16, 1, 1), "a.three": (16, 16, 1, 1), "a.gain": (1,)}
         >>> infos = {name: TensorInfo(shape, "float32") for name, shape in shapes.items()}
         >>> [(group.prefix, list(group.kernels), group.numbers) for group in groups(KeyIndex(infos), infos)]
-        [('a.', ['a.one', 'a.two', 'a.three'], ('a.gain',))]
+        [('a.', ['a.one', 'a.three', 'a.two'], ('a.gain',))]
     """
     by_prefix: dict[str, list[str]] = {}
     for name in index.under(""):
