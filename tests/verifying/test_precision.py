@@ -8,6 +8,7 @@ import pytest
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.conformance.cases import Case
 from selfattn_core.conformance.inputs import inputs, rounded
+from selfattn_core.conformance.tolerance import measure
 from selfattn_core.verifying.precision import PRECISIONS, expected, held
 from selfattn_core.verifying.questions import Question, questions
 
@@ -51,3 +52,33 @@ def test_the_map_of_the_largest_question_has_several_blocks_and_odd_sides():
         down, across = config.key_grid(height, width)
         assert height * width * down * across * 4 > 2 * 8 * 2**20
         assert height != width
+
+
+def test_keys_may_be_added_up_one_after_the_other():
+    """On a map of equal weights numpy's sums in pairs are nearly exact, and sums in turn are off by many ulp."""
+    config = SelfAttentionConfig(16)
+    drawn = {
+        name: array.astype(np.float32)
+        for name, array in inputs(Case("", "forward", "", config), "float64").params.items()
+    }
+    wide = {name: array.astype(np.float64) for name, array in drawn.items()}
+    x = np.broadcast_to(np.random.default_rng(2).standard_normal(16).astype(np.float32), (1, 40, 41, 16))
+    rows = x.reshape(-1, 16)
+    query, key, value = (
+        rows @ drawn[f"{role}.kernel"] + drawn[f"{role}.bias"] for role in ("query", "key", "value")
+    )
+    # Every row of the map is the same.
+    weights = np.exp(query[:1] @ key.T - (query[:1] @ key.T).max())
+    total = np.add.accumulate(weights, axis=-1)[:, -1:]
+    attended = np.add.accumulate((weights / total).T * value, axis=0)[-1:]
+    y = (x + drawn["gamma"] * attended).astype(np.float64)
+    question = Question("", x.astype(np.float64))
+    verdicts = [
+        measure("y", y, expected(config, wide, question, "float32", ("y",), in_turn=in_turn)["y"], 8.0)
+        for in_turn in (False, True)
+    ]
+    assert [verdict.passed for verdict in verdicts] == [False, True]
+    # One key of 1640 left out is more than that.
+    lost = y + drawn["gamma"] * value[:1] / 1640
+    wider = expected(config, wide, question, "float32", ("y",), in_turn=True)["y"]
+    assert not measure("y", lost.astype(np.float64), wider, 8.0).passed
