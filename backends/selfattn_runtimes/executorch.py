@@ -1,5 +1,6 @@
 """Programs of ExecuTorch (`.pte`), run by its Python runtime."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from executorch.runtime import Runtime
 from numpy.typing import NDArray
 
 from selfattn_core.verifying.artifact import Artifact, Tensor
+from selfattn_runtimes.torch_tensors import from_numpy, to_numpy
 
 __all__ = ["open_artifact"]
 
@@ -31,13 +33,12 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
 
     def run(x: NDArray[Any], _: str, names: tuple[str, ...]) -> list[NDArray[Any]]:
         with torch.no_grad():
-            answered = method.execute([torch.from_numpy(x)])
+            answered = method.execute([from_numpy(x)])
         by_name = {each.name: value for each, value in zip(outputs, answered, strict=True)}
-        # A copy: the runtime writes the next answer into the same memory.
-        return [by_name[name].numpy().copy() for name in names]
+        return [to_numpy(by_name[name]) for name in names]
 
     note = "a program does not say whether its sizes are open, but the largest that it plans memory for; it was asked at these"
-    return Artifact(tuple(inputs), tuple(outputs), run, {}, notes=(note,))
+    return Artifact(tuple(inputs), tuple(outputs), run, {"executorch": version("executorch")}, notes=(note,))
 
 
 def _tensor(name: str, said: Any) -> Tensor:

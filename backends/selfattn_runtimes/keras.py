@@ -25,9 +25,14 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
         ValueError: if the model has not the layers that are named.
     """
     model = keras.saving.load_model(path, compile=False)
-    if input_name is not None or output_names:
-        model = _part(model, input_name, output_names)
-    named = output_names or tuple(f"output {number}" for number in range(len(model.outputs)))
+    own = {each.name for each in model.inputs}
+    own |= {layer.name for layer in model.layers if isinstance(layer, keras.layers.InputLayer)}
+    start = None if input_name in own else input_name
+    if start is not None or not set(_names(model, ())).issuperset(output_names):
+        model = _part(model, start, output_names)
+        named = _names(model, output_names)
+    else:
+        named = _names(model, ())
     inputs = [_tensor(input_name or each.name, each) for each in model.inputs]
     outputs = [_tensor(name, each) for name, each in zip(named, model.outputs, strict=True)]
 
@@ -53,8 +58,16 @@ def _part(model: Any, input_name: str | None, output_names: tuple[str, ...]) -> 
     if missing := [name for name in named if name not in layers]:
         raise ValueError(f"it has no layer {', '.join(missing)}; it has {', '.join(layers)}.")
     start = model.inputs if input_name is None else layers[input_name].input
-    end = [layers[name].output for name in output_names] or model.outputs
+    end = keras.tree.flatten([layers[name].output for name in output_names]) or model.outputs
     return keras.Model(start, end[0] if len(end) == 1 else end)
+
+
+def _names(model: Any, layers: tuple[str, ...]) -> tuple[str, ...]:
+    """Of its outputs: of a part, that of the layer; what else that layer gives has a number behind it."""
+    count = len(model.outputs)
+    if len(layers) == 1:
+        return (layers[0], *(f"{layers[0]} {number}" for number in range(1, count)))
+    return layers if len(layers) == count else tuple(f"output {number}" for number in range(count))
 
 
 def _tensor(name: str, symbolic: Any) -> Tensor:

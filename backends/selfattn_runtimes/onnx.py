@@ -73,7 +73,15 @@ def _part(model: Any, input_name: str | None, output_names: tuple[str, ...]) -> 
 
 def _formats(model: Any) -> set[str]:
     """Dtypes of the weights; integers are those of shapes and axes, unless something is quantised."""
-    stored = {np.dtype(tensor_dtype_to_np_dtype(each.data_type)).name for each in model.graph.initializer}
+    constants = [
+        attribute.t
+        for node in model.graph.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.HasField("t")
+    ]
+    weights = [each for each in (*model.graph.initializer, *constants) if each.dims]
+    stored = {np.dtype(tensor_dtype_to_np_dtype(each.data_type)).name for each in weights}
     quantised = any(node.op_type.startswith(_QUANTISED) for node in model.graph.node)
     return {dtype for dtype in stored if "float" in dtype} | ({"int8"} if quantised else set())
 

@@ -21,7 +21,7 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
     """
     core = openvino.Core()
     model = core.read_model(path)
-    if input_name is not None or output_names:
+    if not _own_names(model).issuperset(name for name in (input_name, *output_names) if name is not None):
         model = _part(model, input_name, output_names)
     by_default = core.get_property("CPU", "INFERENCE_PRECISION_HINT")
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -47,6 +47,15 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
         frozenset(_formats(model)),
         tuple(notes),
     )
+
+
+def _own_names(model: Any) -> set[str]:
+    """Of the network's own input and outputs; one without a name has a number."""
+    own: set[str] = set()
+    for kind, ports in (("input", model.inputs), ("output", model.outputs)):
+        for number, port in enumerate(ports):
+            own |= set(port.get_names()) or {f"{kind} {number}"}
+    return own
 
 
 def _part(model: Any, input_name: str | None, output_names: tuple[str, ...]) -> Any:

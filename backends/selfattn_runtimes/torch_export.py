@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from torch.utils import _pytree as pytree
 
 from selfattn_core.verifying.artifact import Artifact, Tensor
+from selfattn_runtimes.torch_tensors import from_numpy, to_numpy
 
 __all__ = ["open_artifact"]
 
@@ -21,28 +23,23 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
     program = torch.export.load(path)
     module = program.module()
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    inputs = [_tensor(name, values[name]) for name in program.graph_signature.user_inputs]
-    outputs = [_tensor(name, values.get(name)) for name in program.graph_signature.user_outputs]
+    # Arguments that are no tensors were made constants, and are passed on as such.
+    given = program.graph_signature.user_inputs
+    inputs = [_tensor(name, values[name]) for name in given if isinstance(name, str) and name in values]
+    names_out = [name for name in program.graph_signature.user_outputs if isinstance(name, str)]
+    outputs = [_tensor(name, values[name]) for name in names_out]
 
     def run(x: NDArray[Any], _: str, names: tuple[str, ...]) -> list[NDArray[Any]]:
-        given = torch.from_numpy(x) if x.dtype.name != "bfloat16" else _from_bfloat16(x)
+        flat_in = [from_numpy(x) if inputs and each == inputs[0].name else each for each in given]
+        args, kwargs = pytree.tree_unflatten(flat_in, program.call_spec.in_spec)
         with torch.no_grad():
-            answered = module(given)
-        flat = answered if isinstance(answered, tuple | list) else (answered,)
+            answered = module(*args, **kwargs)
+        flat = [each for each in pytree.tree_leaves(answered) if isinstance(each, torch.Tensor)]
         by_name = {each.name: value for each, value in zip(outputs, flat, strict=True)}
-        return [_to_numpy(by_name[name]) for name in names]
+        return [to_numpy(by_name[name]) for name in names]
 
     stored = {str(tensor.dtype).removeprefix("torch.") for tensor in program.state_dict.values()}
     return Artifact(tuple(inputs), tuple(outputs), run, {"torch": torch.__version__}, frozenset(stored))
-
-
-def _from_bfloat16(x: NDArray[Any]) -> Any:
-    return torch.from_numpy(x.astype("float32")).bfloat16()
-
-
-def _to_numpy(tensor: Any) -> NDArray[Any]:
-    array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
 
 
 def _tensor(name: str, value: Any) -> Tensor:

@@ -72,7 +72,13 @@ class _Size(click.ParamType[tuple[int, int]]):
     "--features",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help=".npy or .npz with maps of your own, asked instead of the designed inputs.",
+    help=".npy or .npz with a map of your own, asked instead of the designed inputs.",
+)
+@click.option("--array", help="Which array of the file of --features, where there are several.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=0),
+    help="Which sample of the file of --features, where there are several.",
 )
 @click.option(
     "--json",
@@ -100,6 +106,8 @@ def verify(
     size: tuple[int, int] | None,
     precision: str | None,
     features: Path | None,
+    array: str | None,
+    sample: int | None,
     json_file: str | None,
     html_file: str | None,
 ) -> None:
@@ -148,6 +156,8 @@ def verify(
                 size=size,
                 precision=precision,
                 features=features,
+                array=array,
+                sample=sample,
                 block=block,
                 dialect=dialect,
                 prefix=prefix,

@@ -37,14 +37,12 @@ class Container:
         title: as its makers write it.
         suffixes: of its files; none if it is known by something else.
         runtimes: that run it, the usual one first.
-        cuts: whether a part of the network can be run, from a named input to a named output.
         refused: why no file of it is run here, and what to do; empty if it is run.
     """
 
     title: str
     suffixes: tuple[str, ...]
     runtimes: tuple[Runtime, ...] = ()
-    cuts: bool = False
     refused: str = ""
 
 
@@ -66,11 +64,13 @@ CONTAINERS: Mapping[str, Container] = {
         (".onnx",),
         (
             Runtime(
-                "onnxruntime", "selfattn_runtimes.onnx:open_artifact", ("onnxruntime",), "onnxruntime onnx"
+                "onnxruntime",
+                "selfattn_runtimes.onnx:open_artifact",
+                ("onnxruntime", "onnx"),
+                "onnxruntime onnx",
             ),
             _OPENVINO,
         ),
-        cuts=True,
     ),
     "litert": Container(
         "LiteRT",
@@ -102,9 +102,7 @@ CONTAINERS: Mapping[str, Container] = {
             ),
         ),
     ),
-    "keras": Container(
-        "Keras", (".keras",), (_keras("tensorflow"), _keras("jax"), _keras("torch")), cuts=True
-    ),
+    "keras": Container("Keras", (".keras",), (_keras("tensorflow"), _keras("jax"), _keras("torch"))),
     "torch-export": Container(
         "torch.export",
         (".pt2",),
@@ -120,7 +118,7 @@ CONTAINERS: Mapping[str, Container] = {
         (".jax", ".jax_export", ".stablehlo"),
         (Runtime("jax", "selfattn_runtimes.jax_export:open_artifact", ("jax",), "'selfattn[jax]'"),),
     ),
-    "openvino": Container("OpenVINO", (".xml",), (_OPENVINO,), cuts=True),
+    "openvino": Container("OpenVINO", (".xml",), (_OPENVINO,)),
     "coreml": Container(
         "Core ML",
         (".mlpackage", ".mlmodel", ".mlmodelc"),

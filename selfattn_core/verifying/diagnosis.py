@@ -20,8 +20,10 @@ __all__ = ["Evidence", "diagnose"]
 
 Array = NDArray[Any]
 
-# Positions of an input that every known bug is computed on.
+# Positions of the inputs that every known bug is computed on, and of a single one where there are no smaller ones: each bug
+# takes the time of the definition.
 _MOST_POSITIONS = 1024
+_MOST_POSITIONS_OF_ONE = 2304
 _WINDOWS = (1, 2, 3, 4)
 
 
@@ -44,7 +46,7 @@ class Evidence:
 
 def diagnose(
     config: SelfAttentionConfig, params: Mapping[str, Array], evidence: Sequence[Evidence], factor: float
-) -> list[str]:
+) -> list[str] | None:
     """The explanations that fit all the evidence within the limits of the definition, in words.
 
     Args:
@@ -52,17 +54,38 @@ def diagnose(
         params: the weights, float64.
         evidence: inputs and answers, right ones and wrong ones.
         factor: noise floors that an error may reach.
+
+    Returns:
+        One for each; None if nothing was looked for, because all wrong answers are of large maps.
     """
-    small = [each for each in evidence if each.x.shape[1] * each.x.shape[2] <= _MOST_POSITIONS]
-    # What is wrong is told first: most explanations fail at once.
-    small.sort(key=lambda each: (each.passed, each.x.size))
-    if not small or small[0].passed:
+    wrong = sorted((each for each in evidence if not each.passed), key=lambda each: each.x.size)
+    if not wrong:
         return []
-    found = []
-    for words, answer in _explanations(config, params):
-        if all(_explains(answer, each, factor) for each in small):
-            found.append(words)
-    return found
+    if _positions(wrong[0]) > _MOST_POSITIONS_OF_ONE:
+        return None
+    small = [each for each in evidence if _positions(each) <= _MOST_POSITIONS]
+    # What is wrong is asked first: most explanations fail at once.
+    small.sort(key=lambda each: (each.passed, each.x.size))
+    if _positions(wrong[0]) > _MOST_POSITIONS:
+        small = [_first_sample(wrong[0])]
+    return [
+        words
+        for words, answer in _explanations(config, params)
+        if all(_explains(answer, each, factor) for each in small)
+    ]
+
+
+def _positions(evidence: Evidence) -> int:
+    return int(evidence.x.shape[1] * evidence.x.shape[2])
+
+
+def _first_sample(evidence: Evidence) -> Evidence:
+    return Evidence(
+        evidence.x[:1],
+        {name: answer[:1] for name, answer in evidence.answers.items()},
+        {name: replace(each, want=each.want[:1]) for name, each in evidence.expectations.items()},
+        evidence.passed,
+    )
 
 
 def _explains(answer: Callable[[Array, str], Array], evidence: Evidence, factor: float) -> bool:

@@ -101,6 +101,29 @@ def expected(
         in_turn: whether sums over keys may have been made one key after the other; in 16 bits and int8 that is nothing.
     """
     in_turn = in_turn and precision in ("float64", "float32")
+    # A map of the whole batch may be more than there is memory for.
+    samples = [
+        _expected(config, params, Question(question.name, question.x[b : b + 1]), precision, asked, in_turn)
+        for b in range(question.x.shape[0])
+    ]
+    return {
+        quantity: Expectation(
+            np.concatenate([sample[quantity].want for sample in samples]),
+            max(sample[quantity].floor for sample in samples),
+            max(sample[quantity].cap for sample in samples),
+        )
+        for quantity in asked
+    }
+
+
+def _expected(
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    question: Question,
+    precision: str,
+    asked: Sequence[str],
+    in_turn: bool,
+) -> dict[str, Expectation]:
     found = {}
     for quantity in asked:
         case = _case(config, params, question, quantity)

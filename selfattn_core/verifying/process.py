@@ -1,7 +1,10 @@
 """The process of an artifact from outside: started, asked, waited for, and started again where the runtime took it along."""
 
+import contextlib
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +28,7 @@ Array = NDArray[Any]
 
 _OPENING_SECONDS = 120.0
 _ANSWER_SECONDS = 60.0
+_MOMENT = 2.0
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,13 @@ class Answer:
         outputs: arrays in the order in which they were asked for; none if there is an error.
         dtypes: that they have in the file.
         error: of the runtime, or how its process ended.
+        raised: whether the runtime itself said so, and lives on.
     """
 
     outputs: tuple[Array, ...] = ()
     dtypes: tuple[str, ...] = ()
     error: str = ""
+    raised: bool = False
 
 
 class CrashedError(Exception):
@@ -101,6 +107,7 @@ class Process:
         }
         (self.folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         self.process: subprocess.Popen[str] | None = None
+        self.reader: threading.Thread | None = None
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
@@ -144,7 +151,7 @@ class Process:
             ending = str(error) if isinstance(error, CrashedError) else self._ending()
             return Answer(error=f"the runtime did not answer: {ending}")
         if said["event"] == "raised":
-            return Answer(error=said["error"])
+            return Answer(error=said["error"], raised=True)
         outputs = (
             np.load(self.folder / f"output-{number}.npy", allow_pickle=False)
             for number in range(len(output_names))
@@ -167,8 +174,11 @@ class Process:
                 stderr=stream,
                 text=True,
                 encoding="utf-8",
+                # So that what a runtime forks can be ended with it.
+                start_new_session=True,
             )
-        threading.Thread(target=_read, args=(self.process, self.lines), daemon=True).start()
+        self.reader = threading.Thread(target=_read, args=(self.process, self.lines), daemon=True)
+        self.reader.start()
         said = self._listen(_OPENING_SECONDS)
         if said["event"] == "refused":
             self._end()
@@ -201,11 +211,28 @@ class Process:
         process, self.process = self.process, None
         if process is None:
             return
-        process.kill()
+        _kill(process)
         process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                stream.close()
+        if self.reader is not None:
+            self.reader.join(_MOMENT)
+        streams = [process.stdin]
+        # What a child of the runtime holds open has no end; closing it would wait for the reader, which waits for that.
+        streams += [] if self.reader is not None and self.reader.is_alive() else [process.stdout]
+        for stream in streams:
+            # What was written to a process that has gone cannot be flushed.
+            with contextlib.suppress(OSError):
+                if stream is not None:
+                    stream.close()
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """End a process and its children, where the system has groups of them."""
+    if not hasattr(os, "killpg"):
+        process.kill()
+        return
+    # The process itself may have gone, and its children not.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read(process: "subprocess.Popen[str]", lines: "queue.SimpleQueue[str]") -> None:

@@ -18,7 +18,7 @@ Sizes = tuple[int | None, int | None, int | None]
 Kind = Literal["ordinary", "peaked", "huge", "flat", "shifted", "alike"]
 
 LARGEST_MAP = 2**26
-"""Weights of the largest map that the definition is computed of, half a gigabyte in float64; 8192 positions, unpooled."""
+"""Weights of the largest map that the definition is computed of, half a gigabyte in float64 for each sample; 8192 positions, unpooled."""
 
 # Of which the blocks of a memory-linear layer in float32, 8 MiB, hold less than half.
 _MANY_WEIGHTS = 9 * 2**19
@@ -80,14 +80,18 @@ def questions(
     generator = np.random.Generator(np.random.PCG64(seed))
     left_out = _OVERFLOWING.get(precision, ())
     found = []
+    problems = []
     for shape, kinds in _shapes(config, sizes):
         if problem := size_problem(config, shape):
-            raise VerifyError(problem)
+            problems.append(problem)
+            continue
         for kind in kinds:
             if kind not in left_out:
                 x = _draw(generator, (*shape, config.channels), kind)
                 x = _scaled(config, params, x, _LOGITS[kind]) if kind in _LOGITS else x
                 found.append(Question(f"{'×'.join(map(str, shape))}, {_WORDS[kind]}", x))
+    if not found:
+        raise VerifyError(problems[0])
     return found
 
 
@@ -130,12 +134,11 @@ def _shapes(
 ) -> Iterator[tuple[tuple[int, int, int], tuple[Kind, ...]]]:
     every: tuple[Kind, ...] = ("ordinary", "peaked", "huge", "flat", "shifted", "alike")
     side = config.kv_pool
-    many = _many(config)
     wanted: list[tuple[tuple[int, int, int], tuple[Kind, ...]]] = [
-        ((2, 2 * side + 1, 3 * side), every),
+        ((2, 2 * side + 1, 4 * side + 1), every),
         ((1, 8 * side, 8 * side), ("ordinary", "huge")),
         ((3, 2 * side, 5 * side), ("ordinary",)),
-        ((1, *many), ("ordinary", "peaked")),
+        ((1, *_many(config, sizes[1], sizes[2])), ("ordinary", "peaked")),
     ]
     if None in sizes[1:]:
         seen = set()
@@ -153,15 +156,16 @@ def _fitted(sizes: Sizes, shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return batch, height, width
 
 
-def _many(config: SelfAttentionConfig) -> tuple[int, int]:
-    """A map of odd sides with more weights than several blocks hold."""
-    height = config.kv_pool
-    while True:
-        width = height + 5
-        down, across = config.key_grid(height, width)
-        if height * width * down * across >= _MANY_WEIGHTS:
-            return height, width
-        height += 2 if config.kv_pool % 2 else 1
+def _many(config: SelfAttentionConfig, height: int | None, width: int | None) -> tuple[int, int]:
+    """Sides with more weights than several blocks hold; those that are open are no multiple of the pooling window."""
+    side = config.kv_pool
+    for windows in range(1, 2**10):
+        across = windows * side + (side > 1)
+        sides = (height or across, width or across + 5 * side)
+        down, along = config.key_grid(*sides)
+        if sides[0] * sides[1] * down * along >= _MANY_WEIGHTS:
+            break
+    return sides
 
 
 def _draw(generator: np.random.Generator, shape: tuple[int, ...], kind: Kind) -> Array:

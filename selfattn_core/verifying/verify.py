@@ -28,6 +28,11 @@ __all__ = ["verify"]
 Array = NDArray[Any]
 PathLike = str | os.PathLike[str]
 
+_UNEXPLAINED = (
+    "no known bug was looked for, because what is wrong is wrong on large maps alone: export for a smaller map, or pass a "
+    "smaller size, if the file takes one."
+)
+
 
 def verify(
     artifact: PathLike,
@@ -42,6 +47,8 @@ def verify(
     size: tuple[int, int] | None = None,
     precision: str | None = None,
     features: PathLike | None = None,
+    array: str | None = None,
+    sample: int | None = None,
     block: str | None = None,
     dialect: str | None = None,
     prefix: str | None = None,
@@ -63,7 +70,9 @@ def verify(
         layout: "channels_last" or "channels_first", where shapes do not say it.
         size: (H, W) of the maps, where sizes are open; by default several.
         precision: "float32", "float16", "bfloat16" or "int8", what the file is held to; by default what it stores.
-        features: an `.npy` or `.npz` file with maps in the file's layout, asked instead of the designed inputs.
+        features: an `.npy` or `.npz` file with a map in the file's layout, asked instead of the designed inputs.
+        array: which array of `features`, where there are several.
+        sample: which sample of `features`, where there are several.
         block: which layer of a canonical file.
         dialect: of other weights.
         prefix: which block of other weights.
@@ -113,9 +122,12 @@ def verify(
         held_to, why = (
             found_precision(found.x.dtype, described.formats) if precision is None else (precision, "")
         )
-        asked = _questions(config, params, found, held_to, size, features)
+        own = None if features is None else _own_question(config, found, features, array, sample)
+        asked = [own] if own else _designed(artifact, config, params, found, held_to, size)
+        asked = [Question(each.name, held(each.x, found.x.dtype, held_to)) for each in asked]
         findings, evidence = _ask_all(process, config, params, found, held_to, asked)
-    wrong = not all(finding.passed for finding in findings)
+    wrong = any(not finding.passed and not finding.refused for finding in findings)
+    explained = diagnose(config, params, evidence, factor(held_to)) if wrong else []
     return VerifyReport(
         artifact=artifact,
         weights=weights,
@@ -130,8 +142,12 @@ def verify(
         why=why,
         factor=factor(held_to),
         findings=tuple(findings),
-        diagnosis=tuple(diagnose(config, params, evidence, factor(held_to)) if wrong else ()),
-        notes=(*described.notes, *_notes(params, evidence, factor(held_to))),
+        diagnosis=tuple(explained or ()),
+        notes=(
+            *described.notes,
+            *(() if explained is not None else (_UNEXPLAINED,)),
+            *_notes(params, evidence, factor(held_to)),
+        ),
     )
 
 
@@ -169,22 +185,38 @@ def _runtime(container: Container, name: str | None, artifact: str) -> Runtime:
     )
 
 
-def _questions(
+def _designed(
+    artifact: str,
     config: SelfAttentionConfig,
     params: Mapping[str, Array],
     found: Signature,
     precision: str,
     size: tuple[int, int] | None,
-    features: PathLike | None,
 ) -> list[Question]:
-    if features is not None:
-        x = read_features(Path(features), config, layout=found.layout)
-        batch = found.sizes[0] or 1
-        asked = [own_question(config, np.repeat(x[np.newaxis], batch, axis=0), os.fspath(features))]
-    else:
-        sizes = found.sizes if size is None else (found.sizes[0], *size)
-        asked = questions(config, params, sizes, precision)
-    return [Question(each.name, held(each.x, found.x.dtype, precision)) for each in asked]
+    if size is None:
+        return questions(config, params, found.sizes, precision)
+    if problem := _other_size(found, size):
+        raise VerifyError(f"{artifact}: {problem}")
+    return questions(config, params, (found.sizes[0], *size), precision)
+
+
+def _own_question(
+    config: SelfAttentionConfig, found: Signature, features: PathLike, array: str | None, sample: int | None
+) -> Question:
+    path = Path(features)
+    x = read_features(path, config, array=array, sample=sample, layout=found.layout)
+    if problem := _other_size(found, (x.shape[0], x.shape[1])):
+        raise VerifyError(f"{path}: {problem}")
+    return own_question(config, np.repeat(x[np.newaxis], found.sizes[0] or 1, axis=0), str(path))
+
+
+def _other_size(found: Signature, size: tuple[int, int]) -> str:
+    """Why a file cannot be asked maps of this size; empty if it can."""
+    pairs = zip(size, found.sizes[1:], strict=True)
+    if all(fixed in (None, own) for own, fixed in pairs):
+        return ""
+    takes = "×".join("?" if fixed is None else str(fixed) for fixed in found.sizes[1:])
+    return f"got maps of {size[0]}×{size[1]} positions; the file takes {takes}."
 
 
 def _ask_all(
@@ -196,6 +228,7 @@ def _ask_all(
     asked: Sequence[Question],
 ) -> tuple[list[Finding], list[Evidence]]:
     findings, evidence = [], []
+    failed: set[tuple[int, ...]] = set()
     wanted = ("y",) if found.attention is None else ("y", "map")
     # The first once more at the end: a file must not remember what it was asked.
     asked = (*asked, Question(f"{asked[0].name}, once more after the others", asked[0].x))
@@ -203,6 +236,7 @@ def _ask_all(
         answer = _ask(process, found, question)
         if answer.error:
             findings.append(Finding(question.name, (), answer.error))
+            failed |= set() if answer.raised else {question.x.shape}
             continue
         outputs = dict(zip(wanted, _canonical(answer, found), strict=True))
         # Sums in turn take the definition seconds on large maps, so that only files which may need them pay for them.
@@ -219,9 +253,10 @@ def _ask_all(
         raise VerifyError(
             f"{process.artifact}: {process.runtime.name} opens it and answers nothing: {findings[0].error}"
         )
-    answered = {each.x.shape for each in evidence}
+    # A runtime that crashed, or did not come to an end, has refused nothing.
+    taken = {each.x.shape for each in evidence} | failed
     return [
-        replace(finding, refused=question.x.shape not in answered)
+        replace(finding, refused=question.x.shape not in taken)
         for finding, question in zip(findings, asked, strict=True)
     ], evidence
 
@@ -244,7 +279,7 @@ def _notes(params: Mapping[str, Array], evidence: Sequence[Evidence], allowed: f
     """What the verdict does not cover."""
     if not params["gamma"].any():
         yield "gamma is 0, so that the function of these weights is y = x: nothing was learnt about the attention."
-    elif evidence and all(_hidden(each, allowed) for each in evidence):
+    elif evidence and all(_hidden(each, allowed) and "map" not in each.answers for each in evidence):
         yield "the attention adds less to x than the limits allow: nothing was learnt about it."
 
 

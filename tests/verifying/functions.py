@@ -5,6 +5,7 @@ The folder and the case of a test come by environment variables, for a process h
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,30 @@ def crashes_once(x: Array) -> Array:
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return right(x)
+
+
+def crashes_on_large_maps(x: Array) -> Array:
+    if x.shape[1] * x.shape[2] > 100:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(x)
+
+
+def dies_after_its_answer(x: Array) -> Array:
+    """Between two inputs, when nobody waits for it."""
+    threading.Timer(0.02, os._exit, (0,)).start()
+    return right(x)
+
+
+def forks(x: Array) -> Array:
+    """A child that holds everything open that the process has open, as those of `multiprocessing` do."""
+    if not _SEEN:
+        _SEEN.add(os.fork() or _sleep_and_exit())
+    return right(x)
+
+
+def _sleep_and_exit() -> None:
+    time.sleep(600)
+    os._exit(0)
 
 
 def hangs(x: Array) -> Array:

@@ -10,7 +10,7 @@ from selfattn_core.conformance.cases import Case
 from selfattn_core.conformance.inputs import inputs, rounded
 from selfattn_core.conformance.tolerance import measure
 from selfattn_core.verifying.precision import PRECISIONS, expected, held
-from selfattn_core.verifying.questions import Question, questions
+from selfattn_core.verifying.questions import LARGEST_MAP, Question, questions
 
 CONFIG = SelfAttentionConfig(16, qk_channels=3, kv_pool=2)
 
@@ -43,15 +43,39 @@ def test_floors_are_in_the_order_of_the_formats():
         assert half < eight < 8 * brain
 
 
-def test_the_map_of_the_largest_question_has_several_blocks_and_odd_sides():
-    for pool in (1, 2, 3):
-        config = SelfAttentionConfig(16, kv_pool=pool)
-        drawn = inputs(Case("", "forward", "", config), "float64").params
-        shapes = {question.x.shape for question in questions(config, drawn, (None, None, None), "float32")}
-        _, height, width, _ = max(shapes, key=lambda shape: shape[1] * shape[2])
-        down, across = config.key_grid(height, width)
-        assert height * width * down * across * 4 > 2 * 8 * 2**20
-        assert height != width
+@pytest.mark.parametrize("sizes", [(None, None, None), (3, None, None), (None, 30, None), (2, None, 256)])
+@pytest.mark.parametrize("pool", [1, 2, 3, 5])
+def test_open_sizes_are_asked_in_several_blocks_and_beside_whole_windows(sizes, pool):
+    config = SelfAttentionConfig(16, kv_pool=pool)
+    drawn = inputs(Case("", "forward", "", config), "float64").params
+    shapes = {question.x.shape for question in questions(config, drawn, sizes, "float32")}
+    largest = max(shapes, key=lambda shape: shape[1] * shape[2])
+    down, across = config.key_grid(*largest[1:3])
+    assert 2 * 8 * 2**20 < 4 * largest[1] * largest[2] * down * across <= 4 * LARGEST_MAP
+    for axis in (1, 2):
+        assert all(sizes[axis] in (None, shape[axis]) for shape in shapes)
+        if sizes[axis] is None:
+            assert pool == 1 or any(shape[axis] % pool for shape in shapes)
+    assert any(shape[1] != shape[2] for shape in shapes)
+
+
+def test_a_map_that_is_too_large_is_no_reason_not_to_ask_the_others():
+    config = SelfAttentionConfig(16)
+    drawn = inputs(Case("", "forward", "", config), "float64").params
+    shapes = {question.x.shape for question in questions(config, drawn, (1, 1200, None), "float32")}
+    assert shapes
+    assert all(shape[1] == 1200 and (1200 * shape[2]) ** 2 <= LARGEST_MAP for shape in shapes)
+
+
+def test_a_batch_is_held_to_what_each_sample_is():
+    x = np.random.default_rng(1).standard_normal((3, 5, 7, 16))
+    whole = expected(CONFIG, params(), Question("", x), "float32", ("y", "map"))
+    single = [
+        expected(CONFIG, params(), Question("", x[b : b + 1]), "float32", ("y", "map")) for b in range(3)
+    ]
+    for name in ("y", "map"):
+        assert (whole[name].want == np.concatenate([each[name].want for each in single])).all()
+        assert whole[name].floor == max(each[name].floor for each in single)
 
 
 def test_keys_may_be_added_up_one_after_the_other():

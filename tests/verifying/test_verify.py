@@ -1,6 +1,8 @@
 """`verify` on functions that stand in for files: what it passes, what it finds wrong, and what it says of it."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,13 @@ def test_what_is_wrong_is_explained(weights):
     assert verified("slightly_off", weights).diagnosis == ()
 
 
+def test_a_single_larger_map_is_explained_and_a_very_large_one_is_said_not_to_be(weights):
+    assert verified("gamma_dropped", weights, size=(33, 34)).diagnosis == ("gamma ignored",)
+    report = verified("gamma_dropped", weights, size=(50, 49))
+    assert report.diagnosis == ()
+    assert "no known bug was looked for" in report.notes[0]
+
+
 def test_a_format_has_its_own_floor(weights):
     assert verified("rounded_to_16_bits", weights, precision="float16").passed
     assert verified("rounded_to_16_bits", weights, precision="int8").passed
@@ -117,6 +126,44 @@ def test_a_crash_is_an_answer(weights):
     report = verified("crashes_once", weights)
     assert [finding.passed for finding in report.findings] == [False] + [True] * (len(report.findings) - 1)
     assert "the runtime did not answer: its process died by signal 9" in report.findings[0].words
+
+
+def test_a_crash_at_one_size_is_no_refusal(weights):
+    report = verified("crashes_on_large_maps", weights, size=None)
+    assert not report.passed
+    assert any("died by signal 9" in finding.words and not finding.refused for finding in report.findings)
+
+
+def test_a_process_that_goes_away_between_two_inputs(weights):
+    target = f"{FUNCTIONS}:dies_after_its_answer"
+    with Process(CONTAINERS["callable"].runtimes[0], target) as running:
+        running.open()
+        x = np.ones((1, 2, 2, 16), np.float32)
+        assert not running.ask(x, "float32", "x", ("y",)).error
+        running.process.wait()
+        late = running.ask(x, "float32", "x", ("y",))
+        assert "the runtime did not answer: its process exited with code 0" in late.error
+        assert not running.ask(x, "float32", "x", ("y",)).error, "it is started again"
+
+
+def test_children_of_a_runtime_end_with_it(weights):
+    began = time.monotonic()
+    with Process(CONTAINERS["callable"].runtimes[0], f"{FUNCTIONS}:forks") as running:
+        running.open()
+        assert not running.ask(np.ones((1, 2, 2, 16), np.float32), "float32", "x", ("y",)).error
+        group = running.process.pid
+    assert time.monotonic() - began < 60
+    while is_alive(group):
+        assert time.monotonic() - began < 60
+        time.sleep(0.05)
+
+
+def is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_runtime_that_does_not_come_to_an_end(weights, monkeypatch):
@@ -157,6 +204,11 @@ def test_features_of_the_users_own(weights, tmp_path):
     )
     assert report.passed
     assert [finding.question.partition(",")[0] for finding in report.findings] == ["1×3×7"] * 2
+    np.save(tmp_path / "x.npy", np.stack([x, x + 1]))
+    options = {"layout": "channels_first", "size": None, "features": tmp_path / "x.npy"}
+    with pytest.raises(ValueError, match="holds a batch of 2"):
+        verified("channels_first", weights, **options)
+    assert verified("channels_first", weights, sample=1, **options).passed
 
 
 @pytest.mark.parametrize(
@@ -205,7 +257,9 @@ def test_a_runtime_that_is_not_installed(weights, tmp_path, monkeypatch):
     (tmp_path / "layer.onnx").write_bytes(b"")
     done = CliRunner().invoke(main, ["verify", str(tmp_path / "layer.onnx"), str(weights)])
     assert done.exit_code == 3
-    assert "is run by onnxruntime, and onnxruntime is not installed: pip install onnxruntime" in done.output
+    assert "is run by onnxruntime, and onnxruntime, onnx is not installed: pip install onnxruntime onnx" in (
+        done.output
+    )
 
 
 def test_the_command(weights, tmp_path):
