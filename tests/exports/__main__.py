@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from selfattn_core.exit_codes import CHECK_FAILED, MISSING
+from selfattn_core.guard import ended_by_signals
 from selfattn_core.weights import write_atomically
 from tests.exports.cells import EXPORTERS, FORMS
 from tests.exports.page import in_page, table
@@ -37,15 +38,16 @@ def main() -> int:
     exporters = [each for each in EXPORTERS if options.only in each.name]
     forms = [form for form in FORMS if options.form in form.words]
     try:
-        cells = sweep(exporters, forms, folder=FOLDER, tell=_tell)
+        with ended_by_signals():
+            cells = sweep(exporters, forms, folder=FOLDER, tell=_tell)
     except ModuleNotFoundError as error:
         sys.stderr.write(f"{error}\n")
         return MISSING
     counts = Counter(cell.ending for cell in cells)
     sys.stdout.write(f"{counts['right']} right, {counts['refused']} refused, {counts['wrong']} wrong\n")
-    # The table has every cell: of exporters that were left out, as they ended when they were last run.
-    if every := kept(FOLDER):
-        page = in_page(PAGE.read_text(encoding="utf-8"), table(every))
+    # Exporters that were left out are in the table as they were last run, with the date and the versions of that.
+    if records := kept(FOLDER):
+        page = in_page(PAGE.read_text(encoding="utf-8"), table(records))
         write_atomically(PAGE, page.encode(), overwrite=True)
     # Blocks of the pages that need one of these packages.
     broken = failures(fenced("python", elsewhere=True))

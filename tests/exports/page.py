@@ -1,13 +1,11 @@
 """The table of `docs/exports.md`: what a file of each exporter is worth in each runtime."""
 
-import datetime as dt
 import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from tests.exports.cells import EXPORTERS, FORMS, Form
-from tests.exports.sweep import Cell
+from tests.exports.sweep import Cell, Record
 
 __all__ = ["in_page", "table"]
 
@@ -18,33 +16,22 @@ _COLUMNS = {
     (False, True): "one block, open sizes",
     (True, True): "several blocks, open",
 }
-_RUNTIMES = {
-    "torch": "torch",
-    "jax": "jax",
-    "tensorflow": "tensorflow",
-    "tensorflow-lite": "tensorflow",
-    "keras-tensorflow": "keras",
-    "keras-jax": "keras",
-    "keras-torch": "keras",
-}
 _LONGEST = 240
 
 
-def table(cells: Sequence[Cell], *, date: dt.date | None = None) -> str:
-    """Counts, a row for each exporter and runtime, and what was said.
+def table(records: Sequence[Record]) -> str:
+    """Counts, a row for each exporter and runtime, what was not run, and what was said.
 
     Args:
-        cells: of the whole sweep.
-        date: of it; by default today.
+        records: of every exporter that was run.
     """
+    cells = [cell for record in records for cell in record.cells]
     counts = Counter(cell.ending for cell in cells)
     said = (
         f"{len(cells)} cells: {counts['right']} right, {counts['refused']} refused, {counts['wrong']} wrong."
     )
-    when = (date or dt.datetime.now(tz=dt.UTC).date()).isoformat()
-    names = {name for each in EXPORTERS for name in each.versions}
-    names |= {_RUNTIMES.get(cell.runtime, cell.runtime) for cell in cells if cell.runtime}
-    versions = ", ".join(f"{name} {_version(name)}" for name in sorted(names))
+    dates = sorted({record.date for record in records})
+    versions = sorted({f"{name} {number}" for record in records for name, number in record.versions.items()})
     notes: dict[str, int] = {}
     rows = [
         f"| {exporter.layer} | {exporter.words} | {runtime or '–'} | {' | '.join(_row(mine, notes))} |"
@@ -52,16 +39,18 @@ def table(cells: Sequence[Cell], *, date: dt.date | None = None) -> str:
         for runtime in exporter.runtimes
         if (mine := [cell for cell in cells if (cell.exporter, cell.runtime) == (exporter.name, runtime)])
     ]
+    run = {record.exporter for record in records}
+    missing = [f"{each.layer} as {each.words}" for each in EXPORTERS if each.name not in run]
     return "\n".join(
         [
-            f"{said} Python {platform.python_version()}, {platform.machine()}, {when}; {versions}.",
+            f"{said} Python {platform.python_version()}, {platform.machine()}, {' and '.join(dates)}; {', '.join(versions)}.",
             "",
+            *((f"Not run yet: {'; '.join(missing)}.", "") if missing else ()),
             f"| layer | exported as | run by | {' | '.join(_COLUMNS.values())} |",
             f"|{'---|' * (3 + len(_COLUMNS))}",
             *rows,
             "",
-            "What the tools said, at the numbers in the table:",
-            "",
+            *(("What the tools said, at the numbers in the table:", "") if notes else ()),
             *(f"{number}. {_quoted(said)}" for said, number in notes.items()),
         ]
     )
@@ -106,13 +95,6 @@ def _marks(cells: Sequence[Cell], notes: dict[str, int]) -> str:
 def _quoted(said: str) -> str:
     words = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
     return f"`{words.replace('`', chr(39)).replace('|', '¦')}`"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name).partition("+")[0]
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def in_page(page: str, text: str) -> str:

@@ -1,13 +1,16 @@
 """Every cell: a form of the layer through an exporter and a runtime ends as right, as refused, or as wrong."""
 
+import datetime as dt
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from selfattn_core import save
@@ -15,11 +18,20 @@ from selfattn_core.verifying import VerifyError, VerifyReport, verify
 from tests.exports.cells import CONFIGS, EXPORTERS, FORMS, Exporter, Form, params_of
 from tests.exports.exporting import SAID, artifact
 
-__all__ = ["CELLS", "Cell", "judged", "kept", "sweep", "weights_of"]
+__all__ = ["RECORD", "Cell", "Record", "judged", "kept", "sweep", "weights_of"]
 
 ROOT = Path(__file__).parents[2]
-CELLS = "cells.json"
+RECORD = "record.json"
 _SECONDS = 1200
+# What a process ends with that was interrupted, by the signal or after it.
+_INTERRUPTED = (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT)
+# The distribution that a runtime comes from, where it has another name.
+_RUNTIMES = {
+    "tensorflow-lite": "tensorflow",
+    "keras-tensorflow": "keras",
+    "keras-jax": "keras",
+    "keras-torch": "keras",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,23 @@ class Cell:
     ending: str
     floors: float = 0.0
     said: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """How all forms of the layer ended, through one exporter.
+
+    Args:
+        exporter: its name.
+        date: of the run.
+        versions: of the exporter and its runtimes.
+        cells: one for each form and runtime.
+    """
+
+    exporter: str
+    date: str
+    versions: dict[str, str]
+    cells: tuple[Cell, ...]
 
 
 def weights_of(config: str, folder: Path) -> Path:
@@ -100,6 +129,7 @@ def _exported(exporter: Exporter, forms: Sequence[Form], folder: Path) -> dict[s
     while left := [form.words for form in forms if form.words not in said]:
         command = [sys.executable, "-m", "tests.exports.exporting", exporter.name, str(own), *left]
         with (own / "printed.txt").open("ab") as stream:
+            code = 0
             try:
                 code = subprocess.run(
                     command,
@@ -115,6 +145,8 @@ def _exported(exporter: Exporter, forms: Sequence[Form], folder: Path) -> dict[s
                 how = f"no end after {_SECONDS} seconds"
         lines = (own / SAID).read_text(encoding="utf-8").splitlines() if (own / SAID).exists() else []
         said |= {line["form"]: line["problem"] for line in map(json.loads, lines)}
+        if code in _INTERRUPTED:
+            raise KeyboardInterrupt
         if in_hand := next((word for word in left if word not in said), None):
             said[in_hand] = f"the exporter's process ended: {how}"
     return said
@@ -133,7 +165,7 @@ def sweep(
     Args:
         exporters: which.
         forms: which.
-        folder: for what is exported, in a folder for each exporter, and how its cells ended beside it.
+        folder: for what is exported, in a folder for each exporter; if all forms were asked, with their record.
         at_once: exporters that are run beside one another.
         tell: called with each cell as it ends.
 
@@ -158,27 +190,42 @@ def sweep(
         for cell in cells(exporter):
             tell(cell)
             found.append(cell)
-        content = json.dumps([asdict(cell) for cell in found], indent=1, ensure_ascii=False)
-        (folder / exporter.name / CELLS).write_text(f"{content}\n", encoding="utf-8")
+        if tuple(forms) == FORMS:
+            record = Record(exporter.name, _today(), _versions(exporter), tuple(found))
+            content = json.dumps(asdict(record), indent=1, ensure_ascii=False)
+            (folder / exporter.name / RECORD).write_text(f"{content}\n", encoding="utf-8")
         return found
 
     with ThreadPoolExecutor(at_once) as pool:
         return [cell for some in pool.map(told, exporters) for cell in some]
 
 
-def kept(folder: Path) -> list[Cell] | None:
-    """How the cells of all exporters ended when each was last run; None if one has not been run with every form.
+def kept(folder: Path) -> list[Record]:
+    """The record of each exporter that has been run with every form, in their order.
 
     Args:
         folder: of the sweeps.
     """
     found = []
     for exporter in EXPORTERS:
-        path = folder / exporter.name / CELLS
-        cells = (
-            [Cell(**each) for each in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
-        )
-        if len(cells) < len(FORMS) * len(exporter.runtimes):
-            return None
-        found += cells
+        path = folder / exporter.name / RECORD
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            cells = tuple(Cell(**each) for each in content.pop("cells"))
+            found.append(Record(**content, cells=cells))
+    return found
+
+
+def _today() -> str:
+    return dt.datetime.now(tz=dt.UTC).date().isoformat()
+
+
+def _versions(exporter: Exporter) -> dict[str, str]:
+    names = {*exporter.versions, *(_RUNTIMES.get(each, each) for each in exporter.runtimes if each)}
+    found = {}
+    for name in sorted(names):
+        try:
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            found[name] = "not installed"
     return found

@@ -1,14 +1,14 @@
 """Two cells of the sweep as `make test-exports` runs them, how a cell can end, and the table."""
 
-import datetime as dt
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
 from selfattn_core import load, save
 from tests.exports.cells import EXPORTERS, FORMS, Form
 from tests.exports.page import in_page, table
-from tests.exports.sweep import Cell, judged, kept, sweep, weights_of
+from tests.exports.sweep import RECORD, Cell, Record, judged, kept, sweep, weights_of
 
 BY_NAME = {exporter.name: exporter for exporter in EXPORTERS}
 
@@ -49,18 +49,25 @@ def test_an_exporter_whose_process_ends_is_refused_for_each_form(tmp_path):
     assert [cell.said for cell in cells] == ["the exporter's process ended: exit code 1"] * 2
 
 
-def test_the_table_has_a_row_for_each_runtime_and_says_what_was_said():
+def test_the_table_has_a_row_for_each_runtime_and_says_what_was_said_and_what_was_not_run():
     names = {"torch_export": 0.31, "onnx_dynamo": 1.24}
-    cells = [
-        Cell(name, form.words, runtime, "right", floors)
+    cells = {
+        name: [
+            Cell(name, form.words, runtime, "right", floors)
+            for form in FORMS
+            for runtime in BY_NAME[name].runtimes
+        ]
         for name, floors in names.items()
-        for form in FORMS
-        for runtime in BY_NAME[name].runtimes
-    ]
-    cells[0] = replace(cells[0], ending="wrong", said="softmax over | queries")
-    cells[1] = replace(cells[1], ending="refused", said="no `aten::mT`")
-    lines = table(cells, date=dt.date(2026, 11, 28)).splitlines()
+    }
+    cells["torch_export"][0] = replace(
+        cells["torch_export"][0], ending="wrong", said="softmax over | queries"
+    )
+    cells["torch_export"][1] = replace(cells["torch_export"][1], ending="refused", said="no `aten::mT`")
+    records = [Record(name, "2026-11-28", {"torch": "2.13.0"}, tuple(some)) for name, some in cells.items()]
+    lines = table(records).splitlines()
     assert lines[0].startswith("48 cells: 46 right, 1 refused, 1 wrong. Python ")
+    assert lines[0].endswith("2026-11-28; torch 2.13.0.")
+    assert lines[2].startswith("Not run yet: PyTorch as ONNX, `torch.onnx.export(dynamo=False)`; ")
     rows = [line for line in lines if line[:1] == "|"][2:]
     first = "0.31; refused flat with the map (1); **wrong** flat without the map (2)"
     assert rows == [
@@ -78,5 +85,17 @@ def test_the_table_stands_between_its_marks():
         in_page("nothing", "new")
 
 
-def test_no_table_is_written_of_less_than_every_exporter(tmp_path):
-    assert kept(tmp_path) is None
+def test_a_record_has_every_form_and_is_read_again(tmp_path):
+    unknown = replace(BY_NAME["torch_export"], name="unknown")
+    assert not kept(tmp_path)
+    sweep([unknown], FORMS[:1], folder=tmp_path)
+    assert not (tmp_path / "unknown" / RECORD).exists()
+    (tmp_path / "torch_export").mkdir()
+    record = Record(
+        "torch_export",
+        "2026-11-28",
+        {"torch": "2.13.0"},
+        (Cell("torch_export", "flat", "torch", "right", 1.0),),
+    )
+    (tmp_path / "torch_export" / RECORD).write_text(json.dumps(asdict(record)), encoding="utf-8")
+    assert kept(tmp_path) == [record]
