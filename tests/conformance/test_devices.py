@@ -9,7 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from selfattn_core.cli import main
+from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.backend import REGISTRY
+from selfattn_core.conformance.cases import CASES
 from selfattn_core.conformance.devices import (
     WORDS,
     DeviceAbsentError,
@@ -18,6 +20,8 @@ from selfattn_core.conformance.devices import (
     device_problem,
     device_variables,
 )
+from selfattn_core.conformance.inputs import inputs
+from selfattn_core.conformance.memory import PeakUnknownError
 from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, as_table, schema
 from selfattn_core.conformance.runner import run_backend
 from selfattn_core.conformance.runs import all_runs
@@ -36,6 +40,28 @@ FEW = [
 @pytest.fixture(autouse=True)
 def _toys(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])))
+
+
+class NeverResets:
+    """The counters of JAX: 100 bytes are in use, 900 once were, and a whole map takes 2900 more."""
+
+    in_use, peak, counts = 100, 900, True
+
+    def build(self, config, params, dtype, layout):
+        return None
+
+    def forward(self, model, x):
+        assert self.counts
+        self.peak = max(self.peak, self.in_use + (2900 if x.shape[1] > 8 else 90))
+
+    def peak_memory(self, call):
+        if not self.counts:
+            raise PeakUnknownError("it keeps no peak")
+        from selfattn_ops.devices.jax import peak_between
+
+        before = {"bytes_in_use": self.in_use, "peak_bytes_in_use": self.peak}
+        call()
+        return peak_between(before, self.peak)
 
 
 def statuses(report) -> dict[str, str]:
@@ -91,6 +117,17 @@ def test_by_default_it_is_the_cpu_and_memory_is_what_its_counters_say():
     report = run_backend("toy_backends:OnTwo", runs=FEW)
     assert report.device.name == "cpu:0"
     assert statuses(report)["memory"] == "fail"
+
+
+def test_a_peak_that_is_never_forgotten_still_measures_what_exceeds_it():
+    """Earlier computations, as there are in any process, have left a peak above what is in use."""
+    pytest.importorskip("jax")
+    case = next(case for case in CASES if case.family == "memory" and case.of == "forward")
+    counter = NeverResets()
+    assert answers(counter, case, inputs(case, "float32"), "float32", "channels_last") == {"bytes": 2900}
+    counter.counts = False
+    with pytest.raises(PeakUnknownError, match="keeps no peak"):
+        answers(counter, case, inputs(case, "float32"), "float32", "channels_last")
 
 
 def test_answers_on_another_device_are_failures():
