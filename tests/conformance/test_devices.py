@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import jsonschema
@@ -150,6 +151,30 @@ def test_a_device_without_memory_for_one_case_answers_the_others():
     }
     (message,) = [outcome.message for outcome in report.outcomes if outcome.status == "error"]
     assert "toy:0: out of memory" in message
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("NoProducts", "the framework's own products: .*no such product here"),
+        ("CoarseProducts", "coarser than any format"),
+        ("DiesOfProducts", "died by signal 9 while the framework's own products were measured: an illegal"),
+        ("HangsInProducts", "ended after 5 s while the framework's own products were measured"),
+        ("DiesAsShipped", "did not start: the process exited with code 7"),
+    ],
+)
+def test_products_that_cannot_be_measured_are_errors_of_the_family_shipped_alone(backend, words):
+    report = run_backend(f"toy_backends:{backend}", runs=FEW, device="toy", timeout=5)
+    assert statuses(report) == {
+        "forward": "pass",
+        "map": "pass",
+        "params": "pass",
+        "memory": "pass",
+        "shipped": "error",
+    }
+    assert (report.error, report.device.name, report.device.precisions) == ("", "toy:0", {})
+    (message,) = [outcome.message for outcome in report.outcomes if outcome.status == "error"]
+    assert re.search(words, message, re.DOTALL), message
 
 
 @pytest.mark.parametrize(
