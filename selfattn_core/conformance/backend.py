@@ -197,6 +197,11 @@ class Registered:
         """The framework of its arrays."""
         return self.requires[-1]
 
+    @property
+    def in_full(self) -> dict[str, str]:
+        """The variables of a process that checks float32 at full precision."""
+        return {**self.environment, **self.precision}
+
 
 def _keras(framework: str) -> Registered:
     return Registered(

@@ -195,7 +195,7 @@ def main() -> int:
         command = [sys.executable, "-m", __spec__.name, "--in-process", registered.target]
         done = subprocess.run(
             [*command, "--seeds", str(options.seeds)],
-            env=environment(registered.environment, processes=processes, programs=Path(programs)),
+            env=environment(registered.in_full, processes=processes, programs=Path(programs)),
             stdout=subprocess.PIPE,
             text=True,
             check=True,

@@ -81,7 +81,7 @@ def run_backend(
         mine = [asked[run] for run in shares[index]]
         as_shipped = shares[index] == shipped != []
         variables = environment(
-            {**registered.environment, **({} if as_shipped else registered.precision)},
+            registered.environment if as_shipped else registered.in_full,
             processes=max(parts, processes),
             least_threads=min(2, parts),
             programs=programs,
