@@ -60,7 +60,7 @@ def run_backend(
         raise ValueError(
             f"backend {name!r}: expected one of {', '.join(REGISTRY)}, or module:object for your own."
         )
-    if problem := unknown_device(name, device):
+    if problem := unknown_device(name, device or None):
         raise ValueError(f"backend {name!r}: {problem}.")
     registered = REGISTRY.get(name, Registered(name, (), ""))
     missing = missing_modules(registered.requires)
@@ -113,15 +113,25 @@ def run_backend(
     return replace(report, seconds=time.monotonic() - began)
 
 
-def unknown_device(name: str, device: str) -> str:
-    """Why a backend that ships with the library cannot be asked for a device; empty if it can, or is another one.
+def unknown_device(name: str, device: str | None) -> str:
+    """Why a backend cannot be asked for a device; empty if it can, or only its own process knows.
 
     Args:
         name: of the backend.
-        device: as the user spells it; empty for none.
+        device: as the user spells it; None for none.
+
+    Example:
+        >>> unknown_device("torch", None)
+        ''
+        >>> unknown_device("my_package.mine:Backend", "")
+        "got device ''; expected a word of this backend's own, or no option at all for its default"
     """
-    if not device or name not in REGISTRY:
+    if device is None:
         return ""
+    if name not in REGISTRY:
+        # To its process an empty word would be none.
+        own = "expected a word of this backend's own, or no option at all for its default"
+        return "" if device else f"got device {device!r}; {own}"
     return device_problem(device, WORDS[REGISTRY[name].framework])
 
 

@@ -183,8 +183,13 @@ def _answer(
 
 
 def _misplaced(backend: Any, device: str) -> str:
-    """Which device answers lay on that was not asked for; empty if none did."""
-    strange = sorted(set(backend.places()) - {device}) if device else []
+    """Why answers do not count as computed on the device that was asked for; empty if they do."""
+    if not device:
+        return ""
+    places = set(backend.places())
+    if not places:
+        return f"places() named no device after an answer, where {device} was asked for"
+    strange = sorted(places - {device})
     return f"answers lay on {', '.join(strange)}, where {device} was asked for" if strange else ""
 
 

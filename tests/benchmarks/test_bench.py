@@ -62,6 +62,7 @@ def test_an_unknown_framework_is_a_wrong_option():
 @pytest.mark.parametrize(
     ("device", "code", "words"),
     [
+        ("", 2, "jax: got device ''; expected one of cpu, gpu"),
         ("mps", 2, "jax: got device 'mps'; expected one of cpu, gpu"),
         ("tpu", 3, "there is no device 'tpu' here"),
     ],

@@ -140,6 +140,14 @@ def test_answers_on_another_device_are_failures():
     assert run_backend("toy_backends:Strays", runs=ONE, device="cpu:0").passed
 
 
+def test_answers_of_which_no_place_was_noted_are_failures():
+    report = run_backend("toy_backends:Silent", runs=ONE, device="cpu:1")
+    assert [outcome.message for outcome in report.outcomes] == [
+        "places() named no device after an answer, where cpu:1 was asked for"
+    ]
+    assert statuses(report) == {"forward": "fail"}
+
+
 def test_a_device_without_memory_for_one_case_answers_the_others():
     report = run_backend("toy_backends:RunsOut", runs=FEW, device="toy:0")
     assert statuses(report) == {
@@ -226,6 +234,8 @@ def test_a_device_that_is_not_there_is_missing():
         ),
         (["torch", "--device", "cuda:0", "--device", "cuda:1"], ["got cuda:0 and cuda:1; expected one"]),
         (["torch", "--device", "cuda:0,cuda:1"], ["got device 'cuda:0,cuda:1'"]),
+        (["torch", "--device", ""], ["torch: got device ''; expected one of cpu, cuda, mps, xpu"]),
+        (["toy_backends:OnTwo", "--device", ""], ["got device ''; expected a word of this backend's own"]),
         (["--self-test", "--device", "cpu"], ["name a BACKEND"]),
         (["--device", "cpu", "--diff", "a.json", "b.json"], ["--diff runs nothing"]),
     ],
