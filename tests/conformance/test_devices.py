@@ -191,12 +191,25 @@ def test_products_that_cannot_be_measured_are_errors_of_the_family_shipped_alone
         ("Good", "cpu", "this backend takes none: it has no methods devices, on and places"),
         ("OnTwo", "cuda", "got device 'cuda'; expected one of cpu, toy, card"),
         ("WithoutPlaces", "", "lacks on, places"),
+        ("NoPlaces", "", "lacks places"),
+        ("NowhereToGo", "cpu", "this backend takes none"),
+        (
+            "NamesAreAWord",
+            "",
+            "devices() gives cpu: 'cpu:0', card: (0, 1), where the names of all devices of a kind are needed",
+        ),
     ],
 )
 def test_what_is_refused(backend, device, words):
     report = run_backend(f"toy_backends:{backend}", runs=ONE, device=device)
     assert report.refused
     assert words in report.error
+
+
+def test_methods_that_are_none_claim_no_device():
+    report = run_backend("toy_backends:NowhereToGo", runs=ONE)
+    assert report.passed
+    assert report.device.name == ""
 
 
 def invoke(*arguments: str):

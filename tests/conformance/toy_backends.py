@@ -448,3 +448,18 @@ class RunsOut(OnTwo):
 class WithoutPlaces(Good):
     def devices(self):
         return {"cpu": ("cpu:0",)}
+
+
+class NoPlaces(OnTwo):
+    places = None
+
+
+class NowhereToGo(OnTwo):
+    """As the three methods are without a device."""
+
+    devices = on = places = None
+
+
+class NamesAreAWord(OnTwo):
+    def devices(self):
+        return {"cpu": "cpu:0", "toy": ("toy:0",), "card": (0, 1)}
