@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -15,6 +16,7 @@ from selfattn_core.conformance.backend import REGISTRY
 from selfattn_core.conformance.cases import CASES
 from selfattn_core.conformance.devices import (
     WORDS,
+    Device,
     DeviceAbsentError,
     DeviceUnknownError,
     chosen,
@@ -23,7 +25,17 @@ from selfattn_core.conformance.devices import (
 )
 from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.memory import PeakUnknownError
-from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, as_table, schema
+from selfattn_core.conformance.outcome import BackendReport, Outcome
+from selfattn_core.conformance.report import (
+    as_data,
+    as_html,
+    as_junit,
+    as_markdown,
+    as_table,
+    difference,
+    schema,
+)
+from selfattn_core.conformance.report.summary import device_words
 from selfattn_core.conformance.runner import run_backend
 from selfattn_core.conformance.runs import all_runs
 
@@ -270,6 +282,31 @@ def test_every_form_of_a_report_names_the_device():
     words = "toy:0, A processor, driver 7; float32 by default: matrix product in tf32"
     for form in (as_html, as_junit, as_markdown, as_table):
         assert words in form(data)
+
+
+def test_a_report_says_why_default_precisions_are_not_known():
+    device = Device("toy:0", "A processor")
+    claims = ("forward", "shipped")
+    runs = {run.case.family: run for run in FEW}
+    found = []
+    for claimed, family in ((claims, "forward"), (claims, "shipped"), (("forward",), "shipped")):
+        outcomes = (Outcome(runs[family], "unclaimed"),)
+        report = BackendReport("mine", {}, claimed, ("channels_last",), ("float32",), outcomes, device=device)
+        found.append(device_words(as_data([report])["backends"][0]).partition("by default: ")[2])
+    assert found == [
+        "not measured, which the level deploy does",
+        "could not be measured",
+        "not measured, for the backend does not claim default precision",
+    ]
+
+
+def test_a_report_from_before_there_were_devices_has_no_other():
+    report = run_backend("toy_backends:OnTwo", runs=ONE, device="toy")
+    new, old = as_data([report], device="toy"), as_data([report], device="toy")
+    del old["backends"][0]["device"]
+    assert str(difference(old, new)) == "nothing changed"
+    other = as_data([replace(report, device=replace(report.device, name="toy:1"))])
+    assert "device toy:0" in str(difference(new, other))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:3"])
