@@ -9,7 +9,7 @@ from selfattn_core.conformance.formats import FORMATS, coarsest, kept_bits, meas
 from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.mutants.shipped import RoundsOperands
 from selfattn_core.conformance.selftest import judge_in_process, small_runs
-from selfattn_core.conformance.tolerance import FACTORS, expect, expect_shipped
+from selfattn_core.conformance.tolerance import FACTORS, SHIPPED_FACTORS, expect, expect_shipped
 
 LABELS = list(FORMATS)
 RUNS = [run for run in small_runs(["shipped"]) if run.case.of in ("forward", "r1")]
@@ -71,6 +71,12 @@ def test_nothing_else_has_other_limits(id_, dtype, quantity, floor, cap):
     # The error of numpy in it depends on the order in which this processor sums.
     assert found.floor == pytest.approx(floor, rel=0.5)
     assert FACTORS == {"float32": 8, "float64": 8, "bfloat16": 4, "float16": 4}
+
+
+def test_float32_may_be_as_wrong_as_elsewhere_and_other_formats_as_16_bits():
+    assert {
+        label: FACTORS["float32" if label == "float32" else "bfloat16"] for label in LABELS
+    } == SHIPPED_FACTORS
 
 
 @pytest.mark.parametrize("default", LABELS)
