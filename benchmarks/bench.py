@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("not installed: " + "; ".join(absent), file=sys.stderr)
         return 3
     about, devices = machine(), {}
-    if options.device:
+    if options.device is not None:
         if wrong := [
             f"{name}: {problem}"
             for name in options.frameworks
@@ -130,7 +130,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--device",
-        default="",
         metavar="DEVICE",
         help="in the framework's own words, as in cuda:1; the CPU if none",
     )

@@ -3,10 +3,13 @@
     python -m benchmarks.device_check --device cuda [--out DIR] [--minutes 8] [--small]
 
 Needs a checkout, and of the frameworks those that are to be looked at; of the others it says that they are missing. The
-folder receives `conform.json` and `conform.html` of all their backends, `bench` with the times, `training-*.json`, and
+folder receives `conform-*.json` and `conform-*.html` of all their backends, `bench` with the times, `training-*.json`, and
 `README.md`, a table of what became of each part. A part that is not done when the minutes are over is ended and says so.
 
-Exit code 0 if everything passed, 1 if something failed or was not reached, 2 for a wrong option, 3 if no framework that
+What an earlier run wrote into the folder is removed first.
+
+Exit code 0 if everything passed, 1 if something failed or was not reached, also because a part of a framework that is
+there needs what is not installed, 2 for a wrong option, 3 if no framework that
 is installed has the device.
 """
 
@@ -42,6 +45,15 @@ __all__ = ["main"]
 _ROOT = Path(__file__).parents[1]
 _BENCHED = {"torch": ("torch",), "jax": ("jax", "flax"), "tensorflow": ("tensorflow", "keras")}
 _TRAINED = ("torch", "jax")
+_WRITTEN = (
+    "README.md",
+    "conform-*.json",
+    "conform-*.html",
+    "training-*.json",
+    "bench/*.json",
+    "bench/*.md",
+    "bench/*.png",
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.write()
     if not there:
         return 3
-    return int(any(part.verdict in ("failed", "not reached") for part in check.parts))
+    return int(any(part.verdict != "passed" for part in check.parts if part.framework in there))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -113,6 +125,10 @@ class _Check:
         self.end = time.monotonic() + 60 * options.minutes
         self.models: dict[str, str] = {}
         options.out.mkdir(parents=True, exist_ok=True)
+        # What an earlier run has left must not stand in for what this one does not reach.
+        for pattern in _WRITTEN:
+            for path in options.out.glob(pattern):
+                path.unlink()
 
     def device_of(self, framework: str) -> str:
         """The framework's name of the device; empty where the one or the other is missing."""
@@ -134,14 +150,14 @@ class _Check:
 
     def conform(self, framework: str, device: str) -> None:
         """All backends of the framework at the level deploy."""
-        names = [
-            name
-            for name, each in REGISTRY.items()
-            if each.framework == framework and not missing_modules(each.requires)
-        ]
+        names = [name for name, each in REGISTRY.items() if each.framework == framework]
         if self.options.small:
             names = names[:1]
         for name in names:
+            if absent := missing_modules(REGISTRY[name].requires):
+                words = f"{name}: {', '.join(absent)} not installed"
+                self.parts.append(Part("conform", framework, "missing", words))
+                continue
             target = self.options.out / f"conform-{name}"
             reports = ["--json", f"{target}.json", "--html", f"{target}.html"]
             level = ["--level", "core" if self.options.small else "deploy"]

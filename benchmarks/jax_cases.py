@@ -35,9 +35,9 @@ def about() -> dict[str, Any]:
     }
 
 
-def array(values: np.ndarray) -> jax.Array:
+def array(values: np.ndarray, dtype: str = "float32") -> jax.Array:
     """A JAX array of these values."""
-    return jnp.asarray(values)
+    return jnp.asarray(values, dtype)
 
 
 def synchronize() -> None:
@@ -62,7 +62,7 @@ def build(name: str, problem: Problem) -> Step:
     Raises:
         RefusedError: if it does not take the problem.
     """
-    inputs = [array(operand).astype(problem.dtype) for operand in problem.operands.values()]
+    inputs = [array(operand, problem.dtype) for operand in problem.operands.values()]
     if name == "matmul-blocks":
         return _in_blocks(problem, *inputs)
     if name == "matmul":
@@ -80,13 +80,13 @@ def build(name: str, problem: Problem) -> Step:
 
     def prepare() -> None:
         if not compiled:
-            weight = array(problem.weight).astype(problem.dtype)
+            weight = array(problem.weight, problem.dtype)
             compiled.append(jax.jit(compute).lower(parameters, inputs, weight).compile())
 
     def run(weight: jax.Array) -> Any:
         if not compiled:
             prepare()
-        return jax.block_until_ready(compiled[0](parameters, inputs, weight.astype(problem.dtype)))
+        return jax.block_until_ready(compiled[0](parameters, inputs, weight))
 
     return Step(run, _to_numpy, prepare)
 
@@ -109,7 +109,6 @@ def _in_blocks(problem: Problem, query: jax.Array, key: jax.Array, value: jax.Ar
 
     def run(weight: jax.Array) -> Any:
         found = []
-        weight = weight.astype(problem.dtype)
         for rows in problem.blocks:
             block = compute(query, key, value, weight, rows.start, size=rows.stop - rows.start)
             found.append({kept: block[kept] for kept in ("rows", "query") if kept in block})

@@ -55,7 +55,10 @@ def main(job_file: str, result_file: str) -> None:
 
 def _time(cases: ModuleType, cell: Cell, job: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     problem = Problem.of(cell, dtype=job["dtype"])
-    weight, checked_weight = cases.array(problem.weight), cases.array(problem.checked_weight)
+    # In the dtype of the step, which casts nothing while it is timed.
+    weight, checked_weight = (
+        cases.array(values, job["dtype"]) for values in (problem.weight, problem.checked_weight)
+    )
     records: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
     for name in job["names"]:
@@ -153,9 +156,9 @@ def _memory(cases: ModuleType, cell: Cell, job: Mapping[str, Any]) -> dict[str, 
     tiny = Problem.of(dataclasses.replace(cell, side=8), dtype=job["dtype"])
     problem = Problem.of(cell, dtype=job["dtype"])
     try:
-        cases.build(name, tiny).run(cases.array(tiny.weight))
+        cases.build(name, tiny).run(cases.array(tiny.weight, job["dtype"]))
         step = cases.build(name, problem)
-        weight = cases.array(problem.checked_weight)
+        weight = cases.array(problem.checked_weight, job["dtype"])
         step.compile()
         answers, seconds = [], 0.0
 

@@ -38,9 +38,9 @@ def about() -> dict[str, Any]:
     }
 
 
-def array(values: np.ndarray) -> tf.Tensor:
+def array(values: np.ndarray, dtype: str = "float32") -> tf.Tensor:
     """A tensor of these values."""
-    return tf.constant(values)
+    return tf.cast(tf.constant(values), dtype)
 
 
 def synchronize() -> None:
@@ -67,7 +67,7 @@ def build(name: str, problem: Problem) -> Step:
     Raises:
         RefusedError: if it does not take the problem.
     """
-    inputs = [tf.cast(array(operand), problem.dtype) for operand in problem.operands.values()]
+    inputs = [array(operand, problem.dtype) for operand in problem.operands.values()]
     variables: dict[str, tf.Variable] = {}
     if name == "matmul-blocks":
         return _in_blocks(problem, *inputs)
@@ -84,10 +84,10 @@ def build(name: str, problem: Problem) -> Step:
     compiled = tf.function(compute, autograph=False)
 
     def prepare() -> None:
-        compiled.get_concrete_function(inputs, tf.cast(array(problem.weight), problem.dtype))
+        compiled.get_concrete_function(inputs, array(problem.weight, problem.dtype))
 
     return Step(
-        lambda weight: compiled(inputs, tf.cast(weight, problem.dtype)),
+        lambda weight: compiled(inputs, weight),
         lambda answers: {
             key: _to_numpy(values) for key, values in answers.items() if not key.startswith(_FOREIGN)
         },
@@ -115,7 +115,6 @@ def _in_blocks(problem: Problem, query: tf.Tensor, key: tf.Tensor, value: tf.Ten
 
     def run(weight: tf.Tensor) -> list[dict[str, tf.Tensor]]:
         found = []
-        weight = tf.cast(weight, problem.dtype)
         for start, size in blocks:
             block = compute(weight, start, size)
             found.append({kept: block[kept] for kept in ("rows", "query") if kept in block})

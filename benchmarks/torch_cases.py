@@ -33,10 +33,10 @@ def about() -> dict[str, Any]:
     }
 
 
-def array(values: np.ndarray) -> Tensor:
+def array(values: np.ndarray, dtype: str = "float32") -> Tensor:
     """A tensor of these values."""
     # Not from_numpy, which knows no device.
-    return torch.tensor(np.ascontiguousarray(values))
+    return torch.tensor(np.ascontiguousarray(values)).to(getattr(torch, dtype))
 
 
 def synchronize() -> None:
@@ -49,7 +49,8 @@ def synchronize() -> None:
 @contextlib.contextmanager
 def on(device: str) -> Iterator[Mapping[str, str]]:
     """All tensors are made on this device in between; gives its model and driver."""
-    with torch.device(device):
+    # On the CPU they are anyway, and the mode would stand in the way of every call that is timed.
+    with contextlib.nullcontext() if device.startswith("cpu") else torch.device(device):
         yield devices.about(device)
 
 
@@ -65,11 +66,10 @@ def build(name: str, problem: Problem) -> Step:
         RefusedError: if it does not take the problem.
     """
     if problem.cell.level == "core":
-        dtype = getattr(torch, problem.dtype)
-        inputs = [array(problem.operands[operand]).to(dtype) for operand in ("query", "key", "value")]
+        inputs = [array(problem.operands[operand], problem.dtype) for operand in ("query", "key", "value")]
         if name in CEILINGS:
             ceiling = torch.no_grad()(_ceiling(name, problem, *inputs))
-            return Step(lambda weight: ceiling(weight.to(dtype)), _to_numpy)
+            return Step(ceiling, _to_numpy)
         function, parameters = _core(name), {}
     else:
         inputs = [array(problem.operands["x"]).permute(0, 3, 1, 2).contiguous()]
@@ -78,7 +78,7 @@ def build(name: str, problem: Problem) -> Step:
     compute = {"forward": _forward, "train": _train, "r1": _r1}[problem.cell.step]
 
     def run(weight: Tensor) -> dict[str, Tensor]:
-        weight = weight.permute(0, 3, 1, 2) if problem.cell.level != "core" else weight.to(dtype)
+        weight = weight.permute(0, 3, 1, 2) if problem.cell.level != "core" else weight
         return compute(function, names, inputs, list(parameters.values()), weight)
 
     return Step(run, _to_numpy)

@@ -2,7 +2,7 @@
 
 Run as `python -m examples.sagan_torch`. To train on other images, copy this file and change the networks and the batches.
 Exit codes: 0 trained, 1 the training fell short or begins with other networks than it should, 2 wrong usage, 3 something
-is not installed, 130 interrupted.
+is not installed or the device is not there, 130 interrupted.
 """
 
 import sys
@@ -12,11 +12,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from examples.command import run
+from examples.command import BAD_INPUT, MISSING, run
 from examples.gan import files, program
 from examples.gan.batches import Batch
 from examples.gan.settings import CLASSES, LATENT, WIDTHS
 from selfattn_core import save_blocks
+from selfattn_core.conformance.devices import DeviceAbsentError, DeviceUnknownError, chosen
 
 try:
     import torch
@@ -27,6 +28,7 @@ try:
 
     import selfattn_torch
     from examples.gan import loop
+    from selfattn_ops.devices.torch import devices
     from selfattn_torch import SelfAttention2d
 except ModuleNotFoundError as error:
     sys.exit(program.missing(error, "torch"))
@@ -313,15 +315,18 @@ def _tensors(prefix: str, network: nn.Module) -> Iterator[tuple[str, torch.Tenso
 def main() -> int:
     """Train; returns the exit code."""
     options = program.arguments("torch", (__doc__ or "").partition("\n")[0], steps=STEPS)
+    try:
+        device = chosen(options.device, devices())
+    except (DeviceUnknownError, DeviceAbsentError) as error:
+        print(f"--device: {error}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, DeviceUnknownError) else MISSING
     if code := program.refusal(options):
         return code
     # Images this small gain nothing from a second thread.
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     networks = networks_of(options.start) if options.start else (Generator(), Discriminator())
-    training = Training(
-        *networks, precision=options.precision, compiler=options.compiler, device=options.device
-    )
+    training = Training(*networks, precision=options.precision, compiler=options.compiler, device=device)
     return loop.train(training, options)
 
 

@@ -74,7 +74,7 @@ def ask(framework: str, folder: Path) -> Answer:
             process = subprocess.run(
                 [sys.executable, "-m", PROGRAMS[framework], str(folder.resolve()), framework],
                 cwd=_ROOT,
-                env={**os.environ, **_ENVIRONMENT, **registered.environment},
+                env={**os.environ, **_ENVIRONMENT, **registered.in_full},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

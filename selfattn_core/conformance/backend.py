@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeGuard, get_args, runtime_checkable
@@ -197,6 +197,11 @@ class Registered:
         """The framework of its arrays."""
         return self.requires[-1]
 
+    @property
+    def in_full(self) -> dict[str, str]:
+        """The variables of a process that checks float32 at full precision."""
+        return {**self.environment, **self.precision}
+
 
 def _keras(framework: str) -> Registered:
     return Registered(
@@ -298,7 +303,7 @@ def expected_failures_of(backend: Backend) -> dict[str, tuple[str, str]]:
 
 def takes_device(backend: Any) -> TypeGuard[Placed]:
     """Whether a backend can be asked for a device."""
-    return any(hasattr(backend, name) for name in _DEVICES)
+    return all(callable(getattr(backend, name, None)) for name in _DEVICES)
 
 
 _ALWAYS = ("name", "versions", "claims", "layouts", "build")
@@ -347,9 +352,10 @@ def _problems(candidate: Any) -> list[str]:
     said, problems = _sayings(candidate)
     claims = said.get("claims", [])
     wanted = [*_ALWAYS, *(METHODS[claim] for claim in claims if claim in ABILITIES)]
-    if takes_device(candidate):
-        wanted += _DEVICES
     missing = [name for name in dict.fromkeys(wanted) if not hasattr(candidate, name)]
+    # Where all are None, or not there, a device is not claimed.
+    there = [name for name in _DEVICES if getattr(candidate, name, None) is not None]
+    missing += [name for name in _DEVICES if there and name not in there]
     problems = ([f"lacks {', '.join(missing)}"] if missing else []) + problems
     problems += _uncallable(candidate, wanted)
     if not isinstance(name := getattr(candidate, "name", ""), str):
@@ -357,6 +363,12 @@ def _problems(candidate: Any) -> list[str]:
     for kind, choices in (("claims", ABILITIES), ("layouts", get_args(Layout)), ("dtypes", DTYPES)):
         if strange := [each for each in said.get(kind, []) if each not in choices]:
             problems.append(f"{kind} {', '.join(map(str, strange))}, where there are {', '.join(choices)}")
+    devices = said.get("devices", {})
+    if strange := [f"{word}: {_short(names)}" for word, names in devices.items() if not _are_names(names)]:
+        problems.append(
+            f"devices() gives {', '.join(strange)}, "
+            "where the names of all devices of a kind are needed, as in ('cpu:0',)"
+        )
     if said.get("layouts") == []:
         problems.append("has no layouts, where one of channels_last and channels_first is needed")
     expected = said.get("expected_failures", {})
@@ -423,6 +435,14 @@ def _claimed_runs(candidate: Any, said: Mapping[str, Any]) -> list[Run]:
 def _short(value: object) -> str:
     words = repr(value)
     return words if len(words) <= 60 else f"{words[:59]}…"
+
+
+def _are_names(names: object) -> bool:
+    return (
+        isinstance(names, Sequence)
+        and not isinstance(names, str | bytes)
+        and all(isinstance(name, str) for name in names)
+    )
 
 
 def _is_reason(why: object) -> bool:

@@ -9,12 +9,18 @@ from numpy.typing import NDArray
 
 from selfattn_core.conformance.answers import INITIAL_DRAWS
 from selfattn_core.conformance.cases import Case
-from selfattn_core.conformance.formats import FORMATS
 from selfattn_core.conformance.initial import distribution_verdicts
 from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.outcome import Outcome
 from selfattn_core.conformance.runs import Run
-from selfattn_core.conformance.tolerance import Expectation, Verdict, expect, expect_shipped, judge
+from selfattn_core.conformance.tolerance import (
+    SHIPPED_FACTORS,
+    Expectation,
+    Verdict,
+    expect,
+    expect_shipped,
+    judge,
+)
 from selfattn_core.conformance.training import trained
 from selfattn_core.conformance.trajectory import judge_trajectory
 from selfattn_core.params import parameter_table, state_table
@@ -52,7 +58,7 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "f
         wanted = _shipped_expectations(run.case, label, seed)
         if problem := _names(found, list(wanted)):
             return Outcome(run, "fail", (), problem, label=label)
-        factor = FORMATS[label].factor
+        factor = SHIPPED_FACTORS[label]
         verdicts = [judge(name, found[name], want, run.dtype, factor=factor) for name, want in wanted.items()]
     else:
         of = run.case.of if family == "spectral_norm" else family

@@ -29,12 +29,10 @@ class Format:
 
     Args:
         bits: of the fraction that are kept.
-        factor: noise floors that an error may reach.
         nearest: whether to the nearest number; otherwise towards zero.
     """
 
     bits: int
-    factor: float = 4.0
     nearest: bool = True
 
     @property
@@ -51,14 +49,14 @@ class Format:
 
 
 FORMATS: Mapping[str, Format] = {
-    "float32": Format(23, 8.0),
+    "float32": Format(23),
     "bf16x3": Format(15),
     "tf32": Format(10),
     "tf32 truncated": Format(10, nearest=False),
     "bf16": Format(7),
     "bf16 truncated": Format(7, nearest=False),
 }
-"""From the finest to the coarsest; where operands are rounded, that is nearly all of the error, as it is in 16 bits."""
+"""From the finest to the coarsest."""
 
 _SIDE = 64
 

@@ -89,7 +89,7 @@ def pytest_collection_modifyitems(
     devices = config.getoption("selfattn_device")
     if len(devices) > 1:
         raise pytest.UsageError(f"--selfattn-device: got {' and '.join(devices)}; expected one device a run.")
-    device = devices[0] if devices else ""
+    device = devices[0] if devices else None
     if wrong := [f"{name}: {problem}" for name in names if (problem := unknown_device(name, device))]:
         raise pytest.UsageError(f"--selfattn-device: {'; '.join(wrong)}.")
     runs = all_runs(level=config.getoption("selfattn_level"))

@@ -15,8 +15,8 @@ from selfattn_core.conformance.backend import REGISTRY, Registered, is_target
 from selfattn_core.conformance.cases import Level
 from selfattn_core.conformance.devices import WORDS, device_problem, device_variables
 from selfattn_core.conformance.environment import cores, environment
-from selfattn_core.conformance.outcome import BackendReport
-from selfattn_core.conformance.runs import Run, all_runs
+from selfattn_core.conformance.outcome import BackendReport, Outcome
+from selfattn_core.conformance.runs import Run, all_runs, is_claimed
 from selfattn_core.conformance.session import Session
 from selfattn_core.installed import missing_modules
 
@@ -60,7 +60,7 @@ def run_backend(
         raise ValueError(
             f"backend {name!r}: expected one of {', '.join(REGISTRY)}, or module:object for your own."
         )
-    if problem := unknown_device(name, device):
+    if problem := unknown_device(name, device or None):
         raise ValueError(f"backend {name!r}: {problem}.")
     registered = REGISTRY.get(name, Registered(name, (), ""))
     missing = missing_modules(registered.requires)
@@ -81,7 +81,7 @@ def run_backend(
         mine = [asked[run] for run in shares[index]]
         as_shipped = shares[index] == shipped != []
         variables = environment(
-            {**registered.environment, **({} if as_shipped else registered.precision)},
+            registered.environment if as_shipped else registered.in_full,
             processes=max(parts, processes),
             least_threads=min(2, parts),
             programs=programs,
@@ -109,19 +109,29 @@ def run_backend(
     if any(not each.error for each in reports):
         # Some things, such as a device, only one process can hold.
         reports = [part(index) if each.error else each for index, each in enumerate(reports)]
-    report = _whole(shares, reports)
+    report = _whole(asked, shares, reports)
     return replace(report, seconds=time.monotonic() - began)
 
 
-def unknown_device(name: str, device: str) -> str:
-    """Why a backend that ships with the library cannot be asked for a device; empty if it can, or is another one.
+def unknown_device(name: str, device: str | None) -> str:
+    """Why a backend cannot be asked for a device; empty if it can, or only its own process knows.
 
     Args:
         name: of the backend.
-        device: as the user spells it; empty for none.
+        device: as the user spells it; None for none.
+
+    Example:
+        >>> unknown_device("torch", None)
+        ''
+        >>> unknown_device("my_package.mine:Backend", "")
+        "got device ''; expected a word of this backend's own, or no option at all for its default"
     """
-    if not device or name not in REGISTRY:
+    if device is None:
         return ""
+    if name not in REGISTRY:
+        # To its process an empty word would be none.
+        own = "expected a word of this backend's own, or no option at all for its default"
+        return "" if device else f"got device {device!r}; {own}"
     return device_problem(device, WORDS[REGISTRY[name].framework])
 
 
@@ -186,23 +196,46 @@ def _threads(number: int, stop: Event) -> Iterator[ThreadPoolExecutor]:
             raise
 
 
-def _whole(shares: Sequence[Sequence[int]], parts: Sequence[BackendReport]) -> BackendReport:
+def _whole(
+    asked: Sequence[Run], shares: Sequence[Sequence[int]], parts: Sequence[BackendReport]
+) -> BackendReport:
     """One report of what was divided; of a backend that did not start, the first that says so.
 
+    That the process of the family "shipped" alone did not start is an error of its runs: the others have their answers.
+
     Args:
+        asked: all runs.
         shares: by part, the places of its runs among all.
         parts: the reports of the parts.
     """
-    if failed := [report for report in parts if report.error]:
-        return failed[0]
-    placed = [
-        pair
+    started = [part for part in parts if not part.error]
+    for share, part in zip(shares, parts, strict=True):
+        if part.error and not (started and all(asked[index].case.family == "shipped" for index in share)):
+            return part
+    first = started[0]
+    outcomes = {
+        index: outcome
         for share, part in zip(shares, parts, strict=True)
-        for pair in zip(share, part.outcomes, strict=True)
+        for index, outcome in zip(
+            share, part.outcomes or _died([asked[i] for i in share], part, first), strict=True
+        )
+    }
+    precisions = next((part.device.precisions for part in started if part.device.precisions), {})
+    return replace(
+        first,
+        outcomes=tuple(outcomes[index] for index in sorted(outcomes)),
+        device=replace(first.device, precisions=precisions),
+    )
+
+
+def _died(runs: Sequence[Run], part: BackendReport, other: BackendReport) -> list[Outcome]:
+    """What becomes of the runs of a part that did not start, of a backend that claims what another part says."""
+    return [
+        Outcome(run, "error", (), f"its process did not start: {part.error}")
+        if is_claimed(run, other.claims, other.layouts, other.dtypes)
+        else Outcome(run, "unclaimed")
+        for run in runs
     ]
-    outcomes = tuple(outcome for _, outcome in sorted(placed, key=lambda pair: pair[0]))
-    precisions = next((part.device.precisions for part in parts if part.device.precisions), {})
-    return replace(parts[0], outcomes=outcomes, device=replace(parts[0].device, precisions=precisions))
 
 
 def _summary(report: BackendReport) -> str:

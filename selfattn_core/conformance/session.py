@@ -61,6 +61,7 @@ class Session:
         self.device, self.shipped = device, shipped
         self.events: dict[int, dict[str, Any]] = {}
         self.ready: dict[str, Any] | None = None
+        self.precisions: dict[str, str] = {}
         self.failure = ""
         self.refused = self.absent = False
         self.timeouts = 0
@@ -85,7 +86,7 @@ class Session:
             tuple(self.ready["layouts"]),
             tuple(self.ready["dtypes"]),
             tuple(self.outcome(index) for index in range(len(self.runs))),
-            device=Device(**self.ready["device"]),
+            device=Device(**self.ready["device"], precisions=self.precisions),
         )
 
     def pending(self) -> list[int]:
@@ -117,6 +118,10 @@ class Session:
             died = f"{ending} while the backend was imported: {_tail(output)}"
             self.failure = failed.get("error", "").strip() or died
             return False
+        measured = next((line for line in lines if line["event"] == "measured"), None)
+        self.precisions = self.precisions or (measured or {}).get("precisions", {})
+        if lines[-1]["event"] == "measuring":
+            ending = f"{ending} while the framework's own products were measured: {_tail(output)}"
         ended = {line["run"]: line for line in lines if "run" in line}
         for index, event in ended.items():
             if event["event"] == "started":
@@ -193,7 +198,7 @@ class Session:
         event = self.events.get(index, {"event": "unreached"})
         if event["event"] == "answered":
             with np.load(self.folder / f"{index}.npz") as file:
-                label = coarsest((self.ready or {})["device"]["precisions"])
+                label = coarsest(self.precisions)
                 found = compare(run, dict(zip(event["names"], file.values(), strict=True)), self.seed, label)
         elif event["event"] == "declined":
             return Outcome(run, "unclaimed", (), event["reason"])

@@ -38,6 +38,8 @@ __all__ = [
     "FACTOR",
     "FACTORS",
     "NARROW_ALLOWANCE",
+    "SHIPPED_ALLOWANCE",
+    "SHIPPED_FACTORS",
     "TERMS_CAP",
     "Expectation",
     "Verdict",
@@ -56,6 +58,9 @@ FACTOR = 8.0
 
 FACTORS: Mapping[str, float] = {"float32": FACTOR, "float64": FACTOR, "bfloat16": 4.0, "float16": 4.0}
 """The same by dtype: in 16 bits the roundings that the spec does too are nearly all of the error."""
+
+SHIPPED_FACTORS: Mapping[str, float] = {label: FACTOR if label == "float32" else 4.0 for label in FORMATS}
+"""The same of the family "shipped", by format: where operands are rounded, that is nearly all of the error, as in 16 bits."""
 
 ALLOWANCES: Mapping[str, float] = {"forward": 1.0, "map": 2.0, "vjp": 2.0, "r1": 8.0}
 """Ulp that are added to the error of the spec to make the floor, by kind of quantity."""

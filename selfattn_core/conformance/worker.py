@@ -95,7 +95,6 @@ def main(job_file: str) -> None:
             backend = resolve(job["target"])
             device, about = _device(backend, job["device"], stack)
             claims, layouts, dtypes = set(backend.claims()), list(backend.layouts()), dtypes_of(backend)
-            precisions = measured(backend.default_products) if job["shipped"] and "shipped" in claims else {}
             tell(
                 event="ready",
                 name=str(backend.name),
@@ -104,7 +103,7 @@ def main(job_file: str) -> None:
                 layouts=layouts,
                 dtypes=list(dtypes),
                 expected_failures={key: list(why) for key, why in expected_failures_of(backend).items()},
-                device={"name": device, **about, "precisions": precisions},
+                device={"name": device, **about},
             )
         except (NotABackendError, DeviceUnknownError) as error:
             tell(event="failed", error=str(error), refused=True)
@@ -115,7 +114,15 @@ def main(job_file: str) -> None:
         except Exception:
             tell(event="failed", error=traceback.format_exc(limit=-3))
             return
-        _answer(backend, device, job, (claims, layouts, dtypes), tell)
+        unmeasured = ""
+        if job["shipped"] and "shipped" in claims:
+            # Of its own, for this may raise, hang or crash, and what is known of the backend by now is to be kept.
+            tell(event="measuring")
+            try:
+                tell(event="measured", precisions=measured(backend.default_products))
+            except Exception:
+                unmeasured = f"the framework's own products: {traceback.format_exc(limit=-3)}"
+        _answer(backend, device, job, (claims, layouts, dtypes), tell, unmeasured)
         tell(event="finished")
 
 
@@ -138,14 +145,18 @@ def _answer(
     job: Mapping[str, Any],
     has: tuple[set[str], Sequence[str], Sequence[str]],
     tell: Callable[..., None],
+    unmeasured: str,
 ) -> None:
-    """Compute the runs of a job that are claimed."""
+    """Compute the runs of a job that are claimed; none of them where what they are held to could not be measured."""
     cases = {case.id: case for case in CASES}
     for asked in job["runs"]:
         run = Run(cases[asked["case"]], asked["dtype"], asked["layout"])
         if not is_claimed(run, *has):
             continue
         index = asked["index"]
+        if unmeasured:
+            tell(event="raised", run=index, error=unmeasured)
+            continue
         tell(event="started", run=index)
         began = time.perf_counter()
         try:
@@ -172,8 +183,13 @@ def _answer(
 
 
 def _misplaced(backend: Any, device: str) -> str:
-    """Which device answers lay on that was not asked for; empty if none did."""
-    strange = sorted(set(backend.places()) - {device}) if device else []
+    """Why answers do not count as computed on the device that was asked for; empty if they do."""
+    if not device:
+        return ""
+    places = set(backend.places())
+    if not places:
+        return f"places() named no device after an answer, where {device} was asked for"
+    strange = sorted(places - {device})
     return f"answers lay on {', '.join(strange)}, where {device} was asked for" if strange else ""
 
 

@@ -137,7 +137,7 @@ def _run_backend(
         configs = [config.to_dict() for config, _ in blocks.values()]
         job = {"target": entry.target, "configs": configs, "folder": str(folder)}
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        failure = _run_job(f"{folder}/job.json", entry.environment)
+        failure = _run_job(f"{folder}/job.json", entry.in_full)
         if failure:
             return [Check(f"{name}'s layer", "failed", failure)]
         outputs = [np.load(f"{folder}/{number}.npy", allow_pickle=False) for number in range(len(blocks))]

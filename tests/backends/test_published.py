@@ -82,7 +82,7 @@ def test_the_published_layer_is_ours(published, name):
     entry = REGISTRY[name]
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, entry.target, str(folder), name],
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"} | dict(entry.environment),
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"} | entry.in_full,
         capture_output=True,
         text=True,
         check=False,

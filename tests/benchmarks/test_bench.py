@@ -62,6 +62,7 @@ def test_an_unknown_framework_is_a_wrong_option():
 @pytest.mark.parametrize(
     ("device", "code", "words"),
     [
+        ("", 2, "jax: got device ''; expected one of cpu, gpu"),
         ("mps", 2, "jax: got device 'mps'; expected one of cpu, gpu"),
         ("tpu", 3, "there is no device 'tpu' here"),
     ],
@@ -148,6 +149,38 @@ def test_the_products_are_counted():
         q, v = np.ones((1, 20, 3)), np.ones((1, 20, 5))
         products(step, dot, q, q, v, v)
         assert (widths.count(3), widths.count(5)) == (narrow, wide)
+
+
+def test_on_the_cpu_nothing_stands_in_the_way_of_torch():
+    torch = pytest.importorskip("torch")
+    from benchmarks import torch_cases
+
+    with torch_cases.on("cpu:0"):
+        assert torch.overrides._get_current_function_mode_stack() == []
+        assert torch.get_default_device().type == "cpu"
+
+
+def test_a_step_of_jax_casts_no_weights_while_it_is_timed():
+    pytest.importorskip("jax")
+    from benchmarks import jax_cases
+
+    problem = Problem.of(Cell("time", "core", "train", 16, 8), dtype="bfloat16")
+    weight = jax_cases.array(problem.weight, "bfloat16")
+    for name in ("ours", "matmul-blocks"):
+        step = jax_cases.build(name, problem)
+        step.run(weight)
+        with pytest.raises((TypeError, AttributeError)):
+            step.run(Uncastable())
+        assert not Uncastable.asked
+
+
+class Uncastable:
+    """Weights that see whether somebody casts them."""
+
+    asked = False
+
+    def astype(self, _):
+        Uncastable.asked = True
 
 
 def test_turns_are_taken():

@@ -80,3 +80,33 @@ def test_parts_pass_fail_and_are_ended(here, tmp_path, monkeypatch):
     assert check.parts[0].words == "2 steps, 500 ms each; at the end loss 1"
     assert "a loss is not finite" in check.parts[2].words
     assert check.parts[3].seconds < 20
+
+
+def test_an_earlier_run_does_not_stand_in_for_this_one(here, tmp_path):
+    (tmp_path / "bench").mkdir()
+    old = [
+        "conform-torch.json",
+        "conform-torch.html",
+        "training-torch.json",
+        "bench/a-card.json",
+        "bench/a-card.md",
+    ]
+    for name in old:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "mine.txt").write_text("kept")
+    assert main(["--device", "cuda", "--out", str(tmp_path), "--minutes", "0"]) == 1
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"mine.txt", "README.md"}
+
+
+@pytest.mark.parametrize(("absent", "code"), [(None, 0), ("sklearn", 1), ("keras", 1), ("jax", 0)])
+def test_a_part_that_is_missing_of_a_framework_that_is_there(here, tmp_path, monkeypatch, absent, code):
+    monkeypatch.setattr(device_check, "missing_modules", lambda names: [n for n in names if n == absent])
+
+    def run(self, name, framework, *_):
+        self.parts.append(device_check.Part(name, framework, "passed", ""))
+
+    monkeypatch.setattr(device_check._Check, "run", run)
+    assert main(["--device", "cuda", "--out", str(tmp_path)]) == code
+    rows = [row[:2] for row in table(tmp_path) if row[2] == "missing" and row[1] == "torch"]
+    assert rows == {"sklearn": [["training", "torch"]], "keras": [["conform", "torch"]]}.get(absent, [])

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -9,16 +11,31 @@ import pytest
 from click.testing import CliRunner
 
 from selfattn_core.cli import main
+from selfattn_core.conformance.answers import answers
 from selfattn_core.conformance.backend import REGISTRY
+from selfattn_core.conformance.cases import CASES
 from selfattn_core.conformance.devices import (
     WORDS,
+    Device,
     DeviceAbsentError,
     DeviceUnknownError,
     chosen,
     device_problem,
     device_variables,
 )
-from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, as_table, schema
+from selfattn_core.conformance.inputs import inputs
+from selfattn_core.conformance.memory import PeakUnknownError
+from selfattn_core.conformance.outcome import BackendReport, Outcome
+from selfattn_core.conformance.report import (
+    as_data,
+    as_html,
+    as_junit,
+    as_markdown,
+    as_table,
+    difference,
+    schema,
+)
+from selfattn_core.conformance.report.summary import device_words
 from selfattn_core.conformance.runner import run_backend
 from selfattn_core.conformance.runs import all_runs
 
@@ -36,6 +53,28 @@ FEW = [
 @pytest.fixture(autouse=True)
 def _toys(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])))
+
+
+class NeverResets:
+    """The counters of JAX: 100 bytes are in use, 900 once were, and a whole map takes 2900 more."""
+
+    in_use, peak, counts = 100, 900, True
+
+    def build(self, config, params, dtype, layout):
+        return None
+
+    def forward(self, model, x):
+        assert self.counts
+        self.peak = max(self.peak, self.in_use + (2900 if x.shape[1] > 8 else 90))
+
+    def peak_memory(self, call):
+        if not self.counts:
+            raise PeakUnknownError("it keeps no peak")
+        from selfattn_ops.devices.jax import peak_between
+
+        before = {"bytes_in_use": self.in_use, "peak_bytes_in_use": self.peak}
+        call()
+        return peak_between(before, self.peak)
 
 
 def statuses(report) -> dict[str, str]:
@@ -93,6 +132,17 @@ def test_by_default_it_is_the_cpu_and_memory_is_what_its_counters_say():
     assert statuses(report)["memory"] == "fail"
 
 
+def test_a_peak_that_is_never_forgotten_still_measures_what_exceeds_it():
+    """Earlier computations, as there are in any process, have left a peak above what is in use."""
+    pytest.importorskip("jax")
+    case = next(case for case in CASES if case.family == "memory" and case.of == "forward")
+    counter = NeverResets()
+    assert answers(counter, case, inputs(case, "float32"), "float32", "channels_last") == {"bytes": 2900}
+    counter.counts = False
+    with pytest.raises(PeakUnknownError, match="keeps no peak"):
+        answers(counter, case, inputs(case, "float32"), "float32", "channels_last")
+
+
 def test_answers_on_another_device_are_failures():
     report = run_backend("toy_backends:Strays", runs=ONE, device="cpu:1")
     assert [outcome.message for outcome in report.outcomes] == [
@@ -100,6 +150,14 @@ def test_answers_on_another_device_are_failures():
     ]
     assert statuses(report) == {"forward": "fail"}
     assert run_backend("toy_backends:Strays", runs=ONE, device="cpu:0").passed
+
+
+def test_answers_of_which_no_place_was_noted_are_failures():
+    report = run_backend("toy_backends:Silent", runs=ONE, device="cpu:1")
+    assert [outcome.message for outcome in report.outcomes] == [
+        "places() named no device after an answer, where cpu:1 was asked for"
+    ]
+    assert statuses(report) == {"forward": "fail"}
 
 
 def test_a_device_without_memory_for_one_case_answers_the_others():
@@ -116,17 +174,54 @@ def test_a_device_without_memory_for_one_case_answers_the_others():
 
 
 @pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("NoProducts", "the framework's own products: .*no such product here"),
+        ("CoarseProducts", "coarser than any format"),
+        ("DiesOfProducts", "died by signal 9 while the framework's own products were measured: an illegal"),
+        ("HangsInProducts", "ended after 5 s while the framework's own products were measured"),
+        ("DiesAsShipped", "did not start: the process exited with code 7"),
+    ],
+)
+def test_products_that_cannot_be_measured_are_errors_of_the_family_shipped_alone(backend, words):
+    report = run_backend(f"toy_backends:{backend}", runs=FEW, device="toy", timeout=5)
+    assert statuses(report) == {
+        "forward": "pass",
+        "map": "pass",
+        "params": "pass",
+        "memory": "pass",
+        "shipped": "error",
+    }
+    assert (report.error, report.device.name, report.device.precisions) == ("", "toy:0", {})
+    (message,) = [outcome.message for outcome in report.outcomes if outcome.status == "error"]
+    assert re.search(words, message, re.DOTALL), message
+
+
+@pytest.mark.parametrize(
     ("backend", "device", "words"),
     [
         ("Good", "cpu", "this backend takes none: it has no methods devices, on and places"),
         ("OnTwo", "cuda", "got device 'cuda'; expected one of cpu, toy, card"),
         ("WithoutPlaces", "", "lacks on, places"),
+        ("NoPlaces", "", "lacks places"),
+        ("NowhereToGo", "cpu", "this backend takes none"),
+        (
+            "NamesAreAWord",
+            "",
+            "devices() gives cpu: 'cpu:0', card: (0, 1), where the names of all devices of a kind are needed",
+        ),
     ],
 )
 def test_what_is_refused(backend, device, words):
     report = run_backend(f"toy_backends:{backend}", runs=ONE, device=device)
     assert report.refused
     assert words in report.error
+
+
+def test_methods_that_are_none_claim_no_device():
+    report = run_backend("toy_backends:NowhereToGo", runs=ONE)
+    assert report.passed
+    assert report.device.name == ""
 
 
 def invoke(*arguments: str):
@@ -164,6 +259,8 @@ def test_a_device_that_is_not_there_is_missing():
         ),
         (["torch", "--device", "cuda:0", "--device", "cuda:1"], ["got cuda:0 and cuda:1; expected one"]),
         (["torch", "--device", "cuda:0,cuda:1"], ["got device 'cuda:0,cuda:1'"]),
+        (["torch", "--device", ""], ["torch: got device ''; expected one of cpu, cuda, mps, xpu"]),
+        (["toy_backends:OnTwo", "--device", ""], ["got device ''; expected a word of this backend's own"]),
         (["--self-test", "--device", "cpu"], ["name a BACKEND"]),
         (["--device", "cpu", "--diff", "a.json", "b.json"], ["--diff runs nothing"]),
     ],
@@ -185,6 +282,31 @@ def test_every_form_of_a_report_names_the_device():
     words = "toy:0, A processor, driver 7; float32 by default: matrix product in tf32"
     for form in (as_html, as_junit, as_markdown, as_table):
         assert words in form(data)
+
+
+def test_a_report_says_why_default_precisions_are_not_known():
+    device = Device("toy:0", "A processor")
+    claims = ("forward", "shipped")
+    runs = {run.case.family: run for run in FEW}
+    found = []
+    for claimed, family in ((claims, "forward"), (claims, "shipped"), (("forward",), "shipped")):
+        outcomes = (Outcome(runs[family], "unclaimed"),)
+        report = BackendReport("mine", {}, claimed, ("channels_last",), ("float32",), outcomes, device=device)
+        found.append(device_words(as_data([report])["backends"][0]).partition("by default: ")[2])
+    assert found == [
+        "not measured, which the level deploy does",
+        "could not be measured",
+        "not measured, for the backend does not claim default precision",
+    ]
+
+
+def test_a_report_from_before_there_were_devices_has_no_other():
+    report = run_backend("toy_backends:OnTwo", runs=ONE, device="toy")
+    new, old = as_data([report], device="toy"), as_data([report], device="toy")
+    del old["backends"][0]["device"]
+    assert str(difference(old, new)) == "nothing changed"
+    other = as_data([replace(report, device=replace(report.device, name="toy:1"))])
+    assert "device toy:0" in str(difference(new, other))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:3"])

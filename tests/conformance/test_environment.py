@@ -1,15 +1,23 @@
 """What the processes of backends find in their environment."""
 
+import contextlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from examples.digits import frameworks
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance import calibrate, runner
 from selfattn_core.conformance import environment as module
-from selfattn_core.conformance import runner
 from selfattn_core.conformance.environment import environment, kept_programs
 from selfattn_core.conformance.runner import run_backend, run_backends
 from selfattn_core.conformance.runs import all_runs
+from selfattn_core.params import parameter_table
+from selfattn_core.porting import checking
 
 HERE = Path(__file__).parent
 PROGRAMS = tuple(kept_programs(Path()))
@@ -135,3 +143,35 @@ def test_only_memory_may_be_past_measuring():
     report = run_backend("toy_backends:SaysMemory", runs=runs)
     assert "pass" not in {outcome.status for outcome in report.outcomes}
     assert "error" in {outcome.status for outcome in report.outcomes}
+
+
+def _calibrate(folder):
+    calibrate.main()
+
+
+def _port(folder):
+    config = SelfAttentionConfig(16)
+    generator = np.random.default_rng(3)
+    params = {row.name: generator.normal(size=row.shape) for row in parameter_table(config).values()}
+    checking.check_framework("flax", {"": (config, params)})
+
+
+def _score(folder):
+    frameworks.ask("flax-nnx", folder)
+
+
+@pytest.mark.parametrize(
+    ("start", "asking"), [(_calibrate, calibrate), (_port, checking), (_score, frameworks)]
+)
+def test_whoever_checks_full_precision_shows_that_flax_asks_for_it(start, asking, monkeypatch, tmp_path):
+    asked = []
+
+    def instead(command, *, env, **_):
+        asked.append(env)
+        raise subprocess.TimeoutExpired(command, 0)
+
+    monkeypatch.setattr(asking.subprocess, "run", instead)
+    monkeypatch.setattr(sys, "argv", ["calibrate", "flax-nnx"])
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        start(tmp_path)
+    assert {env["JAX_DEFAULT_MATMUL_PRECISION"] for env in asked} == {"BF16_BF16_F32"}

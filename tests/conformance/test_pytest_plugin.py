@@ -179,6 +179,13 @@ def test_a_device(theirs):
     result = run_pytest(theirs, "--selfattn-backend", "torch", "--selfattn-device", "gpu")
     assert result.returncode == 4
     assert "torch: got device 'gpu'; expected one of cpu, cuda, mps, xpu" in result.stderr
+    for backend, words in (
+        ("torch", "one of cpu, cuda"),
+        ("toy_backends:OnTwo", "a word of this backend's own"),
+    ):
+        result = run_pytest(theirs, "--selfattn-backend", backend, "--selfattn-device", "")
+        assert result.returncode == 4
+        assert f"{backend}: got device ''; expected {words}" in result.stderr
     result = run_pytest(theirs, *chosen, "--selfattn-device", "toy", "--selfattn-device", "cpu")
     assert result.returncode == 4
     assert "got toy and cpu; expected one device a run" in result.stderr

@@ -402,6 +402,42 @@ class Strays(OnTwo):
         return {"cpu:0"}
 
 
+class Silent(OnTwo):
+    def places(self):
+        return frozenset()
+
+
+class NoProducts(OnTwo):
+    def default_products(self, left, right):
+        raise NotImplementedError("no such product here")
+
+
+class CoarseProducts(OnTwo):
+    def default_products(self, left, right):
+        return {"matrix product": 1.5 * (left @ right)}
+
+
+class DiesOfProducts(OnTwo):
+    def default_products(self, left, right):
+        sys.stderr.write("an illegal instruction\n")
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class HangsInProducts(OnTwo):
+    def default_products(self, left, right):
+        time.sleep(600)
+
+
+class DiesAsShipped(OnTwo):
+    """What asks for full precision is not set in that process alone."""
+
+    def __init__(self):
+        super().__init__()
+        if "NVIDIA_TF32_OVERRIDE" not in os.environ:
+            os._exit(7)
+
+
 class RunsOut(OnTwo):
     """A map of all positions does not fit its device."""
 
@@ -412,3 +448,18 @@ class RunsOut(OnTwo):
 class WithoutPlaces(Good):
     def devices(self):
         return {"cpu": ("cpu:0",)}
+
+
+class NoPlaces(OnTwo):
+    places = None
+
+
+class NowhereToGo(OnTwo):
+    """As the three methods are without a device."""
+
+    devices = on = places = None
+
+
+class NamesAreAWord(OnTwo):
+    def devices(self):
+        return {"cpu": "cpu:0", "toy": ("toy:0",), "card": (0, 1)}

@@ -324,3 +324,20 @@ def test_a_run_does_not_begin_with_networks_that_answer_otherwise(bug, start, tm
     assert sagan_torch.main() == FAILED
     assert "NOT the same" in capsys.readouterr().out
     assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("device", "code", "words"),
+    [
+        ("abacus", 2, "--device: got device 'abacus'; expected one of cpu, cuda"),
+        ("", 2, "--device: got device ''; expected one of cpu, cuda"),
+        ("cuda:9", 3, "--device: there is no device 'cuda:9' here; there are: cpu:0"),
+    ],
+)
+def test_a_device_that_torch_has_not(device, code, words, monkeypatch, tmp_path, capsys):
+    program = pytest.importorskip("examples.sagan_torch")
+    folder = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["sagan_torch", "--device", device, "--folder", str(folder)])
+    assert program.main() == code
+    assert words in capsys.readouterr().err
+    assert not folder.exists()

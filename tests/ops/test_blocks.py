@@ -8,6 +8,8 @@ from selfattn_ops import blocks
 from selfattn_ops.blocks import ACCELERATOR_BUDGET, ACCELERATORS, SCORE_BUDGET, block_rows, score_budget
 
 KINDS = ["cpu", "cuda", "gpu", "mps", "rocm", "tpu", "xpu", "meta", "hpu"]
+SHAPES = ((1, 1500, 3), (1, 1501, 3), (1, 1501, 5))
+"""Of queries, keys and values, whose scores are no single block of a CPU."""
 SIZES = [
     (1, 64 * 64, 64 * 64),
     (1, 128 * 128, 128 * 128),
@@ -39,7 +41,6 @@ def test_a_cpu_has_what_it_had():
     for sizes in SIZES:
         for dtype in ("float32", "float64", "bfloat16"):
             assert score_budget("cpu", *sizes, dtype) == SCORE_BUDGET == 8 * 2**20
-        assert block_rows(None, *sizes) == block_rows(None, *sizes, SCORE_BUDGET)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,6 +52,61 @@ def test_all_buffers_of_a_step_are_less_than_a_map(kind, sizes):
     # Second derivatives have 13; a map that is a few budgets of a CPU is no more to a card.
     assert budget == SCORE_BUDGET or 13 * budget < whole
     assert score_budget(kind, *sizes, "float64") in (SCORE_BUDGET, budget // 2)
+
+
+@pytest.fixture
+def kinds(monkeypatch):
+    """The kinds of device whose budget the operations of a framework have asked for."""
+
+    def of(ops):
+        asked = []
+
+        def spied(kind, *given):
+            asked.append(kind)
+            return score_budget(kind, *given)
+
+        monkeypatch.setattr(ops, "score_budget", spied)
+        return asked
+
+    return of
+
+
+def test_attend_in_torch_asks_for_the_budget_of_the_device_of_its_tensors(kinds):
+    torch = pytest.importorskip("torch")
+    from selfattn_ops import torch as ops
+
+    asked = kinds(ops)
+    for device in ("cpu", "meta"):
+        query, key, value = (torch.zeros(shape, device=device, requires_grad=True) for shape in SHAPES)
+        ops.attend(query, key, value).sum().backward()
+        assert set(asked) == {device}
+        asked.clear()
+
+
+def test_attend_in_jax_asks_for_the_budget_of_the_device_of_its_arrays(kinds, monkeypatch):
+    jax = pytest.importorskip("jax")
+    from selfattn_ops import jax as ops
+
+    asked = kinds(ops)
+    monkeypatch.setattr(ops, "_kind", lambda _: "gpu")
+    operands = [jax.numpy.zeros(shape) for shape in SHAPES]
+    jax.grad(lambda *given: ops.attend(*given).sum())(*operands)
+    assert set(asked) == {"gpu"}
+
+
+def test_attend_in_tensorflow_asks_for_the_budget_of_the_device_of_its_tensors(kinds, monkeypatch):
+    tf = pytest.importorskip("tensorflow")
+    from selfattn_ops import tensorflow as ops
+
+    asked = kinds(ops)
+    monkeypatch.setattr(ops, "_kind", lambda _: "gpu")
+    query, key, value = (tf.zeros(shape) for shape in SHAPES)
+    with tf.GradientTape() as tape:
+        tape.watch(query)
+        y = ops.attend(query, key, value)
+    tape.gradient(y, query)
+    # Whether one block is everything is asked with the budget of a CPU, which is the smallest.
+    assert "gpu" in asked
 
 
 def test_torch_takes_the_budget_of_its_device(monkeypatch):

@@ -97,3 +97,21 @@ def test_torch_names_a_card(monkeypatch):
     monkeypatch.setattr(devices, "nvidia_driver", lambda: "580.1")
     assert devices.devices()["cuda"] == ("cuda:0", "cuda:1")
     assert devices.about("cuda:1") == {"model": "A card at cuda:1", "driver": "580.1, CUDA 12.9"}
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax", "tensorflow"])
+def test_a_backend_with_a_beginning_of_its_own_notes_places(framework):
+    devices = pytest.importorskip(f"selfattn_ops.devices.{framework}")
+
+    class Backend(devices.OnDevices):
+        def __init__(self):
+            """No word of what is above it."""
+
+    one, other = Backend(), Backend()
+    zeros = {
+        "torch": lambda: devices.torch.zeros(2),
+        "jax": lambda: devices.jnp.zeros(2),
+        "tensorflow": lambda: devices.tf.zeros(2),
+    }[framework]()
+    one.noted(zeros)
+    assert (other.places(), one.places(), one.places()) == (set(), {"cpu:0"}, set())

@@ -98,9 +98,7 @@ class OnDevices:
     """What a backend of the kit is asked about devices."""
 
     device = "cpu:0"
-
-    def __init__(self) -> None:
-        self._noted: set[str] = set()
+    _noted: frozenset[str] = frozenset()
 
     def devices(self) -> Mapping[str, tuple[str, ...]]:
         """Those of JAX."""
@@ -118,7 +116,7 @@ class OnDevices:
 
     def places(self) -> frozenset[str]:
         """Where the answers since the last call lay."""
-        noted, self._noted = frozenset(self._noted), set()
+        noted, self._noted = self._noted, frozenset()
         return noted
 
     def noted(self, array: jax.Array) -> jax.Array:

@@ -70,9 +70,7 @@ class OnDevices:
     """What a backend of the kit is asked about devices."""
 
     device = "cpu:0"
-
-    def __init__(self) -> None:
-        self._noted: set[str] = set()
+    _noted: frozenset[str] = frozenset()
 
     def devices(self) -> Mapping[str, tuple[str, ...]]:
         """Those of TensorFlow."""
@@ -90,12 +88,12 @@ class OnDevices:
 
     def places(self) -> frozenset[str]:
         """Where the answers since the last call lay."""
-        noted, self._noted = frozenset(self._noted), set()
+        noted, self._noted = self._noted, frozenset()
         return noted
 
     def noted(self, tensor: tf.Tensor) -> tf.Tensor:
         """The same tensor, whose place is remembered."""
-        self._noted.add(_name(tensor.device))
+        self._noted |= {_name(tensor.device)}
         return tensor
 
     def peak_memory(self, call: Callable[[], object]) -> int:

@@ -11,10 +11,9 @@ import numpy as np
 
 from selfattn_core import __version__, spec
 from selfattn_core.conformance.cases import LEVELS, Case, Level
-from selfattn_core.conformance.formats import FORMATS
 from selfattn_core.conformance.outcome import BackendReport, Outcome
 from selfattn_core.conformance.selftest import Kill
-from selfattn_core.conformance.tolerance import FACTORS
+from selfattn_core.conformance.tolerance import FACTORS, SHIPPED_FACTORS
 from selfattn_core.conformance.training import reference
 from selfattn_core.conformance.trajectory import curve_floors
 
@@ -56,8 +55,8 @@ def as_data(
         "factors": {
             **FACTORS,
             **{
-                label: format_.factor
-                for label, format_ in FORMATS.items()
+                label: factor
+                for label, factor in SHIPPED_FACTORS.items()
                 if label in labels and label not in FACTORS
             },
         },

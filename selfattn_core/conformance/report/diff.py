@@ -93,11 +93,10 @@ def difference(old: Data, new: Data) -> Difference:
 def _compare(found: Difference, old: Data, new: Data, first: Data, second: Data) -> None:
     name = new["name"]
     found.versions.extend(_versions(name, old["versions"], new["versions"]))
-    found.versions.extend(
-        _versions(
-            name, {"device": device_words(old) or "its own"}, {"device": device_words(new) or "its own"}
-        )
-    )
+    # Reports before there were devices say nothing about it.
+    if "device" in old and "device" in new:
+        devices = [{"device": device_words(each) or "its own"} for each in (old, new)]
+        found.versions.extend(_versions(name, *devices))
     was, now = _state(old), _state(new)
     if was != now:
         (found.regressions if now else found.fixed).append(f"{name}: {now or f'starts; before: {was}'}")

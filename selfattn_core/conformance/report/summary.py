@@ -123,9 +123,19 @@ def device_words(backend: Data) -> str:
     driver = f"driver {device['driver']}" if device["driver"] else ""
     place = ", ".join(part for part in (device["name"], device["model"], driver) if part)
     if not device["precisions"]:
-        return f"{place}; float32 by default: not measured, which the level deploy does"
+        return f"{place}; float32 by default: {_why_unmeasured(backend)}"
     ways = ", ".join(f"{way} in {label}" for way, label in device["precisions"].items())
     return f"{place}; float32 by default: {ways}"
+
+
+def _why_unmeasured(backend: Data) -> str:
+    """Why a backend that has a device has no default precisions in its report."""
+    if "shipped" not in backend["claims"]:
+        return f"not measured, for the backend does not claim {_TITLES['shipped']}"
+    # Of a report before there was this family, and of one that did not ask for it, there is no such outcome.
+    if any(outcome["family"] == "shipped" for outcome in backend["outcomes"]):
+        return "could not be measured"
+    return "not measured, which the level deploy does"
 
 
 def tested_levels(data: Data) -> dict[str, list[str]]:
