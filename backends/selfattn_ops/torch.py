@@ -134,13 +134,18 @@ def _is_small(query: torch.Tensor, key: torch.Tensor, block_size: int | None) ->
         and 4 * (query.numel() // query.shape[-1]) * keys <= SCORE_BUDGET
         # Under autocast torch's own backward would run in the dtype of autocast, and under vmap there are
         # more scores than the shapes tell.
-        and not torch.is_autocast_enabled(query.device.type)
+        and not _is_autocast(query)
         and not torch._C._are_functorch_transforms_active()  # noqa: SLF001
     )
 
 
+def _is_autocast(tensor: torch.Tensor) -> bool:
+    # Of a device that holds no numbers torch does not know it.
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
 def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if torch.is_autocast_enabled(query.device.type):
+    if _is_autocast(query):
         with torch.autocast(query.device.type, enabled=False):
             return _dense(query, key, value)
     multiply = torch.bmm if query.dim() == 3 else torch.matmul

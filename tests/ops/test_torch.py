@@ -132,6 +132,14 @@ BLOCKS = pytest.mark.parametrize("block_size", [None, 1, 4, 11, 100])
 
 
 class TestValues:
+    @pytest.mark.parametrize("rows", [6, 4096])
+    def test_shapes_without_numbers(self, rows):
+        """Small maps and large ones, as tools ask that count parameters and sizes."""
+        query, key, value = (torch.zeros(2, rows, width, device="meta") for width in (3, 3, 5))
+        assert attend(query, key, value).shape == (2, rows, 5)
+        y, attention = attend_with_map(query, key, value)
+        assert (y.shape, attention.shape) == ((2, rows, 5), (2, rows, rows))
+
     @LAYOUTS
     @BLOCKS
     @pytest.mark.parametrize("lead", [(), (2,), (3, 2)])

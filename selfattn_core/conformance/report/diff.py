@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from selfattn_core.conformance.report.check import report_problems
-from selfattn_core.conformance.report.summary import Data, device_words, ratio_of, run_id
+from selfattn_core.conformance.report.summary import Data, allowed, device_words, ratio_of, run_id
 
 __all__ = ["Difference", "difference"]
 
@@ -108,7 +108,7 @@ def _compare(found: Difference, old: Data, new: Data, first: Data, second: Data)
         if run in runs:
             _outcome(found, f"{name}: {run}", runs[run], outcome)
             if first["seed"] == second["seed"]:
-                _ratio(found, f"{name}: {run}", runs[run], outcome, second["factors"][outcome["dtype"]])
+                _ratio(found, f"{name}: {run}", runs[run], outcome, allowed(second, outcome))
     gone = [run for run in runs if run not in others]
     if gone and first["level"] == second["level"]:
         found.regressions.append(f"{name}: {len(gone)} cases are no more, {gone[0]} among them")
