@@ -181,7 +181,7 @@ def test_what_it_trained_goes_back_to_pytorch(framework, runs):
     from examples import sagan_torch
 
     folder, _, said = runs(framework)
-    assert said.count("allowed: 64): the same") == 3
+    assert said.count("allowed: 64): the same") == 2
     there = files.load_samples(folder)
     answers = []
     for wide in (False, True):
@@ -229,9 +229,8 @@ def test_a_step_in_sixteen_bits_has_the_losses_of_float32_but_for_their_rounding
     from examples import sagan_torch
 
     half = tmp_path / "half"
-    program(
-        framework, f"--quick --seed {SEED} --steps 1 --precision bfloat16 --start {start} --folder {half}"
-    )
+    line = f"--quick --seed {SEED} --steps 1 --precision bfloat16 --start {start} --folder {half}"
+    assert "allowed: 64): the same" in program(framework, line)
     wide = losses_of_first_step(start)
     (losses,) = losses_of(half)
     error = np.abs(losses - wide).max() / np.abs(wide).max()

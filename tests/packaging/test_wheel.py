@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"selfattn_core", "selfattn_ops", "selfattn_torch", "selfattn_keras", "selfattn_flax"}
+PACKAGES = {
+    *("selfattn_core", "selfattn_ops", "selfattn_runtimes"),
+    *("selfattn_torch", "selfattn_keras", "selfattn_flax"),
+}
 # A module that says which packages there are.
 NAMES = PACKAGES | {"selfattn.py"}
 
@@ -50,7 +53,7 @@ def python(wheel, tmp_path_factory) -> Path:
     return python
 
 
-def test_the_wheel_holds_the_five_packages_the_message_and_nothing_else(wheel):
+def test_the_wheel_holds_the_six_packages_the_message_and_nothing_else(wheel):
     names = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in names if not name.endswith(".dist-info")} == NAMES
     files = set(zipfile.ZipFile(wheel).namelist())

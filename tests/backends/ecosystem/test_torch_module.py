@@ -17,7 +17,7 @@ from selfattn_core import SelfAttentionConfig, parameter_table
 from selfattn_core.conformance.cases import CASES
 from selfattn_core.conformance.inputs import inputs
 from selfattn_core.conformance.tolerance import expect, judge
-from selfattn_core.params import glorot_limit, projections
+from selfattn_core.params import KV_POOL, glorot_limit, projections
 from selfattn_torch import SelfAttention2d, from_canonical, to_canonical
 
 FLAT, POOLED = (next(case for case in CASES if case.id == name) for name in ("SA-FWD-001", "SA-FWD-006"))
@@ -126,7 +126,7 @@ def test_a_gamma_per_channel_and_two_gammas_are_refused():
 
 def test_the_version_of_the_state_dict_is_frozen():
     metadata = nn.Sequential(SelfAttention2d(16)).state_dict()._metadata
-    assert metadata["0"] == {"version": 1}
+    assert metadata["0"] == {"version": 1, KV_POOL: 1}
 
 
 @BOTH
