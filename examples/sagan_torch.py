@@ -236,7 +236,7 @@ class Training:
 
     def load(self, folder: Path) -> None:
         """Go on where `save` was called."""
-        state = torch.load(folder / _CHECKPOINT, map_location=self.device, weights_only=True)
+        state = torch.load(folder / _CHECKPOINT, map_location="cpu", weights_only=True)
         self.step = state["step"]
         for name, part in self._parts():
             part.load_state_dict(state[name])
