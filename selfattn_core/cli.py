@@ -10,7 +10,7 @@ import click
 from selfattn_core import __version__, completion
 from selfattn_core.guard import GuardedGroup
 from selfattn_core.porting import commands
-from selfattn_core.verifying.command import verify
+from selfattn_core.verify_command import verify
 
 __all__ = ["main"]
 

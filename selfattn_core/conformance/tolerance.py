@@ -239,10 +239,6 @@ def judge(
         dtype: that the answer should have; for 16 bits float32 is right too, if the values are those of the format.
         factor: noise floors that the error may reach; by default those of the dtype.
     """
-    want = expectation.want
-    allowed = FACTORS[dtype] if factor is None else factor
-    if got.shape != want.shape:
-        return _unusable(quantity, f"shape {got.shape}, expected {want.shape}")
     half = dtype in SIXTEEN_BITS
     if str(got.dtype) != dtype and quantity != "r1" and not (half and got.dtype == np.float32):
         return _unusable(quantity, f"dtype {got.dtype}, expected {dtype}")
@@ -250,7 +246,7 @@ def judge(
     # The penalty is a number, of no dtype.
     if half and quantity != "r1" and not _held(answer, dtype):
         return _unusable(quantity, f"values that {dtype} does not hold: it is computed in something wider")
-    return measure(quantity, answer, expectation, allowed)
+    return measure(quantity, answer, expectation, FACTORS[dtype] if factor is None else factor)
 
 
 def measure(quantity: str, answer: Array, expectation: Expectation, factor: float) -> Verdict:

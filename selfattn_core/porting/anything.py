@@ -55,8 +55,11 @@ def load_any(
                 f"load: {' and '.join(given)} says something of another file than a canonical one: pass dialect= as well; a "
                 "layer of a canonical file is named by block=."
             )
-        _check_canonical(Path(path))
-        return selfattn_core.load(path, block=block)
+        try:
+            return selfattn_core.load(path, block=block)
+        except ValueError:
+            _check_canonical(Path(path))
+            raise
     if block is not None:
         raise ValueError(
             f"load: block={block!r} names a layer of a canonical file; with dialect= pass prefix=, the beginning of its keys."

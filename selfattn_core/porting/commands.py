@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from selfattn_core import completion
 from selfattn_core.exit_codes import CHECK_FAILED
 from selfattn_core.report_files import STANDARD_OUTPUT, report_target, target_problems, write_report
 
-__all__ = ["dialects", "inspect", "port"]
+__all__ = ["dialects", "given_settings", "inspect", "port"]
 
 
 class _NamedPath(click.Path):
@@ -142,12 +142,7 @@ def port(
     from selfattn_core.porting.errors import VerificationError
     from selfattn_core.porting.port import port as run
 
-    given = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not (name and equals and value):
-            raise click.UsageError(f"--set {setting}: expected NAME=VALUE, for example use_scale=false.")
-        given[name] = value
+    given = given_settings(settings)
     kept = {"SRC": source, "DST": target, "the file of --check": check, "the dialect of --from": dialect}
     json_file = _json_target(json_file, {name: Path(path) for name, path in kept.items() if path})
     try:
@@ -190,6 +185,28 @@ def dialects(name: str | None) -> None:
         roles = ", ".join(f"{role} = {path}" for role, path in found.variants[0].roles.items())
         detail = found.reason if found.refused else f"{roles}; {found.source}"
         click.echo(f"{'':<21} {detail}")
+
+
+def given_settings(options: Sequence[str]) -> dict[str, str]:
+    """What `--set` says, by name.
+
+    Args:
+        options: NAME=VALUE, as often as it was given.
+
+    Raises:
+        click.UsageError: if one is spelled otherwise.
+
+    Example:
+        >>> given_settings(["use_scale=false"])
+        {'use_scale': 'false'}
+    """
+    given = {}
+    for setting in options:
+        name, equals, value = setting.partition("=")
+        if not (name and equals and value):
+            raise click.UsageError(f"--set {setting}: expected NAME=VALUE, for example use_scale=false.")
+        given[name] = value
+    return given
 
 
 def _json_target(target: str | None, keep: Mapping[str, Path]) -> str | None:

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.backend import Layout
 from selfattn_core.verifying.artifact import Tensor
 from selfattn_core.verifying.errors import VerifyError
 from selfattn_core.verifying.process import Description
 
 __all__ = ["LAYOUTS", "Signature", "signature"]
 
-Layout = Literal["channels_last", "channels_first"]
-LAYOUTS: tuple[Layout, ...] = ("channels_last", "channels_first")
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 

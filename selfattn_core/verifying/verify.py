@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.backend import Layout
 from selfattn_core.conformance.tolerance import measure
 from selfattn_core.features import read_features
 from selfattn_core.installed import missing_modules
@@ -21,7 +22,7 @@ from selfattn_core.verifying.precision import PRECISIONS, expected, factor, foun
 from selfattn_core.verifying.process import Answer, CrashedError, Process
 from selfattn_core.verifying.questions import Question, own_question, questions
 from selfattn_core.verifying.report import Finding, VerifyReport
-from selfattn_core.verifying.signature import LAYOUTS, Layout, Signature, signature
+from selfattn_core.verifying.signature import LAYOUTS, Signature, signature
 
 __all__ = ["verify"]
 

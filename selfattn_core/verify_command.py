@@ -1,14 +1,16 @@
-"""The `verify` command."""
+"""The `verify` command; not in its package, which takes a while to import and which `selfattn --help` does not need."""
 
 import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from selfattn_core import completion
 from selfattn_core.exit_codes import CHECK_FAILED
+from selfattn_core.porting.commands import given_settings
 from selfattn_core.report_files import (
     STANDARD_OUTPUT,
     report_target,
@@ -16,7 +18,6 @@ from selfattn_core.report_files import (
     target_problems,
     write_reports,
 )
-from selfattn_core.verifying.signature import Layout
 
 __all__ = ["verify"]
 
@@ -102,7 +103,7 @@ def verify(
     input_name: str | None,
     output_name: str | None,
     map_name: str | None,
-    layout: Layout | None,
+    layout: Literal["channels_last", "channels_first"] | None,
     size: tuple[int, int] | None,
     precision: str | None,
     features: Path | None,
@@ -120,12 +121,7 @@ def verify(
     """
     from selfattn_core.verifying import verify as run
 
-    given = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not (name and equals and value):
-            raise click.UsageError(f"--set {setting}: expected NAME=VALUE, for example use_scale=false.")
-        given[name] = value
+    given = given_settings(settings)
     files = {"json": json_file, "html": html_file}
     targets = {form: report_target(target) for form, target in files.items() if target is not None}
     read = {"ARTIFACT": artifact, "WEIGHTS": str(weights), "the file of --features": str(features or "")}
