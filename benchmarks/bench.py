@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import FRAMEWORKS, MODES, Cell, Mode
+from benchmarks.cells import FRAMEWORKS, MODES, REQUIRES, Cell, Mode
 from benchmarks.report import markdown, plot
 from benchmarks.results import file_stem, machine, merge, write_bytes, write_text
 from benchmarks.targets import evaluate
@@ -45,7 +45,6 @@ __all__ = ["main"]
 
 _ROOT = Path(__file__).parents[1]
 _LONGEST_SECONDS = 900
-_REQUIRES = {"torch": ("torch",), "jax": ("jax", "flax"), "tensorflow": ("tensorflow", "keras")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _options(arguments)
-    missing = {name: missing_modules(_REQUIRES[name]) for name in options.frameworks}
+    missing = {name: missing_modules(REQUIRES[name]) for name in options.frameworks}
     absent = [
         f"{', '.join(modules)} (pip install 'selfattn[all]')" for modules in missing.values() if modules
     ]

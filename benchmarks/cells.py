@@ -4,11 +4,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CEILINGS", "FRAMEWORKS", "IMPLEMENTATIONS", "MODES", "OURS", "Cell", "Mode", "too_large"]
+__all__ = [
+    "CEILINGS",
+    "FRAMEWORKS",
+    "IMPLEMENTATIONS",
+    "MODES",
+    "OURS",
+    "REQUIRES",
+    "Cell",
+    "Mode",
+    "too_large",
+]
 
 OURS = "ours"
 
 FRAMEWORKS = ("torch", "jax", "tensorflow")
+
+# The modules that their cells import: the framework, and the library of its layers.
+REQUIRES = {"torch": ("torch",), "jax": ("jax", "flax"), "tensorflow": ("tensorflow", "keras")}
 
 # Not attention: the products of the step and nothing else, of whole arrays and of blocks of query rows. The faster of
 # the two is a time that no implementation on this framework's matmul goes below.

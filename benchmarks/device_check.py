@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.cells import FRAMEWORKS
+from benchmarks.cells import FRAMEWORKS, REQUIRES
 from benchmarks.results import write_text
 from selfattn_core.conformance.backend import REGISTRY
 from selfattn_core.conformance.devices import (
@@ -43,7 +43,6 @@ from selfattn_core.installed import missing_modules
 __all__ = ["main"]
 
 _ROOT = Path(__file__).parents[1]
-_BENCHED = {"torch": ("torch",), "jax": ("jax", "flax"), "tensorflow": ("tensorflow", "keras")}
 _TRAINED = ("torch", "jax")
 _WRITTEN = (
     "README.md",
@@ -134,7 +133,7 @@ class _Check:
         """The framework's name of the device; empty where the one or the other is missing."""
         asked = _in_words_of(framework, self.options.device)
         words = device_problem(asked, WORDS[framework])
-        if absent := missing_modules(_BENCHED[framework][:1]):
+        if absent := missing_modules(REQUIRES[framework][:1]):
             words = f"{', '.join(absent)} not installed"
         if not words:
             try:
@@ -166,7 +165,7 @@ class _Check:
 
     def train(self, framework: str, device: str) -> None:
         """The small SAGAN in bfloat16 with R1."""
-        needs = [*_BENCHED[framework], "sklearn"]
+        needs = [*REQUIRES[framework], "sklearn"]
         if framework not in _TRAINED:
             return
         if absent := missing_modules(needs):
@@ -180,7 +179,7 @@ class _Check:
 
     def bench(self, framework: str, device: str) -> None:
         """Times and memory."""
-        if absent := missing_modules(_BENCHED[framework]):
+        if absent := missing_modules(REQUIRES[framework]):
             self.parts.append(Part("bench", framework, "missing", f"{', '.join(absent)} not installed"))
             return
         folder = self.options.out / "bench"

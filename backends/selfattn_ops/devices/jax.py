@@ -15,6 +15,7 @@ from numpy.typing import NDArray  # noqa: E402
 
 from selfattn_core.conformance.memory import PeakUnknownError, peak_growth  # noqa: E402
 from selfattn_ops.devices.hosts import nvidia_driver, processor  # noqa: E402
+from selfattn_ops.devices.placed import OnDevice  # noqa: E402
 
 __all__ = ["OnDevices", "about", "devices", "peak_memory"]
 
@@ -94,11 +95,8 @@ def peak_between(before: Mapping[str, int], peak: int) -> int:
     return max(0, peak - before["bytes_in_use"])
 
 
-class OnDevices:
+class OnDevices(OnDevice):
     """What a backend of the kit is asked about devices."""
-
-    device = "cpu:0"
-    _noted: frozenset[str] = frozenset()
 
     def devices(self) -> Mapping[str, tuple[str, ...]]:
         """Those of JAX."""
@@ -114,14 +112,9 @@ class OnDevices:
         finally:
             self.device = "cpu:0"
 
-    def places(self) -> frozenset[str]:
-        """Where the answers since the last call lay."""
-        noted, self._noted = self._noted, frozenset()
-        return noted
-
     def noted(self, array: jax.Array) -> jax.Array:
         """The same array, whose place is remembered."""
-        self._noted |= set(map(_name, array.devices()))
+        self.note(map(_name, array.devices()))
         return array
 
     def peak_memory(self, call: Callable[[], object]) -> int:

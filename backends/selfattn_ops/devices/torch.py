@@ -13,6 +13,7 @@ from numpy.typing import NDArray  # noqa: E402
 
 from selfattn_core.conformance.memory import PeakUnknownError, peak_growth  # noqa: E402
 from selfattn_ops.devices.hosts import nvidia_driver, processor  # noqa: E402
+from selfattn_ops.devices.placed import OnDevice  # noqa: E402
 
 __all__ = ["OnDevices", "about", "devices", "peak_memory"]
 
@@ -77,11 +78,8 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
     return max(0, int(counter.max_memory_allocated(device)) - before)
 
 
-class OnDevices:
+class OnDevices(OnDevice):
     """What a backend of the kit is asked about devices."""
-
-    device = "cpu:0"
-    _noted: frozenset[str] = frozenset()
 
     def devices(self) -> Mapping[str, tuple[str, ...]]:
         """Those of torch."""
@@ -96,14 +94,9 @@ class OnDevices:
         finally:
             self.device = "cpu:0"
 
-    def places(self) -> frozenset[str]:
-        """Where the answers since the last call lay."""
-        noted, self._noted = self._noted, frozenset()
-        return noted
-
     def noted(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same tensor, whose place is remembered."""
-        self._noted |= {f"{tensor.device.type}:{tensor.device.index or 0}"}
+        self.note([f"{tensor.device.type}:{tensor.device.index or 0}"])
         return tensor
 
     def peak_memory(self, call: Callable[[], object]) -> int:
