@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.backend import Layout
-from selfattn_core.conformance.tolerance import measure
+from selfattn_core.conformance.tolerance import Expectation, measure
 from selfattn_core.features import read_features
 from selfattn_core.installed import missing_modules
 from selfattn_core.porting.anything import load_any
@@ -229,6 +229,7 @@ def _ask_all(
     asked: Sequence[Question],
 ) -> tuple[list[Finding], list[Evidence]]:
     findings, evidence = [], []
+    known: dict[tuple[int, bool], dict[str, Expectation]] = {}
     failed: set[tuple[int, ...]] = set()
     wanted = ("y",) if found.attention is None else ("y", "map")
     # The first once more at the end: a file must not remember what it was asked.
@@ -242,7 +243,11 @@ def _ask_all(
         outputs = dict(zip(wanted, _canonical(answer, found), strict=True))
         # Sums in turn take the definition seconds on large maps, so that only files which may need them pay for them.
         for in_turn in (False, True):
-            expectations = expected(config, params, question, precision, wanted, in_turn=in_turn)
+            # The last question has the input of the first.
+            key = (id(question.x), in_turn)
+            if key not in known:
+                known[key] = expected(config, params, question, precision, wanted, in_turn=in_turn)
+            expectations = known[key]
             verdicts = tuple(
                 measure(name, outputs[name], expectations[name], factor(precision)) for name in wanted
             )

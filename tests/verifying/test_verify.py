@@ -158,6 +158,16 @@ def test_children_of_a_runtime_end_with_it(weights):
         time.sleep(0.05)
 
 
+def test_a_runtime_that_hangs_ends_with_who_asked_it(weights, tmp_path):
+    """Whoever is killed can end nobody."""
+    with Process(CONTAINERS["callable"].runtimes[0], f"{FUNCTIONS}:hangs") as running:
+        running.open()
+        np.save(running.folder / "x.npy", np.ones((1, 2, 2, 16), np.float32))
+        running.process.stdin.write('{"dtype": "float32", "input": "x", "outputs": ["y"]}\n')
+        running.process.stdin.close()
+        assert running.process.wait(timeout=60) == 0
+
+
 def is_alive(group: int) -> bool:
     try:
         os.killpg(group, 0)
