@@ -37,9 +37,10 @@ def examples_of(*arguments: str, **environment: str) -> subprocess.CompletedProc
     "arguments",
     [
         ["selfattn_core"],
-        ["selfattn_ops", "selfattn_ops.blocks", "selfattn_ops.torch"],
-        ["selfattn_ops", "selfattn_ops.jax"],
-        ["selfattn_ops", "selfattn_ops.tensorflow"],
+        ["selfattn_ops", "selfattn_ops.blocks", "selfattn_ops.torch", "selfattn_ops.devices.torch"],
+        ["selfattn_ops", "selfattn_ops.devices.hosts", "selfattn_ops.devices.placed"],
+        ["selfattn_ops", "selfattn_ops.jax", "selfattn_ops.devices.jax"],
+        ["selfattn_ops", "selfattn_ops.tensorflow", "selfattn_ops.devices.tensorflow"],
         ["selfattn_torch"],
         ["selfattn_flax"],
     ],
