@@ -28,7 +28,7 @@ def said(path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.pth.gz", gzip.compress(b"x" * 99), "is compressed with gzip; unpack it with gunzip"),
+        ("a.pth.gz", gzip.compress(b"x" * 99, mtime=0), "is compressed with gzip; unpack it with gunzip"),
         ("a.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "run `git lfs pull`"),
         (
             "a.pth",
