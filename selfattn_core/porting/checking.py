@@ -38,13 +38,14 @@ _LOGITS = 3.0
 
 
 def designed_input(
-    config: SelfAttentionConfig, params: Mapping[str, Array]
+    config: SelfAttentionConfig, params: Mapping[str, Array], *, size: tuple[int, int] | None = None
 ) -> tuple[dict[str, Array], Array, str]:
     """An input on which a wrong layer shows: H ≠ W, a map that is neither flat nor one-hot, gamma not 0.
 
     Args:
         config: the layer.
         params: its arrays.
+        size: (H, W); by default a few positions, where a window of pooling over key and value is cut off.
 
     Returns:
         The parameters in at least float32, x (2, H, W, C) in their dtype, and what was changed of them, "" if nothing.
@@ -52,7 +53,8 @@ def designed_input(
     dtype = np.result_type(params["gamma"].dtype, np.float32)
     generator = np.random.Generator(np.random.PCG64(0))
     side = config.kv_pool
-    x = generator.standard_normal((2, 2 * side + 1, 3 * side, config.channels))
+    height, width = size or (2 * side + 1, 3 * side + 1)
+    x = generator.standard_normal((2, height, width, config.channels))
     used = {name: array.astype(dtype) for name, array in params.items()}
     changed = ""
     if not params["gamma"].any():

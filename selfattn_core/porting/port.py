@@ -393,7 +393,7 @@ class _Port:
         if planned.match.unused or _plain(block.exported):
             return Check(name, *_comparison(block, again))
         x = np.random.Generator(np.random.PCG64(1)).standard_normal(
-            (2, 2 * block.config.kv_pool + 1, 3 * block.config.kv_pool, block.config.channels)
+            (2, 2 * block.config.kv_pool + 1, 3 * block.config.kv_pool + 1, block.config.channels)
         )
         from selfattn_core import spec
 

@@ -1,0 +1,185 @@
+"""A model of somebody else's with our layer in the place of its attention layers."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import nn
+
+from selfattn_core.porting.converting import Conversion, ConversionError, ConvertedLayer, refuse
+from selfattn_core.porting.dialects import dialect as dialect_named
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.finding import index_of
+from selfattn_core.porting.matching import normal, prefixes
+from selfattn_torch import obstacles
+from selfattn_torch.foreign import ForeignLayer, Options, detached, tensors_of
+from selfattn_torch.layer import SelfAttention2d
+
+__all__ = ["Match", "convert"]
+
+Match = type[nn.Module] | tuple[type[nn.Module], ...] | str | Callable[[str, nn.Module], bool]
+
+
+def convert(
+    model: nn.Module,
+    *,
+    dialect: str | None = None,
+    match: Match | None = None,
+    settings: Mapping[str, str | bool | float] | None = None,
+    keep_spectral_norm: bool = True,
+    returns: Literal["same", "output"] = "same",
+    block_size: int | None = None,
+    size: tuple[int, int] | None = None,
+    inplace: bool = False,
+    dry_run: bool = False,
+) -> Conversion[nn.Module]:
+    """Replace the attention layers of a model by `SelfAttention2d`, each with the weights of the one that it replaces.
+
+    Each foreign layer and the one that takes its place are asked for their output and gradients, in evaluation mode, on the
+    CPU, in float32 or float64. Both must agree with the definition within the limits of the conformance kit. Nothing is
+    replaced unless all do.
+
+    A new layer has the device, dtype, training mode and `requires_grad` of the old one, and its spectral norm with the
+    state. It has `query`, `key`, `value` and `gamma` where the old one may have had other names, so an optimiser is made
+    after this, and a state dict of the old model goes through `selfattn port --whole`. What the old layer's `.grad` held
+    is gone.
+
+    Args:
+        model: the network, or a foreign layer itself. In training mode or not, on any device.
+        dialect: what the layers are: a name of `selfattn dialects` or a `.toml` file of your own. None is for layers whose keys
+            fit a single one, and needs `match`.
+        match: which modules: a class or several, a name with * for any text, or a function of name and module; by default
+            those that have the keys of the dialect.
+        settings: what the tensors do not show, as in `selfattn_core.porting.port`.
+        keep_spectral_norm: whether layers that have spectral norm keep it. False divides the kernels by it once.
+        returns: "same": a layer that returned (y, A) is replaced by one that does, `SelfAttention2dWithMap`, at N·M numbers
+            of memory in each call; "output": every new layer returns y alone.
+        block_size: as in `SelfAttention2d`.
+        size: (H, W) of the input that both layers are asked; by default a few positions.
+        inplace: whether `model` itself is changed; otherwise it stays as it is, and the result is a copy.
+        dry_run: do everything but replace.
+
+    Returns:
+        The model, and for each layer what it was, what it is and how far both are from the definition.
+
+    Raises:
+        ConversionError: a PortError whose `report` says which layer computes something else than its dialect says.
+        PortError: if no layer is found, or one cannot be replaced; every reason.
+        ValueError: if `returns` is another word.
+
+    Example:
+        >>> class Attention(nn.Module):
+        ...     def __init__(self, channels):
+        ...         super().__init__()
+        ...         self.query_conv = nn.Conv2d(channels, channels // 8, 1)
+        ...         self.key_conv = nn.Conv2d(channels, channels // 8, 1)
+        ...         self.value_conv = nn.Conv2d(channels, channels, 1)
+        ...         self.gamma = nn.Parameter(torch.zeros(1))
+        ...
+        ...     def forward(self, x):
+        ...         q, k, v = (conv(x).flatten(2) for conv in (self.query_conv, self.key_conv, self.value_conv))
+        ...         return self.gamma * (v @ (q.mT @ k).softmax(-1).mT).view_as(x) + x
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), Attention(16))
+        >>> report = convert(model, dialect="heykeetae", match=Attention)
+        >>> report.passed, report.layers[0].names, type(report.model[2]).__name__
+        (True, ('2',), 'SelfAttention2d')
+    """
+    if returns not in ("same", "output"):
+        raise ValueError(f"convert: returns={returns!r}; expected 'same' or 'output'.")
+    layers = _found(model, dialect, match)
+    places = {name for names in layers.values() for name in names}
+    refuse([*obstacles.of_model(model, places), *_nested(places)])
+    problems: list[str] = []
+    for layer, names in layers.items():
+        problems += obstacles.of_layer(names[0], layer, _parameters_elsewhere(model, layer))
+    if inplace:
+        problems += obstacles.referring(model, layers)
+        if model in layers:
+            problems.append(
+                "the model itself is the layer, and cannot be replaced in place; take the result's `model`"
+            )
+    refuse(problems)
+    options = Options(settings or {}, keep_spectral_norm, returns, block_size, size)
+    new: dict[nn.Module, SelfAttention2d] = {}
+    reports: list[ConvertedLayer] = []
+    for layer, names in layers.items():
+        try:
+            new[layer], report = ForeignLayer(layer, names, options).converted(dialect)
+            reports.append(report)
+        except PortError as error:
+            problems.append(str(error))
+    refuse(problems)
+    done = Conversion[nn.Module](None, tuple(reports))
+    if not done.passed:
+        raise ConversionError(done)
+    return done if dry_run else replace(done, model=_replaced(model, layers, new, inplace=inplace))
+
+
+def _found(model: nn.Module, dialect: str | None, match: Match | None) -> dict[nn.Module, tuple[str, ...]]:
+    """The layers to replace, each once, with all places where it stands."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if match is None:
+        if dialect is None:
+            raise PortError(
+                "convert: say with dialect= what the layers are, with match= which modules, or both."
+            )
+        there = set(prefixes(dialect_named(dialect), index_of(tensors_of(model, ""))))
+        names = [name for name in modules if (f"{normal(name)}/" if name else "") in there]
+    elif isinstance(match, str):
+        names = [name for name in modules if fnmatchcase(name, match)]
+    elif isinstance(match, type | tuple):
+        names = [name for name, module in modules.items() if isinstance(module, match)]
+    else:
+        names = [name for name, module in modules.items() if match(name, module)]
+    found: dict[nn.Module, tuple[str, ...]] = {}
+    for name in names:
+        # Ours have names that a dialect of ours fits.
+        if not isinstance(modules[name], SelfAttention2d):
+            found[modules[name]] = (*found.get(modules[name], ()), name)
+    if not found:
+        what = f"that match={match!r} takes" if match is not None else f"with the keys of {dialect}"
+        kinds = sorted({type(module).__name__ for module in modules.values()})
+        raise PortError(
+            f"convert: the model has no module {what}, and was left as it is; its modules are of {', '.join(kinds)}. Name the class of "
+            "the attention layer with match=, and with dialect= what it computes."
+        )
+    return found
+
+
+def _nested(places: set[str]) -> list[str]:
+    return [
+        f"{inner} lies inside {outer}, and both match; narrow match="
+        for inner in sorted(places)
+        for outer in sorted(places)
+        if inner.startswith(f"{outer}." if outer else outer) and inner != outer
+    ]
+
+
+def _parameters_elsewhere(model: nn.Module, layer: nn.Module) -> set[int]:
+    inside = set(layer.modules())
+    return {
+        id(parameter)
+        for module in model.modules()
+        if module not in inside
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def _replaced(
+    model: nn.Module,
+    layers: Mapping[nn.Module, tuple[str, ...]],
+    new: Mapping[nn.Module, SelfAttention2d],
+    *,
+    inplace: bool,
+) -> nn.Module:
+    if not inplace:
+        # Where `deepcopy` meets an old layer, in whatever holds it, it takes the new one.
+        known: dict[int, Any] = {id(layer): new[layer] for layer in layers}
+        return copy.deepcopy(model, detached(model) | known)
+    for layer, names in layers.items():
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new[layer])
+    return model

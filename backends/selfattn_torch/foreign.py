@@ -1,0 +1,248 @@
+"""A foreign attention layer of a model: its tensors, its answers, and the layer of ours that takes its place."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from selfattn_core.porting.converting import (
+    ConvertedLayer,
+    Foreign,
+    Question,
+    agreement,
+    chosen_dialect,
+    compared,
+    question,
+    read_layer,
+)
+from selfattn_core.porting.dialects import Dialect
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
+from selfattn_torch.layer import SelfAttention2d
+from selfattn_torch.weights import from_canonical, to_canonical
+from selfattn_torch.with_map import SelfAttention2dWithMap
+
+__all__ = ["ForeignLayer", "Options", "detached", "tensors_of"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `convert` that a single layer needs."""
+
+    settings: Mapping[str, str | bool | float]
+    keep_spectral_norm: bool
+    returns: str
+    block_size: int | None
+    size: tuple[int, int] | None
+
+
+class ForeignLayer:
+    """One module that is to be replaced.
+
+    Args:
+        layer: the module.
+        names: of every place where it stands.
+        options: of the conversion.
+    """
+
+    def __init__(self, layer: nn.Module, names: tuple[str, ...], options: Options) -> None:
+        self.layer, self.names, self.options = layer, names, options
+        self.where = f"{names[0] or 'the model'} ({type(layer).__name__})"
+        self.tensors = tensors_of(layer, names[0])
+
+    def converted(self, name: str | None) -> tuple[SelfAttention2d, ConvertedLayer]:
+        """The layer that takes its place, and what there is to say of both.
+
+        Args:
+            name: of its dialect; None if nobody said.
+
+        Raises:
+            PortError: if it cannot be read or asked. One that computes something else is in the report.
+        """
+        chosen = chosen_dialect(name, self.tensors, self._agrees)
+        new, report = self._twin(chosen)
+        if report.failures and (hint := agreement(chosen, self.tensors, self._agrees)):
+            report = replace(report, failures=(*report.failures, hint))
+        return new, report
+
+    def _agrees(self, dialect: Dialect) -> bool:
+        try:
+            return not self._twin(dialect)[1].failures
+        except PortError:
+            return False
+
+    def _twin(self, dialect: Dialect) -> tuple[SelfAttention2d, ConvertedLayer]:
+        foreign = read_layer(
+            self.tensors,
+            dialect,
+            self.options.settings,
+            keep_spectral_norm=self.options.keep_spectral_norm,
+        )
+        asked = question(foreign, self.options.size)
+        pair, theirs = self._ask(foreign, asked)
+        twin = from_canonical(foreign.config, asked.params, block_size=self.options.block_size).eval()
+        new, notes = self._dressed(foreign, pair=pair and self.options.returns == "same")
+        if pair and self.options.returns == "output":
+            notes.append("the old layer returned (y, A), and the new one returns y: change what calls it")
+        report = ConvertedLayer(
+            self.names,
+            type(self.layer).__name__,
+            dialect.name,
+            foreign.config.to_dict(),
+            *compared(foreign, asked, theirs, _answers(twin, foreign, asked, pair=pair)),
+            returns_map=isinstance(new, SelfAttention2dWithMap),
+            assumptions=foreign.assumptions,
+            notes=(*foreign.notes, *notes),
+        )
+        return new, report
+
+    def _ask(self, foreign: Foreign, asked: Question) -> tuple[bool, dict[str, Array]]:
+        """Whether it returns (y, A), and its answers; a copy is asked, since a question may move its state."""
+        old = copy.deepcopy(self.layer, detached(self.layer))
+        old = old.to(device="cpu", dtype=getattr(torch, str(asked.x.dtype))).eval()
+        if gamma := foreign.source("gamma"):
+            with torch.no_grad():
+                old.state_dict(keep_vars=True)[gamma].fill_(asked.gamma)
+        x = _maps(asked.x).requires_grad_()
+        parameters = dict(old.named_parameters())
+        for parameter in parameters.values():
+            parameter.requires_grad_(True).grad = None
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+                result = old(x)
+                pair = isinstance(result, tuple | list) and len(result) == 2
+                y = result[0] if pair else result
+                if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+                    raise PortError(
+                        f"{self.where}: returned {_shown(result)} for an input {tuple(x.shape)}; expected y of the same shape, or "
+                        "(y, A)."
+                    )
+                y.backward(_maps(asked.dy))
+        except PortError:
+            raise
+        except Exception as error:
+            raise PortError(
+                f"{self.where}: does not run on an input {tuple(x.shape)}: {type(error).__name__}: {error}. Pass the size that it "
+                "takes as size=(H, W); a layer that takes more than one input cannot be converted."
+            ) from error
+        found = {"y": _positions(y), "x": _positions(x.grad)}
+        if pair:
+            found["map"] = self._map(result, foreign, asked)
+        for name in foreign.origins:
+            gradient = getattr(parameters.get(foreign.source(name)), "grad", None)
+            if gradient is not None:
+                found[name] = _like(_read(gradient), name, foreign)
+        return pair, found
+
+    def _map(self, result: Any, foreign: Foreign, asked: Question) -> Array:
+        batch, height, width, _ = asked.x.shape
+        down, across = foreign.config.key_grid(height, width)
+        shape = (batch, height * width, down * across)
+        if not isinstance(result[1], torch.Tensor) or result[1].numel() != np.prod(shape):
+            raise PortError(
+                f"{self.where}: returned {_shown(result)}; expected y and a map of {shape}. Convert with a module of your own "
+                "around it that returns y alone."
+            )
+        return _read(result[1]).reshape(shape)
+
+    def _dressed(self, foreign: Foreign, *, pair: bool) -> tuple[SelfAttention2d, list[str]]:
+        """Our layer with everything of the old one, and what is to say of it."""
+        notes = []
+        state = self.layer.state_dict(keep_vars=True)
+        like = next(state[origin.sources[0]] for origin in foreign.origins.values() if origin.sources)
+        kind = SelfAttention2dWithMap if pair else SelfAttention2d
+        new = kind.from_config(
+            foreign.config, block_size=self.options.block_size, device="meta", dtype=like.dtype
+        )
+        numbers = from_canonical(foreign.config, foreign.params, device=like.device, dtype=like.dtype)
+        new.load_state_dict(numbers.state_dict(), assign=True)
+        for name, parameter in new.named_parameters():
+            sources = foreign.origins[name.replace("weight", "kernel")].sources
+            parameter.requires_grad_(any(getattr(state[key], "requires_grad", False) for key in sources))
+        if foreign.made:
+            notes.append(
+                f"{', '.join(foreign.made)}: the old layer has none; they do not require gradients, so training does not change "
+                "them"
+            )
+        if any("÷" in step for origin in foreign.origins.values() for step in origin.steps):
+            notes.append("the kernels are divided by their spectral norms, which training no longer limits")
+        rounded = [name for name, array in to_canonical(new).items() if (array != foreign.params[name]).any()]
+        if rounded:
+            notes.append(f"{', '.join(rounded)}: rounded to {str(like.dtype).removeprefix('torch.')}")
+        return new.train(self.layer.training), notes
+
+
+def tensors_of(module: nn.Module, name: str) -> Tensors:
+    """What a state dict of the module holds, as a file would."""
+    entries = {}
+    left_out = {}
+    for key, tensor in module.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and not nn.parameter.is_lazy(tensor):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entries[key] = Entry(TensorInfo(tuple(tensor.shape), dtype), partial(_read, tensor))
+        else:
+            left_out[key] = f"{key} is a {type(tensor).__name__}"
+    where = f"{name or 'the model'} ({type(module).__name__})"
+    return Tensors(Path(where), "module", entries, left_out=left_out)
+
+
+def _read(tensor: torch.Tensor) -> Array:
+    tensor = tensor.detach().cpu()
+    return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(), order="C")
+
+
+def detached(module: nn.Module) -> dict[int, Any]:
+    """What `deepcopy` is to take for the weights that an older spectral norm leaves in a module, which torch does not copy."""
+    computed = (
+        value
+        for each in module.modules()
+        for value in vars(each).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    )
+    return {id(tensor): tensor.detach().clone() for tensor in computed}
+
+
+def _like(gradient: Array, name: str, foreign: Foreign) -> Array:
+    """A gradient of a tensor of PyTorch, in the canonical form of that tensor."""
+    shape = foreign.params[name].shape
+    return gradient.reshape(shape[::-1]).T if name.endswith("kernel") else gradient.reshape(shape)
+
+
+def _answers(twin: SelfAttention2d, foreign: Foreign, asked: Question, *, pair: bool) -> dict[str, Array]:
+    x = _maps(asked.x).requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        y = twin(x)
+        y.backward(_maps(asked.dy))
+        found = {"y": _positions(y), "x": _positions(x.grad)}
+        if pair:
+            found["map"] = _read(twin(x, need_weights=True)[1])
+    for name, parameter in twin.named_parameters():
+        canonical = name.replace("weight", "kernel")
+        found[canonical] = _like(_read(parameter.grad), canonical, foreign)
+    return found
+
+
+def _maps(array: Array) -> torch.Tensor:
+    return torch.from_numpy(np.array(array.transpose(0, 3, 1, 2), order="C"))
+
+
+def _positions(maps: torch.Tensor | None) -> Array:
+    assert maps is not None  # noqa: S101 - it was differentiated by
+    return _read(maps).transpose(0, 2, 3, 1)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(_shown(each) for each in value)})"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,367 @@
+"""What the adapters' `convert` share: a foreign layer of a model in memory, the question that it and ours answer, the report."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases import Case
+from selfattn_core.conformance.inputs import Inputs
+from selfattn_core.conformance.tolerance import (
+    EPS,
+    FACTORS,
+    Expectation,
+    Verdict,
+    expectations,
+    fused,
+    measure,
+    quantities,
+)
+from selfattn_core.params import parameter_table
+from selfattn_core.porting.checking import designed_input
+from selfattn_core.porting.dialects import Dialect, dialect
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.finding import find_blocks
+from selfattn_core.porting.importing import Origin, import_block
+from selfattn_core.porting.inspecting import candidates
+from selfattn_core.porting.readers import Tensors
+from selfattn_core.porting.report import listed
+from selfattn_core.porting.settings import settings_of
+
+__all__ = [
+    "Conversion",
+    "ConversionError",
+    "ConvertedLayer",
+    "Foreign",
+    "Question",
+    "agreement",
+    "chosen_dialect",
+    "compared",
+    "question",
+    "read_layer",
+    "refuse",
+]
+
+Array = NDArray[Any]
+Model = TypeVar("Model")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A foreign layer as its dialect reads it.
+
+    Args:
+        config: of the layer that takes its place.
+        params: arrays by canonical name, in the precision of the foreign layer, float32 where it has 16 bits.
+        origins: where each comes from.
+        assumptions: what its tensors do not show.
+        notes: what else a person must know.
+    """
+
+    config: SelfAttentionConfig
+    params: Mapping[str, Array]
+    origins: Mapping[str, Origin]
+    assumptions: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def source(self, name: str) -> str:
+        """The one key whose numbers a canonical parameter has, at most in another order; "" if there is none such."""
+        origin = self.origins[name]
+        computed = any("÷" in step or "×" in step for step in origin.steps)
+        return origin.sources[0] if len(origin.sources) == 1 and not computed else ""
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """The parameters that the foreign layer does not have."""
+        return tuple(name for name in parameter_table(self.config) if not self.origins[name].sources)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the foreign layer and ours are asked.
+
+    Args:
+        params: of the layer that answers, float32 or float64; gamma is not 0.
+        x: (B, H, W, C).
+        dy: the gradient of y.
+    """
+
+    params: Mapping[str, Array]
+    x: Array
+    dy: Array
+
+    @property
+    def gamma(self) -> float:
+        """That the answers are given with."""
+        return float(self.params["gamma"][0])
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """One layer that was replaced, or would be.
+
+    Args:
+        names: of every place in the model where it stands.
+        was: the class of the foreign layer.
+        dialect: that it was read as.
+        config: of ours, as `SelfAttentionConfig.to_dict` gives it.
+        old: the largest error of the foreign layer, in noise floors by quantity.
+        new: of ours.
+        failures: why it is not the same layer; empty if it is.
+        returns_map: whether it returns (y, A).
+        assumptions: what the foreign layer's tensors do not show.
+        notes: what else a person must know.
+    """
+
+    names: tuple[str, ...]
+    was: str
+    dialect: str
+    config: dict[str, int | bool]
+    old: dict[str, float]
+    new: dict[str, float]
+    failures: tuple[str, ...]
+    returns_map: bool
+    assumptions: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Conversion(Generic[Model]):
+    """A model in which foreign attention layers have become ours.
+
+    Args:
+        model: with our layers; None after a dry run.
+        layers: what was replaced.
+    """
+
+    model: Model | None = field(repr=False)
+    layers: tuple[ConvertedLayer, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every layer is the one that it replaces."""
+        return not any(layer.failures for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it but the model, as JSON can hold it."""
+        layers = [asdict(layer) for layer in self.layers]
+        return {"kind": "selfattn conversion", "version": 1, "passed": self.passed, "layers": layers}
+
+    def to_text(self) -> str:
+        """All of it, for a person."""
+        done = "would be replaced" if self.model is None else "replaced"
+        lines = [f"{len(self.layers)} layers {done}; errors in noise floors, of which 8 are allowed"]
+        for layer in self.layers:
+            config = ", ".join(f"{name}={value}" for name, value in layer.config.items())
+            pair = ", returns (y, A)" if layer.returns_map else ""
+            lines.append(
+                f"{', '.join(layer.names) or 'the model itself'}: {layer.was} ({layer.dialect}) → {config}{pair}"
+            )
+            lines += [
+                f"  {who}: {_floors(errors)}" for who, errors in (("was", layer.old), ("is", layer.new))
+            ]
+            lines += [f"  assumed: {text}" for text in layer.assumptions]
+            lines += [f"  note: {text}" for text in layer.notes]
+            lines += [f"  differs: {text}" for text in layer.failures]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+class ConversionError(PortError):
+    """A foreign layer that does not compute what its dialect says. The model is as it was.
+
+    Args:
+        report: of all layers; its model is None.
+    """
+
+    def __init__(self, report: Conversion[Any]) -> None:
+        failed = [layer for layer in report.layers if layer.failures]
+        texts = [
+            f"{layer.names[0] or 'the model itself'} ({layer.was}) as {layer.dialect}: {'; '.join(layer.failures)}"
+            for layer in failed
+        ]
+        super().__init__(
+            f"nothing was replaced, because {len(failed)} of {len(report.layers)} layers do not compute what their dialect says; name "
+            "the dialect of the code that the layer is from, or describe it in a .toml file:\n  "
+            + "\n  ".join(texts)
+        )
+        self.report = report
+
+
+def chosen_dialect(name: str | None, tensors: Tensors, agrees: Callable[[Dialect], bool]) -> Dialect:
+    """The dialect that was named, or the only one that the keys of a layer fit.
+
+    Args:
+        name: of the dialect; None if nobody said.
+        tensors: of the layer alone.
+        agrees: whether the layer computes what a dialect says, for the message.
+
+    Raises:
+        PortError: if none or several fit.
+    """
+    if name is not None:
+        return dialect(name)
+    found = candidates(tensors)
+    if len(found) == 1 and not found[0].endswith("(refused)"):
+        return dialect(found[0])
+    fits = f"its keys fit {', '.join(found)}" if found else f"its keys fit none: {listed(list(tensors))}"
+    hint = agreement(None, tensors, agrees)
+    raise PortError(
+        f"{tensors.path}: say with dialect= what it is: {fits}{f'; {hint}' if hint else ''}. A .toml file of your own describes any "
+        "other."
+    )
+
+
+def agreement(tried: Dialect | None, tensors: Tensors, agrees: Callable[[Dialect], bool]) -> str:
+    """For a message, which dialects with the keys of a layer say what the layer computes; "" if none does.
+
+    Args:
+        tried: one that does not.
+        tensors: of the layer alone.
+        agrees: whether the layer computes what a dialect says.
+    """
+    names = [name for name in candidates(tensors) if not name.endswith("(refused)")]
+    right = [name for name in names if (tried is None or name != tried.name) and agrees(dialect(name))]
+    return f"the layer computes what {' and '.join(right)} says" if right else ""
+
+
+def read_layer(
+    tensors: Tensors,
+    chosen: Dialect,
+    settings: Mapping[str, str | bool | float],
+    *,
+    keep_spectral_norm: bool,
+) -> Foreign:
+    """A layer's own tensors, as a dialect reads them.
+
+    Args:
+        tensors: of the layer alone, in the form that its framework saves.
+        chosen: the dialect.
+        settings: what the tensors do not show.
+        keep_spectral_norm: whether a layer that has spectral norm everywhere keeps it.
+
+    Raises:
+        PortError: if the dialect does not fit; every problem.
+    """
+    (found,) = find_blocks(tensors, chosen, settings_of(chosen, settings), prefix=[""])
+    norms = [one.form.spectral_norm is not None for one in found.plan.match.projections.values()]
+    try:
+        block = import_block(
+            found.plan,
+            tensors.read,
+            dtype=str(np.result_type(found.plan.dtype, np.float32)),
+            keep_spectral_norm=keep_spectral_norm and any(norms),
+        )
+    except PortError as error:
+        advice = ""
+        if keep_spectral_norm and any(norms):
+            advice = ". With keep_spectral_norm=False the kernels are divided by it once, and training goes on without it"
+        raise PortError(f"{tensors.path}: {error}{advice}") from error
+    assumptions = tuple(one.text for one in found.plan.assumptions)
+    params = {name: np.array(array) for name, array in block.params.items()}
+    # The dialect's caveats are about what keys do not show; here the layer itself is asked.
+    return Foreign(block.config, params, block.origins, assumptions, block.notes)
+
+
+def question(foreign: Foreign, size: tuple[int, int] | None) -> Question:
+    """An input on which a wrong layer shows.
+
+    Args:
+        foreign: the layer.
+        size: (H, W) of the input; by default a few positions, a multiple of the pooling window.
+    """
+    side = foreign.config.kv_pool
+    # Many pooled layers take whole windows only.
+    params, x, _ = designed_input(foreign.config, foreign.params, size=size or (4 * side, 3 * side))
+    dy = np.random.Generator(np.random.PCG64(1)).standard_normal(x.shape).astype(x.dtype)
+    return Question(params, x, dy)
+
+
+def compared(
+    foreign: Foreign, asked: Question, old: Mapping[str, Array], new: Mapping[str, Array]
+) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
+    """Compare the answers of both layers with the definition, by the policy of the conformance kit.
+
+    Args:
+        foreign: the layer.
+        asked: what was asked.
+        old: its own answers: "y", "map" (B, N, M), "x" for the gradient of x, and gradients by canonical name; any of them, in
+            the shapes of the definition.
+        new: those of the layer that takes its place.
+
+    Returns:
+        The errors of both in noise floors by quantity, and in words what is beyond the limits.
+    """
+    judged = [_judge(foreign, asked, answers) for answers in (old, new)]
+    wrong = [
+        f"the {who} layer is off by {_floors({each.quantity: each.ratio for each in verdicts if not each.passed})} noise floors"
+        for who, verdicts in zip(("old", "new"), judged, strict=True)
+        if not all(each.passed for each in verdicts)
+    ]
+    floors = [{each.quantity: each.ratio for each in verdicts} for verdicts in judged]
+    return floors[0], floors[1], tuple(wrong)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise all problems at once, if there are some.
+
+    Raises:
+        PortError: the model is as it was.
+    """
+    if problems:
+        raise PortError(
+            "nothing was replaced, and the model is as it was:\n  " + "\n  ".join(dict.fromkeys(problems))
+        )
+
+
+def _judge(foreign: Foreign, asked: Question, found: Mapping[str, Array]) -> list[Verdict]:
+    dtype = str(asked.x.dtype)
+    verdicts = []
+    for family, names in (
+        ("forward", {"y"}),
+        ("map", {"map"}),
+        ("vjp", {"x", *parameter_table(foreign.config)}),
+    ):
+        if there := names & set(found):
+            wanted = _expected(foreign, asked, family, dtype)
+            for name in sorted(there, key=list(wanted).index):
+                answer = np.asarray(found[name], np.float64)
+                verdicts.append(measure(name, answer, wanted[name], FACTORS[dtype]))
+    return verdicts
+
+
+def _expected(foreign: Foreign, asked: Question, family: Any, dtype: str) -> Mapping[str, Expectation]:
+    case = Case(
+        "convert", family, "convert", foreign.config, asked.x.shape[:3], gamma=asked.gamma, dtypes=(dtype,)
+    )
+    wide = _held(asked, "float64")
+    narrow = _held(asked, "float32")
+    want = quantities(case, wide, "float64")
+    # What float32 holds of a float64 layer is another layer: its error is taken against that one.
+    reference = quantities(case, _wide(narrow), "float64")
+    noises = [quantities(case, narrow, "float32"), quantities(case, narrow, "float32", fused())]
+    ratio = EPS[dtype] / EPS["float32"]
+    errors = {
+        name: max(float(np.abs(noise[name] - value).max(initial=0)) for noise in noises) * ratio
+        for name, value in reference.items()
+    }
+    return expectations(case, wide, want, errors, dtype)
+
+
+def _held(asked: Question, dtype: str) -> Inputs:
+    params = {name: array.astype(dtype) for name, array in asked.params.items()}
+    return Inputs(params, asked.x.astype(dtype), asked.dy.astype(dtype))
+
+
+def _wide(narrow: Inputs) -> Inputs:
+    params = {name: array.astype(np.float64) for name, array in narrow.params.items()}
+    return Inputs(params, narrow.x.astype(np.float64), narrow.dy.astype(np.float64))
+
+
+def _floors(errors: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2g}" for name, value in errors.items())
