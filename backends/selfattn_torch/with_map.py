@@ -20,7 +20,7 @@ class SelfAttention2dWithMap(SelfAttention2d):
         torch.Size([2, 12, 12])
     """
 
-    def forward(  # type: ignore[override]  # The default is what this class is for.
+    def forward(
         self, x: torch.Tensor, need_weights: bool = True
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The output and the map, or the output alone.

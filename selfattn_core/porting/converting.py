@@ -264,8 +264,13 @@ def read_layer(
         raise PortError(f"{tensors.path}: {error}{advice}") from error
     assumptions = tuple(one.text for one in found.plan.assumptions)
     params = {name: np.array(array) for name, array in block.params.items()}
+    notes = list(block.notes)
+    if found.plan.match.batch_norm:
+        notes.append(
+            "its batch norm is part of the new layer's kernel and bias, as in evaluation mode; training goes on without it"
+        )
     # The dialect's caveats are about what keys do not show; here the layer itself is asked.
-    return Foreign(block.config, params, block.origins, assumptions, block.notes)
+    return Foreign(block.config, params, block.origins, assumptions, tuple(notes))
 
 
 def question(foreign: Foreign, size: tuple[int, int] | None) -> Question:
