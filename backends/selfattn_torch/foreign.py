@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from selfattn_core.params import parameter_table
 from selfattn_core.porting.converting import (
     ConvertedLayer,
     Foreign,
@@ -25,6 +26,7 @@ from selfattn_core.porting.converting import (
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
+from selfattn_core.porting.report import listed
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.weights import from_canonical, to_canonical
 from selfattn_torch.with_map import SelfAttention2dWithMap
@@ -88,9 +90,13 @@ class ForeignLayer:
             keep_spectral_norm=self.options.keep_spectral_norm,
         )
         asked = question(foreign, self.options.size)
-        pair, theirs = self._ask(foreign, asked)
+        pair, theirs, moved = self._ask(foreign, asked)
         twin = from_canonical(foreign.config, asked.params, block_size=self.options.block_size).eval()
         new, notes = self._dressed(foreign, pair=pair and self.options.returns == "same")
+        if moved:
+            notes.append(
+                f"the old layer moves its {listed(moved, 3)} in evaluation too; the new one moves nothing there"
+            )
         if pair and self.options.returns == "output":
             notes.append("the old layer returned (y, A), and the new one returns y: change what calls it")
         report = ConvertedLayer(
@@ -105,13 +111,14 @@ class ForeignLayer:
         )
         return new, report
 
-    def _ask(self, foreign: Foreign, asked: Question) -> tuple[bool, dict[str, Array]]:
-        """Whether it returns (y, A), and its answers; a copy is asked, since a question may move its state."""
+    def _ask(self, foreign: Foreign, asked: Question) -> tuple[bool, dict[str, Array], list[str]]:
+        """Whether it returns (y, A), its answers, and what of its state a copy of it moved in answering."""
         old = copy.deepcopy(self.layer, detached(self.layer))
         old = old.to(device="cpu", dtype=getattr(torch, str(asked.x.dtype))).eval()
         if gamma := foreign.source("gamma"):
             with torch.no_grad():
                 old.state_dict(keep_vars=True)[gamma].fill_(asked.gamma)
+        before = {key: tensor.clone() for key, tensor in old.state_dict().items()}
         x = _maps(asked.x).requires_grad_()
         parameters = dict(old.named_parameters())
         for parameter in parameters.values():
@@ -137,11 +144,12 @@ class ForeignLayer:
         found = {"y": _positions(y), "x": _positions(x.grad)}
         if pair:
             found["map"] = self._map(result, foreign, asked)
-        for name in foreign.origins:
+        for name in parameter_table(foreign.config):
             gradient = getattr(parameters.get(foreign.source(name)), "grad", None)
             if gradient is not None:
                 found[name] = _like(_read(gradient), name, foreign)
-        return pair, found
+        moved = [key for key, tensor in old.state_dict().items() if not torch.equal(tensor, before[key])]
+        return pair, found, moved
 
     def _map(self, result: Any, foreign: Foreign, asked: Question) -> Array:
         batch, height, width, _ = asked.x.shape

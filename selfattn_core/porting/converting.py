@@ -24,12 +24,13 @@ from selfattn_core.params import parameter_table
 from selfattn_core.porting.checking import designed_input
 from selfattn_core.porting.dialects import Dialect, dialect
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.finding import find_blocks
-from selfattn_core.porting.importing import Origin, import_block
+from selfattn_core.porting.finding import index_of
+from selfattn_core.porting.importing import Origin, Plan, import_block, plan
 from selfattn_core.porting.inspecting import candidates
+from selfattn_core.porting.matching import match
 from selfattn_core.porting.readers import Tensors
 from selfattn_core.porting.report import listed
-from selfattn_core.porting.settings import settings_of
+from selfattn_core.porting.settings import Settings, settings_of
 
 __all__ = [
     "Conversion",
@@ -227,7 +228,7 @@ def agreement(tried: Dialect | None, tensors: Tensors, agrees: Callable[[Dialect
     """
     names = [name for name in candidates(tensors) if not name.endswith("(refused)")]
     right = [name for name in names if (tried is None or name != tried.name) and agrees(dialect(name))]
-    return f"the layer computes what {' and '.join(right)} says" if right else ""
+    return f"the layer computes what {' and '.join(right)} say{'s' * (len(right) == 1)}" if right else ""
 
 
 def read_layer(
@@ -248,13 +249,13 @@ def read_layer(
     Raises:
         PortError: if the dialect does not fit; every problem.
     """
-    (found,) = find_blocks(tensors, chosen, settings_of(chosen, settings), prefix=[""])
-    norms = [one.form.spectral_norm is not None for one in found.plan.match.projections.values()]
+    planned = _plan(tensors, chosen, settings_of(chosen, settings))
+    norms = [one.form.spectral_norm is not None for one in planned.match.projections.values()]
     try:
         block = import_block(
-            found.plan,
+            planned,
             tensors.read,
-            dtype=str(np.result_type(found.plan.dtype, np.float32)),
+            dtype=str(np.result_type(planned.dtype, np.float32)),
             keep_spectral_norm=keep_spectral_norm and any(norms),
         )
     except PortError as error:
@@ -262,15 +263,37 @@ def read_layer(
         if keep_spectral_norm and any(norms):
             advice = ". With keep_spectral_norm=False the kernels are divided by it once, and training goes on without it"
         raise PortError(f"{tensors.path}: {error}{advice}") from error
-    assumptions = tuple(one.text for one in found.plan.assumptions)
+    assumptions = tuple(one.text for one in planned.assumptions)
     params = {name: np.array(array) for name, array in block.params.items()}
     notes = list(block.notes)
-    if found.plan.match.batch_norm:
+    if planned.match.batch_norm:
         notes.append(
             "its batch norm is part of the new layer's kernel and bias, as in evaluation mode; training goes on without it"
         )
     # The dialect's caveats are about what keys do not show; here the layer itself is asked.
     return Foreign(block.config, params, block.origins, assumptions, tuple(notes))
+
+
+def _plan(tensors: Tensors, chosen: Dialect, settings: Settings) -> Plan:
+    title = f"{chosen.name} ({chosen.title})"
+    if chosen.refused:
+        raise PortError(
+            f"{tensors.path}: {title} cannot be converted: {chosen.reason}. Instead: {chosen.instead}."
+        )
+    found = match(chosen, index_of(tensors), "", averaged=settings.ema)
+    reasons = [telltale.reason for telltale in found.telltales]
+    if found.missing:
+        reasons.append(f"it has no {listed(found.missing)}")
+    if found.ambiguous:
+        reasons.append(f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike")
+    if found.unused:
+        reasons.append(f"nothing reads its {listed(found.unused)}, which may change what it computes")
+    planned = plan(found, tensors, settings)
+    reasons += [] if found.missing else planned.problems
+    reasons += list(tensors.left_out.values())
+    if reasons:
+        raise PortError(f"{tensors.path}: is not {title}: {'; '.join(reasons)}.")
+    return planned
 
 
 def question(foreign: Foreign, size: tuple[int, int] | None) -> Question:
@@ -279,10 +302,18 @@ def question(foreign: Foreign, size: tuple[int, int] | None) -> Question:
     Args:
         foreign: the layer.
         size: (H, W) of the input; by default a few positions, a multiple of the pooling window.
+
+    Raises:
+        PortError: if the layer takes no input of that size.
     """
     side = foreign.config.kv_pool
     # Many pooled layers take whole windows only.
-    params, x, _ = designed_input(foreign.config, foreign.params, size=size or (4 * side, 3 * side))
+    height, width = size or (4 * side, 3 * side)
+    if min(height, width) < side:
+        raise PortError(
+            f"size={size}: expected (H, W) of at least {side} × {side}, the layer's pooling window."
+        )
+    params, x, _ = designed_input(foreign.config, foreign.params, size=(height, width))
     dy = np.random.Generator(np.random.PCG64(1)).standard_normal(x.shape).astype(x.dtype)
     return Question(params, x, dy)
 
