@@ -78,12 +78,12 @@ test-loss: $(INSTALLED)  ## kill commands, fill disks, write where it is forbidd
 	$(BIN)/python -m tests.files.loss
 
 # An environment of its own: packages of others must not change ours. Their own warnings are not ours to mend.
-test-peers:  ## port real layers of published packages, compare outputs and gradients
+test-peers:  ## port and convert real layers and networks of published packages
 	test -d .venv-peers || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	.venv-peers/bin/python -m pip install --quiet -c constraints.txt -r tests/peers/libraries.txt
 	.venv-peers/bin/python -m pip install --quiet --no-deps -r tests/peers/requirements.txt
-	PYTHONPATH=.:backends .venv-peers/bin/python -m pytest tests/peers/check_peers.py -o filterwarnings=default
+	PYTHONPATH=.:backends .venv-peers/bin/python -m pytest tests/peers/check_peers.py tests/peers/check_networks.py -o filterwarnings=default
 
 # An environment of its own: exporters and runtimes are many, large, and choose versions of what they share.
 test-exports: export OMP_NUM_THREADS ?= 1

@@ -60,6 +60,7 @@ class ForeignLayer:
         self.layer, self.names, self.options = layer, names, options
         self.where = f"{names[0] or 'the model'} ({type(layer).__name__})"
         self.tensors = tensors_of(layer, names[0])
+        self.probe = _probe(layer)
 
     def converted(self, name: str | None) -> tuple[SelfAttention2d, ConvertedLayer]:
         """The layer that takes its place, and what there is to say of both.
@@ -83,15 +84,11 @@ class ForeignLayer:
             return False
 
     def _twin(self, dialect: Dialect) -> tuple[SelfAttention2d, ConvertedLayer]:
-        foreign = read_layer(
-            self.tensors,
-            dialect,
-            self.options.settings,
-            keep_spectral_norm=self.options.keep_spectral_norm,
-        )
-        asked = question(foreign, self.options.size)
-        pair, theirs, moved = self._ask(foreign, asked)
-        twin = from_canonical(foreign.config, asked.params, block_size=self.options.block_size).eval()
+        foreign = self._read(self.layer, dialect)
+        probed = self._read(self.probe, dialect)
+        asked = question(probed, self.options.size)
+        pair, theirs, moved = self._ask(probed, asked)
+        twin = from_canonical(probed.config, asked.params, block_size=self.options.block_size).eval()
         new, notes = self._dressed(foreign, pair=pair and self.options.returns == "same")
         if moved:
             notes.append(
@@ -104,20 +101,24 @@ class ForeignLayer:
             type(self.layer).__name__,
             dialect.name,
             foreign.config.to_dict(),
-            *compared(foreign, asked, theirs, _answers(twin, foreign, asked, pair=pair)),
+            *compared(probed, asked, theirs, _answers(twin, probed, asked, pair=pair)),
             returns_map=isinstance(new, SelfAttention2dWithMap),
             assumptions=foreign.assumptions,
             notes=(*foreign.notes, *notes),
         )
         return new, report
 
+    def _read(self, layer: nn.Module, dialect: Dialect) -> Foreign:
+        return read_layer(
+            tensors_of(layer, self.names[0]),
+            dialect,
+            self.options.settings,
+            keep_spectral_norm=self.options.keep_spectral_norm,
+        )
+
     def _ask(self, foreign: Foreign, asked: Question) -> tuple[bool, dict[str, Array], list[str]]:
-        """Whether it returns (y, A), its answers, and what of its state a copy of it moved in answering."""
-        old = copy.deepcopy(self.layer, detached(self.layer))
-        old = old.to(device="cpu", dtype=getattr(torch, str(asked.x.dtype))).eval()
-        if gamma := foreign.source("gamma"):
-            with torch.no_grad():
-                old.state_dict(keep_vars=True)[gamma].fill_(asked.gamma)
+        """Whether the probe returns (y, A), its answers, and what of its state it moved in answering."""
+        old = copy.deepcopy(self.probe, detached(self.probe))
         before = {key: tensor.clone() for key, tensor in old.state_dict().items()}
         x = _maps(asked.x).requires_grad_()
         parameters = dict(old.named_parameters())
@@ -187,6 +188,22 @@ class ForeignLayer:
         if rounded:
             notes.append(f"{', '.join(rounded)}: rounded to {str(like.dtype).removeprefix('torch.')}")
         return new.train(self.layer.training), notes
+
+
+def _probe(layer: nn.Module) -> nn.Module:
+    """A copy to ask, on the CPU, in at least float32, in which no parameter is zero.
+
+    A gamma of 0, or a last kernel or a batch norm that begins with zeros, hides whatever else the layer computes.
+    """
+    probe = copy.deepcopy(layer, detached(layer))
+    double = any(parameter.dtype == torch.float64 for parameter in layer.parameters())
+    probe = probe.to(device="cpu", dtype=torch.float64 if double else torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            if not parameter.any():
+                parameter.copy_(0.7 + 0.3 * torch.randn(parameter.shape, generator=generator))
+    return probe
 
 
 def tensors_of(module: nn.Module, name: str) -> Tensors:

@@ -1,6 +1,5 @@
 """`selfattn_torch.convert`: foreign attention layers in networks become ours, or nothing changes."""
 
-import copy
 import warnings
 
 import numpy as np
@@ -15,6 +14,7 @@ from selfattn_core.porting import PortError
 from selfattn_core.porting.converting import ConversionError
 from selfattn_torch import SelfAttention2d, SelfAttention2dWithMap, convert
 from selfattn_torch.spectral_norm import SpectralConv2d
+from tests.porting.networks import check_network
 
 
 class Wrapper(nn.Module):
@@ -128,6 +128,7 @@ class Own(nn.Module):
         return x + self.gain * (attention @ self.content(rows)).mT.unflatten(2, x.shape[2:])
 
 
+INPUT = (torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(5)),)
 OWN = """
 name = "own"
 title = "an own layer"
@@ -187,42 +188,6 @@ def trained(make, seed=0, **options):
     return network
 
 
-def answers(network, dtype):
-    """Output and gradients of the whole, in evaluation mode."""
-    network = convertible(network).to(dtype).eval()
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(2, 3, 4, 6, generator=generator).to(dtype).requires_grad_()
-    y = network(x)
-    y.backward(torch.randn(y.shape, generator=generator).to(dtype))
-    kept = {name: p.grad for name, p in network.named_parameters() if name.startswith(("stem", "head"))}
-    return {"y": y, "x": x.grad, **kept}
-
-
-def convertible(network):
-    """A copy, of modules too whose hooks have left a computed weight."""
-    computed = [
-        value
-        for module in network.modules()
-        for value in vars(module).values()
-        if isinstance(value, torch.Tensor) and not value.is_leaf
-    ]
-    return copy.deepcopy(network, {id(value): value.detach() for value in computed})
-
-
-def check_network(old, new):
-    """Within the kit's factor of what float32 does to the old network by itself."""
-    wide, narrow, found = (
-        answers(old, torch.float64),
-        answers(old, torch.float32),
-        answers(new, torch.float32),
-    )
-    for name, want in wide.items():
-        floor = (narrow[name].double() - want).abs().max()
-        # An error of a single draw can be small by luck.
-        floor = floor + torch.finfo(torch.float32).eps * want.abs().max()
-        assert (found[name].double() - want).abs().max() <= FACTOR * floor, name
-
-
 def unchanged(network):
     """What must be as it was: modules by identity, numbers by bits."""
     return {name: (module, type(module)) for name, module in network.named_modules()}, {
@@ -255,7 +220,7 @@ def test_flat_in_a_network(norm, pair):
     assert isinstance(model.attention, SelfAttention2dWithMap) == pair
     assert (model.attention.training, model.blocks[1].training) == (False, True)
     assert isinstance(model.attention.query, SpectralConv2d) == (norm != "no norm")
-    check_network(network, model)
+    check_network(INPUT, network, model)
 
 
 def test_training_goes_on_alike():
@@ -283,7 +248,7 @@ def test_pooled_in_a_network(norm):
     report = convert(network, dialect="biggan" if norm == "no norm" else "mimicry")
     assert report.layers[0].config["kv_pool"] == 2
     assert report.layers[0].config["out_projection"]
-    check_network(network, report.model)
+    check_network(INPUT, network, report.model)
 
 
 def test_scaled_and_normed():
@@ -297,7 +262,7 @@ def test_scaled_and_normed():
         name for name, parameter in report.model.attention.named_parameters() if not parameter.requires_grad
     ]
     assert frozen == ["gamma"]
-    check_network(network, report.model)
+    check_network(INPUT, network, report.model)
     with pytest.raises(ConversionError, match=r"off by y .* noise floors"):
         convert(network, dialect="mmcv", match=Normed, settings={"use_scale": False})
 
@@ -310,7 +275,7 @@ def test_own_dialect(match, tmp_path):
     network = trained(Own)
     report = convert(network, dialect=str(tmp_path / "own.toml"), match=match)
     assert len(report.layers) == (1 if match == "*attention" else 2)
-    check_network(network, report.model)
+    check_network(INPUT, network, report.model)
 
 
 def test_dtype_and_requires_grad():
@@ -332,7 +297,7 @@ def test_folded_spectral_norm(dtype):
     assert any("divided by their spectral norms" in note for note in report.layers[0].notes)
     assert any("rounded to float16" in note for note in report.layers[0].notes) == (dtype == torch.float16)
     if dtype == torch.float32:
-        check_network(network, report.model)
+        check_network(INPUT, network, report.model)
 
 
 def test_spectral_norm_of_some():
@@ -346,7 +311,7 @@ def test_spectral_norm_of_some():
     with pytest.raises(PortError, match=r"the query .* has no state of it(.|\n)*keep_spectral_norm=False"):
         convert(network, dialect="heykeetae")
     check_untouched(network, before)
-    check_network(network, convert(network, dialect="heykeetae", keep_spectral_norm=False).model)
+    check_network(INPUT, network, convert(network, dialect="heykeetae", keep_spectral_norm=False).model)
 
 
 def test_in_place():
@@ -396,6 +361,15 @@ def test_a_state_dict_in_the_old_names_does_not_load():
     network = trained(Flat)
     with pytest.raises(RuntimeError, match="Missing key"):
         convert(network, dialect="heykeetae").model.load_state_dict(network.state_dict())
+
+
+def test_zeros_hide_nothing():
+    """Also not behind the batch norm of a new layer, which would add nothing whatever the layer computed."""
+    layer = Normed(24)
+    nn.init.zeros_(layer.conv_out.bn.weight)
+    assert convert(layer, dialect="mmcv").layers[0].old["y"] > 0
+    with pytest.raises(ConversionError):
+        convert(layer, dialect="mmcv", settings={"use_scale": False})
 
 
 @pytest.mark.parametrize(
