@@ -43,7 +43,7 @@ def _answers(given, network, dtype):
         each.to(dtype) if isinstance(each, torch.Tensor) and each.is_floating_point() else each
         for each in given
     ]
-    cast[0].requires_grad_()
+    cast[0] = cast[0].clone().requires_grad_()
     y = network(*cast)
     generator = torch.Generator().manual_seed(6)
     y.backward(torch.randn(y.shape, generator=generator).to(dtype))
