@@ -52,7 +52,14 @@ def test_examples(arguments):
     assert int(result.stdout.split()[-1]) > 0
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "tensorflow",
+        pytest.param("jax", marks=pytest.mark.slow),
+        pytest.param("torch", marks=pytest.mark.slow),
+    ],
+)
 def test_examples_on_keras(backend):
     result = examples_of("selfattn_keras", KERAS_BACKEND=backend)
     assert result.returncode == 0, result.stdout + result.stderr

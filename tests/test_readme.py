@@ -25,7 +25,14 @@ def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "jax",
+        pytest.param("tensorflow", marks=pytest.mark.slow),
+        pytest.param("torch", marks=pytest.mark.slow),
+    ],
+)
 def test_the_keras_block(tmp_path, backend):
     (code,) = [code for label, code in BLOCKS if label == "keras"]
     result = run(code, tmp_path, KERAS_BACKEND=backend)

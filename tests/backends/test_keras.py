@@ -32,7 +32,9 @@ def python(*arguments, **environment):
     [
         pytest.param("tensorflow", "check_*.py", {}, id="tensorflow"),
         pytest.param("jax", "check_[!f]*.py", {}, id="jax"),
-        pytest.param("jax", "check_[fw]*.py", {"JAX_ENABLE_X64": "1"}, id="jax with 64 bits"),
+        pytest.param(
+            "jax", "check_[fw]*.py", {"JAX_ENABLE_X64": "1"}, id="jax with 64 bits", marks=pytest.mark.slow
+        ),
         pytest.param("torch", "check_*.py", {}, id="torch"),
     ],
 )

@@ -33,7 +33,14 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("framework", "device"), [("torch", ""), ("jax", "cpu:0"), ("tensorflow", "")])
+@pytest.mark.parametrize(
+    ("framework", "device"),
+    [
+        ("torch", ""),
+        pytest.param("jax", "cpu:0", marks=pytest.mark.slow),
+        pytest.param("tensorflow", "", marks=pytest.mark.slow),
+    ],
+)
 def test_a_toy_run(framework, device, tmp_path):
     place = ["--device", device] if device else []
     done = bench("--toy", "--framework", framework, *place, "--out", str(tmp_path))

@@ -21,6 +21,8 @@ from selfattn_core.conformance.tolerance import EPS, FACTOR
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("torch", "flax", "keras")
+# Of the others JAX and TensorFlow compile every step for a minute or two.
+FIRST = [PROGRAMS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS[1:])]
 SEED, STEPS, BROKEN = 3, 4, 2
 LOSSES = ("loss/discriminator", "loss/penalty", "loss/generator")
 ATTENTION = {
@@ -153,7 +155,7 @@ def reference(start):
     return want, np.maximum.accumulate(np.max(strays, axis=0))
 
 
-@pytest.mark.parametrize("framework", PROGRAMS)
+@pytest.mark.parametrize("framework", FIRST)
 def test_the_losses_are_those_of_float64_up_to_what_rounding_grows_to(framework, runs, reference):
     want, noise = reference
     scale = EPS["float32"] * np.abs(want[0]).max()
@@ -162,7 +164,7 @@ def test_the_losses_are_those_of_float64_up_to_what_rounding_grows_to(framework,
     assert (errors <= 64 * scale).all(), errors / scale
 
 
-@pytest.mark.parametrize("framework", PROGRAMS)
+@pytest.mark.parametrize("framework", FIRST)
 def test_a_resumed_run_is_the_unbroken_one(framework, runs):
     whole, broken, _ = runs(framework)
     assert [row["step"] for row in journal.read(whole)] == list(range(STEPS))
@@ -176,7 +178,7 @@ def test_a_resumed_run_is_the_unbroken_one(framework, runs):
         assert film.n_frames == 1 + STEPS // BROKEN
 
 
-@pytest.mark.parametrize("framework", PROGRAMS)
+@pytest.mark.parametrize("framework", FIRST)
 def test_what_it_trained_goes_back_to_pytorch(framework, runs):
     from examples import sagan_torch
 
@@ -199,7 +201,8 @@ def test_what_it_trained_goes_back_to_pytorch(framework, runs):
         assert load(folder / files.ATTENTION, block=name)[1]["gamma"] != np.float32(0.5)
 
 
-@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_compiled_in_pytorch_it_computes_the_same(precision, start):
     from examples import sagan_torch
 
@@ -221,9 +224,7 @@ def test_compiled_in_pytorch_it_computes_the_same(precision, start):
         assert precision == "float32" or error > EPS["bfloat16"] / 8, "not in 16 bits"
 
 
-@pytest.mark.parametrize(
-    "framework", [PROGRAMS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS[1:])]
-)
+@pytest.mark.parametrize("framework", FIRST)
 def test_a_step_in_sixteen_bits_has_the_losses_of_float32_but_for_their_rounding(framework, start, tmp_path):
     """Its networks are judged in float32 all the same: what it begins with and what it hands on."""
     from examples import sagan_torch
@@ -249,7 +250,7 @@ def losses_of_first_step(start):
     return np.array([values[name] for name in LOSSES])
 
 
-@pytest.mark.parametrize("framework", PROGRAMS)
+@pytest.mark.parametrize("framework", FIRST)
 def test_the_average_has_u_and_v_of_the_generator_and_not_shorter_ones(framework, runs):
     generator, averaged = (
         load(runs(framework)[0] / files.ATTENTION, block=block)[1] for block in ("generator", "averaged")
@@ -277,6 +278,7 @@ def test_the_gammas_are_scalars_for_tensorboard(runs):
             assert found[name, row["step"]] == np.float32(row[name])
 
 
+@pytest.mark.slow
 def test_the_generator_is_served_by_tensorflow_alone(tmp_path):
     """Of a run as it begins by itself: the weights that the others start with have sharp maps, where rounding grows."""
     folder = tmp_path / "run"

@@ -20,7 +20,9 @@ from selfattn_ops.tensorflow import attend, attend_with_map
 # Largest error allowed, in eps of the dtype times the largest magnitude of the answer.
 OUTPUT, GRADIENT, SECOND = 16, 128, 1000
 
-MODES = ("eager", "function", "unknown sizes", "xla", "xla, unknown sizes")
+# Both at once take longest to compile, and go through the code of each.
+BOTH = pytest.param("xla, unknown sizes", marks=pytest.mark.slow)
+MODES = ("eager", "function", "unknown sizes", "xla", BOTH)
 GRAPH_MODES = ("function", "unknown sizes")
 
 # leading axes, N, M, block_size: one block, ragged, even, single rows, prime N, no leading axis, the automatic choice.
@@ -140,9 +142,8 @@ def eps_of(dtype):
 
 def cases(layouts):
     """Every layout in each mode; XLA, which takes seconds to compile, in ragged blocks only."""
-    return [
-        (mode, *layout) for mode in MODES for layout in layouts if "xla" not in mode or layout == LAYOUTS[1]
-    ]
+    plain = [(mode, *layout) for mode in ("eager", *GRAPH_MODES) for layout in layouts]
+    return [*plain, ("xla", *LAYOUTS[1]), pytest.param(*BOTH.values, *LAYOUTS[1], marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("mode", "leading", "rows", "keys", "block_size"), cases(LAYOUTS))
@@ -321,7 +322,7 @@ def test_the_batch_is_split_where_rows_are_not_enough(small_budget, mode, leadin
         assert set(small_budget) == shapes
 
 
-@pytest.mark.parametrize("mode", ["unknown sizes", "xla, unknown sizes"])
+@pytest.mark.parametrize("mode", ["unknown sizes", BOTH])
 @pytest.mark.parametrize(("leading", "rows"), [((0,), 13), ((2,), 0)])
 def test_nothing_is_attended_from_in_a_size_that_was_unknown(mode, leading, rows):
     given = operands(leading, rows, 7)

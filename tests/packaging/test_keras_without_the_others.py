@@ -53,7 +53,9 @@ def run(backend: str, folder, planted: str = "") -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("backend", FRAMEWORKS)
+@pytest.mark.parametrize(
+    "backend", [FRAMEWORKS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FRAMEWORKS[1:])]
+)
 def test_the_other_frameworks_are_not_needed(backend, tmp_path):
     done = run(backend, tmp_path)
     assert done.returncode == 0, done.stderr
