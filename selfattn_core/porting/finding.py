@@ -12,6 +12,7 @@ from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.importing import Plan, plan
 from selfattn_core.porting.matching import KeyIndex, Match, match, normal, prefixes
 from selfattn_core.porting.readers import Tensors
+from selfattn_core.porting.readers.sharded import of_several
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.settings import Settings
 from selfattn_core.weights import FORMAT, configs_of
@@ -87,6 +88,7 @@ def find_blocks(
         problems += [f"{where}{reason}" for reason in reasons]
     if problems:
         problems += [f"left out: {reason}" for reason in list(tensors.left_out.values())[:20]]
+        problems += filter(None, [of_several(tensors.path)])
         raise PortError(
             f"{tensors.path}: does not fit {dialect.name} ({dialect.title}); `selfattn inspect` lists the dialects that fit:\n  "
             + "\n  ".join(problems)
@@ -143,9 +145,10 @@ def _nearest(tensors: Tensors, dialect: Dialect, index: KeyIndex) -> str:
     variant, form = dialect.variants[0], dialect.kernels[0]
     wanted = [form.kernel.replace("{path}", path) for path in variant.roles.values()]
     left_out = f", and without numbers {listed(list(tensors.left_out), 6)}" if tensors.left_out else ""
+    alone = of_several(tensors.path)
     raise PortError(
         f"{tensors.path}: has no block that looks like {dialect.name} ({dialect.title}): expected keys that end with "
-        f"{', '.join(wanted)}; it holds {listed(list(tensors), 6)}{left_out}. `selfattn inspect` lists the dialects that fit."
+        f"{', '.join(wanted)}; it holds {listed(list(tensors), 6)}{left_out}. {f'{alone}. ' * bool(alone)}`selfattn inspect` lists the dialects that fit."
     )
 
 

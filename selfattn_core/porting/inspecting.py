@@ -12,6 +12,7 @@ from selfattn_core.porting.finding import canonical_configs, index_of, shown, st
 from selfattn_core.porting.importing import plan, state_notes
 from selfattn_core.porting.matching import KeyIndex, match, prefixes
 from selfattn_core.porting.readers import Tensors, open_tensors
+from selfattn_core.porting.readers.sharded import of_several
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.settings import settings_of
 from selfattn_core.porting.suggesting import Group, Nearest, as_lines, groups, nearest
@@ -177,7 +178,7 @@ def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> In
             tuple(blocks),
             tensors.left_out,
             tuple(sorted(optimiser_keys(tensors))),
-            averages_without_names(tensors),
+            ". ".join(filter(None, (of_several(tensors.path), averages_without_names(tensors)))),
             tuple(nearest(index)) if unknown else (),
             tuple(groups(index, tensors)) if unknown else (),
         )

@@ -94,6 +94,16 @@ def test_an_index_that_is_none_or_leads_elsewhere(content, message, tensors, tmp
         inspect(tmp_path / "index.json")
 
 
+def test_one_file_of_several_leads_to_the_index(tensors, tmp_path):
+    index = sharded(tmp_path, tensors, ".safetensors")
+    for shard in sorted(tmp_path.glob("*-of-*")):
+        advice = f"is one of several files of a model: give the index beside it, {index.name}, or the folder"
+        assert advice in inspect(shard).to_text()
+        with pytest.raises(PortError, match="is one of several files"):
+            load(shard, dialect="heykeetae")
+    assert "one of several" not in inspect(index).to_text()
+
+
 def test_several_indices_are_not_chosen_from(tensors, tmp_path):
     sharded(tmp_path, tensors, ".safetensors")
     sharded(tmp_path, tensors, ".bin")

@@ -5,6 +5,7 @@ keras/src/saving/saving_lib.py, ShardedH5IOStore (`model.weights.json`), which m
 """
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,12 +17,13 @@ from selfattn_core.porting.readers.limits import MAX_HEADER, MAX_TENSORS
 from selfattn_core.porting.readers.source import Source
 from selfattn_core.porting.readers.tensors import Entry, Tensors
 
-__all__ = ["index_in", "open_index"]
+__all__ = ["index_in", "of_several", "open_index"]
 
 # Files that are open at the same time; systems allow 1024.
 _MOST_FILES = 500
 # In this order: weights that are one file, then indices.
 _WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.|_\d{5}\.weights\.h5$")
 _INDICES = ("*.safetensors.index.json", "*.bin.index.json", "*.weights.json")
 
 
@@ -42,6 +44,22 @@ def index_in(folder: Path) -> Path | None:
     if len(found) > 1:
         raise PortError(f"{folder}: holds {len(found)} indices, name one: {', '.join(map(str, found[:10]))}.")
     return found[0] if found else None
+
+
+def of_several(path: Path) -> str:
+    """What to say of a file that by its name is one of several; "" for any other.
+
+    Example:
+        >>> of_several(Path("weights/model-00001-of-00002.safetensors"))
+        'model-00001-of-00002.safetensors is one of several files of a model: give the index beside it, *.json, or the folder weights'
+        >>> of_several(Path("weights/model.safetensors"))
+        ''
+    """
+    if not _SHARD.search(path.name):
+        return ""
+    found = [each.name for pattern in _INDICES for each in sorted(path.parent.glob(pattern))]
+    index = f"give the index beside it, {', '.join(found) or '*.json'}, or the folder {path.parent}"
+    return f"{path.name} is one of several files of a model: {index}"
 
 
 def open_index(path: Path, opened: Callable[[Path], Tensors]) -> Tensors:
