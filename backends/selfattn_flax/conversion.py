@@ -79,6 +79,8 @@ def convert(
         ValueError: if `returns` is another word.
 
     Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
         >>> class Attention(nnx.Module):
         ...     def __init__(self, channels, rngs):
         ...         self.query = nnx.Conv(channels, channels // 8, (1, 1), rngs=rngs)

@@ -560,10 +560,14 @@ def test_query_and_key_exchanged_are_told(rngs, tmp_path, untouched):
     refused(layer, "the old layer is off by", untouched, ConversionError, dialect=path, match=Mine)
 
 
-def test_a_gain_of_zero_hides_nothing(rngs, untouched):
-    layer = randomised(Flat(rngs, axis=-2))
+def test_zeros_hide_nothing(rngs, untouched):
+    layer = randomised(Flat(rngs))
     layer.gamma[...] = jnp.zeros(1)
-    refused(layer, "the old layer is off by", untouched, ConversionError, dialect="flax", match=Flat)
+    report = convert(layer, dialect="flax", match=Flat)
+    assert not report.model.gamma[...].any()
+    wrong = randomised(Flat(rngs, axis=-2))
+    wrong.value.kernel[...] = jnp.zeros((1, 1, C, C))
+    refused(wrong, "the old layer is off by", untouched, ConversionError, dialect="flax", match=Flat)
 
 
 def test_calls_inside_a_compiled_function(rngs):
