@@ -5,15 +5,19 @@ from selfattn_core.installed import require
 
 require("selfattn_flax", ["jax", "flax"], "flax")
 
-from selfattn_flax.maps import attention_grid  # noqa: E402 - the message above must come first
+from selfattn_flax.conversion import convert  # noqa: E402 - the message above must come first
+from selfattn_flax.maps import attention_grid  # noqa: E402
 from selfattn_flax.nnx import SelfAttention2D  # noqa: E402
 from selfattn_flax.spectral_norm import refresh_spectral_norm  # noqa: E402
 from selfattn_flax.weights import from_canonical, load, save, to_canonical  # noqa: E402
+from selfattn_flax.with_map import SelfAttention2DWithMap  # noqa: E402
 
 __all__ = [
     "SelfAttention2D",
+    "SelfAttention2DWithMap",
     "__version__",
     "attention_grid",
+    "convert",
     "from_canonical",
     "load",
     "refresh_spectral_norm",

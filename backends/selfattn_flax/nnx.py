@@ -157,6 +157,13 @@ class SelfAttention2D(nnx.Module):
             x: (…, H, W, C).
             sow_weights: whether to sow A as the `nnx.Intermediate` "attention_weights", for `nnx.capture` to collect.
         """
+        y, attention = self._forward(x, with_map=sow_weights)
+        if sow_weights:
+            self.sow(nnx.Intermediate, "attention_weights", attention)
+        return y
+
+    def _forward(self, x: jax.Array, *, with_map: bool) -> tuple[jax.Array, jax.Array | None]:
+        """The output, and the map if asked for."""
         x = jnp.asarray(x)
         self.config.check_input(
             x.shape,
@@ -169,15 +176,15 @@ class SelfAttention2D(nnx.Module):
         key = rows(pool(self.key(x), self.config.kv_pool))  # (…, M, Dk)
         value = rows(pool(self.value(x), self.config.kv_pool))  # (…, M, Dv)
         query, key, value = promote_dtype((query, key, value), dtype=self.dtype)
-        if sow_weights:
+        attention = None
+        if with_map:
             attended, attention = attend_with_map(query, key, value, block_size=self.block_size)
-            self.sow(nnx.Intermediate, "attention_weights", attention)
         else:
             attended = attend(query, key, value, block_size=self.block_size)  # (…, N, Dv)
         attended = attended.reshape(*x.shape[:-1], attended.shape[-1])  # (…, H, W, Dv)
         if self.config.out_projection:
             attended = self.out(attended)  # (…, H, W, C)
-        return residual(self.gamma[...], attended, x, self.dtype)
+        return residual(self.gamma[...], attended, x, self.dtype), attention
 
 
 def rows(maps: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Weights of the NNX layer to and from canonical arrays and files, and the converters that Linen's share."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from selfattn_core.weights import PathLike
 from selfattn_flax.nnx import SelfAttention2D
 
 Array = NDArray[Any]
+Layer = TypeVar("Layer", bound=SelfAttention2D)
 
 
 def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
@@ -65,10 +66,32 @@ def from_canonical(
         >>> bool((twin.key.kernel[...] == layer.key.kernel[...]).all())
         True
     """
+    return make(
+        SelfAttention2D,
+        config,
+        params,
+        block_size=block_size,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        precision=precision,
+    )
+
+
+def make(
+    kind: type[Layer],
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    *,
+    block_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> Layer:
+    """What `from_canonical` makes, of a given class."""
     tree = to_tree(config, params, param_dtype)
 
-    def abstract() -> SelfAttention2D:
-        return SelfAttention2D.from_config(
+    def abstract() -> Layer:
+        return kind.from_config(
             config,
             block_size=block_size,
             dtype=dtype,
@@ -77,7 +100,7 @@ def from_canonical(
             rngs=nnx.Rngs(0),
         )
 
-    layer: SelfAttention2D = nnx.eval_shape(abstract)
+    layer: Layer = nnx.eval_shape(abstract)
     nnx.update(layer, tree)
     return layer
 

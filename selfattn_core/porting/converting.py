@@ -58,6 +58,7 @@ class Foreign:
         config: of the layer that takes its place.
         params: arrays by canonical name, in the precision of the foreign layer, float32 where it has 16 bits.
         origins: where each comes from.
+        axes: of each kernel as the foreign layer has it, by canonical name.
         assumptions: what its tensors do not show.
         notes: what else a person must know.
     """
@@ -65,6 +66,7 @@ class Foreign:
     config: SelfAttentionConfig
     params: Mapping[str, Array]
     origins: Mapping[str, Origin]
+    axes: Mapping[str, str]
     assumptions: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -250,7 +252,9 @@ def read_layer(
         PortError: if the dialect does not fit; every problem.
     """
     planned = _plan(tensors, chosen, settings_of(chosen, settings))
-    norms = [one.form.spectral_norm is not None for one in planned.match.projections.values()]
+    projections = planned.match.projections
+    norms = [one.form.spectral_norm is not None for one in projections.values()]
+    axes = {f"{role}.kernel": one.form.axes for role, one in projections.items()}
     try:
         block = import_block(
             planned,
@@ -271,7 +275,7 @@ def read_layer(
             "its batch norm is part of the new layer's kernel and bias, as in evaluation mode; training goes on without it"
         )
     # The dialect's caveats are about what keys do not show; here the layer itself is asked.
-    return Foreign(block.config, params, block.origins, assumptions, tuple(notes))
+    return Foreign(block.config, params, block.origins, axes, assumptions, tuple(notes))
 
 
 def _plan(tensors: Tensors, chosen: Dialect, settings: Settings) -> Plan:

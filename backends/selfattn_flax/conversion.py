@@ -1,0 +1,207 @@
+"""An NNX model of somebody else's with our layer in the place of its attention layers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import flax.linen
+from flax import nnx
+
+from selfattn_core.porting.converting import Conversion, ConversionError, ConvertedLayer, refuse
+from selfattn_core.porting.dialects import Dialect
+from selfattn_core.porting.dialects import dialect as dialect_named
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.finding import index_of
+from selfattn_core.porting.matching import normal, prefixes
+from selfattn_flax import obstacles
+from selfattn_flax.foreign import ForeignLayer, Options
+from selfattn_flax.graph import copied, places, put
+from selfattn_flax.nnx import SelfAttention2D
+from selfattn_flax.tensors import forms_of
+
+__all__ = ["Match", "convert"]
+
+Match = type[nnx.Module] | tuple[type[nnx.Module], ...] | str | Callable[[str, nnx.Module], bool]
+Found = dict[int, tuple[nnx.Module, tuple[str, ...]]]
+
+
+def convert(
+    model: nnx.Module,
+    *,
+    dialect: str | None = None,
+    match: Match | None = None,
+    settings: Mapping[str, str | bool | float] | None = None,
+    keep_spectral_norm: bool = True,
+    returns: Literal["same", "output"] = "same",
+    block_size: int | None = None,
+    size: tuple[int, int] | None = None,
+    inplace: bool = False,
+    dry_run: bool = False,
+) -> Conversion[nnx.Module]:
+    """Replace the attention layers of an NNX model by `SelfAttention2D`, each with the weights of the one that it replaces.
+
+    Each foreign layer and the one that takes its place are asked for their output and gradients, in evaluation mode, on the
+    CPU, in float32 or float64. Both must agree with the definition within the limits of the conformance kit. Nothing is
+    replaced unless all do.
+
+    A new layer has the devices, dtypes, precision and training mode of the old one, its variables have the types and the
+    metadata of the old ones, and its spectral norm the state. It has `query`, `key`, `value` and `gamma` where the old one
+    may have had other names, so an optimiser is made after this, and a checkpoint of the old model goes through `selfattn
+    port --whole`. No random stream of the model moves.
+
+    Modules of Linen hold no weights: convert their parameters with `selfattn port`, and replace the module in the code of
+    the model by `selfattn_flax.linen.SelfAttention2D`.
+
+    Args:
+        model: the network, or a foreign layer itself, on maps (…, H, W, C). In training mode or not, on any device.
+        dialect: what the layers are: a name of `selfattn dialects` or a `.toml` file of your own. It names tensors as a
+            checkpoint of the NNX model does. None is for layers whose keys fit a single one, and needs `match`.
+        match: which modules: a class or several, a name such as "blocks.*.attention" with * for any text, or a function of
+            name and module; by default those that have the keys of the dialect.
+        settings: what the tensors do not show, as in `selfattn_core.porting.port`.
+        keep_spectral_norm: whether layers that have spectral norm keep it. False divides the kernels by it once.
+        returns: "same": a layer that returned (y, A) is replaced by one that does, `SelfAttention2DWithMap`, at N·M numbers
+            of memory in each call; "output": every new layer returns y alone.
+        block_size: as in `SelfAttention2D`.
+        size: (H, W) of the input that both layers are asked; by default a few positions.
+        inplace: whether `model` itself is changed; otherwise it stays as it is, and the result is a copy that shares no
+            array with it.
+        dry_run: do everything but replace.
+
+    Returns:
+        The model, and for each layer what it was, what it is and how far both are from the definition.
+
+    Raises:
+        ConversionError: a PortError whose `report` says which layer computes something else than its dialect says.
+        PortError: if no layer is found, or one cannot be replaced; every reason.
+        TypeError: if the model is no `nnx.Module`; one of Linen is none.
+        ValueError: if `returns` is another word.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> class Attention(nnx.Module):
+        ...     def __init__(self, channels, rngs):
+        ...         self.query = nnx.Conv(channels, channels // 8, (1, 1), rngs=rngs)
+        ...         self.key = nnx.Conv(channels, channels // 8, (1, 1), rngs=rngs)
+        ...         self.value = nnx.Conv(channels, channels, (1, 1), rngs=rngs)
+        ...         self.gamma = nnx.Param(jnp.zeros(1))
+        ...
+        ...     def __call__(self, x):
+        ...         q, k, v = (conv(x).reshape(len(x), -1, conv.out_features) for conv in (self.query, self.key, self.value))
+        ...         return self.gamma[...] * (jax.nn.softmax(q @ k.mT) @ v).reshape(x.shape) + x
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Conv(3, 16, (3, 3), rngs=rngs), nnx.relu, Attention(16, rngs))
+        >>> report = convert(model, dialect="flax", match=Attention)
+        >>> report.passed, report.layers[0].names, type(report.model.layers[2]).__name__
+        (True, ('layers.2',), 'SelfAttention2D')
+    """
+    if returns not in ("same", "output"):
+        raise ValueError(f"convert: returns={returns!r}; expected 'same' or 'output'.")
+    _check_model(model)
+    chosen = None if dialect is None else dialect_named(dialect)
+    refuse(list(obstacles.of_model(model)))
+    found = _found(model, chosen, match)
+    names = {name for _, each in found.values() for name in each}
+    refuse(_nested(names))
+    problems: list[str] = []
+    for layer, each in found.values():
+        problems += obstacles.of_layer(each[0], layer, model)
+    problems += obstacles.referring(model, [layer for layer, _ in found.values()], inplace=inplace)
+    if inplace and id(model) in found:
+        problems.append(
+            "the model itself is the layer, and cannot be replaced in place; take the result's `model`"
+        )
+    refuse(problems)
+    options = Options(settings or {}, keep_spectral_norm, returns, block_size, size)
+    new: dict[int, nnx.Module] = {}
+    reports: list[ConvertedLayer] = []
+    for number, (layer, each) in found.items():
+        try:
+            new[number], report = ForeignLayer(layer, each, options).converted(dialect)
+            reports.append(report)
+        except PortError as error:
+            problems.append(str(error))
+    refuse(problems)
+    done = Conversion[nnx.Module](None, tuple(reports))
+    if not done.passed:
+        raise ConversionError(done)
+    return done if dry_run else replace(done, model=_replaced(model, found, new, inplace=inplace))
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, nnx.Module):
+        return
+    kind = f"a {type(model).__module__.partition('.')[0]} {type(model).__name__}"
+    advice = "expected an nnx.Module."
+    if isinstance(model, flax.linen.Module):
+        kind = f"the Linen module {type(model).__name__}"
+        advice = (
+            "which describes a model and holds no weights. Convert its parameters with `selfattn port`, and put "
+            "selfattn_flax.linen.SelfAttention2D where the code makes its attention layer."
+        )
+    elif hasattr(model, "__wrapped__"):
+        advice = "expected an nnx.Module: convert the module that it was made from, and compile the result."
+    raise TypeError(f"convert: got {kind}, {advice}")
+
+
+def _found(model: nnx.Module, chosen: Dialect | None, match: Match | None) -> Found:
+    """The layers to replace by their `id`, each once, with all places where it stands."""
+    modules = [(name, node) for name, node in places(model) if isinstance(node, nnx.Module)]
+    if match is None:
+        if chosen is None:
+            raise PortError(
+                "convert: say with dialect= what the layers are, with match= which modules, or both."
+            )
+        forms = forms_of(model, "")
+        there = {prefix for tensors in forms for prefix in prefixes(chosen, index_of(tensors))}
+        # A shared layer has its keys at the first of its places alone.
+        wanted = {id(node) for name, node in modules if (f"{normal(name)}/" if name else "") in there}
+        matched = [(name, node) for name, node in modules if id(node) in wanted]
+    elif isinstance(match, str):
+        pattern = match.replace("/", ".")
+        matched = [(name, node) for name, node in modules if fnmatchcase(name, pattern)]
+    elif isinstance(match, type | tuple):
+        matched = [(name, node) for name, node in modules if isinstance(node, match)]
+    else:
+        matched = [(name, node) for name, node in modules if match(name, node)]
+    found: Found = {}
+    for name, node in matched:
+        # Ours have names that a dialect of ours fits.
+        if not isinstance(node, SelfAttention2D):
+            _, names = found.get(id(node), (node, ()))
+            found[id(node)] = (node, (*names, name))
+    if not found:
+        what = f"that match={match!r} takes" if match is not None else f"with the keys of {chosen.name}"  # type: ignore[union-attr]
+        kinds = sorted({type(node).__name__ for _, node in modules})
+        raise PortError(
+            f"convert: the model has no module {what}, and was left as it is; its modules are of {', '.join(kinds)}. Name the class of "
+            "the attention layer with match=, and with dialect= what it computes."
+        )
+    everywhere: dict[int, list[str]] = {}
+    for name, node in modules:
+        everywhere.setdefault(id(node), []).append(name)
+    return {number: (node, tuple(everywhere[number])) for number, (node, _) in found.items()}
+
+
+def _nested(names: set[str]) -> list[str]:
+    return [
+        f"{inner} lies inside {outer or 'the model itself'}, and both match; narrow match="
+        for inner in sorted(names)
+        for outer in sorted(names)
+        if inner.startswith(f"{outer}." if outer else outer) and inner != outer
+    ]
+
+
+def _replaced(model: nnx.Module, found: Found, new: Mapping[int, nnx.Module], *, inplace: bool) -> nnx.Module:
+    if id(model) in found:
+        return new[id(model)]
+    if inplace:
+        put(model, new)
+        return model
+    twin = copied(model)
+    # The two have their modules at the same paths.
+    paths = {path: id(node) for path, node in nnx.iter_graph(model) if id(node) in found}
+    put(twin, {id(node): new[paths[path]] for path, node in nnx.iter_graph(twin) if path in paths})
+    return twin

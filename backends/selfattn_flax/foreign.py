@@ -1,0 +1,494 @@
+"""A foreign attention layer of an NNX model: its tensors, its answers, and the layer of ours that takes its place."""
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from selfattn_core.params import parameter_table
+from selfattn_core.porting.converting import (
+    ConvertedLayer,
+    Foreign,
+    Question,
+    agreement,
+    chosen_dialect,
+    compared,
+    question,
+    read_layer,
+)
+from selfattn_core.porting.dialects import Dialect
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.finding import index_of
+from selfattn_core.porting.folding import to_matrix
+from selfattn_core.porting.matching import prefixes
+from selfattn_core.porting.report import listed
+from selfattn_flax.graph import copied
+from selfattn_flax.nnx import SelfAttention2D
+from selfattn_flax.spectral_norm import NNXSpectralConv
+from selfattn_flax.tensors import forms_of, leaves_of, read
+from selfattn_flax.weights import make, to_canonical
+from selfattn_flax.with_map import SelfAttention2DWithMap
+
+__all__ = ["ForeignLayer", "Options", "modes_of"]
+
+Array = NDArray[Any]
+KeyPath = tuple[Any, ...]
+# What `nnx.Variable` sets itself.
+_OF_EVERY_VARIABLE = ("hijax", "ref", "eager_sharding")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `convert` that a single layer needs."""
+
+    settings: Mapping[str, str | bool | float]
+    keep_spectral_norm: bool
+    returns: str
+    block_size: int | None
+    size: tuple[int, int] | None
+
+
+@dataclass
+class _Answers:
+    """What a layer says.
+
+    Args:
+        y: (B, H, W, C).
+        dx: the gradient of x.
+        map: what it returns beside y; None if it returns y alone.
+        gradients: by canonical name, in the layer's own form.
+        sown: names of what it sowed.
+        moved: keys of what it changed in itself.
+    """
+
+    y: Any
+    dx: Any
+    map: Any
+    gradients: Mapping[str, Any]
+    sown: list[str]
+    moved: list[str]
+
+
+class ForeignLayer:
+    """One module that is to be replaced.
+
+    Args:
+        layer: the module.
+        names: of every place where it stands.
+        options: of the conversion.
+    """
+
+    def __init__(self, layer: nnx.Module, names: tuple[str, ...], options: Options) -> None:
+        self.layer, self.names, self.options = layer, names, options
+        self.where = f"{names[0] or 'the model'} ({type(layer).__name__})"
+        self.leaves = leaves_of(layer)
+        self.forms = forms_of(layer, names[0])
+        self.probe = _probe(layer)
+
+    def converted(self, name: str | None) -> tuple[SelfAttention2D, ConvertedLayer]:
+        """The layer that takes its place, and what there is to say of both.
+
+        Args:
+            name: of its dialect; None if nobody said.
+
+        Raises:
+            PortError: if it cannot be read or asked. One that computes something else is in the report.
+        """
+        chosen = chosen_dialect(name, self.forms[0], self._agrees)
+        new, report = self._twin(chosen)
+        if report.failures and (hint := agreement(chosen, self.forms[0], self._agrees)):
+            report = replace(report, failures=(*report.failures, hint))
+        return new, report
+
+    def _agrees(self, dialect: Dialect) -> bool:
+        try:
+            return not self._twin(dialect)[1].failures
+        except PortError:
+            return False
+
+    def _read(self, layer: nnx.Module, dialect: Dialect) -> Foreign:
+        """The layer's tensors, in the form that has the keys of the dialect."""
+        forms = forms_of(layer, self.names[0])
+        tensors = next((form for form in forms if "" in prefixes(dialect, index_of(form))), forms[0])
+        return read_layer(
+            tensors, dialect, self.options.settings, keep_spectral_norm=self.options.keep_spectral_norm
+        )
+
+    def _twin(self, dialect: Dialect) -> tuple[SelfAttention2D, ConvertedLayer]:
+        foreign = self._read(self.layer, dialect)
+        probed = self._read(self.probe, dialect)
+        asked = question(probed, self.options.size)
+        with _arithmetic(asked.x.dtype):
+            old = self._ask(probed, asked)
+            pair = old.map is not None
+            new, notes = self._dressed(foreign, old, pair=pair and self.options.returns == "same")
+            twin = make(_kind(pair), probed.config, asked.params, block_size=self.options.block_size)
+            paths = {name: _own_path(name) for name in parameter_table(probed.config)}
+            answers = _answered(twin, asked, paths)
+        if pair and self.options.returns == "output":
+            notes.append("the old layer returned (y, A), and the new one returns y: change what calls it")
+        report = ConvertedLayer(
+            self.names,
+            type(self.layer).__name__,
+            dialect.name,
+            foreign.config.to_dict(),
+            *compared(probed, asked, self._told(old, probed, asked), _ours(answers, probed)),
+            returns_map=isinstance(new, SelfAttention2DWithMap),
+            assumptions=foreign.assumptions,
+            notes=(*foreign.notes, *notes),
+        )
+        return new, report
+
+    def _ask(self, foreign: Foreign, asked: Question) -> _Answers:
+        """The answers of the probe, of which a copy is asked, since a question may move its state."""
+        old = copied(self.probe)
+        paths = {name: self._path(foreign, name) for name in parameter_table(foreign.config)}
+        shape = asked.x.shape
+        try:
+            answers = _answered(old, asked, {name: path for name, path in paths.items() if path})
+        except PortError as error:
+            raise PortError(f"{self.where}: {error}") from error
+        except Exception as error:
+            raise PortError(
+                f"{self.where}: does not run on an input {shape}: {type(error).__name__}: {error}. Pass the size that it takes "
+                "as size=(H, W); a layer that takes more than one input cannot be converted."
+            ) from error
+        return answers
+
+    def _told(self, answers: _Answers, foreign: Foreign, asked: Question) -> dict[str, Array]:
+        """The answers of the old layer in the shapes of the definition."""
+        found = {"y": read(answers.y), "x": read(answers.dx)}
+        if answers.map is not None:
+            batch, height, width, _ = asked.x.shape
+            down, across = foreign.config.key_grid(height, width)
+            shape = (batch, height * width, down * across)
+            if np.size(answers.map) != np.prod(shape):
+                raise PortError(
+                    f"{self.where}: returned y and {_shown(answers.map)}; expected y and a map of {shape}. Convert with a module "
+                    "of your own around it that returns y alone."
+                )
+            found["map"] = read(answers.map).reshape(shape)
+        for name, gradient in answers.gradients.items():
+            array = read(gradient)
+            matrix = to_matrix(array, foreign.axes[name]) if name in foreign.axes else array
+            found[name] = matrix.reshape(foreign.params[name].shape)
+        return found
+
+    def _dressed(self, foreign: Foreign, old: _Answers, *, pair: bool) -> tuple[SelfAttention2D, list[str]]:
+        """Our layer with everything of the old one, and what is to say of it."""
+        dtype, precision = self._computation(foreign)
+        kind = _kind(pair)
+        made = {"block_size": self.options.block_size, "precision": precision}
+        new = make(kind, foreign.config, foreign.params, dtype=dtype, **made)
+        self._dress(new, foreign)
+        notes = []
+        if dtype is not None and not self._returns_alike(new):
+            plain = make(kind, foreign.config, foreign.params, dtype=None, **made)
+            self._dress(plain, foreign)
+            if self._returns_alike(plain):
+                new = plain
+                notes.append(
+                    f"the old layer computes in {jnp.dtype(dtype)} and returns another dtype; the new one computes in that which "
+                    "its input and its parameters promote to, and returns what the old one does"
+                )
+        if not self._returns_alike(new):
+            notes.append("the new layer returns another dtype than the old one for some inputs")
+        if foreign.made:
+            notes.append(
+                f"{', '.join(foreign.made)}: the old layer has none; they are an nnx.Variable and no nnx.Param, so training does "
+                "not change them"
+            )
+        if any("÷" in step for origin in foreign.origins.values() for step in origin.steps):
+            notes.append("the kernels are divided by their spectral norms, which training no longer limits")
+        rounded = [name for name, array in to_canonical(new).items() if (array != foreign.params[name]).any()]
+        if rounded:
+            notes.append(f"{', '.join(rounded)}: rounded to the dtype of the old variable")
+        if old.sown:
+            notes.append(
+                f"the old layer sows {', '.join(old.sown)}; the new one sows attention_weights, and only if it is called with "
+                "sow_weights=True"
+            )
+        if foreign.config.spectral_norm:
+            modes = modes_of(self.layer)
+            if not modes:
+                notes.append(
+                    "the old layer has no mode that train() and eval() set; the new one is in training mode"
+                )
+            for _, module in nnx.iter_graph(new):
+                if isinstance(module, NNXSpectralConv):
+                    module.use_running_average = modes == {True}
+        if old.moved:
+            notes.append(
+                f"the old layer moves its {listed(old.moved, 3)} in evaluation too; the new one moves nothing there"
+            )
+        return new, [*notes, *self._arguments()]
+
+    def _arguments(self) -> list[str]:
+        """What is to say of what the old layer may be called with."""
+        known = inspect.signature(SelfAttention2D.__call__).parameters
+        given = list(inspect.signature(type(self.layer).__call__).parameters.values())[2:]
+        others = [one.name for one in given if one.name not in known]
+        return (
+            [f"the new layer takes no argument {', '.join(others)}; change what passes it"] if others else []
+        )
+
+    def _dress(self, new: SelfAttention2D, foreign: Foreign) -> None:
+        """Give each variable of ours the type, the metadata, the dtype and the device of what it comes from."""
+        sources = [self._leaf(key) for origin in foreign.origins.values() for key in origin.sources]
+        for name, origin in foreign.origins.items():
+            path = _own_path(name)
+            owner = _at(new, path[:-1])
+            value = getattr(owner, path[-1])[...]
+            there = [self._leaf(key) for key in origin.sources]
+            like = next((leaf for leaf in there if isinstance(leaf, nnx.Param)), (*there, *sources)[0])
+            array = like.get_raw_value() if isinstance(like, nnx.Variable) else like
+            value = value.astype(array.dtype)
+            if isinstance(array, jax.Array) and array.committed:
+                value = jax.device_put(value, array.sharding)
+            else:
+                value = jnp.asarray(np.asarray(value))
+            if path[-1] in ("u", "v"):
+                variable = nnx.BatchStat(value)
+            elif there and isinstance(like, nnx.Variable):
+                kept = {
+                    key: each for key, each in like.get_metadata().items() if key not in _OF_EVERY_VARIABLE
+                }
+                variable = type(like)(value, **kept)
+            else:
+                variable = nnx.Variable(value)
+            setattr(owner, path[-1], variable)
+
+    def _computation(self, foreign: Foreign) -> tuple[DTypeLike | None, Any]:
+        """The dtype and the precision that the projections compute with."""
+        nodes = dict(nnx.iter_graph(self.layer))
+        owners = []
+        for name, origin in foreign.origins.items():
+            if name.endswith("kernel"):
+                path, _ = self.leaves[self._key(origin.sources[0])]
+                owners.append(nodes[path[:-1]])
+        dtypes = {getattr(owner, "dtype", None) for owner in owners}
+        found = {None if dtype is None else jnp.dtype(dtype) for dtype in dtypes}
+        precisions = [getattr(owner, "precision", None) for owner in owners]
+        if len(found) > 1 or any(one != precisions[0] for one in precisions):
+            shown = ", ".join(sorted(str(one) for one in found))
+            raise PortError(
+                f"{self.where}: its projections compute in different ways (dtypes {shown}; precisions "
+                f"{', '.join(str(one) for one in precisions)}), and those of the new layer all in one; make them alike first"
+            )
+        return found.pop(), precisions[0]
+
+    def _returns_alike(self, new: SelfAttention2D) -> bool:
+        """Whether the dtype of y is the old layer's for inputs of the usual dtypes."""
+        shape = (1, *(self.options.size or (12, 12)), new.config.channels)
+        return all(
+            _dtype_of(self.layer, shape, dtype) == _dtype_of(new, shape, dtype)
+            for dtype in ("float32", "bfloat16", "float16")
+        )
+
+    def _key(self, source: str) -> str:
+        """What `leaves_of` calls a tensor of either form."""
+        return source if source in self.leaves else source.removesuffix("/value")
+
+    def _leaf(self, source: str) -> Any:
+        return self.leaves[self._key(source)][1]
+
+    def _path(self, foreign: Foreign, name: str) -> KeyPath:
+        source = foreign.source(name)
+        return self.leaves[self._key(source)][0] if source else ()
+
+
+def modes_of(layer: nnx.Module) -> set[bool]:
+    """Whether the parts of a layer that have a mode are in that of evaluation."""
+    found: dict[str, set[bool]] = {"use_running_average": set(), "deterministic": set()}
+    for _, module in nnx.iter_modules(layer):
+        for name, modes in found.items():
+            if isinstance(mode := getattr(module, name, None), bool):
+                modes.add(mode)
+    return found["use_running_average"] or found["deterministic"]
+
+
+def _answered(layer: nnx.Module, asked: Question, paths: Mapping[str, KeyPath]) -> _Answers:
+    """What a layer says in evaluation mode, on the CPU and in the dtype of the question.
+
+    Args:
+        layer: a copy, which is changed.
+        asked: the question.
+        paths: of its parameters whose gradients are wanted, by canonical name.
+
+    Raises:
+        PortError: if it does not return what a layer returns. Errors of its own pass through.
+    """
+    dtype = asked.x.dtype
+    _at_rest(layer, dtype)
+    graph, state = nnx.split(layer)
+    before = _values(layer)
+    start = {name: _array_at(nnx.merge(graph, state, copy=True), path) for name, path in paths.items()}
+    sown: list[str] = []
+
+    def call(values: Mapping[str, Any], x: jax.Array) -> tuple[Any, Any]:
+        module = nnx.merge(graph, state, copy=True)
+        for name, value in values.items():
+            _set(module, paths[name], value)
+        known = _sown(module)
+        result = module(x)
+        sown.extend(name for name in _sown(module) if name not in known)
+        pair = isinstance(result, tuple | list) and len(result) == 2
+        y = result[0] if pair else result
+        if not isinstance(y, jax.Array) or y.shape != x.shape:
+            raise PortError(
+                f"returned {_shown(result)} for an input {x.shape}; expected y of the same shape, or (y, A)."
+            )
+        return y.astype(dtype), (result[1] if pair else None, _values(module))
+
+    with warnings.catch_warnings():
+        # Of `sow`, outside of `nnx.capture`.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        x = jax.device_put(asked.x, _cpu())
+        y, back, (beside, after) = jax.vjp(call, start, x, has_aux=True)
+    gradients, dx = back(jax.device_put(asked.dy, _cpu()))
+    moved = [key for key, value in before.items() if not np.array_equal(after[key], value)]
+    return _Answers(y, dx, beside, gradients, sown, moved)
+
+
+def _probe(layer: nnx.Module) -> nnx.Module:
+    """A copy to ask, on the CPU, in at least float32, in which no parameter is zero.
+
+    A gamma of 0, or a last kernel or a batch norm that begins with zeros, hides whatever else the layer computes.
+    """
+    probe = copied(layer)
+    double = any(value.dtype == np.float64 for value in _values(layer).values())
+    dtype = np.dtype(np.float64 if double else np.float32)
+    generator = np.random.default_rng(0)
+    with _arithmetic(dtype):
+        _at_rest(probe, dtype)
+        for path, leaf in leaves_of(probe).values():
+            value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+            if _is_floating(value) and not isinstance(leaf, nnx.BatchStat) and not np.any(value):
+                numbers = 0.7 + 0.3 * generator.standard_normal(value.shape)
+                _set(probe, path, jnp.asarray(numbers, dtype))
+    return probe
+
+
+def _at_rest(layer: nnx.Module, dtype: DTypeLike) -> None:
+    """Set a copy to evaluation, to the CPU and to a dtype."""
+    layer.eval()
+    for _, module in nnx.iter_modules(layer):
+        computes = vars(module).get("dtype")
+        if computes is not None and jnp.issubdtype(computes, jnp.floating):
+            module.dtype = dtype
+    nnx.update(layer, jax.tree.map(lambda leaf: _moved(leaf, dtype), nnx.state(layer)))
+
+
+def _values(module: nnx.Module) -> dict[str, Any]:
+    """The floating-point arrays of a module by key."""
+    found = {}
+    for key, (_, leaf) in leaves_of(module).items():
+        value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+        if _is_floating(value) and not isinstance(leaf, nnx.Intermediate):
+            found[key] = value
+    return found
+
+
+def _ours(answers: _Answers, foreign: Foreign) -> dict[str, Array]:
+    found = {"y": read(answers.y), "x": read(answers.dx)}
+    if answers.map is not None:
+        found["map"] = read(answers.map)
+    for name, gradient in answers.gradients.items():
+        found[name] = read(gradient).reshape(foreign.params[name].shape)
+    return found
+
+
+def _kind(pair: bool) -> type[SelfAttention2D]:
+    return SelfAttention2DWithMap if pair else SelfAttention2D
+
+
+def _arithmetic(dtype: DTypeLike) -> AbstractContextManager[Any]:
+    """In which a question of this dtype is answered as it is asked, whatever the process is set to."""
+    stack = ExitStack()
+    stack.enter_context(jax.default_device(_cpu()))
+    stack.enter_context(jax.default_matmul_precision("highest"))
+    if dtype == np.float64:
+        stack.enter_context(jax.enable_x64(True))
+    return stack
+
+
+def _cpu() -> Any:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise PortError(
+            "convert asks layers on the CPU, which JAX has been told to leave out; add cpu to JAX_PLATFORMS, as in "
+            "JAX_PLATFORMS=cuda,cpu"
+        ) from error
+
+
+def _moved(leaf: Any, dtype: DTypeLike) -> Any:
+    if not isinstance(leaf, jax.Array | np.ndarray):
+        return leaf
+    if _is_floating(leaf):
+        leaf = leaf.astype(dtype)
+    return jax.device_put(leaf, _cpu())
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray) and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _dtype_of(layer: nnx.Module, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    graph, state = nnx.split(layer)
+
+    def call(state: Any, x: jax.Array) -> Any:
+        module = nnx.merge(graph, state, copy=True)
+        module.eval()
+        result = module(x)
+        return result[0] if isinstance(result, tuple | list) else result
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return jax.eval_shape(call, state, jax.ShapeDtypeStruct(shape, dtype)).dtype
+
+
+def _sown(module: nnx.Module) -> list[str]:
+    return [
+        ".".join(map(str, path))
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Intermediate)
+    ]
+
+
+def _own_path(name: str) -> KeyPath:
+    return tuple(name.split("."))
+
+
+def _at(module: nnx.Module, path: KeyPath) -> Any:
+    return next(node for place, node in nnx.iter_graph(module) if place == path)
+
+
+def _array_at(module: nnx.Module, path: KeyPath) -> Any:
+    leaf = _at(module, path)
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _set(module: nnx.Module, path: KeyPath, value: Any) -> None:
+    leaf = _at(module, path)
+    if isinstance(leaf, nnx.Variable):
+        leaf.set_value(value)
+    else:
+        setattr(_at(module, path[:-1]), path[-1], value)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"an array {value.shape}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(_shown(each) for each in value)})"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,82 @@
+"""The modules of an NNX model: where each stands, and how one takes another's place."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+__all__ = ["copied", "places", "plain_attributes", "put"]
+
+
+def places(model: nnx.Pytree) -> list[tuple[str, nnx.Pytree]]:
+    """Every module with the name of every place where it stands, such as "blocks.0.attention"; the model itself is "".
+
+    Args:
+        model: with shared modules, or modules that hold their parents, as NNX allows.
+    """
+    found: list[tuple[str, nnx.Pytree]] = []
+
+    def visit(node: nnx.Pytree, name: str, above: tuple[int, ...]) -> None:
+        found.append((name, node))
+        for key, child in _children(node):
+            if id(child) not in (*above, id(node)):
+                visit(child, f"{name}.{key}" if name else key, (*above, id(node)))
+
+    visit(model, "", ())
+    return found
+
+
+def put(model: nnx.Pytree, new: Mapping[int, nnx.Module]) -> None:
+    """Put other modules into a model.
+
+    Args:
+        model: what is changed.
+        new: by the `id` of the module whose every place it takes.
+    """
+    for _, node in list(nnx.iter_graph(model)):
+        if not isinstance(node, nnx.Pytree):
+            continue
+        for name, value in _attributes(node):
+            if any(id(leaf) in new for leaf in jax.tree.leaves(value, is_leaf=_is_node)):
+                setattr(
+                    node, name, jax.tree.map(lambda leaf: new.get(id(leaf), leaf), value, is_leaf=_is_node)
+                )
+
+
+def copied(model: nnx.Module) -> nnx.Module:
+    """A copy that shares no array with the model, so that either may be donated to a jitted function."""
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(_own, state))
+
+
+def plain_attributes(node: nnx.Pytree) -> Iterator[tuple[str, Any]]:
+    """What a module holds that is neither a module nor a variable nor an array: names and values."""
+    for name, value in _attributes(node):
+        for leaf in jax.tree.leaves(value, is_leaf=_is_node):
+            if not _is_node(leaf) and not isinstance(leaf, jax.Array):
+                yield name, leaf
+
+
+def _own(leaf: Any) -> Any:
+    return jnp.copy(leaf) if isinstance(leaf, jax.Array) else copy.deepcopy(leaf)
+
+
+def _attributes(node: nnx.Pytree) -> Iterator[tuple[str, Any]]:
+    for name, value in list(vars(node).items()):
+        if not name.startswith("_pytree__"):
+            yield name, value
+
+
+def _children(node: nnx.Pytree) -> Iterator[tuple[str, nnx.Pytree]]:
+    for name, value in _attributes(node):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(value, is_leaf=_is_node):
+            if isinstance(leaf, nnx.Pytree):
+                inner = jax.tree_util.keystr(path, simple=True, separator=".")
+                yield f"{name}.{inner}" if inner else name, leaf
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, nnx.Pytree | nnx.Variable)

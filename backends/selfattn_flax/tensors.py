@@ -1,0 +1,57 @@
+"""The tensors of an NNX module under the names that a checkpoint of it has."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+from selfattn_core.params import widen
+from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
+
+__all__ = ["forms_of", "leaves_of", "read"]
+
+Array = NDArray[Any]
+KeyPath = tuple[Any, ...]
+
+
+def leaves_of(module: nnx.Module) -> dict[str, tuple[KeyPath, Any]]:
+    """The variables of a module, and its arrays that are none, with their paths, by key: "query/kernel"."""
+    return {"/".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(module))}
+
+
+def forms_of(module: nnx.Module, name: str) -> list[Tensors]:
+    """What checkpoints of the module would hold, in each of the ways in which they name it.
+
+    Args:
+        module: a whole model or a layer.
+        name: of its place.
+
+    Returns:
+        With the keys of `nnx.to_pure_dict`, and with those of Orbax, which can add the level "value" to a variable's.
+    """
+    where = Path(f"{name or 'the model'} ({type(module).__name__})")
+    entries: dict[str, Entry] = {}
+    variables: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    for key, (_, leaf) in leaves_of(module).items():
+        value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+        if isinstance(leaf, nnx.RngState | nnx.Intermediate):
+            # No part of what the layer computes in evaluation.
+            continue
+        if not isinstance(value, jax.Array | np.ndarray):
+            left_out[key] = f"{key} is a {type(leaf).__name__}"
+            continue
+        info = TensorInfo(tuple(value.shape), str(value.dtype))
+        entries[key] = Entry(info, partial(read, value))
+        variables[key] = f"{key}/value" if isinstance(leaf, nnx.Variable) else key
+    deeper = {variables[key]: entry for key, entry in entries.items()}
+    return [Tensors(where, "module", each, left_out=left_out) for each in (entries, deeper)]
+
+
+def read(value: Any) -> Array:
+    """A variable's values as a new array; those of 16 bits that numpy has not are widened."""
+    return np.array(widen(np.asarray(value)), order="C")
