@@ -133,11 +133,12 @@ def _found(model: nn.Module, dialect: str | None, match: Match | None) -> dict[n
         names = [name for name, module in modules.items() if isinstance(module, match)]
     else:
         names = [name for name, module in modules.items() if match(name, module)]
+    # Ours have names that a dialect of ours fits.
+    wanted = {modules[name] for name in names if not isinstance(modules[name], SelfAttention2d)}
     found: dict[nn.Module, tuple[str, ...]] = {}
-    for name in names:
-        # Ours have names that a dialect of ours fits.
-        if not isinstance(modules[name], SelfAttention2d):
-            found[modules[name]] = (*found.get(modules[name], ()), name)
+    for name, module in modules.items():
+        if module in wanted:
+            found[module] = (*found.get(module, ()), name)
     if not found:
         what = f"that match={match!r} takes" if match is not None else f"with the keys of {dialect}"
         kinds = sorted({type(module).__name__ for module in modules.values()})

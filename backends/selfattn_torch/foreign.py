@@ -25,6 +25,7 @@ from selfattn_core.porting.converting import (
 )
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.folding import to_matrix
 from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
 from selfattn_core.porting.report import listed
 from selfattn_torch.layer import SelfAttention2d
@@ -101,7 +102,7 @@ class ForeignLayer:
             type(self.layer).__name__,
             dialect.name,
             foreign.config.to_dict(),
-            *compared(probed, asked, theirs, _answers(twin, probed, asked, pair=pair)),
+            *compared(probed, asked, theirs, _answers(twin, asked, pair=pair)),
             returns_map=isinstance(new, SelfAttention2dWithMap),
             assumptions=foreign.assumptions,
             notes=(*foreign.notes, *notes),
@@ -148,7 +149,7 @@ class ForeignLayer:
         for name in parameter_table(foreign.config):
             gradient = getattr(parameters.get(foreign.source(name)), "grad", None)
             if gradient is not None:
-                found[name] = _like(_read(gradient), name, foreign)
+                found[name] = _canonical(_read(gradient), name, foreign.axes.get(name, ""))
         moved = [key for key, tensor in old.state_dict().items() if not torch.equal(tensor, before[key])]
         return pair, found, moved
 
@@ -236,13 +237,12 @@ def detached(module: nn.Module) -> dict[int, Any]:
     return {id(tensor): tensor.detach().clone() for tensor in computed}
 
 
-def _like(gradient: Array, name: str, foreign: Foreign) -> Array:
-    """A gradient of a tensor of PyTorch, in the canonical form of that tensor."""
-    shape = foreign.params[name].shape
-    return gradient.reshape(shape[::-1]).T if name.endswith("kernel") else gradient.reshape(shape)
+def _canonical(gradient: Array, name: str, axes: str) -> Array:
+    """A gradient in the canonical form of its parameter."""
+    return to_matrix(gradient, axes) if name.endswith("kernel") else gradient.reshape(-1)
 
 
-def _answers(twin: SelfAttention2d, foreign: Foreign, asked: Question, *, pair: bool) -> dict[str, Array]:
+def _answers(twin: SelfAttention2d, asked: Question, *, pair: bool) -> dict[str, Array]:
     x = _maps(asked.x).requires_grad_()
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         y = twin(x)
@@ -252,7 +252,7 @@ def _answers(twin: SelfAttention2d, foreign: Foreign, asked: Question, *, pair: 
             found["map"] = _read(twin(x, need_weights=True)[1])
     for name, parameter in twin.named_parameters():
         canonical = name.replace("weight", "kernel")
-        found[canonical] = _like(_read(parameter.grad), canonical, foreign)
+        found[canonical] = _canonical(_read(parameter.grad), canonical, "OIHW")
     return found
 
 

@@ -62,6 +62,8 @@ def of_layer(name: str, layer: nn.Module, others: Collection[int]) -> Iterator[s
             tensor.is_quantized for tensor in itertools.chain(module.parameters(False), module.buffers(False))
         ):
             yield f"{where}: {inner or 'it'} is quantised; convert the floating-point model"
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:  # noqa: SLF001 - their common class
+            yield f"{where}: {inner} drops out a share of {module.p}, which the new layer would not; set its p to 0 if you can do without"
         hooks = [hook for kind in _CALLED for hook in getattr(module, kind).values()]
         foreign = [hook for hook in hooks if not isinstance(hook, SpectralNorm)]
         if foreign:

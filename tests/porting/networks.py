@@ -27,6 +27,9 @@ def check_network(given, old, new):
         want = wide[name]
         # An error of a single draw can be small by luck.
         floor = (narrow[name].double() - want).abs().max() + torch.finfo(torch.float32).eps * want.abs().max()
+        if floor > want.abs().max():
+            # Zero, as the gradient of a key's bias: rounding alone, which `convert` itself compares with what cancels.
+            continue
         error = (found[name].double() - want).abs().max()
         assert error <= FACTOR * floor, f"{name}: {error / floor:.3g} noise floors"
 

@@ -119,13 +119,15 @@ class Own(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.first, self.second = (nn.Linear(channels, channels // 8) for _ in "12")
-        self.content = nn.Linear(channels, channels)
+        # Square, with the input channels first: no shape tells the axes apart.
+        self.content = nn.Parameter(torch.randn(channels, channels) / channels**0.5)
+        self.shift = nn.Parameter(torch.randn(channels))
         self.gain = nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
         rows = x.flatten(2).mT
         attention = (self.second(rows) @ self.first(rows).mT).softmax(-1)
-        return x + self.gain * (attention @ self.content(rows)).mT.unflatten(2, x.shape[2:])
+        return x + self.gain * (attention @ (rows @ self.content + self.shift)).mT.unflatten(2, x.shape[2:])
 
 
 INPUT = (torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(5)),)
@@ -144,6 +146,10 @@ key = "gain"
 axes = "OI"
 kernel = "{path}.weight"
 bias = "{path}.bias"
+[[kernels]]
+axes = "IO"
+kernel = "content"
+bias = "shift"
 """
 
 
@@ -275,6 +281,7 @@ def test_own_dialect(match, tmp_path):
     network = trained(Own)
     report = convert(network, dialect=str(tmp_path / "own.toml"), match=match)
     assert len(report.layers) == (1 if match == "*attention" else 2)
+    assert report.layers[0].names == ("attention", "again")
     check_network(INPUT, network, report.model)
 
 
@@ -430,7 +437,12 @@ def listening(network):
     network.attention.gamma.register_hook(print)
 
 
+def dropping(network):
+    network.attention.query_conv = nn.Sequential(network.attention.query_conv, nn.Dropout2d(0.1))
+
+
 BAD = {
+    "dropout in it": (dropping, r"attention \(Flat\): query_conv.1 drops out a share of 0.1"),
     "hooks on a part of it": (hooked, r"attention \(Flat\): value_conv has the hooks print"),
     "a hook on a parameter": (listening, "gamma has a hook"),
     "tied weights": (tied, "query_conv.weight is also a parameter of another module"),
