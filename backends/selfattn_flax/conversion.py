@@ -47,8 +47,8 @@ def convert(
 
     A new layer has the devices, dtypes, precision and training mode of the old one, its variables have the types and the
     metadata of the old ones, and its spectral norm the state. It has `query`, `key`, `value` and `gamma` where the old one
-    may have had other names, so an optimiser is made after this, and a checkpoint of the old model goes through `selfattn
-    port --whole`. No random stream of the model moves.
+    may have had other names, so an optimiser is made after this, and a checkpoint of the old model is restored before. No
+    random stream of the model moves.
 
     Modules of Linen hold no weights: convert their parameters with `selfattn port`, and replace the module in the code of
     the model by `selfattn_flax.linen.SelfAttention2D`.
