@@ -102,7 +102,7 @@ class _Copier:
 
 
 def _inputs(model: Any) -> Any:
-    """New inputs of the same names, which `clone_model` would not keep."""
+    """New inputs of the same names, optional ones too, which `clone_model` would not keep."""
 
     def like(tensor: Any) -> Any:
         source = tensor._keras_history.operation  # noqa: SLF001 - Keras has no other way from a tensor to its input
