@@ -11,9 +11,11 @@ _chosen = os.environ.get("KERAS_BACKEND")
 require("selfattn_keras", ["keras"], f"keras-{_chosen}" if _chosen in _FRAMEWORKS else "keras")
 
 try:
+    from selfattn_keras.conversion import convert
     from selfattn_keras.layer import SelfAttention2D
     from selfattn_keras.maps import attention_grid
     from selfattn_keras.weights import from_canonical, load, refresh_spectral_norm, save, to_canonical
+    from selfattn_keras.with_map import SelfAttention2DWithMap
 except ModuleNotFoundError as error:
     # Keras imports the framework that KERAS_BACKEND or keras.json names; only that one's absence is translated.
     framework = (error.name or "").partition(".")[0]
@@ -31,8 +33,10 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "SelfAttention2D",
+    "SelfAttention2DWithMap",
     "__version__",
     "attention_grid",
+    "convert",
     "from_canonical",
     "load",
     "refresh_spectral_norm",

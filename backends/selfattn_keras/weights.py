@@ -1,7 +1,8 @@
 """Weights of the Keras layer to and from canonical arrays and files."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -71,9 +72,7 @@ def from_canonical(
     arrays = check_params(config, params)
     dtype = arrays["gamma"].dtype.name if dtype is None else dtype
     _check_float64(keras.dtype_policies.get(dtype).variable_dtype)
-    # Unseeded initializers draw their seed from Python's random state, which is the caller's.
-    state = random.getstate()
-    try:
+    with undrawn():
         # What is overwritten at once is neither drawn nor filled by JAX, which compiles that for each shape. The
         # initializers are then those of any layer, for whoever makes another one of its config.
         layer = SelfAttention2D.from_spec(
@@ -92,13 +91,31 @@ def from_canonical(
             child = getattr(layer, name)
             child.kernel_initializer = own_copy(layer.kernel_initializer, name)
             child.bias_initializer = own_copy(layer.bias_initializer, name)
-    finally:
-        random.setstate(state)
     for name, array in arrays.items():
         target = variable(layer, name)
         # A copy, for JAX takes over the memory of an array that it is given.
         target.assign(np.array(array, order="C").reshape(target.shape))
     return layer
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Leave Python's random state, from which unseeded initializers draw their seeds, as the caller has it.
+
+    Example:
+        >>> random.seed(1)
+        >>> with undrawn():
+        ...     _ = keras.layers.Dropout(0.5)
+        >>> drawn = random.random()
+        >>> random.seed(1)
+        >>> drawn == random.random()
+        True
+    """
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def refresh_spectral_norm(layer: SelfAttention2D) -> None:

@@ -1,0 +1,141 @@
+"""What a layer computes with other values in its variables, and the gradients; the layer stays as it is."""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_keras.layer import Tensor
+
+__all__ = ["ask", "asked_in", "everything_in"]
+
+Array = NDArray[Any]
+
+
+def everything_in(layer: Any) -> list[Any]:
+    """The layer and every layer inside, each once; Keras has no public name for it.
+
+    Example:
+        >>> [each.name for each in everything_in(keras.Sequential([keras.layers.ReLU(name="a")], name="b"))]
+        ['b', 'a']
+    """
+    found: list[Any] = layer._flatten_layers()  # noqa: SLF001
+    return found
+
+
+def ask(
+    layer: Any, values: Mapping[int, Array], x: Array, dy: Array, **options: Any
+) -> tuple[Tensor, Array, list[Array]]:
+    """The result for x in evaluation, the gradient of x, and those of the variables with floating-point values.
+
+    Args:
+        layer: any layer of Keras, built.
+        values: of each of its variables, by the place in `layer.variables`.
+        x: as the layer takes it.
+        dy: the gradient of the result, or of the first part of it.
+        **options: of the call.
+
+    Returns:
+        What the layer returned, and the gradients of x and of the variables; those that nothing depends on are 0.
+
+    Raises:
+        Exception: whatever the layer raises.
+    """
+    variables = layer.variables
+    kinds = [np.issubdtype(values[place].dtype, np.floating) for place in range(len(variables))]
+    given = [keras.ops.convert_to_tensor(values[place]) for place in range(len(variables))]
+    fixed = [(v, tensor) for v, tensor, real in zip(variables, given, kinds, strict=True) if not real]
+    moved = [(v, tensor) for v, tensor, real in zip(variables, given, kinds, strict=True) if real]
+
+    def function(x: Tensor, *tensors: Tensor) -> Any:
+        # By `add_update`, since the constructor would cast to the variable's own dtype.
+        with keras.StatelessScope() as scope:
+            for variable, tensor in fixed:
+                scope.add_update((variable, tensor))
+            for (variable, _), tensor in zip(moved, tensors, strict=True):
+                scope.add_update((variable, tensor))
+            result = layer(x, training=False, **options)
+        first = result[0] if isinstance(result, tuple | list) and result else result
+        if not keras.ops.is_tensor(first) or tuple(first.shape) != tuple(dy.shape):
+            raise WrongResultError(result)
+        return first, result
+
+    inputs = [keras.ops.convert_to_tensor(x), *(tensor for _, tensor in moved)]
+    gradients = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.backend.backend()]
+    result, found = gradients(function, inputs, keras.ops.convert_to_tensor(dy))
+    by_x, *others = (keras.ops.convert_to_numpy(gradient) for gradient in found)
+    by_variable = iter(others)
+    return result, by_x, [next(by_variable) if real else np.zeros(0) for real in kinds]
+
+
+class WrongResultError(Exception):
+    """A result of another shape than x.
+
+    Args:
+        result: what came.
+    """
+
+    def __init__(self, result: Any) -> None:
+        super().__init__("the result has another shape than x")
+        self.result = result
+
+
+@contextmanager
+def asked_in(layer: Any, dtype: str) -> Iterator[None]:
+    """Let the layer and every layer inside compute in this dtype, on the CPU; they are as before afterwards.
+
+    Args:
+        layer: any layer of Keras, built.
+        dtype: "float32" or "float64".
+    """
+    inside = everything_in(layer)
+    kept = [dict(vars(each)) for each in inside]
+    policy = keras.dtype_policies.get(dtype)
+    try:
+        for each in inside:
+            # Past the setter, which would quantise, or write into a table that other layers have too.
+            each._dtype_policy = policy  # noqa: SLF001
+        with keras.device("cpu"), _nothing_compiled():
+            yield
+    finally:
+        # A call may leave things behind, such as the map for a picture.
+        for each, attributes in zip(inside, kept, strict=True):
+            vars(each).clear()
+            vars(each).update(attributes)
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """PyTorch with gradients and without a dtype of its own, whatever the caller has switched on."""
+    if keras.backend.backend() != "torch":
+        yield
+        return
+    torch = importlib.import_module("torch")
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def _tensorflow(function: Any, inputs: list[Tensor], dy: Tensor) -> tuple[Any, list[Tensor]]:
+    tf = importlib.import_module("tensorflow")
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        first, result = function(*inputs)
+    gradients = tape.gradient(first, inputs, dy, unconnected_gradients="zero")
+    return result, [tf.convert_to_tensor(gradient) for gradient in gradients]
+
+
+def _jax(function: Any, inputs: list[Tensor], dy: Tensor) -> tuple[Any, list[Tensor]]:
+    jax = importlib.import_module("jax")
+    _, pullback, result = jax.vjp(function, *inputs, has_aux=True)
+    return result, list(pullback(dy))
+
+
+def _torch(function: Any, inputs: list[Tensor], dy: Tensor) -> tuple[Any, list[Tensor]]:
+    torch = importlib.import_module("torch")
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    first, result = function(*inputs)
+    return result, list(torch.autograd.grad(first, inputs, dy, materialize_grads=True))

@@ -1,0 +1,201 @@
+"""A model of somebody else's with our layer in the place of its attention layers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import keras
+
+from selfattn_core.porting.converting import Conversion, ConversionError, ConvertedLayer, refuse
+from selfattn_core.porting.dialects import Dialect
+from selfattn_core.porting.dialects import dialect as dialect_named
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.finding import index_of
+from selfattn_core.porting.matching import prefixes
+from selfattn_keras import obstacles
+from selfattn_keras.asking import everything_in
+from selfattn_keras.copying import copied
+from selfattn_keras.foreign import ForeignLayer, Options
+from selfattn_keras.layer import SelfAttention2D
+from selfattn_keras.places import Place, in_place, places, settled
+from selfattn_keras.stored import stored
+
+__all__ = ["Match", "convert"]
+
+Match = (
+    type[keras.layers.Layer]
+    | tuple[type[keras.layers.Layer], ...]
+    | str
+    | Callable[[str, keras.layers.Layer], bool]
+)
+
+
+def convert(
+    model: Any,
+    *,
+    dialect: str | None = None,
+    match: Match | None = None,
+    settings: Mapping[str, str | bool | float] | None = None,
+    keep_spectral_norm: bool = True,
+    returns: Literal["same", "output"] = "same",
+    block_size: int | None = None,
+    size: tuple[int, int] | None = None,
+    inplace: bool = False,
+    dry_run: bool = False,
+) -> Conversion[Any]:
+    """Replace the attention layers of a model by `SelfAttention2D`, each with the weights of the one that it replaces.
+
+    Each foreign layer and the one that takes its place are asked for their output and gradients, in evaluation, on the CPU,
+    in float32 or float64. Both must agree with the definition within the limits of the conformance kit. Nothing is replaced
+    unless all do.
+
+    A new layer has the name, dtype policy, device, data format and trainable flags of the old one, constraints and
+    regularizers of its variables, and its spectral norm with the state. It has `query`, `key`, `value` and `gamma` where the
+    old one may have had other names, so weights files of the old model go through `selfattn port --whole`. The result is not
+    compiled: an optimizer has nothing for the new variables.
+
+    The copy is made as Keras makes one: by `keras.models.clone_model` of a functional or sequential model, by `get_config` of
+    any other layer, with all weights. If it would not be the same, nothing is done.
+
+    Args:
+        model: the network, or a foreign layer itself, built.
+        dialect: what the layers are: a name of `selfattn dialects` or a `.toml` file of your own, for the keys that a
+            `.weights.h5` of the layer alone has. None is for layers whose keys fit a single one, and needs `match`.
+        match: which layers: a class or several, a name like "generator/attention_*" with * for any text, or a function of name
+            and layer; by default those that have the keys of the dialect.
+        settings: what the tensors do not show, as in `selfattn_core.porting.port`.
+        keep_spectral_norm: whether layers that have spectral norm keep it. False divides the kernels by it once, and leaves
+            those of `keras.layers.SpectralNormalization` as evaluation applies them.
+        returns: "same": a layer that returned (y, A) is replaced by one that does, `SelfAttention2DWithMap`, at N·M numbers
+            of memory in each call; "output": every new layer returns y alone.
+        block_size: as in `SelfAttention2D`.
+        size: (H, W) of the input that both layers are asked; by default a few positions, or those that the layer was built for.
+        inplace: whether `model` itself is changed, which can be done where layers are attributes, in lists too, and not in the
+            graph of a functional or sequential model; otherwise it stays as it is, and the result is a copy.
+        dry_run: do everything but replace.
+
+    Returns:
+        The model, and for each layer what it was, what it is and how far both are from the definition.
+
+    Raises:
+        ConversionError: a PortError whose `report` says which layer computes something else than its dialect says.
+        PortError: if no layer is found, one cannot be replaced, or the model cannot be copied; every reason.
+        ValueError: if `returns` is another word.
+
+    Example:
+        >>> class Attention(keras.layers.Layer):
+        ...     def __init__(self, channels):
+        ...         super().__init__()
+        ...         self.conv_theta = keras.layers.Conv2D(channels // 8, 1)
+        ...         self.conv_phi = keras.layers.Conv2D(channels // 8, 1)
+        ...         self.conv_g = keras.layers.Conv2D(channels // 2, 1)
+        ...         self.conv_attn_g = keras.layers.Conv2D(channels, 1)
+        ...         self.sigma = self.add_weight(shape=(1,), initializer="zeros", name="sigma")
+        ...
+        ...     def call(self, x):
+        ...         maps = self.conv_theta(x), *(keras.ops.max_pool(f(x), 2, 2) for f in (self.conv_phi, self.conv_g))
+        ...         q, k, v = (keras.ops.reshape(m, (-1, m.shape[1] * m.shape[2], m.shape[3])) for m in maps)
+        ...         attended = keras.ops.softmax(q @ keras.ops.transpose(k, (0, 2, 1))) @ v
+        ...         maps = keras.ops.reshape(attended, (-1, *x.shape[1:3], v.shape[-1]))
+        ...         return x + self.sigma * self.conv_attn_g(maps)
+        >>> layers = keras.Input((8, 12, 3)), keras.layers.Conv2D(16, 3, padding="same"), Attention(16)
+        >>> report = convert(keras.Sequential(layers), dialect="keras-book", match=Attention)
+        >>> report.passed, type(report.model.layers[1]).__name__
+        (True, 'SelfAttention2D')
+    """
+    if returns not in ("same", "output"):
+        raise ValueError(f"convert: returns={returns!r}; expected 'same' or 'output'.")
+    refuse(list(obstacles.of_model(model)))
+    layers = _found(model, dialect, match)
+    refuse(_nested(layers))
+    problems: list[str] = []
+    for standing in layers:
+        problems += obstacles.of_layer(model, standing[0], keep_spectral_norm=keep_spectral_norm)
+    if inplace:
+        problems += obstacles.in_graphs(model, {id(standing[0].layer) for standing in layers})
+    refuse(problems)
+    options = Options(settings or {}, keep_spectral_norm, returns, block_size, size)
+    new: dict[int, SelfAttention2D] = {}
+    reports: list[ConvertedLayer] = []
+    for standing in layers:
+        layer = standing[0].layer
+        try:
+            foreign = ForeignLayer(layer, tuple(place.name for place in standing), options)
+            new[id(layer)], report = foreign.converted(dialect)
+            reports.append(report)
+        except PortError as error:
+            problems.append(str(error))
+    refuse(problems)
+    if any(isinstance(each, keras.Model) and each.compiled for each in everything_in(model)):
+        note = "the model was compiled; nothing of its optimizer goes over: call compile again"
+        reports[0] = replace(reports[0], notes=(*reports[0].notes, note))
+    done = Conversion[Any](None, tuple(reports))
+    if not done.passed:
+        raise ConversionError(done)
+    if dry_run:
+        return done
+    return replace(done, model=_replaced(model, layers, new) if inplace else copied(model, new))
+
+
+def _found(model: Any, dialect: str | None, match: Match | None) -> list[list[Place]]:
+    """The layers to replace, each with all places where it stands."""
+    everywhere = list(places(model))
+    if match is None:
+        if dialect is None:
+            raise PortError(
+                "convert: say with dialect= what the layers are, with match= which layers, or both."
+            )
+        chosen = dialect_named(dialect)
+        fits = {id(each) for each in everything_in(model) if _fits(each, chosen)}
+        taken = [place for place in everywhere if id(place.layer) in fits]
+    elif isinstance(match, str):
+        taken = [place for place in everywhere if fnmatchcase(place.name, match)]
+    elif isinstance(match, type | tuple):
+        taken = [place for place in everywhere if isinstance(place.layer, match)]
+    else:
+        taken = [place for place in everywhere if match(place.name, place.layer)]
+    found: dict[int, list[Place]] = {}
+    for place in taken:
+        # Ours have names that a dialect of ours fits.
+        if not isinstance(place.layer, SelfAttention2D):
+            found.setdefault(id(place.layer), [])
+    for place in everywhere:
+        if id(place.layer) in found:
+            found[id(place.layer)].append(place)
+    if not found:
+        what = f"that match={match!r} takes" if match is not None else f"with the keys of {dialect}"
+        kinds = sorted({type(place.layer).__name__ for place in everywhere})
+        unbuilt = ", some have no weights before the model is called once" if not model.built else ""
+        raise PortError(
+            f"convert: the model has no layer {what}, and was left as it is; its layers are of {', '.join(kinds)}{unbuilt}. Name the "
+            "class of the attention layer with match=, and with dialect= what it computes."
+        )
+    return list(found.values())
+
+
+def _fits(layer: Any, dialect: Dialect) -> bool:
+    """Whether a layer's own keys are those of the dialect."""
+    if not layer.built or len(layer.variables) < len(dialect.variants[0].roles):
+        return False
+    tensors, _ = stored(layer, f"{layer.name} ({type(layer).__name__})")
+    return "" in prefixes(dialect, index_of(tensors))
+
+
+def _nested(layers: list[list[Place]]) -> list[str]:
+    matched = {id(standing[0].layer): standing[0].name or "the model" for standing in layers}
+    return [
+        f"{place.name} lies inside {matched[id(outer)]}, and both match; narrow match="
+        for standing in layers
+        for place in standing
+        for outer in place.above
+        if id(outer) in matched
+    ]
+
+
+def _replaced(model: Any, layers: list[list[Place]], new: Mapping[int, SelfAttention2D]) -> Any:
+    for standing in layers:
+        for place in standing:
+            in_place(place.parent, place.keys, new[id(place.layer)])
+    settled(model, list(new.values()))
+    return model

@@ -1,0 +1,190 @@
+"""A copy of a model, in which some layers are others."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from selfattn_core.porting.errors import PortError
+from selfattn_keras.asking import everything_in
+from selfattn_keras.places import children, in_place, is_graph, places, settled
+from selfattn_keras.weights import undrawn
+
+__all__ = ["copied"]
+
+
+def copied(model: Any, new: Mapping[int, Any]) -> Any:
+    """A copy of a model with its weights, where layers have been exchanged. It is not compiled.
+
+    Functional and sequential models are copied by `keras.models.clone_model`, all else by its config.
+
+    Args:
+        model: built.
+        new: the layers that take the place of others, by `id` of those.
+
+    Raises:
+        PortError: if the copy would not be the same; every reason. The model is as it was.
+    """
+    copier = _Copier(new)
+    try:
+        with undrawn():
+            copy = copier.copy(model)
+    except PortError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise PortError(
+            f"the model cannot be copied: {copier.at}: {type(error).__name__}: {text[:400]}. {_ADVICE}"
+        ) from error
+    problems = list(_alike(model, copy, new))
+    if problems:
+        raise PortError(f"the model cannot be copied: {'; '.join(problems[:8])}. {_ADVICE}")
+    settled(copy, list(new.values()))
+    return copy
+
+
+_ADVICE = (
+    "Keras copies a layer by its config: give the class a get_config that says everything. Or convert with inplace=True, which "
+    "copies nothing and changes the attributes that hold the layers; keep the weights in a file before"
+)
+
+
+class _Copier:
+    def __init__(self, new: Mapping[int, Any]) -> None:
+        self.known = dict(new)
+        self.at = ""
+
+    def copy(self, layer: Any) -> Any:
+        """The copy of a layer, the same one each time."""
+        if id(layer) not in self.known:
+            self.known[id(layer)] = self._graph(layer) if is_graph(layer) else self._by_config(layer)
+        return self.known[id(layer)]
+
+    def _graph(self, model: Any) -> Any:
+        # Keras would compile the copy, by a config that not every loss has.
+        compiled, model.compiled = model.compiled, False
+        try:
+            inputs = None if isinstance(model, keras.Sequential) else _inputs(model)
+            copy = keras.models.clone_model(model, input_tensors=inputs, clone_function=self.copy)
+        finally:
+            model.compiled = compiled
+        if type(copy) is not type(model):
+            self.at = f"{model.name} ({type(model).__name__})"
+            raise TypeError(f"clone_model made a {type(copy).__name__} of it")
+        if isinstance(model, keras.Sequential) and model.built and not copy.built:
+            _build_like(copy, model)
+        return copy
+
+    def _by_config(self, layer: Any) -> Any:
+        self.at = f"{layer.name} ({type(layer).__name__})"
+        if type(layer) is keras.layers.Lambda:
+            # Its config has the code of a function without what that refers to.
+            return keras.layers.Lambda(
+                layer.function,
+                layer._output_shape,  # noqa: SLF001 - what the constructor was given
+                layer.mask,
+                layer.arguments,
+                name=layer.name,
+                dtype=layer.dtype_policy,
+                trainable=layer.trainable,
+            )
+        copy = type(layer).from_config(layer.get_config())
+        if not isinstance(layer, keras.layers.Layer):
+            return copy
+        if layer.built and not copy.built:
+            _build_like(copy, layer)
+        inside = {keys: child for _, keys, child in children(copy)}
+        for _, keys, child in children(layer):
+            if any(id(each) in self.known for each in everything_in(child)) and keys in inside:
+                in_place(copy, keys, self.copy(child))
+        return copy
+
+
+def _inputs(model: Any) -> Any:
+    """New inputs of the same names, optional ones too, which `clone_model` would not keep."""
+
+    def like(tensor: Any) -> Any:
+        source = tensor._keras_history.operation  # noqa: SLF001 - Keras has no other way from a tensor to its input
+        if isinstance(source, keras.layers.InputLayer):
+            return keras.layers.InputLayer.from_config(source.get_config()).output
+        return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name)
+
+    return keras.tree.map_structure(like, model.input)
+
+
+def _build_like(copy: Any, layer: Any) -> None:
+    """Make the variables of a copy, by a call as it was called first."""
+    config = layer.get_build_config() or {}
+    shape = config.get("input_shape")
+    if isinstance(shape, tuple | list) and all(side is None or isinstance(side, int) for side in shape):
+        # A call, because a layer with a `build` of its own may leave what is inside to it.
+        copy(keras.KerasTensor((None, *shape[1:]), dtype=layer.compute_dtype))
+    else:
+        copy.build_from_config(config)
+
+
+def _alike(model: Any, copy: Any, new: Mapping[int, Any]) -> Iterator[str]:
+    """Give the copy the values and flags of the model, or say why it is another."""
+    gone = {
+        id(each) for place in places(model) if id(place.layer) in new for each in everything_in(place.layer)
+    }
+    come = {id(each) for layer in new.values() for each in everything_in(layer)}
+    old_layers = [each for each in everything_in(model) if id(each) not in gone]
+    new_layers = [each for each in everything_in(copy) if id(each) not in come]
+    if [type(each) for each in old_layers] != [type(each) for each in new_layers]:
+        yield f"it has {len(old_layers)} other layers, and its copy {len(new_layers)}, of other classes or in another order"
+        return
+    pairs = list(zip(old_layers, new_layers, strict=True))
+    for old, other in pairs:
+        yield from _differences(old, other)
+    old_variables = _variables(model, [place.layer for place in places(model) if id(place.layer) in new])
+    new_variables = _variables(copy, list(new.values()))
+    if [_kind(each) for each in old_variables] != [_kind(each) for each in new_variables]:
+        yield (
+            f"it has {len(old_variables)} variables, and its copy {len(new_variables)}, or they have other names, shapes or dtypes"
+        )
+        return
+    for old, other in pairs:
+        # Keras counts up the names of layers that a constructor made without one.
+        other.name = old.name
+        # The setter would set it for all that is inside.
+        other._trainable = old.trainable  # noqa: SLF001
+    for old, other in zip(old_variables, new_variables, strict=True):
+        # A copy, for JAX gives the memory of what it trains away.
+        other.assign(keras.ops.copy(old.value))
+        other.trainable = old.trainable
+
+
+def _variables(model: Any, without: list[Any]) -> list[Any]:
+    left_out = {id(each) for layer in without for each in layer.variables}
+    left_out |= {id(each) for each in model.metrics_variables}
+    return [each for each in model.variables if id(each) not in left_out]
+
+
+def _kind(variable: Any) -> tuple[Any, ...]:
+    return variable.name, tuple(variable.shape), variable.dtype
+
+
+def _differences(old: Any, other: Any) -> Iterator[str]:
+    """Attributes with plain values that the config does not say."""
+    passed_over = {
+        "name",
+        "compiled",
+        "stop_training",
+        "steps_per_execution",
+        "jit_compile",
+        "run_eagerly",
+        "built",
+        "loss",
+    }
+    for name, value in vars(old).items():
+        if (
+            name.startswith("_")
+            or name in passed_over
+            or not isinstance(value, bool | int | float | str | np.ndarray)
+        ):
+            continue
+        found = vars(other).get(name)
+        if type(found) is not type(value) or not np.array_equal(value, found):
+            yield f"{name} of {old.name} ({type(old).__name__}) is {value!r}, and of a copy by its config {found!r}"

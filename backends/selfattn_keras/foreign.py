@@ -1,0 +1,360 @@
+"""A foreign attention layer of a model: its tensors, its answers, and the layer of ours that takes its place."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.params import parameter_table, projections, widen
+from selfattn_core.porting.converting import (
+    ConvertedLayer,
+    Foreign,
+    Question,
+    agreement,
+    chosen_dialect,
+    compared,
+    question,
+    read_layer,
+)
+from selfattn_core.porting.dialects import Dialect
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.folding import to_matrix
+from selfattn_keras.asking import WrongResultError, ask, asked_in, everything_in
+from selfattn_keras.layer import SelfAttention2D
+from selfattn_keras.stored import stored
+from selfattn_keras.weights import from_canonical, to_canonical, undrawn, variable
+from selfattn_keras.with_map import SelfAttention2DWithMap
+
+__all__ = ["ForeignLayer", "Options"]
+
+Array = NDArray[Any]
+Size = tuple[int, int]
+
+# Positions of an input whose map is still small.
+_MOST_POSITIONS = 1024
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `convert` that a single layer needs."""
+
+    settings: Mapping[str, str | bool | float]
+    keep_spectral_norm: bool
+    returns: str
+    block_size: int | None
+    size: Size | None
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """What came of the question: whether the layer returns (y, A), errors of both in noise floors, what is wrong, what to say."""
+
+    pair: bool
+    old: dict[str, float]
+    new: dict[str, float]
+    failures: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class ForeignLayer:
+    """One layer that is to be replaced.
+
+    Args:
+        layer: the layer, built.
+        names: of every place where it stands.
+        options: of the conversion.
+    """
+
+    def __init__(self, layer: Any, names: tuple[str, ...], options: Options) -> None:
+        self.layer, self.names, self.options = layer, names, options
+        self.where = f"{names[0] or 'the model'} ({type(layer).__name__})"
+        self.tensors, self.variables = stored(layer, self.where)
+        formats = {each.data_format for each in everything_in(layer) if hasattr(each, "data_format")}
+        self.data_format: str = formats.pop() if len(formats) == 1 else keras.config.image_data_format()
+
+    def converted(self, name: str | None) -> tuple[SelfAttention2D, ConvertedLayer]:
+        """The layer that takes its place, and what there is to say of both.
+
+        Args:
+            name: of its dialect; None if nobody said.
+
+        Raises:
+            PortError: if it cannot be read or asked. One that computes something else is in the report.
+        """
+        chosen = chosen_dialect(name, self.tensors, self._agrees)
+        new, report = self._twin(chosen)
+        if report.failures and (hint := agreement(chosen, self.tensors, self._agrees)):
+            report = replace(report, failures=(*report.failures, hint))
+        return new, report
+
+    def _agrees(self, dialect: Dialect) -> bool:
+        try:
+            return not self._twin(dialect)[1].failures
+        except PortError:
+            return False
+
+    def _twin(self, dialect: Dialect) -> tuple[SelfAttention2D, ConvertedLayer]:
+        foreign = read_layer(
+            self.tensors,
+            dialect,
+            self.options.settings,
+            keep_spectral_norm=self.options.keep_spectral_norm,
+        )
+        verified = self._verified(foreign)
+        new, notes = self._dressed(foreign, pair=verified.pair and self.options.returns == "same")
+        if verified.pair and self.options.returns == "output":
+            notes.append("the old layer returned (y, A), and the new one returns y: change what calls it")
+        report = ConvertedLayer(
+            self.names,
+            type(self.layer).__name__,
+            dialect.name,
+            foreign.config.to_dict(),
+            verified.old,
+            verified.new,
+            verified.failures,
+            returns_map=isinstance(new, SelfAttention2DWithMap),
+            assumptions=foreign.assumptions,
+            notes=(*foreign.notes, *verified.notes, *notes),
+        )
+        return new, report
+
+    def _verified(self, foreign: Foreign) -> "_Verified":
+        """What both answer, at the first size at which both are right; many layers take the one size they were built for."""
+        found: list[_Verified] = []
+        problem: PortError | None = None
+        for size in self._sizes():
+            asked = question(foreign, size)
+            try:
+                pair, theirs, notes = self._ask(foreign, asked)
+            except PortError as error:
+                problem = error
+                continue
+            if size != self.options.size:
+                height, width = asked.x.shape[1:3]
+                notes.append(
+                    f"asked at {height}×{width}, the size that it was built for, since at others it is another"
+                )
+            old, new, failures = compared(foreign, asked, theirs, self._answers(foreign, asked, pair=pair))
+            found.append(_Verified(pair, old, new, failures, tuple(notes)))
+            if not failures:
+                return found[-1]
+        if problem and not found:
+            raise problem
+        return found[0]
+
+    def _sizes(self) -> Iterator[Size | None]:
+        yield self.options.size
+        built = (self.layer.get_build_config() or {}).get("input_shape")
+        if self.options.size is None and isinstance(built, tuple | list) and len(built) == 4:
+            height, width = built[1:3] if self.data_format == "channels_last" else built[2:]
+            if isinstance(height, int) and isinstance(width, int) and height * width <= _MOST_POSITIONS:
+                yield height, width
+
+    def _ask(self, foreign: Foreign, asked: Question) -> tuple[bool, dict[str, Array], list[str]]:
+        """Whether it returns (y, A), its answers, and what there is to say of them."""
+        dtype = str(asked.x.dtype)
+        variables = self.layer.variables
+        values = {}
+        for place, each in enumerate(variables):
+            value = np.array(widen(np.asarray(keras.ops.convert_to_numpy(each))))
+            values[place] = value.astype(dtype) if np.issubdtype(value.dtype, np.floating) else value
+        places = {id(each): place for place, each in enumerate(variables)}
+        if gamma := foreign.source("gamma"):
+            values[places[id(self.variables[gamma])]].fill(asked.gamma)
+        x = self._maps(asked.x)
+        try:
+            with asked_in(self.layer, dtype):
+                result, by_x, gradients = ask(self.layer, values, x, self._maps(asked.dy))
+                parts = [np.asarray(keras.ops.convert_to_numpy(part)) for part in _parts(result)]
+        except WrongResultError as error:
+            raise PortError(
+                f"{self.where}: returned {_shown(error.result)} for an input {x.shape}; expected y of the same shape, or (y, A)."
+            ) from error
+        except Exception as error:
+            raise PortError(
+                f"{self.where}: does not run on an input {x.shape}: {_short(error)}. Pass the size that it takes as size=(H, W); a "
+                "layer that takes more than one input cannot be converted."
+            ) from error
+        found = {"y": self._positions(parts[0]), "x": self._positions(by_x)}
+        notes = []
+        if len(parts) == 2:
+            found["map"] = self._map(parts[1], foreign, asked)
+            if parts[1].shape != found["map"].shape:
+                notes.append(f"the old map had the shape {parts[1].shape}, and the new one has (B, N, M)")
+        for name in foreign.origins:
+            source = self.variables.get(foreign.source(name))
+            if source is not None:
+                found[name] = _canonical(gradients[places[id(source)]], name, foreign)
+        return len(parts) == 2, found, notes
+
+    def _map(self, found: Array, foreign: Foreign, asked: Question) -> Array:
+        batch, height, width, _ = asked.x.shape
+        down, across = foreign.config.key_grid(height, width)
+        shape = (batch, height * width, down * across)
+        if found.size != np.prod(shape):
+            raise PortError(
+                f"{self.where}: returned y and a tensor {found.shape}; expected y and a map of {shape}. Convert with a layer of "
+                "your own around it that returns y alone."
+            )
+        return found.reshape(shape)
+
+    def _answers(self, foreign: Foreign, asked: Question, *, pair: bool) -> dict[str, Array]:
+        """What our layer answers."""
+        dtype = str(asked.x.dtype)
+        with keras.device("cpu"):
+            twin = from_canonical(
+                foreign.config,
+                asked.params,
+                block_size=self.options.block_size,
+                data_format=self.data_format,
+                dtype=dtype,
+            )
+        values = dict(enumerate(keras.ops.convert_to_numpy(each) for each in twin.variables))
+        x, dy = self._maps(asked.x), self._maps(asked.dy)
+        with asked_in(twin, dtype):
+            y, by_x, gradients = ask(twin, values, x, dy)
+            found = {"y": self._positions(keras.ops.convert_to_numpy(y)), "x": self._positions(by_x)}
+            if pair:
+                (_, attention), _, _ = ask(twin, values, x, dy, return_attention_scores=True)
+                found["map"] = np.asarray(keras.ops.convert_to_numpy(attention))
+        places = {id(each): place for place, each in enumerate(twin.variables)}
+        for row in parameter_table(foreign.config).values():
+            found[row.name] = gradients[places[id(variable(twin, row.name))]].reshape(row.shape)
+        return found
+
+    def _dressed(self, foreign: Foreign, *, pair: bool) -> tuple[SelfAttention2D, list[str]]:
+        """Our layer with everything of the old one, and what is to say of it."""
+        notes = []
+        like = next(
+            self.variables[origin.sources[0]] for origin in foreign.origins.values() if origin.sources
+        )
+        policy = self.layer.dtype_policy
+        if policy.variable_dtype != like.dtype:
+            raise PortError(
+                f"{self.where}: its variables are {like.dtype}, and its dtype policy {policy.name} says {policy.variable_dtype}; give "
+                "it a policy that says what they are."
+            )
+        kind = SelfAttention2DWithMap if pair else SelfAttention2D
+        place = like.value.device
+        rules = self._rules(foreign)
+        with undrawn(), keras.device(place if keras.backend.backend() == "jax" else str(place)):
+            new = kind.from_spec(
+                foreign.config,
+                block_size=self.options.block_size,
+                data_format=self.data_format,
+                name=self.layer.name,
+                dtype=policy,
+                activity_regularizer=self.layer.activity_regularizer,
+                **rules,
+            )
+            for name, array in foreign.params.items():
+                target = variable(new, name)
+                target.assign(np.array(array, order="C").reshape(target.shape))
+        new.trainable = self.layer.trainable
+        for name in parameter_table(foreign.config):
+            sources = [self.variables[key] for key in foreign.origins[name].sources if key in self.variables]
+            target = variable(new, name)
+            target.trainable = target.trainable and any(source.trainable for source in sources)
+        if foreign.made:
+            notes.append(f"{', '.join(foreign.made)}: the old layer has none; they are not trainable")
+        if any("÷" in step for origin in foreign.origins.values() for step in origin.steps):
+            notes.append("the kernels are divided by their spectral norms, which training no longer limits")
+        rounded = [name for name, array in to_canonical(new).items() if (array != foreign.params[name]).any()]
+        if rounded:
+            notes.append(f"{', '.join(rounded)}: rounded to {like.dtype}")
+        return new, notes
+
+    def _rules(self, foreign: Foreign) -> dict[str, Any]:
+        """Constraints and regularizers of the variables, as our constructor takes them.
+
+        Raises:
+            PortError: if it has none for them; every one.
+        """
+        rules: dict[str, Any] = {}
+        problems = []
+        for part in ("kernel", "bias", "gamma"):
+            names = [name for name in parameter_table(foreign.config) if name.rpartition(".")[2] == part]
+            held = [
+                (name, self.variables[key], foreign.source(name))
+                for name in names
+                for key in foreign.origins[name].sources
+                if key in self.variables
+            ]
+            for rule in ("constraint", "regularizer"):
+                found = [(name, getattr(each, rule), each, source) for name, each, source in held]
+                said = {_described(value) for _, value, _, _ in found}
+                given = [value for _, value, _, _ in found if value is not None]
+                if not given:
+                    continue
+                shapes = all(
+                    _own_shape(name, foreign) == tuple(each.shape) and source
+                    for name, _, each, source in found
+                )
+                if len(said) == 1 and shapes:
+                    rules[f"{part}_{rule}"] = given[0]
+                else:
+                    kinds = ", ".join(sorted({type(value).__name__ for value in given}))
+                    why = "not the same everywhere" if len(said) > 1 else "for another shape than ours"
+                    problems.append(f"the {rule} {kinds} of its {part}s is {why}")
+        if problems:
+            raise PortError(
+                f"{self.where}: {'; '.join(problems)}, and cannot go over to the new layer. Set it to None on these variables, and give "
+                "the new layer its own."
+            )
+        return rules
+
+    def _maps(self, array: Array) -> Array:
+        last = self.data_format == "channels_last"
+        return np.array(array if last else array.transpose(0, 3, 1, 2), order="C")
+
+    def _positions(self, maps: Array) -> Array:
+        maps = np.asarray(maps)
+        return maps if self.data_format == "channels_last" else maps.transpose(0, 2, 3, 1)
+
+
+def _canonical(gradient: Array, name: str, foreign: Foreign) -> Array:
+    """A gradient of a variable, in the canonical form of that variable."""
+    turned = [step.split()[0] for step in foreign.origins[name].steps if step.endswith("→ (C_in, C_out)")]
+    matrix = to_matrix(gradient, turned[0]) if turned else gradient
+    return matrix.reshape(foreign.params[name].shape)
+
+
+def _own_shape(name: str, foreign: Foreign) -> tuple[int, ...]:
+    """The shape that our layer stores a parameter in."""
+    shape = foreign.params[name].shape
+    return (
+        (1, 1, *shape)
+        if name.rpartition(".")[0] in projections(foreign.config) and len(shape) == 2
+        else shape
+    )
+
+
+def _described(rule: Any) -> str:
+    """A constraint or a regularizer in words that are the same for equal ones."""
+    config = rule.get_config() if hasattr(rule, "get_config") else id(rule)
+    return "" if rule is None else f"{type(rule).__module__}.{type(rule).__qualname__} {config}"
+
+
+def _parts(result: Any) -> list[Any]:
+    parts = list(result) if isinstance(result, tuple | list) else [result]
+    if len(parts) > 2 or not all(keras.ops.is_tensor(part) for part in parts):
+        raise WrongResultError(result)
+    return parts
+
+
+def _short(error: Exception) -> str:
+    """An error of Keras in one line, without its colours."""
+    text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
+    return f"{type(error).__name__}: {text if len(text) < 400 else text[:400] + ' …'}"
+
+
+def _shown(value: Any) -> str:
+    if keras.ops.is_tensor(value):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(_shown(each) for each in value)})"
+    return f"a {type(value).__name__}"
