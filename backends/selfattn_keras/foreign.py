@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -23,6 +24,7 @@ from selfattn_core.porting.converting import (
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.folding import to_matrix
+from selfattn_core.porting.readers.tensors import Entry, Tensors
 from selfattn_keras.asking import WrongResultError, ask, asked_in, everything_in
 from selfattn_keras.layer import SelfAttention2D
 from selfattn_keras.stored import stored
@@ -73,6 +75,21 @@ class ForeignLayer:
         self.layer, self.names, self.options = layer, names, options
         self.where = f"{names[0] or 'the model'} ({type(layer).__name__})"
         self.tensors, self.variables = stored(layer, self.where)
+        self.values = _without_zeros(layer)
+        places = {id(each): place for place, each in enumerate(layer.variables)}
+        drawn = {key: self.values[places[id(each)]] for key, each in self.variables.items()}
+        self.probe = Tensors(
+            self.tensors.path,
+            self.tensors.container,
+            {
+                key: Entry(
+                    self.tensors[key], drawn[key].copy if key in drawn else partial(self.tensors.read, key)
+                )
+                for key in self.tensors
+            },
+            self.tensors.metadata,
+            pools=self.tensors.pools,
+        )
         formats = {each.data_format for each in everything_in(layer) if hasattr(each, "data_format")}
         self.data_format: str = formats.pop() if len(formats) == 1 else keras.config.image_data_format()
 
@@ -98,13 +115,13 @@ class ForeignLayer:
             return False
 
     def _twin(self, dialect: Dialect) -> tuple[SelfAttention2D, ConvertedLayer]:
-        foreign = read_layer(
-            self.tensors,
-            dialect,
-            self.options.settings,
-            keep_spectral_norm=self.options.keep_spectral_norm,
+        foreign, probed = (
+            read_layer(
+                tensors, dialect, self.options.settings, keep_spectral_norm=self.options.keep_spectral_norm
+            )
+            for tensors in (self.tensors, self.probe)
         )
-        verified = self._verified(foreign)
+        verified = self._verified(probed)
         new, notes = self._dressed(foreign, pair=verified.pair and self.options.returns == "same")
         if verified.pair and self.options.returns == "output":
             notes.append("the old layer returned (y, A), and the new one returns y: change what calls it")
@@ -157,14 +174,11 @@ class ForeignLayer:
     def _ask(self, foreign: Foreign, asked: Question) -> tuple[bool, dict[str, Array], list[str]]:
         """Whether it returns (y, A), its answers, and what there is to say of them."""
         dtype = str(asked.x.dtype)
-        variables = self.layer.variables
-        values = {}
-        for place, each in enumerate(variables):
-            value = np.array(widen(np.asarray(keras.ops.convert_to_numpy(each))))
-            values[place] = value.astype(dtype) if np.issubdtype(value.dtype, np.floating) else value
-        places = {id(each): place for place, each in enumerate(variables)}
-        if gamma := foreign.source("gamma"):
-            values[places[id(self.variables[gamma])]].fill(asked.gamma)
+        values = {
+            place: value.astype(dtype) if np.issubdtype(value.dtype, np.floating) else value
+            for place, value in self.values.items()
+        }
+        places = {id(each): place for place, each in enumerate(self.layer.variables)}
         x = self._maps(asked.x)
         try:
             with asked_in(self.layer, dtype):
@@ -314,6 +328,21 @@ class ForeignLayer:
     def _positions(self, maps: Array) -> Array:
         maps = np.asarray(maps)
         return maps if self.data_format == "channels_last" else maps.transpose(0, 2, 3, 1)
+
+
+def _without_zeros(layer: Any) -> dict[int, Array]:
+    """The numbers in its variables, by place, with others for those that are zero.
+
+    A gamma of 0, or a last kernel or a batch norm that begins with zeros, hides whatever else the layer computes.
+    """
+    generator = np.random.Generator(np.random.PCG64(0))
+    values = {}
+    for place, each in enumerate(layer.variables):
+        value = np.array(widen(np.asarray(keras.ops.convert_to_numpy(each))))
+        if np.issubdtype(value.dtype, np.floating) and not value.any():
+            value = (0.7 + 0.3 * generator.standard_normal(value.shape)).astype(value.dtype)
+        values[place] = value
+    return values
 
 
 def _canonical(gradient: Array, name: str, foreign: Foreign) -> Array:

@@ -11,8 +11,8 @@ CHECKS = ROOT / "tests" / "porting" / "keras_checks"
 @pytest.mark.parametrize(
     ("backend", "files"),
     [
-        ("tensorflow", ["check_convert.py"]),
-        ("jax", ["check_convert.py"]),
+        pytest.param("tensorflow", ["check_convert.py"], marks=pytest.mark.slow),
+        pytest.param("jax", ["check_convert.py"], marks=pytest.mark.slow),
         ("torch", ["check_convert.py", "check_convert_refusals.py"]),
     ],
 )
