@@ -5,7 +5,7 @@ from selfattn_core.installed import require
 
 require("selfattn_flax", ["jax", "flax"], "flax")
 
-from selfattn_flax.conversion import convert  # noqa: E402 - the message above must come first
+from selfattn_flax.converting.conversion import convert  # noqa: E402 - the message above must come first
 from selfattn_flax.maps import attention_grid  # noqa: E402
 from selfattn_flax.nnx import SelfAttention2D  # noqa: E402
 from selfattn_flax.spectral_norm import refresh_spectral_norm  # noqa: E402

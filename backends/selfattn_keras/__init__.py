@@ -11,7 +11,7 @@ _chosen = os.environ.get("KERAS_BACKEND")
 require("selfattn_keras", ["keras"], f"keras-{_chosen}" if _chosen in _FRAMEWORKS else "keras")
 
 try:
-    from selfattn_keras.conversion import convert
+    from selfattn_keras.converting.conversion import convert
     from selfattn_keras.layer import SelfAttention2D
     from selfattn_keras.maps import attention_grid
     from selfattn_keras.weights import from_canonical, load, refresh_spectral_norm, save, to_canonical

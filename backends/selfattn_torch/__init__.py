@@ -5,7 +5,7 @@ from selfattn_core.installed import require
 
 require("selfattn_torch", ["torch"], "torch")
 
-from selfattn_torch.conversion import convert  # noqa: E402 - the message above must come first
+from selfattn_torch.converting.conversion import convert  # noqa: E402 - the message above must come first
 from selfattn_torch.layer import SelfAttention2d  # noqa: E402
 from selfattn_torch.maps import attention_grid  # noqa: E402
 from selfattn_torch.spectral_norm import refresh_spectral_norm  # noqa: E402

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from selfattn_flax.foreign import modes_of
-from selfattn_flax.graph import places, plain_attributes
+from selfattn_flax.converting.foreign import modes_of
+from selfattn_flax.converting.graph import places, plain_attributes
 
 __all__ = ["of_layer", "of_model", "referring"]
 

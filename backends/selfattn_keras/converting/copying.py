@@ -7,8 +7,8 @@ import keras
 import numpy as np
 
 from selfattn_core.porting.errors import PortError
-from selfattn_keras.asking import everything_in
-from selfattn_keras.places import children, in_place, is_graph, places, settled
+from selfattn_keras.converting.asking import everything_in
+from selfattn_keras.converting.places import children, in_place, is_graph, places, settled
 from selfattn_keras.weights import undrawn
 
 __all__ = ["copied"]

@@ -5,8 +5,8 @@ from typing import Any
 
 import keras
 
-from selfattn_keras.asking import everything_in
-from selfattn_keras.places import Place, is_graph, places
+from selfattn_keras.converting.asking import everything_in
+from selfattn_keras.converting.places import Place, is_graph, places
 
 __all__ = ["in_graphs", "of_layer", "of_model"]
 

@@ -31,10 +31,10 @@ from selfattn_core.porting.finding import index_of
 from selfattn_core.porting.folding import to_matrix
 from selfattn_core.porting.matching import prefixes
 from selfattn_core.porting.report import listed
-from selfattn_flax.graph import copied
+from selfattn_flax.converting.graph import copied
+from selfattn_flax.converting.tensors import forms_of, leaves_of, read
 from selfattn_flax.nnx import SelfAttention2D
 from selfattn_flax.spectral_norm import NNXSpectralConv
-from selfattn_flax.tensors import forms_of, leaves_of, read
 from selfattn_flax.weights import make, to_canonical
 from selfattn_flax.with_map import SelfAttention2DWithMap
 

@@ -25,9 +25,9 @@ from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.folding import to_matrix
 from selfattn_core.porting.readers.tensors import Entry, Tensors
-from selfattn_keras.asking import WrongResultError, ask, asked_in, everything_in
+from selfattn_keras.converting.asking import WrongResultError, ask, asked_in, everything_in
+from selfattn_keras.converting.stored import stored
 from selfattn_keras.layer import SelfAttention2D
-from selfattn_keras.stored import stored
 from selfattn_keras.weights import from_canonical, to_canonical, undrawn, variable
 from selfattn_keras.with_map import SelfAttention2DWithMap
 

@@ -13,8 +13,8 @@ from selfattn_core.porting.dialects import dialect as dialect_named
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.finding import index_of
 from selfattn_core.porting.matching import normal, prefixes
-from selfattn_torch import obstacles
-from selfattn_torch.foreign import ForeignLayer, Options, detached, tensors_of
+from selfattn_torch.converting import obstacles
+from selfattn_torch.converting.foreign import ForeignLayer, Options, detached, tensors_of
 from selfattn_torch.layer import SelfAttention2d
 
 __all__ = ["Match", "convert"]
