@@ -52,8 +52,8 @@ def convert(
 
     A new layer has the name, dtype policy, device, data format and trainable flags of the old one, constraints and
     regularizers of its variables, and its spectral norm with the state. It has `query`, `key`, `value` and `gamma` where the
-    old one may have had other names, so weights files of the old model go through `selfattn port --whole`. The result is not
-    compiled: an optimizer has nothing for the new variables.
+    old one may have had other names, so a weights file of the old model is loaded before. The result is not compiled: an
+    optimizer has nothing for the new variables.
 
     The copy is made as Keras makes one: by `keras.models.clone_model` of a functional or sequential model, by `get_config` of
     any other layer, with all weights. If it would not be the same, nothing is done.
