@@ -342,6 +342,14 @@ def test_a_copy_shares_nothing():
     assert not places & {parameter.data_ptr() for parameter in model.parameters()}
 
 
+def test_a_weight_that_another_module_has_computed():
+    """An older spectral norm outside of attention leaves one behind, which torch does not copy."""
+    network = nn.Sequential(hooked_norm(nn.Conv2d(3, 24, 1)), Flat(24))
+    network(torch.randn(1, 3, 4, 5))
+    model = convert(network, dialect="heykeetae").model
+    check_network(INPUT, network, model)
+
+
 def test_the_layer_alone():
     layer = trained(Flat).attention
     assert isinstance(convert(layer, dialect="heykeetae").model, SelfAttention2d)
