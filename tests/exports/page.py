@@ -1,6 +1,7 @@
 """The table of `docs/exports.md`: what a file of each exporter is worth in each runtime."""
 
 import platform
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -93,6 +94,8 @@ def _marks(cells: Sequence[Cell], notes: dict[str, int]) -> str:
 
 
 def _quoted(said: str) -> str:
+    # Keras colours the words of some errors, also where nobody looks at a terminal.
+    said = re.sub(r"\x1b\[[\d;]*m", "", said)
     words = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
     return f"`{words.replace('`', chr(39)).replace('|', '¦')}`"
 
