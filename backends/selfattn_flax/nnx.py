@@ -195,7 +195,7 @@ def rows(maps: jax.Array) -> jax.Array:
 
 def pool(maps: jax.Array, side: int) -> jax.Array:
     """Max pooling over side×side windows, floor: (…, H, W, D) to (…, H', W', D)."""
-    return nnx.max_pool(maps, (side, side), (side, side)) if side > 1 else maps
+    return nnx.max_pool(maps, window_shape=(side, side), strides=(side, side)) if side > 1 else maps
 
 
 def residual(gamma: jax.Array, attended: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> jax.Array:

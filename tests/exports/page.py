@@ -52,7 +52,7 @@ def table(records: Sequence[Record]) -> str:
             *rows,
             "",
             *(("What the tools said, at the numbers in the table:", "") if notes else ()),
-            *(f"{number}. {_quoted(said)}" for said, number in notes.items()),
+            *(f"{number}. {said}" for said, number in notes.items()),
         ]
     )
 
@@ -89,13 +89,15 @@ def _whose(forms: Sequence[Form]) -> str:
 
 
 def _marks(cells: Sequence[Cell], notes: dict[str, int]) -> str:
-    numbers = sorted({notes.setdefault(cell.said, len(notes) + 1) for cell in cells if cell.said})
+    numbers = sorted({notes.setdefault(_quoted(cell.said), len(notes) + 1) for cell in cells if cell.said})
     return f" ({', '.join(map(str, numbers))})" if numbers else ""
 
 
 def _quoted(said: str) -> str:
     # Keras colours the words of some errors, also where nobody looks at a terminal.
     said = re.sub(r"\x1b\[[\d;]*m", "", said)
+    # Addresses of objects are others in every run, and one refusal would have several numbers.
+    said = re.sub(r"0x[0-9a-f]+", "0x…", said)
     words = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
     return f"`{words.replace('`', chr(39)).replace('|', '¦')}`"
 
