@@ -771,7 +771,7 @@ def test_a_layer_that_returns_something_else(rngs, untouched):
     refused(Three(rngs), "returned .an array", untouched, dialect="flax", match=Flat)
     refused(
         Wide(rngs),
-        "returned y and an array .2, 3.; expected y and a map",
+        "returned y and a tensor .2, 3.; expected y and a map",
         untouched,
         dialect="flax",
         match=Flat,

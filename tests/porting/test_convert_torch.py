@@ -302,7 +302,9 @@ def test_folded_spectral_norm(dtype):
     report = convert(network, dialect="heykeetae", keep_spectral_norm=False)
     assert type(report.model.attention.key) is not SpectralConv2d
     assert any("divided by their spectral norms" in note for note in report.layers[0].notes)
-    assert any("rounded to float16" in note for note in report.layers[0].notes) == (dtype == torch.float16)
+    assert any("rounded to the dtype of the old layer" in note for note in report.layers[0].notes) == (
+        dtype == torch.float16
+    )
     if dtype == torch.float32:
         check_network(INPUT, network, report.model)
 

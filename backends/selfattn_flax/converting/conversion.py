@@ -13,9 +13,10 @@ from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.dialects import dialect as dialect_named
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.finding import index_of
+from selfattn_core.porting.foreign_layer import Options
 from selfattn_core.porting.matching import normal, prefixes
 from selfattn_flax.converting import obstacles
-from selfattn_flax.converting.foreign import ForeignLayer, Options
+from selfattn_flax.converting.foreign import ForeignLayer
 from selfattn_flax.converting.graph import copied, places, put
 from selfattn_flax.converting.tensors import forms_of
 from selfattn_flax.nnx import SelfAttention2D

@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,17 +19,16 @@ from selfattn_core.porting.converting import (
     ConvertedLayer,
     Foreign,
     Question,
-    agreement,
-    chosen_dialect,
     compared,
     question,
-    read_layer,
 )
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.finding import index_of
 from selfattn_core.porting.folding import to_matrix
+from selfattn_core.porting.foreign_layer import ForeignLayerBase, Options, notes_of
 from selfattn_core.porting.matching import prefixes
+from selfattn_core.porting.readers.tensors import Tensors
 from selfattn_core.porting.report import listed
 from selfattn_flax.converting.graph import copied
 from selfattn_flax.converting.tensors import forms_of, leaves_of, read
@@ -38,23 +37,12 @@ from selfattn_flax.spectral_norm import NNXSpectralConv
 from selfattn_flax.weights import make, to_canonical
 from selfattn_flax.with_map import SelfAttention2DWithMap
 
-__all__ = ["ForeignLayer", "Options", "modes_of"]
+__all__ = ["ForeignLayer", "modes_of"]
 
 Array = NDArray[Any]
 KeyPath = tuple[Any, ...]
 # What `nnx.Variable` sets itself.
 _OF_EVERY_VARIABLE = ("hijax", "ref", "eager_sharding")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `convert` that a single layer needs."""
-
-    settings: Mapping[str, str | bool | float]
-    keep_spectral_norm: bool
-    returns: str
-    block_size: int | None
-    size: tuple[int, int] | None
 
 
 @dataclass
@@ -78,7 +66,7 @@ class _Answers:
     moved: list[str]
 
 
-class ForeignLayer:
+class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
     """One module that is to be replaced.
 
     Args:
@@ -88,54 +76,30 @@ class ForeignLayer:
     """
 
     def __init__(self, layer: nnx.Module, names: tuple[str, ...], options: Options) -> None:
-        self.layer, self.names, self.options = layer, names, options
-        self.where = f"{names[0] or 'the model'} ({type(layer).__name__})"
+        super().__init__(layer, names, options)
         self.leaves = leaves_of(layer)
-        self.forms = forms_of(layer, names[0])
+        self.tensors = forms_of(layer, names[0])[0]
         self.probe = _probe(layer)
 
-    def converted(self, name: str | None) -> tuple[SelfAttention2D, ConvertedLayer]:
-        """The layer that takes its place, and what there is to say of both.
-
-        Args:
-            name: of its dialect; None if nobody said.
-
-        Raises:
-            PortError: if it cannot be read or asked. One that computes something else is in the report.
-        """
-        chosen = chosen_dialect(name, self.forms[0], self._agrees)
-        new, report = self._twin(chosen)
-        if report.failures and (hint := agreement(chosen, self.forms[0], self._agrees)):
-            report = replace(report, failures=(*report.failures, hint))
-        return new, report
-
-    def _agrees(self, dialect: Dialect) -> bool:
-        try:
-            return not self._twin(dialect)[1].failures
-        except PortError:
-            return False
-
-    def _read(self, layer: nnx.Module, dialect: Dialect) -> Foreign:
+    def _form(self, layer: nnx.Module, dialect: Dialect) -> Tensors:
         """The layer's tensors, in the form that has the keys of the dialect."""
         forms = forms_of(layer, self.names[0])
-        tensors = next((form for form in forms if "" in prefixes(dialect, index_of(form))), forms[0])
-        return read_layer(
-            tensors, dialect, self.options.settings, keep_spectral_norm=self.options.keep_spectral_norm
-        )
+        return next((form for form in forms if "" in prefixes(dialect, index_of(form))), forms[0])
 
     def _twin(self, dialect: Dialect) -> tuple[SelfAttention2D, ConvertedLayer]:
-        foreign = self._read(self.layer, dialect)
-        probed = self._read(self.probe, dialect)
+        foreign, probed = (
+            self._read(self._form(each, dialect), dialect) for each in (self.layer, self.probe)
+        )
         asked = question(probed, self.options.size)
         with _arithmetic(asked.x.dtype):
             old = self._ask(probed, asked)
             pair = old.map is not None
-            new, notes = self._dressed(foreign, old, pair=pair and self.options.returns == "same")
+            keep = pair and self.options.returns == "same"
+            new, notes = self._dressed(foreign, old, pair=keep)
             twin = make(_kind(pair), probed.config, asked.params, block_size=self.options.block_size)
             paths = {name: _own_path(name) for name in parameter_table(probed.config)}
             answers = _answered(twin, asked, paths)
-        if pair and self.options.returns == "output":
-            notes.append("the old layer returned (y, A), and the new one returns y: change what calls it")
+        notes += notes_of(foreign, to_canonical(new), dropped_map=pair and not keep)
         report = ConvertedLayer(
             self.names,
             type(self.layer).__name__,
@@ -158,25 +122,18 @@ class ForeignLayer:
         except PortError as error:
             raise PortError(f"{self.where}: {error}") from error
         except Exception as error:
-            raise PortError(
-                f"{self.where}: does not run on an input {shape}: {type(error).__name__}: {error}. Pass the size that it takes "
-                "as size=(H, W); a layer that takes more than one input cannot be converted."
-            ) from error
+            raise self._does_not_run(shape, f"{type(error).__name__}: {error}") from error
         return answers
 
     def _told(self, answers: _Answers, foreign: Foreign, asked: Question) -> dict[str, Array]:
         """The answers of the old layer in the shapes of the definition."""
         found = {"y": read(answers.y), "x": read(answers.dx)}
         if answers.map is not None:
-            batch, height, width, _ = asked.x.shape
-            down, across = foreign.config.key_grid(height, width)
-            shape = (batch, height * width, down * across)
-            if np.size(answers.map) != np.prod(shape):
+            if not isinstance(answers.map, jax.Array | np.ndarray):
                 raise PortError(
-                    f"{self.where}: returned y and {_shown(answers.map)}; expected y and a map of {shape}. Convert with a module "
-                    "of your own around it that returns y alone."
+                    f"{self.where}: returned y and {_shown(answers.map)}; expected y, or y and its map."
                 )
-            found["map"] = read(answers.map).reshape(shape)
+            found["map"] = self._map(read(answers.map), foreign, asked)
         for name, gradient in answers.gradients.items():
             array = read(gradient)
             matrix = to_matrix(array, foreign.axes[name]) if name in foreign.axes else array
@@ -202,16 +159,6 @@ class ForeignLayer:
                 )
         if not self._returns_alike(new):
             notes.append("the new layer returns another dtype than the old one for some inputs")
-        if foreign.made:
-            notes.append(
-                f"{', '.join(foreign.made)}: the old layer has none; they are an nnx.Variable and no nnx.Param, so training does "
-                "not change them"
-            )
-        if any("÷" in step for origin in foreign.origins.values() for step in origin.steps):
-            notes.append("the kernels are divided by their spectral norms, which training no longer limits")
-        rounded = [name for name, array in to_canonical(new).items() if (array != foreign.params[name]).any()]
-        if rounded:
-            notes.append(f"{', '.join(rounded)}: rounded to the dtype of the old variable")
         if old.sown:
             notes.append(
                 f"the old layer sows {', '.join(old.sown)}; the new one sows attention_weights, and only if it is called with "

@@ -12,11 +12,12 @@ from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.dialects import dialect as dialect_named
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.finding import index_of
+from selfattn_core.porting.foreign_layer import Options
 from selfattn_core.porting.matching import prefixes
 from selfattn_keras.converting import obstacles
 from selfattn_keras.converting.asking import everything_in
 from selfattn_keras.converting.copying import copied
-from selfattn_keras.converting.foreign import ForeignLayer, Options
+from selfattn_keras.converting.foreign import ForeignLayer
 from selfattn_keras.converting.places import Place, in_place, places, settled
 from selfattn_keras.converting.stored import stored
 from selfattn_keras.layer import SelfAttention2D

@@ -1,8 +1,8 @@
 """A foreign attention layer of a model: its tensors, its answers, and the layer of ours that takes its place."""
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,15 +15,13 @@ from selfattn_core.porting.converting import (
     ConvertedLayer,
     Foreign,
     Question,
-    agreement,
-    chosen_dialect,
     compared,
     question,
-    read_layer,
 )
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.folding import to_matrix
+from selfattn_core.porting.foreign_layer import ForeignLayerBase, Options, notes_of
 from selfattn_core.porting.readers.tensors import Entry, Tensors
 from selfattn_keras.converting.asking import WrongResultError, ask, asked_in, everything_in
 from selfattn_keras.converting.stored import stored
@@ -31,24 +29,13 @@ from selfattn_keras.layer import SelfAttention2D
 from selfattn_keras.weights import from_canonical, to_canonical, undrawn, variable
 from selfattn_keras.with_map import SelfAttention2DWithMap
 
-__all__ = ["ForeignLayer", "Options"]
+__all__ = ["ForeignLayer"]
 
 Array = NDArray[Any]
 Size = tuple[int, int]
 
 # Positions of an input whose map is still small.
 _MOST_POSITIONS = 1024
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `convert` that a single layer needs."""
-
-    settings: Mapping[str, str | bool | float]
-    keep_spectral_norm: bool
-    returns: str
-    block_size: int | None
-    size: Size | None
 
 
 @dataclass(frozen=True)
@@ -62,7 +49,7 @@ class _Verified:
     notes: tuple[str, ...]
 
 
-class ForeignLayer:
+class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
     """One layer that is to be replaced.
 
     Args:
@@ -72,8 +59,7 @@ class ForeignLayer:
     """
 
     def __init__(self, layer: Any, names: tuple[str, ...], options: Options) -> None:
-        self.layer, self.names, self.options = layer, names, options
-        self.where = f"{names[0] or 'the model'} ({type(layer).__name__})"
+        super().__init__(layer, names, options)
         self.tensors, self.variables = stored(layer, self.where)
         self.values = _without_zeros(layer)
         places = {id(each): place for place, each in enumerate(layer.variables)}
@@ -93,38 +79,11 @@ class ForeignLayer:
         formats = {each.data_format for each in everything_in(layer) if hasattr(each, "data_format")}
         self.data_format: str = formats.pop() if len(formats) == 1 else keras.config.image_data_format()
 
-    def converted(self, name: str | None) -> tuple[SelfAttention2D, ConvertedLayer]:
-        """The layer that takes its place, and what there is to say of both.
-
-        Args:
-            name: of its dialect; None if nobody said.
-
-        Raises:
-            PortError: if it cannot be read or asked. One that computes something else is in the report.
-        """
-        chosen = chosen_dialect(name, self.tensors, self._agrees)
-        new, report = self._twin(chosen)
-        if report.failures and (hint := agreement(chosen, self.tensors, self._agrees)):
-            report = replace(report, failures=(*report.failures, hint))
-        return new, report
-
-    def _agrees(self, dialect: Dialect) -> bool:
-        try:
-            return not self._twin(dialect)[1].failures
-        except PortError:
-            return False
-
     def _twin(self, dialect: Dialect) -> tuple[SelfAttention2D, ConvertedLayer]:
-        foreign, probed = (
-            read_layer(
-                tensors, dialect, self.options.settings, keep_spectral_norm=self.options.keep_spectral_norm
-            )
-            for tensors in (self.tensors, self.probe)
-        )
+        foreign, probed = self._read(self.tensors, dialect), self._read(self.probe, dialect)
         verified = self._verified(probed)
-        new, notes = self._dressed(foreign, pair=verified.pair and self.options.returns == "same")
-        if verified.pair and self.options.returns == "output":
-            notes.append("the old layer returned (y, A), and the new one returns y: change what calls it")
+        keep = verified.pair and self.options.returns == "same"
+        new, notes = self._dressed(foreign, pair=keep, dropped_map=verified.pair and not keep)
         report = ConvertedLayer(
             self.names,
             type(self.layer).__name__,
@@ -189,10 +148,7 @@ class ForeignLayer:
                 f"{self.where}: returned {_shown(error.result)} for an input {x.shape}; expected y of the same shape, or (y, A)."
             ) from error
         except Exception as error:
-            raise PortError(
-                f"{self.where}: does not run on an input {x.shape}: {_short(error)}. Pass the size that it takes as size=(H, W); a "
-                "layer that takes more than one input cannot be converted."
-            ) from error
+            raise self._does_not_run(x.shape, _short(error)) from error
         found = {"y": self._positions(parts[0]), "x": self._positions(by_x)}
         notes = []
         if len(parts) == 2:
@@ -204,17 +160,6 @@ class ForeignLayer:
             if source is not None:
                 found[name] = _canonical(gradients[places[id(source)]], name, foreign)
         return len(parts) == 2, found, notes
-
-    def _map(self, found: Array, foreign: Foreign, asked: Question) -> Array:
-        batch, height, width, _ = asked.x.shape
-        down, across = foreign.config.key_grid(height, width)
-        shape = (batch, height * width, down * across)
-        if found.size != np.prod(shape):
-            raise PortError(
-                f"{self.where}: returned y and a tensor {found.shape}; expected y and a map of {shape}. Convert with a layer of "
-                "your own around it that returns y alone."
-            )
-        return found.reshape(shape)
 
     def _answers(self, foreign: Foreign, asked: Question, *, pair: bool) -> dict[str, Array]:
         """What our layer answers."""
@@ -240,9 +185,10 @@ class ForeignLayer:
             found[row.name] = gradients[places[id(variable(twin, row.name))]].reshape(row.shape)
         return found
 
-    def _dressed(self, foreign: Foreign, *, pair: bool) -> tuple[SelfAttention2D, list[str]]:
+    def _dressed(
+        self, foreign: Foreign, *, pair: bool, dropped_map: bool
+    ) -> tuple[SelfAttention2D, list[str]]:
         """Our layer with everything of the old one, and what is to say of it."""
-        notes = []
         like = next(
             self.variables[origin.sources[0]] for origin in foreign.origins.values() if origin.sources
         )
@@ -273,14 +219,7 @@ class ForeignLayer:
             sources = [self.variables[key] for key in foreign.origins[name].sources if key in self.variables]
             target = variable(new, name)
             target.trainable = target.trainable and any(source.trainable for source in sources)
-        if foreign.made:
-            notes.append(f"{', '.join(foreign.made)}: the old layer has none; they are not trainable")
-        if any("÷" in step for origin in foreign.origins.values() for step in origin.steps):
-            notes.append("the kernels are divided by their spectral norms, which training no longer limits")
-        rounded = [name for name, array in to_canonical(new).items() if (array != foreign.params[name]).any()]
-        if rounded:
-            notes.append(f"{', '.join(rounded)}: rounded to {like.dtype}")
-        return new, notes
+        return new, notes_of(foreign, to_canonical(new), dropped_map=dropped_map)
 
     def _rules(self, foreign: Foreign) -> dict[str, Any]:
         """Constraints and regularizers of the variables, as our constructor takes them.

@@ -12,9 +12,10 @@ from selfattn_core.porting.converting import Conversion, ConversionError, Conver
 from selfattn_core.porting.dialects import dialect as dialect_named
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.finding import index_of
+from selfattn_core.porting.foreign_layer import Options
 from selfattn_core.porting.matching import normal, prefixes
 from selfattn_torch.converting import obstacles
-from selfattn_torch.converting.foreign import ForeignLayer, Options, detached, tensors_of
+from selfattn_torch.converting.foreign import ForeignLayer, detached, tensors_of
 from selfattn_torch.layer import SelfAttention2d
 
 __all__ = ["Match", "convert"]

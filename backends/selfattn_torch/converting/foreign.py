@@ -1,8 +1,6 @@
 """A foreign attention layer of a model: its tensors, its answers, and the layer of ours that takes its place."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,38 +15,25 @@ from selfattn_core.porting.converting import (
     ConvertedLayer,
     Foreign,
     Question,
-    agreement,
-    chosen_dialect,
     compared,
     question,
-    read_layer,
 )
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.folding import to_matrix
+from selfattn_core.porting.foreign_layer import ForeignLayerBase, Options, notes_of
 from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
 from selfattn_core.porting.report import listed
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.weights import from_canonical, to_canonical
 from selfattn_torch.with_map import SelfAttention2dWithMap
 
-__all__ = ["ForeignLayer", "Options", "detached", "tensors_of"]
+__all__ = ["ForeignLayer", "detached", "tensors_of"]
 
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `convert` that a single layer needs."""
-
-    settings: Mapping[str, str | bool | float]
-    keep_spectral_norm: bool
-    returns: str
-    block_size: int | None
-    size: tuple[int, int] | None
-
-
-class ForeignLayer:
+class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
     """One module that is to be replaced.
 
     Args:
@@ -58,45 +43,22 @@ class ForeignLayer:
     """
 
     def __init__(self, layer: nn.Module, names: tuple[str, ...], options: Options) -> None:
-        self.layer, self.names, self.options = layer, names, options
-        self.where = f"{names[0] or 'the model'} ({type(layer).__name__})"
+        super().__init__(layer, names, options)
         self.tensors = tensors_of(layer, names[0])
         self.probe = _probe(layer)
 
-    def converted(self, name: str | None) -> tuple[SelfAttention2d, ConvertedLayer]:
-        """The layer that takes its place, and what there is to say of both.
-
-        Args:
-            name: of its dialect; None if nobody said.
-
-        Raises:
-            PortError: if it cannot be read or asked. One that computes something else is in the report.
-        """
-        chosen = chosen_dialect(name, self.tensors, self._agrees)
-        new, report = self._twin(chosen)
-        if report.failures and (hint := agreement(chosen, self.tensors, self._agrees)):
-            report = replace(report, failures=(*report.failures, hint))
-        return new, report
-
-    def _agrees(self, dialect: Dialect) -> bool:
-        try:
-            return not self._twin(dialect)[1].failures
-        except PortError:
-            return False
-
     def _twin(self, dialect: Dialect) -> tuple[SelfAttention2d, ConvertedLayer]:
-        foreign = self._read(self.layer, dialect)
-        probed = self._read(self.probe, dialect)
+        foreign = self._read(self.tensors, dialect)
+        probed = self._read(tensors_of(self.probe, self.names[0]), dialect)
         asked = question(probed, self.options.size)
         pair, theirs, moved = self._ask(probed, asked)
         twin = from_canonical(probed.config, asked.params, block_size=self.options.block_size).eval()
-        new, notes = self._dressed(foreign, pair=pair and self.options.returns == "same")
+        keep = pair and self.options.returns == "same"
+        new, notes = self._dressed(foreign, pair=keep, dropped_map=pair and not keep)
         if moved:
             notes.append(
                 f"the old layer moves its {listed(moved, 3)} in evaluation too; the new one moves nothing there"
             )
-        if pair and self.options.returns == "output":
-            notes.append("the old layer returned (y, A), and the new one returns y: change what calls it")
         report = ConvertedLayer(
             self.names,
             type(self.layer).__name__,
@@ -108,14 +70,6 @@ class ForeignLayer:
             notes=(*foreign.notes, *notes),
         )
         return new, report
-
-    def _read(self, layer: nn.Module, dialect: Dialect) -> Foreign:
-        return read_layer(
-            tensors_of(layer, self.names[0]),
-            dialect,
-            self.options.settings,
-            keep_spectral_norm=self.options.keep_spectral_norm,
-        )
 
     def _ask(self, foreign: Foreign, asked: Question) -> tuple[bool, dict[str, Array], list[str]]:
         """Whether the probe returns (y, A), its answers, and what of its state it moved in answering."""
@@ -139,13 +93,12 @@ class ForeignLayer:
         except PortError:
             raise
         except Exception as error:
-            raise PortError(
-                f"{self.where}: does not run on an input {tuple(x.shape)}: {type(error).__name__}: {error}. Pass the size that it "
-                "takes as size=(H, W); a layer that takes more than one input cannot be converted."
-            ) from error
+            raise self._does_not_run(tuple(x.shape), f"{type(error).__name__}: {error}") from error
         found = {"y": _positions(y), "x": _positions(x.grad)}
         if pair:
-            found["map"] = self._map(result, foreign, asked)
+            if not isinstance(result[1], torch.Tensor):
+                raise PortError(f"{self.where}: returned {_shown(result)}; expected y, or y and its map.")
+            found["map"] = self._map(_read(result[1]), foreign, asked)
         for name in parameter_table(foreign.config):
             gradient = getattr(parameters.get(foreign.source(name)), "grad", None)
             if gradient is not None:
@@ -153,20 +106,10 @@ class ForeignLayer:
         moved = [key for key, tensor in old.state_dict().items() if not torch.equal(tensor, before[key])]
         return pair, found, moved
 
-    def _map(self, result: Any, foreign: Foreign, asked: Question) -> Array:
-        batch, height, width, _ = asked.x.shape
-        down, across = foreign.config.key_grid(height, width)
-        shape = (batch, height * width, down * across)
-        if not isinstance(result[1], torch.Tensor) or result[1].numel() != np.prod(shape):
-            raise PortError(
-                f"{self.where}: returned {_shown(result)}; expected y and a map of {shape}. Convert with a module of your own "
-                "around it that returns y alone."
-            )
-        return _read(result[1]).reshape(shape)
-
-    def _dressed(self, foreign: Foreign, *, pair: bool) -> tuple[SelfAttention2d, list[str]]:
+    def _dressed(
+        self, foreign: Foreign, *, pair: bool, dropped_map: bool
+    ) -> tuple[SelfAttention2d, list[str]]:
         """Our layer with everything of the old one, and what is to say of it."""
-        notes = []
         state = self.layer.state_dict(keep_vars=True)
         like = next(state[origin.sources[0]] for origin in foreign.origins.values() if origin.sources)
         kind = SelfAttention2dWithMap if pair else SelfAttention2d
@@ -178,16 +121,7 @@ class ForeignLayer:
         for name, parameter in new.named_parameters():
             sources = foreign.origins[name.replace("weight", "kernel")].sources
             parameter.requires_grad_(any(getattr(state[key], "requires_grad", False) for key in sources))
-        if foreign.made:
-            notes.append(
-                f"{', '.join(foreign.made)}: the old layer has none; they do not require gradients, so training does not change "
-                "them"
-            )
-        if any("÷" in step for origin in foreign.origins.values() for step in origin.steps):
-            notes.append("the kernels are divided by their spectral norms, which training no longer limits")
-        rounded = [name for name, array in to_canonical(new).items() if (array != foreign.params[name]).any()]
-        if rounded:
-            notes.append(f"{', '.join(rounded)}: rounded to {str(like.dtype).removeprefix('torch.')}")
+        notes = notes_of(foreign, to_canonical(new), dropped_map=dropped_map)
         return new.train(self.layer.training), notes
 
 
