@@ -25,15 +25,15 @@ demo: $(INSTALLED)  ## train in PyTorch on real images, run in Keras and Flax, c
 
 # Two processes, a file of tests in one of them; the files of the slow folder come first. Libraries that each took a thread
 # per core would wait for one another: on two cores the suite took a third longer.
-test: export OMP_NUM_THREADS ?= 1
-test: export OPENBLAS_NUM_THREADS ?= 1
-test: export MKL_NUM_THREADS ?= 1
-test: export TF_NUM_INTRAOP_THREADS ?= 1
+test test-slow: export OMP_NUM_THREADS ?= 1
+test test-slow: export OPENBLAS_NUM_THREADS ?= 1
+test test-slow: export MKL_NUM_THREADS ?= 1
+test test-slow: export TF_NUM_INTRAOP_THREADS ?= 1
 test: check  ## check, then the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-slow: $(INSTALLED)  ## the tests that take long for what they add to the others
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 check: $(INSTALLED)  ## format, lint, types
 	$(BIN)/ruff format --check .
