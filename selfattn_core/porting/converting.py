@@ -39,11 +39,14 @@ __all__ = [
     "Foreign",
     "Question",
     "agreement",
+    "apart",
+    "check_arguments",
     "chosen_dialect",
     "compared",
     "question",
     "read_layer",
     "refuse",
+    "sizes",
 ]
 
 Array = NDArray[Any]
@@ -300,26 +303,104 @@ def _plan(tensors: Tensors, chosen: Dialect, settings: Settings) -> Plan:
     return planned
 
 
-def question(foreign: Foreign, size: tuple[int, int] | None) -> Question:
+def check_arguments(
+    *, match: Any, kind: type, settings: Any, size: Any, returns: Any, dialect: Any, block_size: Any
+) -> None:
+    """Refuse what no `convert` can take, all at once, before anything is computed.
+
+    Args:
+        match: as in `convert`.
+        kind: of the framework's modules.
+        settings: as in `convert`.
+        size: as in `convert`.
+        returns: as in `convert`.
+        dialect: as in `convert`.
+        block_size: as in `convert`.
+
+    Raises:
+        ValueError: naming every argument.
+    """
+    problems = []
+    if returns not in ("same", "output"):
+        problems.append(f"returns={returns!r}; expected 'same' or 'output'")
+    kinds = match if isinstance(match, tuple) else (match,)
+    classes = all(isinstance(each, type) and issubclass(each, kind) for each in kinds) and kinds
+    if match is not None and not (classes or isinstance(match, str) or _is_function(match)):
+        problems.append(
+            f"match={match!r}; expected a class of modules or a tuple of some, a name with *, or a function of name and module"
+        )
+    whole = isinstance(size, tuple | list) and len(size) == 2
+    if size is not None and not (
+        whole and all(isinstance(each, int) and not isinstance(each, bool) for each in size)
+    ):
+        problems.append(f"size={size!r}; expected (H, W), two whole numbers")
+    if settings is not None and not isinstance(settings, Mapping):
+        problems.append(f"settings={settings!r}; expected a dictionary such as {{'use_scale': False}}")
+    if dialect is not None and not isinstance(dialect, str):
+        problems.append(f"dialect={dialect!r}; expected a name of `selfattn dialects` or a .toml file")
+    if dialect is None and match is None:
+        problems.append("neither dialect nor match; say what the layers are, which modules, or both")
+    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+        problems.append(f"block_size={block_size!r}; expected a positive whole number or None")
+    if problems:
+        raise ValueError(f"convert: got {'; '.join(problems)}.")
+
+
+def _is_function(match: Any) -> bool:
+    return callable(match) and not isinstance(match, type)
+
+
+def sizes(config: SelfAttentionConfig, size: tuple[int, int] | None) -> tuple[tuple[int, int], ...]:
+    """(H, W) of the inputs that both layers are asked, by default two.
+
+    The first is small, with whole windows of pooling, which many layers need. The second has windows that are cut off, and is
+    large enough for a layer that attends within neighbourhoods to differ.
+
+    Args:
+        config: the layer.
+        size: what the user said.
+
+    Example:
+        >>> sizes(SelfAttentionConfig(16, kv_pool=2), None)
+        ((8, 6), (17, 19))
+    """
+    side = config.kv_pool
+    if size is not None:
+        return ((size[0], size[1]),)
+    return (4 * side, 3 * side), (max(17, 2 * side + 1), max(19, 3 * side + 1))
+
+
+def question(foreign: Foreign, size: tuple[int, int]) -> Question:
     """An input on which a wrong layer shows.
 
     Args:
         foreign: the layer.
-        size: (H, W) of the input; by default a few positions, a multiple of the pooling window.
+        size: (H, W) of the input, as `sizes` gives it.
 
     Raises:
         PortError: if the layer takes no input of that size.
     """
     side = foreign.config.kv_pool
-    # Many pooled layers take whole windows only.
-    height, width = size or (4 * side, 3 * side)
-    if min(height, width) < side:
+    if min(size) < side:
         raise PortError(
             f"size={size}: expected (H, W) of at least {side} × {side}, the layer's pooling window."
         )
-    params, x, _ = designed_input(foreign.config, foreign.params, size=(height, width))
+    params, x, _ = designed_input(foreign.config, foreign.params, size=size)
     dy = np.random.Generator(np.random.PCG64(1)).standard_normal(x.shape).astype(x.dtype)
     return Question(params, x, dy)
+
+
+def apart(foreign: Foreign, asked: Question, old: Array, new: Array) -> float:
+    """How far the outputs of both layers in training are from one another, in noise floors; twice 8 is what they may be.
+
+    Args:
+        foreign: the layer.
+        asked: what was asked.
+        old: the output of the foreign layer, (B, H, W, C).
+        new: of ours.
+    """
+    floor = _expected(foreign, asked, "forward", str(asked.x.dtype))["y"].floor
+    return float(np.abs(np.asarray(old, np.float64) - np.asarray(new, np.float64)).max(initial=0)) / floor
 
 
 def compared(

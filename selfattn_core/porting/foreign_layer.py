@@ -1,20 +1,25 @@
 """One foreign layer of a model on its way to ours: what the adapters' `convert` have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core.conformance.tolerance import FACTOR
 from selfattn_core.porting.converting import (
     ConvertedLayer,
     Foreign,
     Question,
     agreement,
+    apart,
     chosen_dialect,
+    compared,
+    question,
     read_layer,
+    sizes,
 )
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
@@ -77,6 +82,61 @@ class ForeignLayerBase(ABC, Generic[Layer]):
     @abstractmethod
     def _twin(self, dialect: Dialect) -> tuple[Layer, ConvertedLayer]:
         """The layer of this dialect that takes its place, and the report on both."""
+
+    def _compared(
+        self, foreign: Foreign, answers: Callable[[Question], tuple[Mapping[str, Array], Mapping[str, Array]]]
+    ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...], list[str]]:
+        """The errors of both layers at every size, what is beyond the limits, and where the old one does not run.
+
+        Args:
+            foreign: the layer that is asked.
+            answers: of the old layer and of ours.
+
+        Raises:
+            PortError: if the old layer runs at none of the sizes.
+        """
+        old: dict[str, float] = {}
+        new: dict[str, float] = {}
+        failures: list[str] = []
+        refused: list[tuple[str, PortError]] = []
+        every = sizes(foreign.config, self.options.size)
+        for height, width in every:
+            asked = question(foreign, (height, width))
+            try:
+                theirs, ours = answers(asked)
+            except PortError as error:
+                refused.append((f"{height}×{width}", error))
+                continue
+            floors = compared(foreign, asked, theirs, ours)
+            for kept, found in ((old, floors[0]), (new, floors[1])):
+                kept |= {name: max(value, kept.get(name, 0.0)) for name, value in found.items()}
+            failures += [f"at {height}×{width} {text}" for text in floors[2]]
+        if len(refused) == len(every):
+            raise refused[0][1]
+        notes = [
+            f"it does not run at {place}, where the new one does; it was compared at other sizes"
+            for place, _ in refused
+        ]
+        return old, new, tuple(failures), notes
+
+    def _differs_in_training(
+        self, foreign: Foreign, asked: Question, old: Array, new: Array
+    ) -> tuple[str, str]:
+        """What to say of outputs in training that differ: a failure and a note, one of them or both ""."""
+        floors = apart(foreign, asked, old, new)
+        if floors <= 2 * FACTOR:
+            return "", ""
+        if foreign.config.spectral_norm or any("÷" in "".join(o.steps) for o in foreign.origins.values()):
+            return "", (
+                f"in training its next output differs by {floors:.2g} noise floors: its spectral norm moves in another way, for example "
+                "by several iterations or from another vector"
+            )
+        if any("batch norm" in "".join(o.steps) for o in foreign.origins.values()):
+            return "", ""
+        return (
+            f"in training the old layer computes something else, {floors:.2g} noise floors away: it drops out, adds noise, or the like. "
+            "Take that out of it"
+        ), ""
 
     def _read(self, tensors: Tensors, dialect: Dialect) -> Foreign:
         options = self.options
