@@ -1,5 +1,6 @@
 """`selfattn_torch.convert`: foreign attention layers in networks become ours, or nothing changes."""
 
+import threading
 import warnings
 
 import numpy as np
@@ -421,6 +422,140 @@ def test_a_state_that_a_question_would_move_stays(norm):
     assert any(note.startswith(told) for note in notes) == (norm == "wrapper class")
 
 
+class Ceil(Pooled):
+    """That pools a cut-off window, which ours drops; a map of whole windows does not show it."""
+
+    def forward(self, x):
+        batch, _, height, width = x.shape
+        theta, phi, g = (
+            self.theta(x),
+            *(nn.functional.max_pool2d(f(x), 2, ceil_mode=True) for f in (self.phi, self.g)),
+        )
+        weights = (theta.flatten(2).mT @ phi.flatten(2)).softmax(-1)
+        return self.gamma * self.o((g.flatten(2) @ weights.mT).view(batch, -1, height, width)) + x
+
+
+class Local(Flat):
+    """That attends within neighbourhoods of 8×8, which is everything on a small map."""
+
+    def forward(self, x):
+        if x.shape[2] <= 8:
+            return super().forward(x)
+        parts = [
+            torch.cat([Flat.forward(self, part) for part in row.split(8, 3)], 3) for row in x.split(8, 2)
+        ]
+        return torch.cat(parts, 2)
+
+
+class Dropping(Flat):
+    """That drops out by a function, in training alone."""
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.3, self.training)
+
+
+class Telling(Flat):
+    """That returns the map in training alone."""
+
+    def forward(self, x):
+        self.pair = self.training
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "dialect", "words"),
+    [
+        (Ceil, "biggan", "at 17×19 the old layer is off by y"),
+        (Local, "heykeetae", "at 17×19 the old layer is off by y"),
+        (Dropping, "heykeetae", "in training the old layer computes something else"),
+        (Telling, "heykeetae", "what it returns in training is not what it returns in evaluation"),
+    ],
+)
+def test_what_a_small_map_in_evaluation_does_not_show(make, dialect, words):
+    torch.manual_seed(0)
+    with pytest.raises(ConversionError, match=words):
+        convert(make(24), dialect=dialect)
+
+
+def test_a_layer_for_whole_windows_says_so():
+    torch.manual_seed(0)
+    (layer,) = convert(Pooled(24), dialect="biggan").layers
+    assert any(note.startswith("it does not run at 17×19") for note in layer.notes)
+
+
+def test_several_power_iterations_are_told():
+    torch.manual_seed(0)
+    several = lambda conv: parametrizations.spectral_norm(conv, n_power_iterations=4)  # noqa: E731 - as `norm` is given
+    for norm, told in ((several, True), (parametrizations.spectral_norm, False)):
+        (layer,) = convert(Flat(24, norm=norm), dialect="heykeetae").layers
+        assert any("its spectral norm moves in another way" in note for note in layer.notes) == told
+
+
+def test_further_arguments_and_other_shapes_of_the_map_are_told():
+    class More(Flat):
+        def forward(self, x, strength=1.0):
+            y, attention = super().forward(x)
+            return x + strength * (y - x), attention[:, None]
+
+    (layer,) = convert(More(24, pair=True), dialect="heykeetae").layers
+    assert any("also takes strength=1.0" in note for note in layer.notes)
+    assert any(note.startswith("the old map had the shape (2, 1, 12, 12)") for note in layer.notes)
+
+
+def test_a_failure_halfway_leaves_the_network_as_it_was():
+    class Stubborn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Flat(24), Flat(24)
+
+        def __setattr__(self, name, value):
+            if name == "second" and name in self._modules:
+                raise RuntimeError("frozen")
+            super().__setattr__(name, value)
+
+    network = Stubborn()
+    before = unchanged(network)
+    with pytest.raises(PortError, match=r"second could not be replaced.*frozen"):
+        convert(network, dialect="heykeetae", inplace=True)
+    check_untouched(network, before)
+
+
+def test_what_cannot_be_copied_is_said_in_a_dry_run_too():
+    network = trained(Flat)
+    network.lock = threading.Lock()
+    with pytest.raises(PortError, match="the model cannot be copied"):
+        convert(network, dialect="heykeetae", dry_run=True)
+    assert convert(network, dialect="heykeetae", dry_run=True, inplace=True).passed
+
+
+def test_maps_that_were_kept_and_inference_mode():
+    network = trained(Flat, pair=True)
+    network.kept = [network.attention(torch.randn(1, 24, 3, 4))[1]]
+    with torch.inference_mode():
+        model = convert(network, dialect="heykeetae").model
+    model(torch.randn(1, 3, 4, 6)).sum().backward()
+
+
+def frozen_in_part(network):
+    network.attention.key_conv.eval()
+
+
+def mixed(network):
+    network.attention.key_conv.bfloat16()
+
+
+def tied_within(network):
+    network.attention.key_conv.weight = network.attention.query_conv.weight
+
+
+def part_elsewhere(network):
+    network.other = network.attention.query_conv
+
+
+def another_forward(network):
+    network.forward = network.forward
+
+
 def hooked(network):
     network.attention.value_conv.register_forward_hook(print)
 
@@ -452,6 +587,11 @@ def dropping(network):
 
 
 BAD = {
+    "parts in another mode": (frozen_in_part, "in another mode than the layer"),
+    "several dtypes": (mixed, "its parameters are bfloat16 and float32"),
+    "tied within": (tied_within, "query_conv.weight and key_conv.weight are one parameter"),
+    "a part elsewhere": (part_elsewhere, "its query_conv is also other"),
+    "another forward": (another_forward, "has a function in the place of its forward"),
     "dropout in it": (dropping, r"attention \(Flat\): query_conv.1 drops out a share of 0.1"),
     "hooks on a part of it": (hooked, r"attention \(Flat\): value_conv has the hooks print"),
     "a hook on a parameter": (listening, "gamma has a hook"),
@@ -496,7 +636,7 @@ def test_a_layer_held_outside_the_modules():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "say with dialect="),
+        ({}, "neither dialect nor match"),
         ({"dialect": "heykeetae", "match": nn.LSTM}, "has no module that match="),
         ({"dialect": "fgh"}, "has no module with the keys of fgh, .* its modules are of Conv2d, Flat"),
         (
@@ -507,6 +647,13 @@ def test_a_layer_held_outside_the_modules():
         ({"dialect": "torchgan", "match": Flat}, "cannot be converted"),
         ({"dialect": "heykeetae", "settings": {"use_scale": True}}, "use_scale is no setting"),
         ({"dialect": "heykeetae", "returns": "both"}, "expected 'same' or 'output'"),
+        (
+            {"dialect": 3, "match": 123, "settings": "x", "size": 5},
+            r"match=123.*size=5.*settings='x'.*dialect=3",
+        ),
+        ({"dialect": "heykeetae", "match": (Flat, "x")}, "expected a class of modules"),
+        ({"dialect": "heykeetae", "size": (2.5, 3)}, "two whole numbers"),
+        ({"dialect": "heykeetae", "block_size": -1}, "block_size=-1"),
         ({"dialect": "heykeetae", "size": (0, 3)}, r"expected \(H, W\) of at least"),
     ],
 )

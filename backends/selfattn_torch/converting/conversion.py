@@ -6,9 +6,16 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from selfattn_core.porting.converting import Conversion, ConversionError, ConvertedLayer, refuse
+from selfattn_core.porting.converting import (
+    Conversion,
+    ConversionError,
+    ConvertedLayer,
+    check_arguments,
+    refuse,
+)
 from selfattn_core.porting.dialects import dialect as dialect_named
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.finding import index_of
@@ -68,7 +75,8 @@ def convert(
     Raises:
         ConversionError: a PortError whose `report` says which layer computes something else than its dialect says.
         PortError: if no layer is found, or one cannot be replaced; every reason.
-        ValueError: if `returns` is another word.
+        TypeError: if the model is no module.
+        ValueError: if an argument cannot be; every one.
 
     Example:
         >>> class Attention(nn.Module):
@@ -87,14 +95,38 @@ def convert(
         >>> report.passed, report.layers[0].names, type(report.model[2]).__name__
         (True, ('2',), 'SelfAttention2d')
     """
-    if returns not in ("same", "output"):
-        raise ValueError(f"convert: returns={returns!r}; expected 'same' or 'output'.")
+    check_arguments(
+        match=match,
+        kind=nn.Module,
+        settings=settings,
+        size=size,
+        returns=returns,
+        dialect=dialect,
+        block_size=block_size,
+    )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: got a {type(model).__name__}; expected an nn.Module with its weights.")
+    with torch.inference_mode(False):
+        options = Options(settings or {}, keep_spectral_norm, returns, block_size, size)
+        return _converted(model, dialect, match, options, inplace=inplace, dry_run=dry_run)
+
+
+def _converted(
+    model: nn.Module,
+    dialect: str | None,
+    match: Match | None,
+    options: Options,
+    *,
+    inplace: bool,
+    dry_run: bool,
+) -> Conversion[nn.Module]:
     layers = _found(model, dialect, match)
     places = {name for names in layers.values() for name in names}
     refuse([*obstacles.of_model(model, places), *_nested(places)])
     problems: list[str] = []
     for layer, names in layers.items():
         problems += obstacles.of_layer(names[0], layer, _parameters_elsewhere(model, layer))
+        problems += obstacles.inner_parts_elsewhere(model, layer, names)
     if inplace:
         problems += obstacles.referring(model, layers)
         if model in layers:
@@ -102,7 +134,6 @@ def convert(
                 "the model itself is the layer, and cannot be replaced in place; take the result's `model`"
             )
     refuse(problems)
-    options = Options(settings or {}, keep_spectral_norm, returns, block_size, size)
     new: dict[nn.Module, SelfAttention2d] = {}
     reports: list[ConvertedLayer] = []
     for layer, names in layers.items():
@@ -115,7 +146,10 @@ def convert(
     done = Conversion[nn.Module](None, tuple(reports))
     if not done.passed:
         raise ConversionError(done)
-    return done if dry_run else replace(done, model=_replaced(model, layers, new, inplace=inplace))
+    if dry_run and inplace:
+        return done
+    replaced = _replaced(model, layers, new, inplace=inplace)
+    return done if dry_run else replace(done, model=replaced)
 
 
 def _found(model: nn.Module, dialect: str | None, match: Match | None) -> dict[nn.Module, tuple[str, ...]]:
@@ -179,9 +213,24 @@ def _replaced(
     if not inplace:
         # Where `deepcopy` meets an old layer, in whatever holds it, it takes the new one.
         known: dict[int, Any] = {id(layer): new[layer] for layer in layers}
-        return copy.deepcopy(model, detached(model) | known)
-    for layer, names in layers.items():
-        for name in names:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new[layer])
+        try:
+            return copy.deepcopy(model, detached(model) | known)
+        except Exception as error:
+            raise PortError(
+                f"the model cannot be copied: {type(error).__name__}: {error}. It is as it was; inplace=True needs no copy."
+            ) from error
+    done: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for layer, names in layers.items():
+            for name in names:
+                parent, _, child = name.rpartition(".")
+                done.append((model.get_submodule(parent), child, layer))
+                setattr(model.get_submodule(parent), child, new[layer])
+    except Exception as error:
+        for holder, child, layer in done:
+            # Past what refused: the holder is to be as it was.
+            holder._modules[child] = layer  # noqa: SLF001
+        raise PortError(
+            f"{name} could not be replaced, and the model is as it was: {type(error).__name__}: {error}."
+        ) from error
     return model

@@ -1,6 +1,9 @@
 """A foreign attention layer of a model: its tensors, its answers, and the layer of ours that takes its place."""
 
 import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,6 @@ from selfattn_core.porting.converting import (
     ConvertedLayer,
     Foreign,
     Question,
-    compared,
-    question,
 )
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
@@ -31,6 +32,25 @@ from selfattn_torch.with_map import SelfAttention2dWithMap
 __all__ = ["ForeignLayer", "detached", "tensors_of"]
 
 Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the foreign layer says.
+
+    Args:
+        asked: the question.
+        found: y, the map and the gradients, in the shapes of the definition.
+        moved: keys of what it changed in itself.
+        pair: whether it returned (y, A).
+        map_shape: of A, as it came.
+    """
+
+    asked: Question
+    found: Mapping[str, Array]
+    moved: list[str]
+    pair: bool
+    map_shape: tuple[int, ...]
 
 
 class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
@@ -50,30 +70,60 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
     def _twin(self, dialect: Dialect) -> tuple[SelfAttention2d, ConvertedLayer]:
         foreign = self._read(self.tensors, dialect)
         probed = self._read(tensors_of(self.probe, self.names[0]), dialect)
-        asked = question(probed, self.options.size)
-        pair, theirs, moved = self._ask(probed, asked)
-        twin = from_canonical(probed.config, asked.params, block_size=self.options.block_size).eval()
+        seen: list[_Answers] = []
+
+        def answers(asked: Question) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
+            theirs = self._ask(probed, asked, training=False)
+            twin = from_canonical(probed.config, asked.params, block_size=self.options.block_size).eval()
+            seen.append(theirs)
+            return theirs.found, _answers(twin, asked, pair=theirs.pair)
+
+        old_floors, new_floors, failures, notes = self._compared(probed, answers)
+        pair = seen[0].pair
         keep = pair and self.options.returns == "same"
-        new, notes = self._dressed(foreign, pair=keep, dropped_map=pair and not keep)
-        if moved:
+        new, more = self._dressed(foreign, pair=keep, dropped_map=pair and not keep)
+        notes += more
+        if moved := seen[0].moved:
             notes.append(
                 f"the old layer moves its {listed(moved, 3)} in evaluation too; the new one moves nothing there"
             )
+        if seen[0].map_shape != seen[0].found.get("map", np.zeros(0)).shape and pair:
+            notes.append(f"the old map had the shape {seen[0].map_shape}, and the new one has (B, N, M)")
+        if extra := _further_arguments(self.layer):
+            notes.append(
+                f"the old layer also takes {', '.join(extra)}; the new one does not, so change what passes it"
+            )
+        failure, note = self._in_training(probed, seen[0])
+        failures += (failure,) * bool(failure)
+        notes += [note] * bool(note)
         report = ConvertedLayer(
             self.names,
             type(self.layer).__name__,
             dialect.name,
             foreign.config.to_dict(),
-            *compared(probed, asked, theirs, _answers(twin, asked, pair=pair)),
+            old_floors,
+            new_floors,
+            failures,
             returns_map=isinstance(new, SelfAttention2dWithMap),
             assumptions=foreign.assumptions,
             notes=(*foreign.notes, *notes),
         )
         return new, report
 
-    def _ask(self, foreign: Foreign, asked: Question) -> tuple[bool, dict[str, Array], list[str]]:
-        """Whether the probe returns (y, A), its answers, and what of its state it moved in answering."""
-        old = copy.deepcopy(self.probe, detached(self.probe))
+    def _in_training(self, foreign: Foreign, evaluated: "_Answers") -> tuple[str, str]:
+        """What to say of the next output in training, by both layers; it has no definition where spectral norm moves."""
+        asked = evaluated.asked
+        theirs = self._ask(foreign, asked, training=True)
+        if theirs.pair != evaluated.pair:
+            return "what it returns in training is not what it returns in evaluation, y or (y, A)", ""
+        twin = from_canonical(foreign.config, asked.params, block_size=self.options.block_size).train()
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            ours = _positions(twin(_maps(asked.x)))
+        return self._differs_in_training(foreign, asked, theirs.found["y"], ours)
+
+    def _ask(self, foreign: Foreign, asked: Question, *, training: bool) -> "_Answers":
+        """What a copy of the probe answers, since answering may move its state."""
+        old = copy.deepcopy(self.probe, detached(self.probe)).train(training)
         before = {key: tensor.clone() for key, tensor in old.state_dict().items()}
         x = _maps(asked.x).requires_grad_()
         parameters = dict(old.named_parameters())
@@ -104,7 +154,8 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
             if gradient is not None:
                 found[name] = _canonical(_read(gradient), name, foreign.axes.get(name, ""))
         moved = [key for key, tensor in old.state_dict().items() if not torch.equal(tensor, before[key])]
-        return pair, found, moved
+        shape = tuple(result[1].shape) if pair else ()
+        return _Answers(asked, found, moved, pair, shape)
 
     def _dressed(
         self, foreign: Foreign, *, pair: bool, dropped_map: bool
@@ -123,6 +174,11 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
             parameter.requires_grad_(any(getattr(state[key], "requires_grad", False) for key in sources))
         notes = notes_of(foreign, to_canonical(new), dropped_map=dropped_map)
         return new.train(self.layer.training), notes
+
+
+def _further_arguments(layer: nn.Module) -> list[str]:
+    _, *further = inspect.signature(layer.forward).parameters.values()
+    return [str(each) for each in further]
 
 
 def _probe(layer: nn.Module) -> nn.Module:
@@ -160,13 +216,19 @@ def _read(tensor: torch.Tensor) -> Array:
     return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(), order="C")
 
 
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in attributes, also inside lists and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple | set):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(each)
+
+
 def detached(module: nn.Module) -> dict[int, Any]:
     """What `deepcopy` is to take for the weights that an older spectral norm leaves in a module, which torch does not copy."""
     computed = (
-        value
-        for each in module.modules()
-        for value in vars(each).values()
-        if isinstance(value, torch.Tensor) and not value.is_leaf
+        tensor for each in module.modules() for tensor in tensors_in(vars(each)) if not tensor.is_leaf
     )
     return {id(tensor): tensor.detach().clone() for tensor in computed}
 

@@ -1,14 +1,16 @@
 """What stands against replacing a layer of a model: said before anything is read or changed."""
 
+import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+import types
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-__all__ = ["of_layer", "of_model", "referring"]
+__all__ = ["inner_parts_elsewhere", "of_layer", "of_model", "referring"]
 
 _CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DISTRIBUTED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -32,6 +34,10 @@ def of_model(model: nn.Module, names: Collection[str]) -> Iterator[str]:
             yield f"{where} is compiled; convert the module that it was made from, and compile the result"
         elif isinstance(module, torch.jit.ScriptModule):
             yield f"{where} is scripted or traced; convert the module that it was made from"
+        elif "forward" in vars(module):
+            yield f"{where} has a function in the place of its forward, which a copy would share; delete it, and convert then"
+        elif hasattr(module, "_checkpoint_wrapped_module"):
+            yield f"{where} is wrapped for activation checkpointing; convert the module inside it before it is wrapped"
         elif any(kind.__name__ in _DISTRIBUTED for kind in type(module).__mro__):
             yield f"{where} is distributed over processes; convert the module inside it before it is wrapped"
 
@@ -45,6 +51,20 @@ def of_layer(name: str, layer: nn.Module, others: Collection[int]) -> Iterator[s
         others: `id` of every parameter that a module outside of it has.
     """
     where = f"{name or 'the model'} ({type(layer).__name__})"
+    yield from _of_tensors(where, layer, others)
+    yield from _of_parts(where, layer)
+
+
+def _of_tensors(where: str, layer: nn.Module, others: Collection[int]) -> Iterator[str]:
+    dtypes = {str(each.dtype).removeprefix("torch.") for each in layer.parameters()}
+    if len(dtypes) > 1:
+        yield f"{where}: its parameters are {' and '.join(sorted(dtypes))}; ours have one dtype: cast them with layer.to(dtype)"
+    places: dict[int, list[str]] = {}
+    for key, parameter in layer.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(key)
+    for keys in places.values():
+        if len(keys) > 1:
+            yield f"{where}: {' and '.join(keys)} are one parameter, and would part; untie them"
     for key, tensor in itertools.chain(layer.named_parameters(), layer.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             yield f"{where}: {key} has no shape yet; run the model once"
@@ -57,6 +77,11 @@ def of_layer(name: str, layer: nn.Module, others: Collection[int]) -> Iterator[s
             yield f"{where}: {key} is also a parameter of another module, and the two would part; untie them"
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):  # noqa: SLF001 - torch has no other way to ask
             yield f"{where}: {key} has a hook, which has no place in the new layer; remove it and register it there"
+
+
+def _of_parts(where: str, layer: nn.Module) -> Iterator[str]:
+    if any(module.training != layer.training for module in layer.modules()):
+        yield f"{where}: parts of it are in another mode than the layer; call train() or eval() on the whole"
     for inner, module in layer.named_modules():
         if "quantized" in type(module).__module__ or any(
             tensor.is_quantized for tensor in itertools.chain(module.parameters(False), module.buffers(False))
@@ -74,6 +99,21 @@ def of_layer(name: str, layer: nn.Module, others: Collection[int]) -> Iterator[s
             )
 
 
+def inner_parts_elsewhere(model: nn.Module, layer: nn.Module, names: Sequence[str]) -> Iterator[str]:
+    """Where a part of a layer stands outside of it too, and would go on with the old weights.
+
+    Args:
+        model: the whole.
+        layer: that would be replaced.
+        names: of its places.
+    """
+    parts = {module: name for name, module in layer.named_modules() if module is not layer}
+    for name, module in model.named_modules(remove_duplicate=False):
+        inside = any(name.startswith(f"{place}." if place else place) for place in names)
+        if module in parts and not inside:
+            yield f"{names[0] or 'the model'} ({type(layer).__name__}): its {parts[module]} is also {name}, and the two would part"
+
+
 def referring(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[str]:
     """Where modules hold a layer in a plain attribute, which replacing it in place would miss.
 
@@ -81,19 +121,27 @@ def referring(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[str]:
         model: the whole.
         layers: that would be replaced.
     """
-    wanted = {id(layer) for layer in layers}
+    parts = itertools.chain.from_iterable((*layer.modules(), *layer.parameters()) for layer in layers)
+    wanted = {id(part) for part in parts}
+    inside = {id(module) for layer in layers for module in layer.modules()}
     for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
         for key, value in vars(module).items():
-            if key != "_modules" and any(id(one) in wanted for one in _held(value)):
+            if key not in ("_modules", "_parameters") and any(id(one) in wanted for one in _held(value)):
                 yield (
-                    f"{name or 'the model'}.{key} holds a layer that would be replaced, and is no submodule; with inplace=False "
-                    "the copy has the new layer there too"
+                    f"{name or 'the model'}.{key} holds a layer that would be replaced, or a part of it, and is no submodule; with "
+                    "inplace=False the copy has the new layer there too"
                 )
 
 
 def _held(value: Any) -> Iterator[Any]:
-    if isinstance(value, nn.Module):
+    if isinstance(value, nn.Module | nn.Parameter):
         yield value
+    elif isinstance(value, types.MethodType):
+        yield value.__self__
+    elif isinstance(value, functools.partial):
+        yield from _held([value.func, value.args, value.keywords])
     elif isinstance(value, Mapping):
         for each in value.values():
             yield from _held(each)
