@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -11,9 +11,25 @@ from numpy.typing import NDArray
 
 from selfattn_keras.layer import Tensor
 
-__all__ = ["ask", "asked_in", "everything_in"]
+__all__ = ["Answer", "WrongResultError", "ask", "asked_in", "everything_in"]
 
 Array = NDArray[Any]
+
+
+class Answer(NamedTuple):
+    """What a layer answered.
+
+    Args:
+        result: what it returned.
+        by_x: the gradient of x.
+        by_variable: the gradients of its variables, in their order; those that nothing depends on are 0.
+        losses: how many it added in the call, of an `activity_regularizer` too.
+    """
+
+    result: Any
+    by_x: Array
+    by_variable: list[Array]
+    losses: int
 
 
 def everything_in(layer: Any) -> list[Any]:
@@ -28,19 +44,17 @@ def everything_in(layer: Any) -> list[Any]:
 
 
 def ask(
-    layer: Any, values: Mapping[int, Array], x: Array, dy: Array, **options: Any
-) -> tuple[Tensor, Array, list[Array]]:
-    """The result for x in evaluation, the gradient of x, and those of the variables with floating-point values.
+    layer: Any, values: Mapping[int, Array], x: Array, dy: Array, *, training: bool = False, **options: Any
+) -> Answer:
+    """The result for x, the gradient of x, and those of the variables with floating-point values.
 
     Args:
         layer: any layer of Keras, built.
         values: of each of its variables, by the place in `layer.variables`.
         x: as the layer takes it.
         dy: the gradient of the result, or of the first part of it.
+        training: whether this is a step of training.
         **options: of the call.
-
-    Returns:
-        What the layer returned, and the gradients of x and of the variables; those that nothing depends on are 0.
 
     Raises:
         Exception: whatever the layer raises.
@@ -51,14 +65,17 @@ def ask(
     fixed = [(v, tensor) for v, tensor, real in zip(variables, given, kinds, strict=True) if not real]
     moved = [(v, tensor) for v, tensor, real in zip(variables, given, kinds, strict=True) if real]
 
+    losses: list[Any] = []
+
     def function(x: Tensor, *tensors: Tensor) -> Any:
         # By `add_update`, since the constructor would cast to the variable's own dtype.
-        with keras.StatelessScope() as scope:
+        with keras.StatelessScope(collect_losses=True) as scope:
             for variable, tensor in fixed:
                 scope.add_update((variable, tensor))
             for (variable, _), tensor in zip(moved, tensors, strict=True):
                 scope.add_update((variable, tensor))
-            result = layer(x, training=False, **options)
+            result = layer(x, training=training, **options)
+            losses.extend(scope.losses)
         first = result[0] if isinstance(result, tuple | list) and result else result
         if not keras.ops.is_tensor(first) or tuple(first.shape) != tuple(dy.shape):
             raise WrongResultError(result)
@@ -69,7 +86,7 @@ def ask(
     result, found = gradients(function, inputs, keras.ops.convert_to_tensor(dy))
     by_x, *others = (keras.ops.convert_to_numpy(gradient) for gradient in found)
     by_variable = iter(others)
-    return result, by_x, [next(by_variable) if real else np.zeros(0) for real in kinds]
+    return Answer(result, by_x, [next(by_variable) if real else np.zeros(0) for real in kinds], len(losses))
 
 
 class WrongResultError(Exception):

@@ -7,7 +7,13 @@ from typing import Any, Literal
 
 import keras
 
-from selfattn_core.porting.converting import Conversion, ConversionError, ConvertedLayer, refuse
+from selfattn_core.porting.converting import (
+    Conversion,
+    ConversionError,
+    ConvertedLayer,
+    check_arguments,
+    refuse,
+)
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.dialects import dialect as dialect_named
 from selfattn_core.porting.errors import PortError
@@ -48,8 +54,8 @@ def convert(
     """Replace the attention layers of a model by `SelfAttention2D`, each with the weights of the one that it replaces.
 
     Each foreign layer and the one that takes its place are asked for their output and gradients, in evaluation, on the CPU,
-    in float32 or float64. Both must agree with the definition within the limits of the conformance kit. Nothing is replaced
-    unless all do.
+    in float32 or float64. Both must agree with the definition within the limits of the conformance kit, and with one another
+    in training. Nothing is replaced unless all do.
 
     A new layer has the name, dtype policy, device, data format and trainable flags of the old one, constraints and
     regularizers of its variables, and its spectral norm with the state. It has `query`, `key`, `value` and `gamma` where the
@@ -71,7 +77,8 @@ def convert(
         returns: "same": a layer that returned (y, A) is replaced by one that does, `SelfAttention2DWithMap`, at N·M numbers
             of memory in each call; "output": every new layer returns y alone.
         block_size: as in `SelfAttention2D`.
-        size: (H, W) of the input that both layers are asked; by default a few positions, or those that the layer was built for.
+        size: (H, W) of the input that both layers are asked; by default two sizes, and the one that the layer was
+            built for, if that has at most 1024 positions. Both must be right at each at which the old one runs.
         inplace: whether `model` itself is changed, which can be done where layers are attributes, in lists too, and not in the
             graph of a functional or sequential model; otherwise it stays as it is, and the result is a copy.
         dry_run: do everything but replace.
@@ -82,7 +89,7 @@ def convert(
     Raises:
         ConversionError: a PortError whose `report` says which layer computes something else than its dialect says.
         PortError: if no layer is found, one cannot be replaced, or the model cannot be copied; every reason.
-        ValueError: if `returns` is another word.
+        ValueError: if an argument cannot be taken, or neither `dialect` nor `match` is given.
 
     Example:
         >>> class Attention(keras.layers.Layer):
@@ -105,14 +112,22 @@ def convert(
         >>> report.passed, type(report.model.layers[1]).__name__
         (True, 'SelfAttention2D')
     """
-    if returns not in ("same", "output"):
-        raise ValueError(f"convert: returns={returns!r}; expected 'same' or 'output'.")
+    check_arguments(
+        match=match,
+        kind=keras.layers.Layer,
+        settings=settings,
+        size=size,
+        returns=returns,
+        dialect=dialect,
+        block_size=block_size,
+    )
     refuse(list(obstacles.of_model(model)))
     layers = _found(model, dialect, match)
     refuse(_nested(layers))
     problems: list[str] = []
     for standing in layers:
         problems += obstacles.of_layer(model, standing[0], keep_spectral_norm=keep_spectral_norm)
+        problems += obstacles.of_callers(standing)
     if inplace:
         problems += obstacles.in_graphs(model, {id(standing[0].layer) for standing in layers})
     refuse(problems)
@@ -134,20 +149,17 @@ def convert(
     done = Conversion[Any](None, tuple(reports))
     if not done.passed:
         raise ConversionError(done)
-    if dry_run:
-        return done
-    return replace(done, model=_replaced(model, layers, new) if inplace else copied(model, new))
+    if inplace:
+        return done if dry_run else replace(done, model=_replaced(model, layers, new))
+    copy = copied(model, new)
+    return done if dry_run else replace(done, model=copy)
 
 
 def _found(model: Any, dialect: str | None, match: Match | None) -> list[list[Place]]:
     """The layers to replace, each with all places where it stands."""
     everywhere = list(places(model))
     if match is None:
-        if dialect is None:
-            raise PortError(
-                "convert: say with dialect= what the layers are, with match= which layers, or both."
-            )
-        chosen = dialect_named(dialect)
+        chosen = dialect_named(dialect or "")
         fits = {id(each) for each in everything_in(model) if _fits(each, chosen)}
         taken = [place for place in everywhere if id(place.layer) in fits]
     elif isinstance(match, str):
@@ -195,8 +207,15 @@ def _nested(layers: list[list[Place]]) -> list[str]:
 
 
 def _replaced(model: Any, layers: list[list[Place]], new: Mapping[int, SelfAttention2D]) -> Any:
-    for standing in layers:
-        for place in standing:
-            in_place(place.parent, place.keys, new[id(place.layer)])
+    done: list[Place] = []
+    try:
+        for standing in layers:
+            for place in standing:
+                in_place(place.parent, place.keys, new[id(place.layer)])
+                done.append(place)
+    except Exception as error:
+        for each in reversed(done):
+            in_place(each.parent, each.keys, each.layer)
+        refuse([f"{place.name} cannot be set: {type(error).__name__}: {error}"])
     settled(model, list(new.values()))
     return model

@@ -1,6 +1,9 @@
 """A copy of a model, in which some layers are others."""
 
+import inspect
 from collections.abc import Iterator, Mapping
+from functools import partial
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import keras
@@ -167,24 +170,82 @@ def _kind(variable: Any) -> tuple[Any, ...]:
 
 
 def _differences(old: Any, other: Any) -> Iterator[str]:
-    """Attributes with plain values that the config does not say."""
-    passed_over = {
-        "name",
-        "compiled",
-        "stop_training",
-        "steps_per_execution",
-        "jit_compile",
-        "run_eagerly",
-        "built",
-        "loss",
-    }
+    """Attributes that the config does not say."""
+    # What Keras sets in classes of its own is in their configs, and some of it is drawn.
+    of_keras = type(old).__module__.partition(".")[0] == "keras"
+    books = _books()
     for name, value in vars(old).items():
-        if (
-            name.startswith("_")
-            or name in passed_over
-            or not isinstance(value, bool | int | float | str | np.ndarray)
-        ):
+        plain = isinstance(value, bool | int | float | str | np.ndarray) and not name.startswith("_")
+        if name in books or name.startswith("_self_") or (of_keras and not plain):
             continue
         found = vars(other).get(name)
-        if type(found) is not type(value) or not np.array_equal(value, found):
-            yield f"{name} of {old.name} ({type(old).__name__}) is {value!r}, and of a copy by its config {found!r}"
+        if not _same(value, found):
+            yield (
+                f"{name} of {old.name} ({type(old).__name__}) is {repr(value)[:200]}, and of a copy by its config {repr(found)[:200]}"
+            )
+
+
+def _books() -> set[str]:
+    """The attributes in which Keras and the framework keep what is theirs."""
+    blank = (keras.layers.Layer(name="blank"), keras.Sequential(name="blank"))
+    return _LATER.union(*(vars(each) for each in blank))
+
+
+# What is not there before a model is built, compiled or called.
+_LATER = {
+    "_compile_config",
+    "_compiled_trainable_state",
+    "_functional",
+    "_inputs",
+    "_inputs_struct",
+    "_jax_state",
+    "_nodes",
+    "_nodes_by_depth",
+    "_operations",
+    "_operations_by_depth",
+    "_outputs",
+    "_outputs_struct",
+    "_parent_path",
+    "optimizer",
+    "output_names",
+    "stop_predicting",
+    "stop_training",
+}
+
+
+def _same(value: Any, found: Any, above: tuple[int, ...] = ()) -> bool:
+    """Whether two attributes say the same; layers, variables and what is not known to compare are passed over."""
+    if value is found or id(value) in above:
+        return True
+    above = (*above, id(value))
+    same = True
+    match value:
+        case None | bool() | int() | float() | complex() | str() | bytes() | np.ndarray() | np.generic():
+            same = type(found) is type(value) and np.array_equal(np.asarray(value), np.asarray(found))
+        case Mapping():
+            same = isinstance(found, Mapping) and list(value) == list(found)
+            same = same and all(_same(value[key], found[key], above) for key in value)
+        case list() | tuple():
+            same = isinstance(found, list | tuple) and len(value) == len(found)
+            same = same and all(_same(one, each, above) for one, each in zip(value, found, strict=True))
+        case FunctionType() | MethodType() | partial():
+            same = type(found) is type(value) and _same(_function(value), _function(found), above)
+        case set() | frozenset() | type() | BuiltinFunctionType() | CodeType() | np.ufunc():
+            same = bool(value == found)
+        case (
+            keras.initializers.Initializer()
+            | keras.regularizers.Regularizer()
+            | keras.constraints.Constraint()
+        ):
+            same = type(found) is type(value) and value.get_config() == found.get_config()
+    return same
+
+
+def _function(function: Any) -> tuple[Any, ...]:
+    """What says what a function does."""
+    if isinstance(function, partial):
+        return function.func, function.args, function.keywords
+    if isinstance(function, MethodType):
+        return (function.__func__,)
+    values = inspect.getclosurevars(function).nonlocals
+    return function.__code__, function.__defaults__, function.__kwdefaults__, values

@@ -1,8 +1,10 @@
 """A foreign attention layer of a model: its tensors, its answers, and the layer of ours that takes its place."""
 
+import copy
+import inspect
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +17,6 @@ from selfattn_core.porting.converting import (
     ConvertedLayer,
     Foreign,
     Question,
-    compared,
-    question,
 )
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
@@ -32,7 +32,6 @@ from selfattn_keras.with_map import SelfAttention2DWithMap
 __all__ = ["ForeignLayer"]
 
 Array = NDArray[Any]
-Size = tuple[int, int]
 
 # Positions of an input whose map is still small.
 _MOST_POSITIONS = 1024
@@ -99,38 +98,98 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         return new, report
 
     def _verified(self, foreign: Foreign) -> "_Verified":
-        """What both answer, at the first size at which both are right; many layers take the one size they were built for."""
-        found: list[_Verified] = []
-        problem: PortError | None = None
-        for size in self._sizes():
-            asked = question(foreign, size)
-            try:
-                pair, theirs, notes = self._ask(foreign, asked)
-            except PortError as error:
-                problem = error
-                continue
-            if size != self.options.size:
-                height, width = asked.x.shape[1:3]
-                notes.append(
-                    f"asked at {height}×{width}, the size that it was built for, since at others it is another"
-                )
-            old, new, failures = compared(foreign, asked, theirs, self._answers(foreign, asked, pair=pair))
-            found.append(_Verified(pair, old, new, failures, tuple(notes)))
-            if not failures:
-                return found[-1]
-        if problem and not found:
-            raise problem
-        return found[0]
+        """What both answer at every size at which the old one runs, and once in training."""
+        asked_at: list[tuple[Question, bool, Array]] = []
+        said: list[str] = []
 
-    def _sizes(self) -> Iterator[Size | None]:
-        yield self.options.size
+        def answers(asked: Question) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
+            pair, theirs, notes = self._ask(foreign, asked)
+            asked_at.append((asked, pair, theirs["y"]))
+            said.extend(notes)
+            return theirs, self._answers(foreign, asked, pair=pair)
+
+        old: dict[str, float] = {}
+        new: dict[str, float] = {}
+        failures: list[str] = []
+        notes: list[str] = []
+        problems = []
+        sizes = (self.options.size, self._built_size())
+        for size in sizes if sizes[1] else sizes[:1]:
+            one = copy.copy(self)
+            one.options = replace(self.options, size=size)
+            try:
+                floors = one._compared(foreign, answers)  # noqa: SLF001 - its own
+            except PortError as error:
+                problems.append((size, error))
+                continue
+            for kept, found in ((old, floors[0]), (new, floors[1])):
+                kept |= {name: max(value, kept.get(name, 0.0)) for name, value in found.items()}
+            failures += floors[2]
+            notes += floors[3]
+        if not asked_at:
+            raise problems[0][1]
+        for size, _ in problems:
+            others = (
+                "other sizes" if size is None else f"{size[0]}×{size[1]}, the size that it was built for,"
+            )
+            done = " and ".join(dict.fromkeys(f"{a.x.shape[1]}×{a.x.shape[2]}" for a, _, _ in asked_at))
+            notes.append(f"it does not run at {others} where the new one may; it was compared at {done}")
+        pairs = {pair for _, pair, _ in asked_at}
+        if len(pairs) > 1:
+            failures.append("the old layer returns (y, A) at some sizes and y at others")
+        asked, pair, _ = asked_at[-1]
+        failure, note = self._in_training(foreign, asked, pair=pair)
+        failures += [failure] if failure else []
+        notes += [note] if note else []
+        return _Verified(
+            pair, old, new, tuple(failures), tuple(dict.fromkeys((*said, *notes, *self._extras())))
+        )
+
+    def _built_size(self) -> tuple[int, int] | None:
+        """(H, W) that the layer was built for, if nobody said another and its map is small."""
         built = (self.layer.get_build_config() or {}).get("input_shape")
         if self.options.size is None and isinstance(built, tuple | list) and len(built) == 4:
             height, width = built[1:3] if self.data_format == "channels_last" else built[2:]
             if isinstance(height, int) and isinstance(width, int) and height * width <= _MOST_POSITIONS:
-                yield height, width
+                return height, width
+        return None
 
-    def _ask(self, foreign: Foreign, asked: Question) -> tuple[bool, dict[str, Array], list[str]]:
+    def _in_training(self, foreign: Foreign, asked: Question, *, pair: bool) -> tuple[str, str]:
+        """What to say of the outputs in training: a failure and a note, one of them or both ""."""
+        try:
+            # Keras' own generator draws its first seed from Python's.
+            with undrawn():
+                also, theirs, _ = self._ask(foreign, asked, training=True)
+        except PortError as error:
+            return f"in training: {error}", ""
+        if also != pair:
+            kinds = ["(y, A)" if each else "y alone" for each in (pair, also)]
+            return f"the old layer returns {kinds[0]} in evaluation, and {kinds[1]} in training", ""
+        ours = self._answers(foreign, asked, pair=False, training=True)
+        failure, note = self._differs_in_training(foreign, asked, theirs["y"], ours["y"])
+        if failure and any(
+            isinstance(e, keras.layers.SpectralNormalization) for e in everything_in(self.layer)
+        ):
+            return (
+                "",
+                "in training it overwrites its kernels (SpectralNormalization), and the new layer does not",
+            )
+        return failure, note
+
+    def _extras(self) -> list[str]:
+        """What the call of the old layer takes besides x."""
+        names = [*inspect.signature(self.layer.call).parameters.values()][1:]
+        fixed = [each.name for each in names if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        more = [name for name in fixed if name not in {"training", "return_attention_scores"}]
+        if not more:
+            return []
+        return [
+            f"its call takes {', '.join(more)} too, which the new one does not; what passes it must be changed"
+        ]
+
+    def _ask(
+        self, foreign: Foreign, asked: Question, *, training: bool = False
+    ) -> tuple[bool, dict[str, Array], list[str]]:
         """Whether it returns (y, A), its answers, and what there is to say of them."""
         dtype = str(asked.x.dtype)
         values = {
@@ -141,7 +200,9 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         x = self._maps(asked.x)
         try:
             with asked_in(self.layer, dtype):
-                result, by_x, gradients = ask(self.layer, values, x, self._maps(asked.dy))
+                result, by_x, gradients, losses = ask(
+                    self.layer, values, x, self._maps(asked.dy), training=training
+                )
                 parts = [np.asarray(keras.ops.convert_to_numpy(part)) for part in _parts(result)]
         except WrongResultError as error:
             raise PortError(
@@ -151,6 +212,8 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
             raise self._does_not_run(x.shape, _short(error)) from error
         found = {"y": self._positions(parts[0]), "x": self._positions(by_x)}
         notes = []
+        if losses > (len(parts) if self.layer.activity_regularizer is not None else 0):
+            notes.append("its call adds losses (add_loss), which the new layer does not")
         if len(parts) == 2:
             found["map"] = self._map(parts[1], foreign, asked)
             if parts[1].shape != found["map"].shape:
@@ -161,7 +224,9 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
                 found[name] = _canonical(gradients[places[id(source)]], name, foreign)
         return len(parts) == 2, found, notes
 
-    def _answers(self, foreign: Foreign, asked: Question, *, pair: bool) -> dict[str, Array]:
+    def _answers(
+        self, foreign: Foreign, asked: Question, *, pair: bool, training: bool = False
+    ) -> dict[str, Array]:
         """What our layer answers."""
         dtype = str(asked.x.dtype)
         with keras.device("cpu"):
@@ -175,10 +240,10 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         values = dict(enumerate(keras.ops.convert_to_numpy(each) for each in twin.variables))
         x, dy = self._maps(asked.x), self._maps(asked.dy)
         with asked_in(twin, dtype):
-            y, by_x, gradients = ask(twin, values, x, dy)
+            y, by_x, gradients, _ = ask(twin, values, x, dy, training=training)
             found = {"y": self._positions(keras.ops.convert_to_numpy(y)), "x": self._positions(by_x)}
             if pair:
-                (_, attention), _, _ = ask(twin, values, x, dy, return_attention_scores=True)
+                _, attention = ask(twin, values, x, dy, return_attention_scores=True).result
                 found["map"] = np.asarray(keras.ops.convert_to_numpy(attention))
         places = {id(each): place for place, each in enumerate(twin.variables)}
         for row in parameter_table(foreign.config).values():

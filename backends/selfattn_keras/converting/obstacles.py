@@ -1,5 +1,6 @@
 """What stands against replacing a layer of a model: said before anything is read or changed."""
 
+import inspect
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import keras
 from selfattn_keras.converting.asking import everything_in
 from selfattn_keras.converting.places import Place, is_graph, places
 
-__all__ = ["in_graphs", "of_layer", "of_model"]
+__all__ = ["in_graphs", "of_callers", "of_layer", "of_model"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -49,6 +50,11 @@ def of_layer(model: Any, place: Place, *, keep_spectral_norm: bool) -> Iterator[
         own = "it" if each is layer else each.name
         if each.quantization_mode is not None or policy.quantization_mode is not None:
             yield f"{where}: {own} is quantised ({each.quantization_mode}); convert the floating-point model"
+        elif policy.name != layer.dtype_policy.name:
+            yield (
+                f"{where}: {own} has the dtype policy {policy.name}, and the layer {layer.dtype_policy.name}; the new layer has one, so "
+                "give all of it the same"
+            )
         if getattr(each, "lora_enabled", False):
             yield f"{where}: {own} has a low-rank adapter (LoRA); save the model and load it again, which merges it"
         if each.activity_regularizer is not None and each is not layer:
@@ -69,6 +75,64 @@ def of_layer(model: Any, place: Place, *, keep_spectral_norm: bool) -> Iterator[
         if "meta" in str(getattr(each.value, "device", "")):
             yield f"{where}: {each.path} is on the meta device and has no numbers; load the weights first"
     yield from _shared(model, layer, where)
+
+
+def of_callers(standing: Collection[Place]) -> Iterator[str]:
+    """Why what calls a layer cannot call another in its place.
+
+    Args:
+        standing: every place of the layer.
+    """
+    for place in standing:
+        layer = place.layer
+        where = f"{place.name or 'the model'} ({type(layer).__name__})"
+        nodes = getattr(place.parent, "_nodes", ()) if place.parent is not None else ()
+        for index, node in enumerate(layer._inbound_nodes):  # noqa: SLF001 - Keras has no other way to what a call was given
+            # As Keras names a node of a graph.
+            if f"{id(layer)}_ib-{index}" in nodes:
+                names = list(inspect.signature(layer.call).parameters)
+                given = [*names[1 : len(node.arguments.args)], *node.arguments.kwargs]
+                more = [each for each in given if each not in (names[0], "training")]
+                if more:
+                    yield (
+                        f"{where}: the graph of {place.parent.name} calls it with x and {', '.join(more)}, which the new layer does not "
+                        "take; call it with x alone"
+                    )
+        for each in place.above:
+            for name in _compiled(each):
+                yield (
+                    f"{where}: {name} of {each.name} ({type(each).__name__}) is compiled (tf.function, jit or torch.compile), and goes on "
+                    "with the old layer; take that off, and compile what calls the converted model"
+                )
+
+
+def _compiled(layer: Any) -> Iterator[str]:
+    """The methods of a layer's own class, and functions that it holds, that are compiled."""
+    kinds = [kind for kind in type(layer).__mro__ if kind.__module__.partition(".")[0] not in _FRAMEWORKS]
+    named = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}
+    # Keras' own are made again.
+    mine = {
+        name: value
+        for name, value in vars(layer).items()
+        if name not in ("train_function", "test_function", "predict_function")
+    }
+    for name, value in (named | mine).items():
+        function = value
+        while (
+            function is not None
+            and callable(function)
+            and not isinstance(function, type | keras.layers.Layer)
+        ):
+            if any(hasattr(function, mark) for mark in _COMPILED):
+                yield name
+                break
+            function = getattr(function, "__wrapped__", None)
+
+
+_FRAMEWORKS = {"keras", "tensorflow", "torch", "builtins"}
+
+# Of tf.function, of jax.jit, and of torch.compile.
+_COMPILED = ("python_function", "lower", "_torchdynamo_orig_callable")
 
 
 def _shared(model: Any, layer: Any, where: str) -> Iterator[str]:

@@ -108,9 +108,15 @@ def in_place(parent: Any, keys: Keys, new: Any) -> None:
     tracker = parent._tracker  # noqa: SLF001 - Keras has no other way to a layer that is built
     if tracker.is_in_store("layers", old):
         tracker.replace_tracked_value("layers", old, new)
-    changed = _exchanged(held, rest, new)
-    if changed is not held:
-        setattr(parent, name, changed)
+    try:
+        changed = _exchanged(held, rest, new)
+        if changed is not held:
+            setattr(parent, name, changed)
+    except Exception:
+        if tracker.is_in_store("layers", new):
+            tracker.replace_tracked_value("layers", new, old)
+        _exchanged(held, rest, old)
+        raise
 
 
 def _exchanged(held: Any, keys: list[Any], new: Any) -> Any:

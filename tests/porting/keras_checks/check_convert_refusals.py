@@ -9,13 +9,16 @@ from selfattn_core.porting.errors import PortError
 from selfattn_keras import convert
 from tests.porting.keras_checks.foreign import (
     Block,
+    Book,
     Flat,
     Generator,
     Normalised,
+    Small,
     Uncopied,
     WrongAxis,
     arrays,
     assert_untouched,
+    rows,
     shaken,
 )
 
@@ -116,10 +119,6 @@ def _nested():
     return _built(Block(16)), {"match": (Block, Flat)}
 
 
-def _nothing_said():
-    return _built(Flat(16)), {"dialect": None}
-
-
 def _no_layer():
     return object(), {"match": Flat}
 
@@ -140,6 +139,111 @@ def _two_inputs():
     return layer, {"match": Flat}
 
 
+def _cut_windows():
+    class Cut(Book):
+        def call(self, x):
+            keys, values = (
+                rows(ops.max_pool(f(x), 2, 2, padding="same")) for f in (self.conv_phi, self.conv_g)
+            )
+            scores = ops.matmul(rows(self.conv_theta(x)), ops.transpose(keys, (0, 2, 1)))
+            attended = ops.reshape(ops.matmul(ops.softmax(scores), values), (-1, *x.shape[1:3], 8))
+            return x + self.sigma * self.conv_attn_g(attended)
+
+    return shaken(_built(Cut(16), (1, 5, 7, 16))), {"match": Book, "dialect": "keras-book"}
+
+
+def _dropout():
+    class Dropped(Flat):
+        def call(self, x, training=False):
+            y = super().call(x)
+            return x + keras.random.dropout(y - x, 0.5, seed=3) if training else y
+
+    return _built(Dropped(16)), {"match": Flat}
+
+
+def _pair_in_training():
+    class Pair(Flat):
+        def call(self, x, training=False):
+            self.pair = training
+            return super().call(x)
+
+    return _built(Pair(16)), {"match": Flat}
+
+
+class Forgetful(layers.Layer):
+    def __init__(self, scale=(1.0,), act="relu", **options):
+        super().__init__(**options)
+        self._scale, self.act = {"by": list(scale)}, keras.activations.get(act)
+        self.bent = lambda x: self.act(scale[0] * x)
+        self.attention = Flat(16)
+
+    def call(self, x):
+        return self.attention(self.bent(x))
+
+    def get_config(self):
+        return super().get_config()
+
+
+def _forgetful():
+    return _built(keras.Sequential([Forgetful((3.0,), "tanh")])), {"match": Flat, "dry_run": True}
+
+
+def _compiled():
+    class Compiled(Small):
+        def call(self, x):
+            return self.attention(x)
+
+        # What tf.function leaves on a function.
+        call.python_function = call
+
+    return _built(Compiled()), {"match": Flat, "inplace": True}
+
+
+def _frozen():
+    class Frozen(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.several, self.last = [Flat(16), (Flat(16),)], Flat(16)
+            self.done = True
+
+        def __setattr__(self, name, value):
+            if name == "last" and getattr(self, "done", False):
+                raise RuntimeError("no more")
+            super().__setattr__(name, value)
+
+        def call(self, x):
+            return self.last(self.several[1][0](self.several[0](x)))
+
+    return _built(Frozen()), {"match": Flat, "inplace": True}
+
+
+class Strong(Flat):
+    def call(self, x, strength=1.0):
+        return x + strength * (super().call(x) - x)
+
+
+def _argument():
+    inputs = keras.Input((5, 4, 16))
+    return keras.Model(inputs, Strong(16, name="a")(inputs, strength=0.5)), {"match": Flat}
+
+
+def _other_policy():
+    layer = Flat(16)
+    layer.key.dtype_policy = "mixed_bfloat16"
+    return _built(layer), {"match": Flat}
+
+
+def test_what_goes_is_noted():
+    class Losing(Strong):
+        def call(self, x, strength=1.0):
+            self.add_loss(ops.mean(ops.square(self.gamma)))
+            return super().call(x, strength)
+
+    notes = " ".join(convert(_built(Losing(16)), dialect="keras", match=Flat).layers[0].notes)
+    assert "takes strength too" in notes
+    assert "add_loss" in notes
+
+
 @pytest.mark.parametrize(
     ("case", "said"),
     [
@@ -153,9 +257,16 @@ def _two_inputs():
         (_several_dialects, "say with dialect= what it is: its keys fit .*keras"),
         (_normalised, "SpectralNormalization"),
         (_nested, "attention lies inside the model, and both match"),
-        (_nothing_said, "say with dialect="),
         (_no_layer, "got a builtins.object; expected a model or a layer of Keras 3"),
         (_unused_map, "the model cannot be copied"),
+        (_cut_windows, "at 5×7 the old layer is off by y"),
+        (_dropout, "in training the old layer computes something else"),
+        (_pair_in_training, r"returns y alone in evaluation, and .y, A. in training"),
+        (_forgetful, "_scale of .*act of .*bent of "),
+        (_compiled, "call of .*is compiled"),
+        (_frozen, "last cannot be set: RuntimeError: no more"),
+        (_argument, "a .Strong.: the graph of .* calls it with x and strength"),
+        (_other_policy, "has the dtype policy mixed_bfloat16, and the layer float32"),
         (_two_inputs, "does not run on an input .*more than one input"),
     ],
 )
@@ -170,6 +281,14 @@ def test_bad_input(case, said):
         assert_untouched(model, before)
 
 
-def test_a_word_that_returns_does_not_know():
-    with pytest.raises(ValueError, match="expected 'same' or 'output'"):
-        convert(Flat(16), dialect="keras", returns="map")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"returns": "map"}, "expected 'same' or 'output'"),
+        ({"dialect": None}, "neither dialect nor match"),
+        ({"match": 123, "size": 5}, "match=123.*size=5"),
+    ],
+)
+def test_arguments(options, said):
+    with pytest.raises(ValueError, match=said):
+        convert(Flat(16), **({"dialect": "keras"} | options))
