@@ -41,8 +41,10 @@ def test_signature():
     assert signature == expected.replace("(qk", "(self, qk") + " -> None"
     assert selfattn_keras.__all__ == [
         "SelfAttention2D",
+        "SelfAttention2DWithMap",
         "__version__",
         "attention_grid",
+        "convert",
         "from_canonical",
         "load",
         "refresh_spectral_norm",
