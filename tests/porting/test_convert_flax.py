@@ -674,7 +674,12 @@ def optimised(net):
     net.optimiser = nnx.Optimizer(net, optax.sgd(0.1), wrt=nnx.Param)
 
 
+def module_tied(net):
+    net.aux = net.attention.query
+
+
 OBSTACLES = {
+    module_tied: "its module attention.query is also aux, and the two would part",
     sharded: "attention .Flat.: query.kernel is sharded, or annotated",
     hooked: "gamma has the hooks on_get_value",
     tied: "query.bias is also a variable of another module",
@@ -724,7 +729,7 @@ def test_a_function_that_holds_a_part_of_the_model(rngs, untouched):
 
 def test_no_such_layer(rngs, untouched):
     net = Small(Flat, rngs)
-    refused(net, "say with dialect= what", untouched)
+    refused(net, "neither dialect nor match", untouched, ValueError)
     refused(net, "has no module that match=", untouched, dialect="flax", match="nowhere")
     refused(net, "has no module with the keys of biggan", untouched, dialect="biggan")
     refused(net, "stem .Linear.: is not flax", untouched, dialect="flax", match=nnx.Linear)
@@ -803,6 +808,155 @@ def test_what_is_no_nnx_module(rngs):
         convert(nnx.jit(Flat(rngs)), dialect="flax")
     with pytest.raises(TypeError, match=r"dict, expected an nnx.Module"):
         convert({"params": {}}, dialect="flax")
+
+
+class PoolsWithPadding(Mine):
+    """As Mine where windows are whole."""
+
+    def __call__(self, x):
+        f, h = (nnx.max_pool(one(x), (2, 2), (2, 2), padding="SAME") for one in (self.to_f, self.to_h))
+        A = jax.nn.softmax(rows(self.to_g(x)) @ rows(f).mT)
+        return self.gain[...] * self.to_o((A @ rows(h)).reshape(*x.shape[:-1], DV)) + x
+
+
+class PoolsWhole(Mine):
+    """It takes sides that are multiples of 8 alone."""
+
+    def __call__(self, x):
+        def pool(maps):
+            return maps.reshape(len(x), x.shape[1] // 8, 8, x.shape[2] // 8, 8, -1).max((2, 4))
+
+        A = jax.nn.softmax(rows(self.to_g(x)) @ rows(pool(self.to_f(x))).mT)
+        return self.gain[...] * self.to_o((A @ rows(pool(self.to_h(x)))).reshape(*x.shape[:-1], DV)) + x
+
+
+def test_windows_of_pooling_that_are_cut_off(rngs, tmp_path, untouched):
+    mine = dialect(tmp_path, pool=2, out=True, bias=False, axes="IO")
+    layer = randomised(PoolsWithPadding(rngs))
+    error = refused(layer, "at 17×19 the old layer is off by", untouched, ConversionError, dialect=mine)
+    assert "at 8×6" not in str(error)
+
+
+def test_a_layer_that_takes_whole_windows_alone(rngs, tmp_path):
+    mine = dialect(tmp_path, pool=8, out=True, bias=False, axes="IO")
+    layer = randomised(PoolsWhole(rngs))
+    report = convert(layer, dialect=mine)
+    assert any("does not run at 17×25" in note for note in report.layers[0].notes)
+    assert_near_floors(report.layers[0])
+
+
+class MapOfOneSize(Flat):
+    def __call__(self, x):
+        y, A = super().__call__(x)
+        return y, A[:, :48, :48]
+
+
+class DropsOut(Flat):
+    """As a function of `jax.random`, with its own mode."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.deterministic, self.rngs = False, rngs.fork()
+
+    def __call__(self, x):
+        y = super().__call__(x)
+        if self.deterministic:
+            return y
+        return x + 2 * (y - x) * jax.random.bernoulli(self.rngs.dropout(), 0.5, y.shape)
+
+
+class PairInTraining(Flat):
+    deterministic = False
+
+    def __call__(self, x):
+        y = super().__call__(x)
+        return y if self.deterministic else (y, y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "options"),
+    [
+        (functools.partial(MapOfOneSize, pair=True), "returned y and a tensor", {}),
+        (DropsOut, "in training the old layer computes something else", {"size": (4, 3)}),
+        (
+            PairInTraining,
+            "in training mode it returns .an array .*, and in evaluation mode an array",
+            {"size": (4, 3)},
+        ),
+    ],
+)
+def test_what_shows_at_one_size_or_in_training_alone(rngs, untouched, kind, words, options):
+    refused(randomised(kind(rngs)), words, untouched, dialect="flax", match=Flat, **options)
+
+
+def test_a_map_of_another_shape_is_told(rngs):
+    class Heads(Flat):
+        def __call__(self, x):
+            y, A = super().__call__(x)
+            return y, A[:, None]
+
+    report = convert(randomised(Heads(rngs, pair=True)), dialect="flax", size=(4, 3))
+    assert "the old map had the shape (2, 1, 12, 12), and the new one has (B, N, M)" in report.layers[0].notes
+
+
+class Locked(nnx.Module):
+    """It keeps what it has."""
+
+    def __init__(self, attention):
+        self.attention = attention
+        self.locked = True
+
+    def __setattr__(self, name, value):
+        if getattr(self, "locked", False):
+            raise RuntimeError("is locked")
+        super().__setattr__(name, value)
+
+
+def test_a_place_that_cannot_be_set(rngs, untouched):
+    attention = randomised(Flat(rngs))
+    net = nnx.Dict({"a": attention, "b": Locked(attention)})
+    options = {"dialect": "flax", "match": Flat, "size": (4, 3)}
+    refused(
+        net,
+        "b.attention of a Locked cannot be set .RuntimeError: is locked",
+        untouched,
+        inplace=True,
+        **options,
+    )
+
+
+def test_a_dry_run_tries_the_copy(rngs, untouched):
+    class Handle:
+        def __deepcopy__(self, memo):
+            raise TypeError("is open")
+
+    net = nnx.Dict({"a": randomised(Flat(rngs)), "b": nnx.Variable(Handle())})
+    options = {"dialect": "flax", "match": Flat, "size": (4, 3), "dry_run": True}
+    refused(net, "cannot be copied .TypeError: is open.*inplace=True", untouched, **options)
+    assert convert(net, inplace=True, **options).passed
+
+
+def test_power_iterations_are_told(rngs, tmp_path):
+    layer = randomised(Spectral(rngs))
+    for one in (layer.to_f, layer.to_g, layer.to_h):
+        one.n_steps = 4
+        kernel = one.layer_instance.kernel
+        # Of rank one, so that more iterations give the same.
+        kernel.set_value(kernel[:, :, :, :1] * kernel[:, :, :1])
+    layer(images())
+    report = convert(layer, dialect=dialect(tmp_path, rest=SPECTRAL), size=(4, 3))
+    assert (
+        "the old layer makes 4 power iterations in each call, and the new one makes 1"
+        in report.layers[0].notes
+    )
+
+
+def test_arguments_that_nothing_can_take(rngs, untouched):
+    error = refused(
+        Flat(rngs), "match=123", untouched, ValueError, dialect="flax", match=123, size=5, block_size=0
+    )
+    assert "size=5" in str(error)
+    assert "block_size=0" in str(error)
 
 
 DEVICES = """

@@ -8,7 +8,13 @@ from typing import Any, Literal
 import flax.linen
 from flax import nnx
 
-from selfattn_core.porting.converting import Conversion, ConversionError, ConvertedLayer, refuse
+from selfattn_core.porting.converting import (
+    Conversion,
+    ConversionError,
+    ConvertedLayer,
+    check_arguments,
+    refuse,
+)
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.dialects import dialect as dialect_named
 from selfattn_core.porting.errors import PortError
@@ -43,8 +49,8 @@ def convert(
     """Replace the attention layers of an NNX model by `SelfAttention2D`, each with the weights of the one that it replaces.
 
     Each foreign layer and the one that takes its place are asked for their output and gradients, in evaluation mode, on the
-    CPU, in float32 or float64. Both must agree with the definition within the limits of the conformance kit. Nothing is
-    replaced unless all do.
+    CPU, in float32 or float64. Both must agree with the definition within the limits of the conformance kit, and with one
+    another in training mode. Nothing is replaced unless all do.
 
     A new layer has the devices, dtypes, precision and training mode of the old one, its variables have the types and the
     metadata of the old ones, and its spectral norm the state. It has `query`, `key`, `value` and `gamma` where the old one
@@ -65,19 +71,19 @@ def convert(
         returns: "same": a layer that returned (y, A) is replaced by one that does, `SelfAttention2DWithMap`, at N·M numbers
             of memory in each call; "output": every new layer returns y alone.
         block_size: as in `SelfAttention2D`.
-        size: (H, W) of the input that both layers are asked; by default a few positions.
+        size: (H, W) of the input that both layers are asked; by default two sizes, of which one cuts off windows of pooling.
         inplace: whether `model` itself is changed; otherwise it stays as it is, and the result is a copy that shares no
             array with it.
-        dry_run: do everything but replace.
+        dry_run: do everything but replace. Without `inplace` it makes the copy too, and drops it.
 
     Returns:
         The model, and for each layer what it was, what it is and how far both are from the definition.
 
     Raises:
         ConversionError: a PortError whose `report` says which layer computes something else than its dialect says.
-        PortError: if no layer is found, or one cannot be replaced; every reason.
+        PortError: if no layer is found, one cannot be replaced, or the model cannot be copied or changed; every reason.
         TypeError: if the model is no `nnx.Module`; one of Linen is none.
-        ValueError: if `returns` is another word.
+        ValueError: if another argument is none that is expected; every one of them.
 
     Example:
         >>> import jax
@@ -98,8 +104,15 @@ def convert(
         >>> report.passed, report.layers[0].names, type(report.model.layers[2]).__name__
         (True, ('layers.2',), 'SelfAttention2D')
     """
-    if returns not in ("same", "output"):
-        raise ValueError(f"convert: returns={returns!r}; expected 'same' or 'output'.")
+    check_arguments(
+        match=match,
+        kind=nnx.Module,
+        settings=settings,
+        size=size,
+        returns=returns,
+        dialect=dialect,
+        block_size=block_size,
+    )
     _check_model(model)
     chosen = None if dialect is None else dialect_named(dialect)
     refuse(list(obstacles.of_model(model)))
@@ -128,7 +141,10 @@ def convert(
     done = Conversion[nnx.Module](None, tuple(reports))
     if not done.passed:
         raise ConversionError(done)
-    return done if dry_run else replace(done, model=_replaced(model, found, new, inplace=inplace))
+    if dry_run and inplace:
+        return done
+    changed = _replaced(model, found, new, inplace=inplace)
+    return done if dry_run else replace(done, model=changed)
 
 
 def _check_model(model: Any) -> None:
@@ -151,12 +167,9 @@ def _found(model: nnx.Module, chosen: Dialect | None, match: Match | None) -> Fo
     """The layers to replace by their `id`, each once, with all places where it stands."""
     modules = [(name, node) for name, node in places(model) if isinstance(node, nnx.Module)]
     if match is None:
-        if chosen is None:
-            raise PortError(
-                "convert: say with dialect= what the layers are, with match= which modules, or both."
-            )
         forms = forms_of(model, "")
-        there = {prefix for tensors in forms for prefix in prefixes(chosen, index_of(tensors))}
+        # `check_arguments` wants one of the two.
+        there = {prefix for tensors in forms for prefix in prefixes(chosen, index_of(tensors))}  # type: ignore[arg-type]
         # A shared layer has its keys at the first of its places alone.
         wanted = {id(node) for name, node in modules if (f"{normal(name)}/" if name else "") in there}
         matched = [(name, node) for name, node in modules if id(node) in wanted]
@@ -201,7 +214,12 @@ def _replaced(model: nnx.Module, found: Found, new: Mapping[int, nnx.Module], *,
     if inplace:
         put(model, new)
         return model
-    twin = copied(model)
+    try:
+        twin = copied(model)
+    except Exception as error:
+        raise PortError(
+            f"nothing was replaced, because the model cannot be copied ({type(error).__name__}: {error}); convert with inplace=True"
+        ) from error
     # The two have their modules at the same paths.
     paths = {path: id(node) for path, node in nnx.iter_graph(model) if id(node) in found}
     put(twin, {id(node): new[paths[path]] for path, node in nnx.iter_graph(twin) if path in paths})

@@ -19,8 +19,6 @@ from selfattn_core.porting.converting import (
     ConvertedLayer,
     Foreign,
     Question,
-    compared,
-    question,
 )
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
@@ -43,6 +41,10 @@ Array = NDArray[Any]
 KeyPath = tuple[Any, ...]
 # What `nnx.Variable` sets itself.
 _OF_EVERY_VARIABLE = ("hijax", "ref", "eager_sharding")
+
+
+class _DoesNotRunError(PortError):
+    """Of a layer that raised an error of its own."""
 
 
 @dataclass
@@ -90,27 +92,56 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         foreign, probed = (
             self._read(self._form(each, dialect), dialect) for each in (self.layer, self.probe)
         )
-        asked = question(probed, self.options.size)
+        every: list[tuple[Question, _Answers]] = []
+        unlike: list[PortError] = []
+
+        def answers(asked: Question) -> tuple[dict[str, Array], dict[str, Array]]:
+            with _arithmetic(asked.x.dtype):
+                try:
+                    old = self._ask(probed, asked)
+                    told = self._told(old, probed, asked)
+                except _DoesNotRunError:
+                    raise
+                except PortError as error:
+                    # It runs there, and is another layer.
+                    unlike.append(error)
+                    raise
+                every.append((asked, old))
+                twin = self._made(probed, asked, pair=old.map is not None)
+                paths = {name: _own_path(name) for name in parameter_table(probed.config)}
+                return told, _ours(_answered(twin, asked, paths), probed)
+
+        theirs, ours, failures, places = self._compared(probed, answers)
+        if unlike:
+            raise unlike[0]
+        asked, old = every[0]
+        pair = old.map is not None
+        if len({each.map is None for _, each in every}) > 1:
+            failures = (*failures, "it returns (y, A) at some sizes of its input only")
+        keep = pair and self.options.returns == "same"
         with _arithmetic(asked.x.dtype):
-            old = self._ask(probed, asked)
-            pair = old.map is not None
-            keep = pair and self.options.returns == "same"
-            new, notes = self._dressed(foreign, old, pair=keep)
-            twin = make(_kind(pair), probed.config, asked.params, block_size=self.options.block_size)
-            paths = {name: _own_path(name) for name in parameter_table(probed.config)}
-            answers = _answered(twin, asked, paths)
+            failure, training = self._in_training(probed, asked, old)
+            new, notes = self._dressed(foreign, old, asked.x.shape[1:3], pair=keep)
+        if keep and old.map.ndim != 3:
+            notes.append(f"the old map had the shape {old.map.shape}, and the new one has (B, N, M)")
         notes += notes_of(foreign, to_canonical(new), dropped_map=pair and not keep)
         report = ConvertedLayer(
             self.names,
             type(self.layer).__name__,
             dialect.name,
             foreign.config.to_dict(),
-            *compared(probed, asked, self._told(old, probed, asked), _ours(answers, probed)),
+            theirs,
+            ours,
+            (*failures, *([failure] if failure else [])),
             returns_map=isinstance(new, SelfAttention2DWithMap),
             assumptions=foreign.assumptions,
-            notes=(*foreign.notes, *notes),
+            notes=(*foreign.notes, *places, *notes, *([training] if training else [])),
         )
         return new, report
+
+    def _made(self, probed: Foreign, asked: Question, *, pair: bool) -> SelfAttention2D:
+        """Our layer with the parameters of the question."""
+        return make(_kind(pair), probed.config, asked.params, block_size=self.options.block_size)
 
     def _ask(self, foreign: Foreign, asked: Question) -> _Answers:
         """The answers of the probe, of which a copy is asked, since a question may move its state."""
@@ -122,8 +153,36 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         except PortError as error:
             raise PortError(f"{self.where}: {error}") from error
         except Exception as error:
-            raise self._does_not_run(shape, f"{type(error).__name__}: {error}") from error
+            raise self._refusal(shape, error) from error
         return answers
+
+    def _in_training(self, foreign: Foreign, asked: Question, rested: _Answers) -> tuple[str, str]:
+        """What to say of both layers in training mode: a failure and a note, one of them or both "".
+
+        Args:
+            foreign: the layer.
+            asked: the question.
+            rested: the answers of the old layer in evaluation mode.
+        """
+        pair = rested.map is not None
+        try:
+            result = _trained(copied(self.probe), asked)
+        except Exception as error:
+            return "", (
+                f"it does not run in training mode ({type(error).__name__}: {error}), where the new one does; it was compared in "
+                "evaluation mode"
+            )
+        y = result[0] if pair and isinstance(result, tuple | list) and len(result) == 2 else result
+        if not isinstance(y, jax.Array) or y.shape != rested.y.shape or pair is (y is result):
+            return (
+                f"in training mode it returns {_shown(result)}, and in evaluation mode "
+                f"{_shown((rested.y, rested.map) if pair else rested.y)}"
+            ), ""
+        ours = _trained(self._made(foreign, asked, pair=False), asked)
+        return self._differs_in_training(foreign, asked, read(y), read(ours))
+
+    def _refusal(self, shape: tuple[int, ...], error: Exception) -> "_DoesNotRunError":
+        return _DoesNotRunError(str(self._does_not_run(shape, f"{type(error).__name__}: {error}")))
 
     def _told(self, answers: _Answers, foreign: Foreign, asked: Question) -> dict[str, Array]:
         """The answers of the old layer in the shapes of the definition."""
@@ -140,7 +199,9 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
             found[name] = matrix.reshape(foreign.params[name].shape)
         return found
 
-    def _dressed(self, foreign: Foreign, old: _Answers, *, pair: bool) -> tuple[SelfAttention2D, list[str]]:
+    def _dressed(
+        self, foreign: Foreign, old: _Answers, size: tuple[int, ...], *, pair: bool
+    ) -> tuple[SelfAttention2D, list[str]]:
         """Our layer with everything of the old one, and what is to say of it."""
         dtype, precision = self._computation(foreign)
         kind = _kind(pair)
@@ -148,16 +209,16 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         new = make(kind, foreign.config, foreign.params, dtype=dtype, **made)
         self._dress(new, foreign)
         notes = []
-        if dtype is not None and not self._returns_alike(new):
+        if dtype is not None and not self._returns_alike(new, size):
             plain = make(kind, foreign.config, foreign.params, dtype=None, **made)
             self._dress(plain, foreign)
-            if self._returns_alike(plain):
+            if self._returns_alike(plain, size):
                 new = plain
                 notes.append(
                     f"the old layer computes in {jnp.dtype(dtype)} and returns another dtype; the new one computes in that which "
                     "its input and its parameters promote to, and returns what the old one does"
                 )
-        if not self._returns_alike(new):
+        if not self._returns_alike(new, size):
             notes.append("the new layer returns another dtype than the old one for some inputs")
         if old.sown:
             notes.append(
@@ -173,6 +234,13 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
             for _, module in nnx.iter_graph(new):
                 if isinstance(module, NNXSpectralConv):
                     module.use_running_average = modes == {True}
+            steps = {
+                node.n_steps for _, node in nnx.iter_graph(self.layer) if isinstance(node, nnx.SpectralNorm)
+            }
+            if steps - {1}:
+                notes.append(
+                    f"the old layer makes {' or '.join(map(str, sorted(steps)))} power iterations in each call, and the new one makes 1"
+                )
         if old.moved:
             notes.append(
                 f"the old layer moves its {listed(old.moved, 3)} in evaluation too; the new one moves nothing there"
@@ -233,13 +301,15 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
             )
         return found.pop(), precisions[0]
 
-    def _returns_alike(self, new: SelfAttention2D) -> bool:
+    def _returns_alike(self, new: SelfAttention2D, size: tuple[int, ...]) -> bool:
         """Whether the dtype of y is the old layer's for inputs of the usual dtypes."""
-        shape = (1, *(self.options.size or (12, 12)), new.config.channels)
-        return all(
-            _dtype_of(self.layer, shape, dtype) == _dtype_of(new, shape, dtype)
-            for dtype in ("float32", "bfloat16", "float16")
-        )
+        shape = (1, *size, new.config.channels)
+        dtypes = ("float32", "bfloat16", "float16")
+        try:
+            old = [_dtype_of(self.layer, shape, dtype) for dtype in dtypes]
+        except Exception as error:
+            raise self._refusal(shape, error) from error
+        return old == [_dtype_of(new, shape, dtype) for dtype in dtypes]
 
     def _key(self, source: str) -> str:
         """What `leaves_of` calls a tensor of either form."""
@@ -304,6 +374,20 @@ def _answered(layer: nnx.Module, asked: Question, paths: Mapping[str, KeyPath]) 
     gradients, dx = back(jax.device_put(asked.dy, _cpu()))
     moved = [key for key, value in before.items() if not np.array_equal(after[key], value)]
     return _Answers(y, dx, beside, gradients, sown, moved)
+
+
+def _trained(layer: nnx.Module, asked: Question) -> Any:
+    """What a layer returns in training mode, on the CPU and in the dtype of the question.
+
+    Args:
+        layer: a copy, which is changed.
+        asked: the question.
+    """
+    _at_rest(layer, asked.x.dtype)
+    layer.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return layer(jax.device_put(asked.x, _cpu()))
 
 
 def _probe(layer: nnx.Module) -> nnx.Module:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from selfattn_core.porting.errors import PortError
+
 __all__ = ["copied", "places", "plain_attributes", "put"]
 
 
@@ -30,20 +32,35 @@ def places(model: nnx.Pytree) -> list[tuple[str, nnx.Pytree]]:
 
 
 def put(model: nnx.Pytree, new: Mapping[int, nnx.Module]) -> None:
-    """Put other modules into a model.
+    """Put other modules into a model, all of them or none.
 
     Args:
         model: what is changed.
         new: by the `id` of the module whose every place it takes.
+
+    Raises:
+        PortError: if a place cannot be set; the model is as it was.
     """
-    for _, node in list(nnx.iter_graph(model)):
+    done: list[tuple[nnx.Pytree, str, Any]] = []
+    for path, node in list(nnx.iter_graph(model)):
         if not isinstance(node, nnx.Pytree):
             continue
         for name, value in _attributes(node):
-            if any(id(leaf) in new for leaf in jax.tree.leaves(value, is_leaf=_is_node)):
+            if not any(id(leaf) in new for leaf in jax.tree.leaves(value, is_leaf=_is_node)):
+                continue
+            try:
                 setattr(
                     node, name, jax.tree.map(lambda leaf: new.get(id(leaf), leaf), value, is_leaf=_is_node)
                 )
+            except Exception as error:
+                for owner, place, old in reversed(done):
+                    setattr(owner, place, old)
+                where = ".".join(map(str, (*path, name)))
+                raise PortError(
+                    f"nothing was replaced, and the model is as it was, because {where} of a {type(node).__name__} cannot be set "
+                    f"({type(error).__name__}: {error}); set it where the code makes it"
+                ) from error
+            done.append((node, name, value))
 
 
 def copied(model: nnx.Module) -> nnx.Module:

@@ -58,6 +58,8 @@ def of_layer(name: str, layer: nnx.Module, model: nnx.Module) -> Iterator[str]:
             yield f"{inner} drops out at a rate of {node.rate}, and the new layer has no dropout; set the rate to 0"
         if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState | nnx.Intermediate):
             yield from (f"{inner} {reason}" for reason in _of_variable(node, outside))
+    for inner, outer in _modules_outside(model, layer):
+        yield f"{where}: its module {inner} is also {outer}, and the two would part; make them two"
     for pair in nnx.find_duplicates(layer, only=nnx.Param):
         yield f"{where}: {' and '.join(map(_name, pair))} are one, and would part; untie them"
     if len(modes_of(layer)) > 1:
@@ -130,6 +132,30 @@ def _variables_outside(model: nnx.Module, layer: nnx.Module) -> set[int]:
             )
             found |= {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
     return found
+
+
+def _modules_outside(model: nnx.Module, layer: nnx.Module) -> Iterator[tuple[str, str]]:
+    """The modules of a layer that hold numbers and that the model also has by another way: both names of each."""
+    names = [name for name, node in places(model) if node is layer]
+    within = tuple(f"{name}." if name else "" for name in names)
+    owned: dict[int, str] = {}
+    for name, node in places(layer):
+        if node is not layer and _has_numbers(node):
+            owned.setdefault(id(node), within[0] + name)
+    for name, node in places(model):
+        if id(node) in owned and not name.startswith(within):
+            yield owned[id(node)], name
+
+
+def _has_numbers(node: nnx.Pytree) -> bool:
+    leaves = jax.tree.leaves(
+        [value for name, value in vars(node).items() if not name.startswith("_pytree__")],
+        is_leaf=lambda one: isinstance(one, nnx.Pytree | nnx.Variable),
+    )
+    return any(
+        isinstance(leaf, nnx.Variable | jax.Array) and not isinstance(leaf, nnx.RngState | nnx.Intermediate)
+        for leaf in leaves
+    )
 
 
 def _held(value: Any, seen: set[int]) -> Iterator[Any]:
