@@ -914,7 +914,7 @@ class Locked(nnx.Module):
 
 def test_a_place_that_cannot_be_set(rngs, untouched):
     attention = randomised(Flat(rngs))
-    net = nnx.Dict({"a": attention, "b": Locked(attention)})
+    net = nnx.Dict({"a": nnx.List([attention]), "b": Locked(attention)})
     options = {"dialect": "flax", "match": Flat, "size": (4, 3)}
     refused(
         net,
