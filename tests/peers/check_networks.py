@@ -3,9 +3,6 @@
 Run by `make test-peers`, in an environment of its own.
 """
 
-import sys
-from types import ModuleType
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +10,7 @@ from torch import nn
 from selfattn_core.conformance.tolerance import FACTOR
 from selfattn_core.porting import PortError
 from selfattn_torch import SelfAttention2d, convert
-from tests.peers.originals import prepare_torchvision
+from tests.peers.originals import mimicry, prepare_torchvision
 from tests.porting.networks import check_network
 
 
@@ -45,18 +42,9 @@ def biggan():
     return model, (torch.randn(1, 128), classes, 0.7), {"dialect": "biggan-hf"}
 
 
-def _mimicry(name, module):
-    prepare_torchvision()
-    for part in ("metrics", "datasets"):
-        sys.modules.setdefault(f"torch_mimicry.{part}", ModuleType(f"torch_mimicry.{part}"))
-    from torch_mimicry.nets.sagan import sagan_32
-
-    return getattr(sagan_32, name)(num_classes=3, **module)
-
-
 def mimicry_generator():
     """SAGAN of 32×32 pixels."""
-    model = _mimicry("SAGANGenerator32", {"ngf": 24, "nz": 7})
+    model = mimicry("SAGANGenerator32", ngf=24, nz=7)
     return model, (torch.randn(2, 7), torch.tensor([0, 2])), {"dialect": "mimicry"}
 
 
@@ -73,7 +61,7 @@ class Scores(nn.Module):
 
 def mimicry_discriminator():
     """Its critic, which has the spectral norm of the package."""
-    model = Scores(_mimicry("SAGANDiscriminator32", {"ndf": 24}))
+    model = Scores(mimicry("SAGANDiscriminator32", ndf=24))
     with torch.no_grad():
         for _ in range(15):
             model.train()(torch.randn(2, 3, 32, 32), torch.tensor([0, 2]))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["PEERS", "Peer", "prepare_torchvision"]
+__all__ = ["PEERS", "Peer", "mimicry", "prepare_torchvision"]
 
 
 def prepare_torchvision() -> None:
@@ -83,14 +83,20 @@ def _biggan() -> tuple[nn.Module, nn.Module]:
     return model, model.generator.layers[2]
 
 
-def _mimicry() -> tuple[nn.Module, nn.Module]:
+def mimicry(name: str, **options: Any) -> nn.Module:
+    """A network of torch-mimicry's SAGAN for 32×32 pixels.
+
+    As a whole the package cannot be imported: its metrics need TensorFlow 1, its data sets a module that torch no longer has.
+    """
     prepare_torchvision()
-    # As a whole it cannot be imported: its metrics need TensorFlow 1, its data sets a module that torch no longer has.
     for part in ("metrics", "datasets"):
         sys.modules.setdefault(f"torch_mimicry.{part}", ModuleType(f"torch_mimicry.{part}"))
-    from torch_mimicry.nets.sagan.sagan_32 import SAGANGenerator32
+    network = getattr(importlib.import_module("torch_mimicry.nets.sagan.sagan_32"), name)
+    return network(num_classes=3, **options)
 
-    model = SAGANGenerator32(num_classes=3, ngf=24, nz=7)
+
+def _mimicry() -> tuple[nn.Module, nn.Module]:
+    model = mimicry("SAGANGenerator32", ngf=24, nz=7)
     return model, model.attn_block
 
 
