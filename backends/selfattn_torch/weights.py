@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from selfattn_torch.projection import Projection
 from selfattn_torch.spectral_norm import SpectralConv2d
 
 Array = NDArray[Any]
+Layer = TypeVar("Layer", bound=SelfAttention2d)
 
 
 def to_canonical(layer: SelfAttention2d) -> dict[str, Array]:
@@ -76,9 +77,22 @@ def from_canonical(
         >>> torch.equal(twin.key.weight, layer.key.weight)
         True
     """
+    return make(SelfAttention2d, config, params, block_size=block_size, device=device, dtype=dtype)
+
+
+def make(
+    kind: type[Layer],
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    *,
+    block_size: int | None = None,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Layer:
+    """What `from_canonical` makes, of a given class."""
     arrays = check_params(config, params)
     # Made on the meta device, so that torch's random state is not touched.
-    layer = SelfAttention2d.from_config(config, block_size=block_size, device="meta", dtype=dtype)
+    layer = kind.from_config(config, block_size=block_size, device="meta", dtype=dtype)
     state = {}
     for name, array in arrays.items():
         tensor = _tensor(np.array(array, order="C"))

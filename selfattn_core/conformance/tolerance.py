@@ -44,6 +44,7 @@ __all__ = [
     "Expectation",
     "Verdict",
     "expect",
+    "expect_on",
     "expect_shipped",
     "expectations",
     "fused",
@@ -138,12 +139,25 @@ def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
         dtype: one of `EPS`.
         seed: as for `inputs`.
     """
+    other = _NOISE[dtype]
     given = inputs(case, dtype, seed)
+    return expect_on(case, given, given if other == dtype else inputs(case, other, seed), dtype)
+
+
+def expect_on(case: Case, given: Inputs, noisy: Inputs, dtype: str) -> dict[str, Expectation]:
+    """The same on an input that is given.
+
+    Args:
+        case: as for `expect`.
+        given: the input, as `inputs` gives it in the dtype.
+        noisy: the input on which the spec's error is measured: the same, or for a dtype that borrows the error of another
+            one in that dtype.
+        dtype: one of `EPS`.
+    """
+    other = _NOISE[dtype]
     wide = _cast(given)
     want = quantities(case, wide, "float64")
-    other = _NOISE[dtype]
-    noisy = given if other == dtype else inputs(case, other, seed)
-    reference = want if other == dtype else quantities(case, _cast(noisy), "float64")
+    reference = want if noisy is given else quantities(case, _cast(noisy), "float64")
     noises = [quantities(case, noisy, other)]
     if other == "float32":
         noises.append(quantities(case, noisy, other, fused()))

@@ -1,6 +1,6 @@
 """What the adapters' `convert` share: a foreign layer of a model in memory, the question that it and ours answer, the report."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -10,16 +10,7 @@ from numpy.typing import NDArray
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases import Case
 from selfattn_core.conformance.inputs import Inputs
-from selfattn_core.conformance.tolerance import (
-    EPS,
-    FACTORS,
-    Expectation,
-    Verdict,
-    expectations,
-    fused,
-    measure,
-    quantities,
-)
+from selfattn_core.conformance.tolerance import FACTORS, Expectation, Verdict, expect_on, measure
 from selfattn_core.params import parameter_table
 from selfattn_core.porting.checking import designed_input
 from selfattn_core.porting.dialects import Dialect, dialect
@@ -43,6 +34,8 @@ __all__ = [
     "check_arguments",
     "chosen_dialect",
     "compared",
+    "nested",
+    "no_match",
     "question",
     "read_layer",
     "refuse",
@@ -62,6 +55,8 @@ class Foreign:
         params: arrays by canonical name, in the precision of the foreign layer, float32 where it has 16 bits.
         origins: where each comes from.
         axes: of each kernel as the foreign layer has it, by canonical name.
+        divided: whether the kernels were divided by their spectral norms, which ours does not have.
+        batch_norm: whether a batch norm has become part of the last projection.
         assumptions: what its tensors do not show.
         notes: what else a person must know.
     """
@@ -70,6 +65,8 @@ class Foreign:
     params: Mapping[str, Array]
     origins: Mapping[str, Origin]
     axes: Mapping[str, str]
+    divided: bool
+    batch_norm: bool
     assumptions: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -273,12 +270,14 @@ def read_layer(
     assumptions = tuple(one.text for one in planned.assumptions)
     params = {name: np.array(array) for name, array in block.params.items()}
     notes = list(block.notes)
-    if planned.match.batch_norm:
+    batch_norm = bool(planned.match.batch_norm)
+    if batch_norm:
         notes.append(
             "its batch norm is part of the new layer's kernel and bias, as in evaluation mode; training goes on without it"
         )
     # The dialect's caveats are about what keys do not show; here the layer itself is asked.
-    return Foreign(block.config, params, block.origins, axes, assumptions, tuple(notes))
+    divided = any(norms) and not block.config.spectral_norm
+    return Foreign(block.config, params, block.origins, axes, divided, batch_norm, assumptions, tuple(notes))
 
 
 def _plan(tensors: Tensors, chosen: Dialect, settings: Settings) -> Plan:
@@ -348,6 +347,41 @@ def check_arguments(
 
 def _is_function(match: Any) -> bool:
     return callable(match) and not isinstance(match, type)
+
+
+def no_match(
+    model_parts: str, match: Any, dialect: str | None, kinds: Iterable[type], more: str = ""
+) -> PortError:
+    """What to raise where nothing in a model matches.
+
+    Args:
+        model_parts: what the framework calls them, "module" or "layer".
+        match: as in `convert`.
+        dialect: as in `convert`.
+        kinds: of everything in the model.
+        more: what else may be the cause.
+    """
+    what = f"that match={match!r} takes" if match is not None else f"with the keys of {dialect}"
+    names = ", ".join(sorted({kind.__name__ for kind in kinds}))
+    return PortError(
+        f"convert: the model has no {model_parts} {what}, and was left as it is; its {model_parts}s are of {names}{more}. Name the "
+        "class of the attention layer with match=, and with dialect= what it computes."
+    )
+
+
+def nested(names: Collection[str]) -> list[str]:
+    """Why places that lie inside one another cannot all be replaced.
+
+    Example:
+        >>> nested(["attention", "attention.query", "head"])
+        ['attention.query lies inside attention, and both match; narrow match=']
+    """
+    return [
+        f"{inner} lies inside {outer or 'the model itself'}, and both match; narrow match="
+        for inner in sorted(names)
+        for outer in sorted(names)
+        if inner.startswith(f"{outer}." if outer else outer) and inner != outer
+    ]
 
 
 def sizes(config: SelfAttentionConfig, size: tuple[int, int] | None) -> tuple[tuple[int, int], ...]:
@@ -460,28 +494,14 @@ def _expected(foreign: Foreign, asked: Question, family: Any, dtype: str) -> Map
     case = Case(
         "convert", family, "convert", foreign.config, asked.x.shape[:3], gamma=asked.gamma, dtypes=(dtype,)
     )
-    wide = _held(asked, "float64")
-    narrow = _held(asked, "float32")
-    want = quantities(case, wide, "float64")
-    # What float32 holds of a float64 layer is another layer: its error is taken against that one.
-    reference = quantities(case, _wide(narrow), "float64")
-    noises = [quantities(case, narrow, "float32"), quantities(case, narrow, "float32", fused())]
-    ratio = EPS[dtype] / EPS["float32"]
-    errors = {
-        name: max(float(np.abs(noise[name] - value).max(initial=0)) for noise in noises) * ratio
-        for name, value in reference.items()
-    }
-    return expectations(case, wide, want, errors, dtype)
+    given = _held(asked, dtype)
+    # float64 borrows the error of float32, as in the kit.
+    return expect_on(case, given, given if dtype == "float32" else _held(asked, "float32"), dtype)
 
 
 def _held(asked: Question, dtype: str) -> Inputs:
     params = {name: array.astype(dtype) for name, array in asked.params.items()}
     return Inputs(params, asked.x.astype(dtype), asked.dy.astype(dtype))
-
-
-def _wide(narrow: Inputs) -> Inputs:
-    params = {name: array.astype(np.float64) for name, array in narrow.params.items()}
-    return Inputs(params, narrow.x.astype(np.float64), narrow.dy.astype(np.float64))
 
 
 def _floors(errors: Mapping[str, float]) -> str:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from selfattn_core.conformance.tolerance import FACTOR
 from selfattn_core.porting.converting import (
+    Conversion,
+    ConversionError,
     ConvertedLayer,
     Foreign,
     Question,
@@ -19,16 +21,22 @@ from selfattn_core.porting.converting import (
     compared,
     question,
     read_layer,
+    refuse,
     sizes,
 )
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.readers import Tensors
 
-__all__ = ["ForeignLayerBase", "Options", "notes_of"]
+__all__ = ["DoesNotRunError", "ForeignLayerBase", "Options", "convert_all", "notes_of"]
 
 Array = NDArray[Any]
+Key = TypeVar("Key")
 Layer = TypeVar("Layer")
+
+
+class DoesNotRunError(PortError):
+    """A layer that raised an error of its own on an input: at another size it may run."""
 
 
 @dataclass(frozen=True)
@@ -84,27 +92,33 @@ class ForeignLayerBase(ABC, Generic[Layer]):
         """The layer of this dialect that takes its place, and the report on both."""
 
     def _compared(
-        self, foreign: Foreign, answers: Callable[[Question], tuple[Mapping[str, Array], Mapping[str, Array]]]
+        self,
+        foreign: Foreign,
+        answers: Callable[[Question], tuple[Mapping[str, Array], Mapping[str, Array]]],
+        *,
+        also: tuple[int, int] | None = None,
     ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...], list[str]]:
         """The errors of both layers at every size, what is beyond the limits, and where the old one does not run.
 
         Args:
             foreign: the layer that is asked.
             answers: of the old layer and of ours.
+            also: (H, W) of one more input.
 
         Raises:
-            PortError: if the old layer runs at none of the sizes.
+            DoesNotRunError: if the old layer runs at none of the sizes.
+            PortError: if it runs, and returns what cannot be compared.
         """
         old: dict[str, float] = {}
         new: dict[str, float] = {}
         failures: list[str] = []
-        refused: list[tuple[str, PortError]] = []
-        every = sizes(foreign.config, self.options.size)
+        refused: list[tuple[str, DoesNotRunError]] = []
+        every = dict.fromkeys((*sizes(foreign.config, self.options.size), *((also,) if also else ())))
         for height, width in every:
             asked = question(foreign, (height, width))
             try:
                 theirs, ours = answers(asked)
-            except PortError as error:
+            except DoesNotRunError as error:
                 refused.append((f"{height}×{width}", error))
                 continue
             floors = compared(foreign, asked, theirs, ours)
@@ -113,9 +127,11 @@ class ForeignLayerBase(ABC, Generic[Layer]):
             failures += [f"at {height}×{width} {text}" for text in floors[2]]
         if len(refused) == len(every):
             raise refused[0][1]
+        missed = [place for place, _ in refused]
+        ran = [place for place in (f"{height}×{width}" for height, width in every) if place not in missed]
         notes = [
-            f"it does not run at {place}, where the new one does; it was compared at other sizes"
-            for place, _ in refused
+            f"it does not run at {place}, where the new one does; it was compared at {' and '.join(ran)}"
+            for place in missed
         ]
         return old, new, tuple(failures), notes
 
@@ -126,12 +142,12 @@ class ForeignLayerBase(ABC, Generic[Layer]):
         floors = apart(foreign, asked, old, new)
         if floors <= 2 * FACTOR:
             return "", ""
-        if foreign.config.spectral_norm or any("÷" in "".join(o.steps) for o in foreign.origins.values()):
+        if foreign.config.spectral_norm or foreign.divided:
             return "", (
                 f"in training its next output differs by {floors:.2g} noise floors: its spectral norm moves in another way, for example "
                 "by several iterations or from another vector"
             )
-        if any("batch norm" in "".join(o.steps) for o in foreign.origins.values()):
+        if foreign.batch_norm:
             return "", ""
         return (
             f"in training the old layer computes something else, {floors:.2g} noise floors away: it drops out, adds noise, or the like. "
@@ -142,8 +158,8 @@ class ForeignLayerBase(ABC, Generic[Layer]):
         options = self.options
         return read_layer(tensors, dialect, options.settings, keep_spectral_norm=options.keep_spectral_norm)
 
-    def _does_not_run(self, shape: tuple[int, ...], error: str) -> PortError:
-        return PortError(
+    def _does_not_run(self, shape: tuple[int, ...], error: str) -> DoesNotRunError:
+        return DoesNotRunError(
             f"{self.where}: does not run on an input {shape}: {error}. Pass the size that it takes as size=(H, W); a layer that takes "
             "more than one input cannot be converted."
         )
@@ -161,6 +177,35 @@ class ForeignLayerBase(ABC, Generic[Layer]):
         return found.reshape(shape)
 
 
+def convert_all(
+    layers: Mapping[Key, Callable[[], ForeignLayerBase[Layer]]], dialect: str | None
+) -> tuple[dict[Key, Layer], Conversion[Any]]:
+    """Every layer's place-taker, and the report on all, of which the model is None.
+
+    Args:
+        layers: what makes each foreign layer.
+        dialect: as in `convert`.
+
+    Raises:
+        ConversionError: if one computes something else than its dialect says.
+        PortError: if one cannot be read or asked; every reason.
+    """
+    new: dict[Key, Layer] = {}
+    reports: list[ConvertedLayer] = []
+    problems: list[str] = []
+    for key, foreign in layers.items():
+        try:
+            new[key], report = foreign().converted(dialect)
+            reports.append(report)
+        except PortError as error:
+            problems.append(str(error))
+    refuse(problems)
+    done = Conversion[Any](None, tuple(reports))
+    if not done.passed:
+        raise ConversionError(done)
+    return new, done
+
+
 def notes_of(foreign: Foreign, new: Mapping[str, Array], *, dropped_map: bool) -> list[str]:
     """What there is to say of the numbers of the layer that takes a foreign one's place.
 
@@ -172,7 +217,7 @@ def notes_of(foreign: Foreign, new: Mapping[str, Array], *, dropped_map: bool) -
     notes = []
     if foreign.made:
         notes.append(f"{', '.join(foreign.made)}: the old layer has none, and training does not change them")
-    if any("÷" in step for origin in foreign.origins.values() for step in origin.steps):
+    if foreign.divided:
         notes.append("the kernels are divided by their spectral norms, which training no longer limits")
     rounded = [name for name, array in new.items() if (array != foreign.params[name]).any()]
     if rounded:

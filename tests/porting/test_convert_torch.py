@@ -477,6 +477,17 @@ def test_what_a_small_map_in_evaluation_does_not_show(make, dialect, words):
         convert(make(24), dialect=dialect)
 
 
+def test_a_size_at_which_it_returns_something_else_is_no_size_at_which_it_does_not_run():
+    class Cropped(Flat):
+        def forward(self, x):
+            return super().forward(x)[:, :, :16]
+
+    with pytest.raises(
+        PortError, match=r"returned a tensor \(2, 24, 16, 19\) for an input \(2, 24, 17, 19\)"
+    ):
+        convert(Cropped(24), dialect="heykeetae")
+
+
 def test_a_layer_for_whole_windows_says_so():
     torch.manual_seed(0)
     (layer,) = convert(Pooled(24), dialect="biggan").layers

@@ -3,23 +3,18 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen
 from flax import nnx
 
-from selfattn_core.porting.converting import (
-    Conversion,
-    ConversionError,
-    ConvertedLayer,
-    check_arguments,
-    refuse,
-)
+from selfattn_core.porting.converting import Conversion, check_arguments, nested, no_match, refuse
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.dialects import dialect as dialect_named
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.finding import index_of
-from selfattn_core.porting.foreign_layer import Options
+from selfattn_core.porting.foreign_layer import Options, convert_all
 from selfattn_core.porting.matching import normal, prefixes
 from selfattn_flax.converting import obstacles
 from selfattn_flax.converting.foreign import ForeignLayer
@@ -118,7 +113,7 @@ def convert(
     refuse(list(obstacles.of_model(model)))
     found = _found(model, chosen, match)
     names = {name for _, each in found.values() for name in each}
-    refuse(_nested(names))
+    refuse(nested(names))
     problems: list[str] = []
     for layer, each in found.values():
         problems += obstacles.of_layer(each[0], layer, model)
@@ -129,18 +124,8 @@ def convert(
         )
     refuse(problems)
     options = Options(settings or {}, keep_spectral_norm, returns, block_size, size)
-    new: dict[int, nnx.Module] = {}
-    reports: list[ConvertedLayer] = []
-    for number, (layer, each) in found.items():
-        try:
-            new[number], report = ForeignLayer(layer, each, options).converted(dialect)
-            reports.append(report)
-        except PortError as error:
-            problems.append(str(error))
-    refuse(problems)
-    done = Conversion[nnx.Module](None, tuple(reports))
-    if not done.passed:
-        raise ConversionError(done)
+    foreign = {number: partial(ForeignLayer, layer, each, options) for number, (layer, each) in found.items()}
+    new, done = convert_all(foreign, dialect)
     if dry_run and inplace:
         return done
     changed = _replaced(model, found, new, inplace=inplace)
@@ -187,25 +172,11 @@ def _found(model: nnx.Module, chosen: Dialect | None, match: Match | None) -> Fo
             _, names = found.get(id(node), (node, ()))
             found[id(node)] = (node, (*names, name))
     if not found:
-        what = f"that match={match!r} takes" if match is not None else f"with the keys of {chosen.name}"  # type: ignore[union-attr]
-        kinds = sorted({type(node).__name__ for _, node in modules})
-        raise PortError(
-            f"convert: the model has no module {what}, and was left as it is; its modules are of {', '.join(kinds)}. Name the class of "
-            "the attention layer with match=, and with dialect= what it computes."
-        )
+        raise no_match("module", match, chosen.name if chosen else None, (type(node) for _, node in modules))
     everywhere: dict[int, list[str]] = {}
     for name, node in modules:
         everywhere.setdefault(id(node), []).append(name)
     return {number: (node, tuple(everywhere[number])) for number, (node, _) in found.items()}
-
-
-def _nested(names: set[str]) -> list[str]:
-    return [
-        f"{inner} lies inside {outer or 'the model itself'}, and both match; narrow match="
-        for inner in sorted(names)
-        for outer in sorted(names)
-        if inner.startswith(f"{outer}." if outer else outer) and inner != outer
-    ]
 
 
 def _replaced(model: nnx.Module, found: Found, new: Mapping[int, nnx.Module], *, inplace: bool) -> nnx.Module:

@@ -43,10 +43,6 @@ KeyPath = tuple[Any, ...]
 _OF_EVERY_VARIABLE = ("hijax", "ref", "eager_sharding")
 
 
-class _DoesNotRunError(PortError):
-    """Of a layer that raised an error of its own."""
-
-
 @dataclass
 class _Answers:
     """What a layer says.
@@ -93,27 +89,17 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
             self._read(self._form(each, dialect), dialect) for each in (self.layer, self.probe)
         )
         every: list[tuple[Question, _Answers]] = []
-        unlike: list[PortError] = []
 
         def answers(asked: Question) -> tuple[dict[str, Array], dict[str, Array]]:
             with _arithmetic(asked.x.dtype):
-                try:
-                    old = self._ask(probed, asked)
-                    told = self._told(old, probed, asked)
-                except _DoesNotRunError:
-                    raise
-                except PortError as error:
-                    # It runs there, and is another layer.
-                    unlike.append(error)
-                    raise
+                old = self._ask(probed, asked)
+                told = self._told(old, probed, asked)
                 every.append((asked, old))
                 twin = self._made(probed, asked, pair=old.map is not None)
                 paths = {name: _own_path(name) for name in parameter_table(probed.config)}
                 return told, _ours(_answered(twin, asked, paths), probed)
 
         theirs, ours, failures, places = self._compared(probed, answers)
-        if unlike:
-            raise unlike[0]
         asked, old = every[0]
         pair = old.map is not None
         if len({each.map is None for _, each in every}) > 1:
@@ -153,7 +139,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         except PortError as error:
             raise PortError(f"{self.where}: {error}") from error
         except Exception as error:
-            raise self._refusal(shape, error) from error
+            raise self._does_not_run(shape, f"{type(error).__name__}: {error}") from error
         return answers
 
     def _in_training(self, foreign: Foreign, asked: Question, rested: _Answers) -> tuple[str, str]:
@@ -180,9 +166,6 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
             ), ""
         ours = _trained(self._made(foreign, asked, pair=False), asked)
         return self._differs_in_training(foreign, asked, read(y), read(ours))
-
-    def _refusal(self, shape: tuple[int, ...], error: Exception) -> "_DoesNotRunError":
-        return _DoesNotRunError(str(self._does_not_run(shape, f"{type(error).__name__}: {error}")))
 
     def _told(self, answers: _Answers, foreign: Foreign, asked: Question) -> dict[str, Array]:
         """The answers of the old layer in the shapes of the definition."""
@@ -308,7 +291,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         try:
             old = [_dtype_of(self.layer, shape, dtype) for dtype in dtypes]
         except Exception as error:
-            raise self._refusal(shape, error) from error
+            raise self._does_not_run(shape, f"{type(error).__name__}: {error}") from error
         return old == [_dtype_of(new, shape, dtype) for dtype in dtypes]
 
     def _key(self, source: str) -> str:

@@ -3,22 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import keras
 
-from selfattn_core.porting.converting import (
-    Conversion,
-    ConversionError,
-    ConvertedLayer,
-    check_arguments,
-    refuse,
-)
+from selfattn_core.porting.converting import Conversion, check_arguments, no_match, refuse
 from selfattn_core.porting.dialects import Dialect
 from selfattn_core.porting.dialects import dialect as dialect_named
-from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.finding import index_of
-from selfattn_core.porting.foreign_layer import Options
+from selfattn_core.porting.foreign_layer import Options, convert_all
 from selfattn_core.porting.matching import prefixes
 from selfattn_keras.converting import obstacles
 from selfattn_keras.converting.asking import everything_in
@@ -132,23 +126,17 @@ def convert(
         problems += obstacles.in_graphs(model, {id(standing[0].layer) for standing in layers})
     refuse(problems)
     options = Options(settings or {}, keep_spectral_norm, returns, block_size, size)
-    new: dict[int, SelfAttention2D] = {}
-    reports: list[ConvertedLayer] = []
-    for standing in layers:
-        layer = standing[0].layer
-        try:
-            foreign = ForeignLayer(layer, tuple(place.name for place in standing), options)
-            new[id(layer)], report = foreign.converted(dialect)
-            reports.append(report)
-        except PortError as error:
-            problems.append(str(error))
-    refuse(problems)
+    foreign = {
+        id(standing[0].layer): partial(
+            ForeignLayer, standing[0].layer, tuple(place.name for place in standing), options
+        )
+        for standing in layers
+    }
+    new, done = convert_all(foreign, dialect)
     if any(isinstance(each, keras.Model) and each.compiled for each in everything_in(model)):
         note = "the model was compiled; nothing of its optimizer goes over: call compile again"
-        reports[0] = replace(reports[0], notes=(*reports[0].notes, note))
-    done = Conversion[Any](None, tuple(reports))
-    if not done.passed:
-        raise ConversionError(done)
+        first, *others = done.layers
+        done = replace(done, layers=(replace(first, notes=(*first.notes, note)), *others))
     if inplace:
         return done if dry_run else replace(done, model=_replaced(model, layers, new))
     copy = copied(model, new)
@@ -177,13 +165,8 @@ def _found(model: Any, dialect: str | None, match: Match | None) -> list[list[Pl
         if id(place.layer) in found:
             found[id(place.layer)].append(place)
     if not found:
-        what = f"that match={match!r} takes" if match is not None else f"with the keys of {dialect}"
-        kinds = sorted({type(place.layer).__name__ for place in everywhere})
         unbuilt = ", some have no weights before the model is called once" if not model.built else ""
-        raise PortError(
-            f"convert: the model has no layer {what}, and was left as it is; its layers are of {', '.join(kinds)}{unbuilt}. Name the "
-            "class of the attention layer with match=, and with dialect= what it computes."
-        )
+        raise no_match("layer", match, dialect, (type(place.layer) for place in everywhere), unbuilt)
     return list(found.values())
 
 

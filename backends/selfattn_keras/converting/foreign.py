@@ -1,10 +1,9 @@
 """A foreign attention layer of a model: its tensors, its answers, and the layer of ours that takes its place."""
 
-import copy
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -99,45 +98,21 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
 
     def _verified(self, foreign: Foreign) -> "_Verified":
         """What both answer at every size at which the old one runs, and once in training."""
-        asked_at: list[tuple[Question, bool, Array]] = []
+        asked_at: list[tuple[Question, bool]] = []
         said: list[str] = []
 
         def answers(asked: Question) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
             pair, theirs, notes = self._ask(foreign, asked)
-            asked_at.append((asked, pair, theirs["y"]))
+            asked_at.append((asked, pair))
             said.extend(notes)
             return theirs, self._answers(foreign, asked, pair=pair)
 
-        old: dict[str, float] = {}
-        new: dict[str, float] = {}
-        failures: list[str] = []
-        notes: list[str] = []
-        problems = []
-        sizes = (self.options.size, self._built_size())
-        for size in sizes if sizes[1] else sizes[:1]:
-            one = copy.copy(self)
-            one.options = replace(self.options, size=size)
-            try:
-                floors = one._compared(foreign, answers)  # noqa: SLF001 - its own
-            except PortError as error:
-                problems.append((size, error))
-                continue
-            for kept, found in ((old, floors[0]), (new, floors[1])):
-                kept |= {name: max(value, kept.get(name, 0.0)) for name, value in found.items()}
-            failures += floors[2]
-            notes += floors[3]
-        if not asked_at:
-            raise problems[0][1]
-        for size, _ in problems:
-            others = (
-                "other sizes" if size is None else f"{size[0]}×{size[1]}, the size that it was built for,"
-            )
-            done = " and ".join(dict.fromkeys(f"{a.x.shape[1]}×{a.x.shape[2]}" for a, _, _ in asked_at))
-            notes.append(f"it does not run at {others} where the new one may; it was compared at {done}")
-        pairs = {pair for _, pair, _ in asked_at}
+        old, new, wrong, notes = self._compared(foreign, answers, also=self._built_size())
+        failures = list(wrong)
+        pairs = {pair for _, pair in asked_at}
         if len(pairs) > 1:
             failures.append("the old layer returns (y, A) at some sizes and y at others")
-        asked, pair, _ = asked_at[-1]
+        asked, pair = asked_at[-1]
         failure, note = self._in_training(foreign, asked, pair=pair)
         failures += [failure] if failure else []
         notes += [note] if note else []

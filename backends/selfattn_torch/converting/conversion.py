@@ -4,22 +4,17 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from selfattn_core.porting.converting import (
-    Conversion,
-    ConversionError,
-    ConvertedLayer,
-    check_arguments,
-    refuse,
-)
+from selfattn_core.porting.converting import Conversion, check_arguments, nested, no_match, refuse
 from selfattn_core.porting.dialects import dialect as dialect_named
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.finding import index_of
-from selfattn_core.porting.foreign_layer import Options
+from selfattn_core.porting.foreign_layer import Options, convert_all
 from selfattn_core.porting.matching import normal, prefixes
 from selfattn_torch.converting import obstacles
 from selfattn_torch.converting.foreign import ForeignLayer, detached, tensors_of
@@ -106,7 +101,7 @@ def convert(
     )
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: got a {type(model).__name__}; expected an nn.Module with its weights.")
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         options = Options(settings or {}, keep_spectral_norm, returns, block_size, size)
         return _converted(model, dialect, match, options, inplace=inplace, dry_run=dry_run)
 
@@ -122,7 +117,7 @@ def _converted(
 ) -> Conversion[nn.Module]:
     layers = _found(model, dialect, match)
     places = {name for names in layers.values() for name in names}
-    refuse([*obstacles.of_model(model, places), *_nested(places)])
+    refuse([*obstacles.of_model(model, places), *nested(places)])
     problems: list[str] = []
     for layer, names in layers.items():
         problems += obstacles.of_layer(names[0], layer, _parameters_elsewhere(model, layer))
@@ -134,18 +129,8 @@ def _converted(
                 "the model itself is the layer, and cannot be replaced in place; take the result's `model`"
             )
     refuse(problems)
-    new: dict[nn.Module, SelfAttention2d] = {}
-    reports: list[ConvertedLayer] = []
-    for layer, names in layers.items():
-        try:
-            new[layer], report = ForeignLayer(layer, names, options).converted(dialect)
-            reports.append(report)
-        except PortError as error:
-            problems.append(str(error))
-    refuse(problems)
-    done = Conversion[nn.Module](None, tuple(reports))
-    if not done.passed:
-        raise ConversionError(done)
+    foreign = {layer: partial(ForeignLayer, layer, names, options) for layer, names in layers.items()}
+    new, done = convert_all(foreign, dialect)
     if dry_run and inplace:
         return done
     replaced = _replaced(model, layers, new, inplace=inplace)
@@ -156,11 +141,7 @@ def _found(model: nn.Module, dialect: str | None, match: Match | None) -> dict[n
     """The layers to replace, each once, with all places where it stands."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if match is None:
-        if dialect is None:
-            raise PortError(
-                "convert: say with dialect= what the layers are, with match= which modules, or both."
-            )
-        there = set(prefixes(dialect_named(dialect), index_of(tensors_of(model, ""))))
+        there = set(prefixes(dialect_named(dialect or ""), index_of(tensors_of(model, ""))))
         names = [name for name in modules if (f"{normal(name)}/" if name else "") in there]
     elif isinstance(match, str):
         names = [name for name in modules if fnmatchcase(name, match)]
@@ -175,22 +156,8 @@ def _found(model: nn.Module, dialect: str | None, match: Match | None) -> dict[n
         if module in wanted:
             found[module] = (*found.get(module, ()), name)
     if not found:
-        what = f"that match={match!r} takes" if match is not None else f"with the keys of {dialect}"
-        kinds = sorted({type(module).__name__ for module in modules.values()})
-        raise PortError(
-            f"convert: the model has no module {what}, and was left as it is; its modules are of {', '.join(kinds)}. Name the class of "
-            "the attention layer with match=, and with dialect= what it computes."
-        )
+        raise no_match("module", match, dialect, map(type, modules.values()))
     return found
-
-
-def _nested(places: set[str]) -> list[str]:
-    return [
-        f"{inner} lies inside {outer}, and both match; narrow match="
-        for inner in sorted(places)
-        for outer in sorted(places)
-        if inner.startswith(f"{outer}." if outer else outer) and inner != outer
-    ]
 
 
 def _parameters_elsewhere(model: nn.Module, layer: nn.Module) -> set[int]:

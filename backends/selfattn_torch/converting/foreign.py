@@ -26,7 +26,7 @@ from selfattn_core.porting.foreign_layer import ForeignLayerBase, Options, notes
 from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
 from selfattn_core.porting.report import listed
 from selfattn_torch.layer import SelfAttention2d
-from selfattn_torch.weights import from_canonical, to_canonical
+from selfattn_torch.weights import from_canonical, make, to_canonical
 from selfattn_torch.with_map import SelfAttention2dWithMap
 
 __all__ = ["ForeignLayer", "detached", "tensors_of"]
@@ -117,8 +117,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
         if theirs.pair != evaluated.pair:
             return "what it returns in training is not what it returns in evaluation, y or (y, A)", ""
         twin = from_canonical(foreign.config, asked.params, block_size=self.options.block_size).train()
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            ours = _positions(twin(_maps(asked.x)))
+        ours = _positions(twin(_maps(asked.x)))
         return self._differs_in_training(foreign, asked, theirs.found["y"], ours)
 
     def _ask(self, foreign: Foreign, asked: Question, *, training: bool) -> "_Answers":
@@ -130,16 +129,15 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
         for parameter in parameters.values():
             parameter.requires_grad_(True).grad = None
         try:
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-                result = old(x)
-                pair = isinstance(result, tuple | list) and len(result) == 2
-                y = result[0] if pair else result
-                if not isinstance(y, torch.Tensor) or y.shape != x.shape:
-                    raise PortError(
-                        f"{self.where}: returned {_shown(result)} for an input {tuple(x.shape)}; expected y of the same shape, or "
-                        "(y, A)."
-                    )
-                y.backward(_maps(asked.dy))
+            result = old(x)
+            pair = isinstance(result, tuple | list) and len(result) == 2
+            y = result[0] if pair else result
+            if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+                raise PortError(
+                    f"{self.where}: returned {_shown(result)} for an input {tuple(x.shape)}; expected y of the same shape, or "
+                    "(y, A)."
+                )
+            y.backward(_maps(asked.dy))
         except PortError:
             raise
         except Exception as error:
@@ -164,11 +162,8 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
         state = self.layer.state_dict(keep_vars=True)
         like = next(state[origin.sources[0]] for origin in foreign.origins.values() if origin.sources)
         kind = SelfAttention2dWithMap if pair else SelfAttention2d
-        new = kind.from_config(
-            foreign.config, block_size=self.options.block_size, device="meta", dtype=like.dtype
-        )
-        numbers = from_canonical(foreign.config, foreign.params, device=like.device, dtype=like.dtype)
-        new.load_state_dict(numbers.state_dict(), assign=True)
+        made = {"block_size": self.options.block_size, "device": like.device, "dtype": like.dtype}
+        new = make(kind, foreign.config, foreign.params, **made)
         for name, parameter in new.named_parameters():
             sources = foreign.origins[name.replace("weight", "kernel")].sources
             parameter.requires_grad_(any(getattr(state[key], "requires_grad", False) for key in sources))
@@ -240,12 +235,11 @@ def _canonical(gradient: Array, name: str, axes: str) -> Array:
 
 def _answers(twin: SelfAttention2d, asked: Question, *, pair: bool) -> dict[str, Array]:
     x = _maps(asked.x).requires_grad_()
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        y = twin(x)
-        y.backward(_maps(asked.dy))
-        found = {"y": _positions(y), "x": _positions(x.grad)}
-        if pair:
-            found["map"] = _read(twin(x, need_weights=True)[1])
+    y = twin(x)
+    y.backward(_maps(asked.dy))
+    found = {"y": _positions(y), "x": _positions(x.grad)}
+    if pair:
+        found["map"] = _read(twin(x, need_weights=True)[1])
     for name, parameter in twin.named_parameters():
         canonical = name.replace("weight", "kernel")
         found[canonical] = _canonical(_read(parameter.grad), canonical, "OIHW")
