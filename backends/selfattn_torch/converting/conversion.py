@@ -41,8 +41,8 @@ def convert(
     """Replace the attention layers of a model by `SelfAttention2d`, each with the weights of the one that it replaces.
 
     Each foreign layer and the one that takes its place are asked for their output and gradients, in evaluation mode, on the
-    CPU, in float32 or float64. Both must agree with the definition within the limits of the conformance kit. Nothing is
-    replaced unless all do.
+    CPU, in float32 or float64. Both must agree with the definition within the limits of the conformance kit, and with one
+    another in training mode. Nothing is replaced unless all do.
 
     A new layer has the device, dtype, training mode and `requires_grad` of the old one, and its spectral norm with the
     state. It has `query`, `key`, `value` and `gamma` where the old one may have had other names, so an optimiser is made
@@ -60,7 +60,7 @@ def convert(
         returns: "same": a layer that returned (y, A) is replaced by one that does, `SelfAttention2dWithMap`, at N·M numbers
             of memory in each call; "output": every new layer returns y alone.
         block_size: as in `SelfAttention2d`.
-        size: (H, W) of the input that both layers are asked; by default a few positions.
+        size: (H, W) of the input that both layers are asked; by default two sizes, of which one cuts off windows of pooling.
         inplace: whether `model` itself is changed; otherwise it stays as it is, and the result is a copy.
         dry_run: do everything but replace.
 
