@@ -48,13 +48,13 @@ conform: $(INSTALLED)  ## all backends against the numpy specification
 	$(BIN)/selfattn conform
 
 golden: $(INSTALLED)  ## write the golden vectors that are not there yet
-	$(BIN)/python -m selfattn_core.conformance.golden golden-vectors
+	$(BIN)/python -m selfattn_core.conformance.release.golden golden-vectors
 
 golden-check: $(INSTALLED)  ## compute all golden vectors again, compare every bit
-	$(BIN)/python -m selfattn_core.conformance.golden golden-vectors --check
+	$(BIN)/python -m selfattn_core.conformance.release.golden golden-vectors --check
 
 calibrate: $(INSTALLED)  ## how near right backends come to the limits, over 200 seeds: half an hour
-	$(BIN)/python -m selfattn_core.conformance.calibrate
+	$(BIN)/python -m selfattn_core.conformance.release.calibrate
 
 # DEVICE is a word of the frameworks' own, as in cuda:1; FRAMEWORKS is torch,jax,tensorflow or some of them.
 bench: $(INSTALLED)  ## time and memory, written to benchmarks/results; with DEVICE=cuda on that device

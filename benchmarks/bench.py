@@ -30,15 +30,15 @@ from benchmarks.cells import FRAMEWORKS, MODES, REQUIRES, Cell, Mode
 from benchmarks.report import markdown, plot
 from benchmarks.results import file_stem, machine, merge, write_bytes, write_text
 from benchmarks.targets import evaluate
-from selfattn_core.conformance.devices import (
+from selfattn_core.conformance.execution.devices import (
     WORDS,
     DeviceAbsentError,
     chosen,
     device_problem,
     device_variables,
 )
-from selfattn_core.conformance.environment import shared_accelerator
-from selfattn_core.conformance.seen import seen
+from selfattn_core.conformance.execution.environment import shared_accelerator
+from selfattn_core.conformance.execution.visible_devices import seen
 from selfattn_core.installed import missing_modules
 
 __all__ = ["main"]

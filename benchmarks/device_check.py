@@ -28,16 +28,16 @@ from pathlib import Path
 
 from benchmarks.cells import FRAMEWORKS, REQUIRES
 from benchmarks.results import write_text
-from selfattn_core.conformance.backend import REGISTRY
-from selfattn_core.conformance.devices import (
+from selfattn_core.conformance.execution.devices import (
     WORDS,
     DeviceAbsentError,
     chosen,
     device_problem,
     device_variables,
 )
-from selfattn_core.conformance.environment import shared_accelerator
-from selfattn_core.conformance.seen import seen
+from selfattn_core.conformance.execution.environment import shared_accelerator
+from selfattn_core.conformance.execution.visible_devices import seen
+from selfattn_core.conformance.protocol import REGISTRY
 from selfattn_core.installed import missing_modules
 
 __all__ = ["main"]

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from benchmarks.cells import CEILINGS, Cell
 from selfattn_core import SelfAttentionConfig, init_params, spec
-from selfattn_core.conformance.inputs import rounded
-from selfattn_core.conformance.tolerance import ALLOWANCES, CAPS, EPS, Expectation, Verdict, judge
+from selfattn_core.conformance.cases.inputs import rounded
+from selfattn_core.conformance.verdicts.tolerance import ALLOWANCES, CAPS, EPS, Expectation, Verdict, judge
 from selfattn_ops.blocks import block_rows
 
 __all__ = ["PRODUCTS", "Problem", "products", "row_local"]

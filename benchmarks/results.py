@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import OURS
-from selfattn_core.writing import write_atomically
+from selfattn_core.files.writing import write_atomically
 
 __all__ = ["SCHEMA", "exponent", "file_stem", "machine", "median", "merge", "peak", "records", "write_text"]
 

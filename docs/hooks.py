@@ -9,8 +9,8 @@ import click
 from mkdocs.structure.files import File
 
 from selfattn_core.cli import main
-from selfattn_core.porting import dialects
-from selfattn_core.porting.dialects import ROLES, dialect, dialect_names
+from selfattn_core.porting.dialects import dialect as schema
+from selfattn_core.porting.dialects.dialect import ROLES, dialect, dialect_names
 
 _ROOT = Path(__file__).parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results"
@@ -46,7 +46,7 @@ def command_help() -> str:
 
 def dialect_schema() -> str:
     """All fields of a dialect file, as the module that reads them lists them."""
-    text = inspect.getdoc(dialects) or ""
+    text = inspect.getdoc(schema) or ""
     return text[text.index("```toml") : text.rindex("```") + 3]
 
 

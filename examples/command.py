@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from selfattn_core.exit_codes import BAD_INPUT, MISSING
-from selfattn_core.exit_codes import CHECK_FAILED as FAILED
+from selfattn_core.cli.exit_codes import BAD_INPUT, MISSING
+from selfattn_core.cli.exit_codes import CHECK_FAILED as FAILED
 
 __all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "MISSING", "positive", "run"]
 

@@ -17,7 +17,7 @@ from examples.gan import files, program
 from examples.gan.batches import Batch
 from examples.gan.settings import CLASSES, LATENT, WIDTHS
 from selfattn_core import save_blocks
-from selfattn_core.conformance.devices import DeviceAbsentError, DeviceUnknownError, chosen
+from selfattn_core.conformance.execution.devices import DeviceAbsentError, DeviceUnknownError, chosen
 
 try:
     import torch

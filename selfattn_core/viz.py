@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core.files.writing import write_atomically
 from selfattn_core.installed import require
 from selfattn_core.maps import (
     SMALL_GAMMA,
@@ -33,7 +34,6 @@ from selfattn_core.maps import (
     upsample,
 )
 from selfattn_core.weights import PathLike
-from selfattn_core.writing import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from selfattn_core.conformance.environment import kept_programs
+from selfattn_core.conformance.execution.environment import kept_programs
 
 PROGRAMS = pytest.StashKey[Path]()
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree as ET
 
-from selfattn_core.conformance.environment import THREADS
+from selfattn_core.conformance.execution.environment import THREADS
 
 __all__ = ["ROWS", "main", "settings"]
 

@@ -14,8 +14,8 @@ import click
 import pytest
 
 from selfattn_core.cli import main
-from selfattn_core.conformance.backend import METHODS
-from selfattn_core.conformance.cases import CASES, LEVELS, WHERE_CLAIMED, needs, through
+from selfattn_core.conformance.cases.table import CASES, LEVELS, WHERE_CLAIMED, needs, through
+from selfattn_core.conformance.protocol import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for folder in ("docs", "examples") for path in (ROOT / folder).rglob("*.md"))

@@ -35,7 +35,7 @@ def test_flags_of_the_caller_are_kept(monkeypatch):
 
 
 ASKED = """
-from selfattn_core.conformance.environment import environment
+from selfattn_core.conformance.execution.environment import environment
 import torch
 print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
 print(sorted((name, environment({}, processes=2)[name]) for name in %r))

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.conformance.backend import ABILITIES
-from selfattn_core.conformance.cases import DTYPES
+from selfattn_core.conformance.cases.table import DTYPES
+from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_ops.devices.torch import OnDevices
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.weights import from_canonical, to_canonical

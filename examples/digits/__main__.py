@@ -16,7 +16,7 @@ from examples.digits import data, files, numpy_model
 from examples.digits.compare import Row, compare, expect, table
 from examples.digits.frameworks import PROGRAMS, ask
 from examples.digits.picture import draw
-from selfattn_core.conformance.tolerance import FACTOR, Expectation
+from selfattn_core.conformance.verdicts.tolerance import FACTOR, Expectation
 from selfattn_core.installed import missing_modules
 
 LEAST_ACCURACY = 0.95

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from examples.digits.data import Digits, accuracy
 from examples.digits.frameworks import Answer
 from examples.digits.numpy_model import Classifier
-from selfattn_core.conformance.tolerance import Expectation, judge
+from selfattn_core.conformance.verdicts.tolerance import Expectation, judge
 
 Array = NDArray[Any]
 

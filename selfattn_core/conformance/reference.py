@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from selfattn_core import spec
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.backend import ABILITIES
+from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_core.params import init_params
 
 __all__ = ["Model", "Reference"]

@@ -1,11 +1,11 @@
 """Weights from other people's checkpoints, and into other frameworks' files: exactly, or a refusal that explains."""
 
 from selfattn_core.porting.errors import PortError, VerificationError
-from selfattn_core.porting.inspecting import InspectReport, inspect
+from selfattn_core.porting.formats import TensorInfo, Tensors, open_tensors
+from selfattn_core.porting.formats.write import write_tensors
+from selfattn_core.porting.inspect import InspectReport, inspect
 from selfattn_core.porting.port import load, port
-from selfattn_core.porting.readers import TensorInfo, Tensors, open_tensors
 from selfattn_core.porting.report import PortReport
-from selfattn_core.porting.writers import write_tensors
 
 __all__ = [
     "InspectReport",

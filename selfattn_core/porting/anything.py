@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 import selfattn_core
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.inspecting import candidates
+from selfattn_core.porting.formats import open_tensors
+from selfattn_core.porting.inspect import candidates
 from selfattn_core.porting.port import load
-from selfattn_core.porting.readers import open_tensors
 from selfattn_core.weights import FORMAT, PathLike
 
 __all__ = ["load_any"]

@@ -13,23 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.porting.bystanders import optimiser_keys
-from selfattn_core.porting.checking import check_framework, check_output, read_io
-from selfattn_core.porting.dialects import Dialect, dialect
+from selfattn_core.files.targets import would_replace
+from selfattn_core.porting.blocks.bystanders import optimiser_keys
+from selfattn_core.porting.blocks.find import Found, canonical_configs, find_blocks, index_of, stored_pools
+from selfattn_core.porting.blocks.match import match, normal, prefixes
+from selfattn_core.porting.dialects.dialect import Dialect, dialect
+from selfattn_core.porting.dialects.settings import Settings, settings_of
 from selfattn_core.porting.errors import PortError, VerificationError
-from selfattn_core.porting.exporting import Exported, export_block, separator
-from selfattn_core.porting.finding import Found, canonical_configs, find_blocks, index_of, stored_pools
-from selfattn_core.porting.importing import Imported, Plan, checksum, import_block, plan
-from selfattn_core.porting.inspecting import candidates
-from selfattn_core.porting.lazy import LazyArrays
-from selfattn_core.porting.matching import match, normal, prefixes
-from selfattn_core.porting.readers import Tensors, open_tensors
+from selfattn_core.porting.formats import Tensors, open_tensors
+from selfattn_core.porting.formats.scratch import scratch_folder
+from selfattn_core.porting.formats.write import write_tensors
+from selfattn_core.porting.inspect import candidates
 from selfattn_core.porting.report import BlockReport, Check, PortReport, TensorReport
-from selfattn_core.porting.scratch import scratch_folder
-from selfattn_core.porting.settings import Settings, settings_of
-from selfattn_core.porting.whole import WHOLE, Renamed, write_whole
-from selfattn_core.porting.writers import write_tensors
-from selfattn_core.report_files import would_replace
+from selfattn_core.porting.translation.from_dialect import Imported, Plan, checksum, import_block, plan
+from selfattn_core.porting.translation.lazy import LazyArrays
+from selfattn_core.porting.translation.to_dialect import Exported, export_block, separator
+from selfattn_core.porting.verify import check_framework, check_output, read_io
+from selfattn_core.porting.whole_checkpoint import WHOLE, Renamed, write_whole
 from selfattn_core.weights import FORMAT, VERSION
 
 __all__ = ["load", "port"]

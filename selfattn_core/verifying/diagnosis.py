@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.cases import Case
-from selfattn_core.conformance.inputs import Inputs
+from selfattn_core.conformance.cases.inputs import Inputs
+from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.mutants import function
 from selfattn_core.conformance.reference import Reference
-from selfattn_core.conformance.tolerance import Expectation, measure, quantities
+from selfattn_core.conformance.verdicts.tolerance import Expectation, measure, quantities
 from selfattn_core.params import parameter_table
 
 __all__ = ["Evidence", "diagnose"]

@@ -21,11 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.cases import SIXTEEN_BITS, Case
-from selfattn_core.conformance.edited import edited_spec
-from selfattn_core.conformance.inputs import Inputs, rounded
+from selfattn_core.conformance.cases.inputs import Inputs, rounded
+from selfattn_core.conformance.cases.table import SIXTEEN_BITS, Case
+from selfattn_core.conformance.mutants.edits import edited_spec
 from selfattn_core.conformance.reference import Reference
-from selfattn_core.conformance.tolerance import EPS, FACTORS, Expectation, expectations, fused, quantities
+from selfattn_core.conformance.verdicts.tolerance import (
+    EPS,
+    FACTORS,
+    Expectation,
+    expectations,
+    fused,
+    quantities,
+)
 from selfattn_core.verifying.questions import Question
 
 __all__ = ["INT8_FACTOR", "PRECISIONS", "expected", "factor", "found_precision", "held"]

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from selfattn_core.conformance.environment import environment
+from selfattn_core.conformance.execution.environment import environment
 from selfattn_core.verifying.artifact import Tensor
 from selfattn_core.verifying.containers import Runtime
 from selfattn_core.verifying.errors import VerifyError

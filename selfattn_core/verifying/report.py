@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from selfattn_core import __version__
-from selfattn_core.conformance.tolerance import Verdict
+from selfattn_core.conformance.verdicts.tolerance import Verdict
 
 __all__ = ["Finding", "VerifyReport"]
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.backend import Layout
-from selfattn_core.conformance.tolerance import Expectation, measure
-from selfattn_core.features import read_features
+from selfattn_core.conformance.protocol import Layout
+from selfattn_core.conformance.verdicts.tolerance import Expectation, measure
+from selfattn_core.files.features import read_features
 from selfattn_core.installed import missing_modules
 from selfattn_core.porting.anything import load_any
 from selfattn_core.verifying.containers import CONTAINERS, Container, Runtime, container_of

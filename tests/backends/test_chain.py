@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import selfattn_core
-from selfattn_core.conformance.cases import CASES
-from selfattn_core.conformance.inputs import inputs
+from selfattn_core.conformance.cases.inputs import inputs
+from selfattn_core.conformance.cases.table import CASES
 
 CHAIN = (
     ("selfattn_torch", {}),

@@ -12,8 +12,8 @@ from torch import nn
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table, spec
-from selfattn_core.conformance.cases import CASES
-from selfattn_core.conformance.inputs import inputs
+from selfattn_core.conformance.cases.inputs import inputs
+from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.params import glorot_limit
 from selfattn_torch import SelfAttention2d, from_canonical, load, save, to_canonical
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from selfattn_core import SelfAttentionConfig
-from selfattn_core.conformance.cases import CASES
-from selfattn_core.conformance.inputs import inputs
+from selfattn_core.conformance.cases.inputs import inputs
+from selfattn_core.conformance.cases.table import CASES
 from selfattn_torch import SelfAttention2d, from_canonical
 from selfattn_torch.projection import project
 

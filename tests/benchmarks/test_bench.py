@@ -15,7 +15,7 @@ from benchmarks.problem import Problem, products
 from benchmarks.report import markdown, plot
 from benchmarks.results import SCHEMA, exponent, file_stem, merge, write_text
 from benchmarks.targets import TARGETS, Finding, evaluate
-from selfattn_core.conformance.inputs import rounded
+from selfattn_core.conformance.cases.inputs import rounded
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {

@@ -9,10 +9,10 @@ from itertools import groupby
 import pytest
 
 from selfattn_core.conformance import REGISTRY
-from selfattn_core.conformance.cases import CASES
+from selfattn_core.conformance.cases.run import LAYOUTS, all_runs
+from selfattn_core.conformance.cases.table import CASES
+from selfattn_core.conformance.execution.runner import run_backend
 from selfattn_core.conformance.report import as_data, as_table
-from selfattn_core.conformance.runner import run_backend
-from selfattn_core.conformance.runs import LAYOUTS, all_runs
 
 # Keras compiles nothing on torch.
 LEVELS = dict.fromkeys(REGISTRY, "deploy") | {"keras-torch": "gan"}

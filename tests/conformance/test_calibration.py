@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from selfattn_core.conformance import REGISTRY
-from selfattn_core.conformance.calibrate import (
+from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.release.calibrate import (
     RESULT,
     SEEDS,
     TRAJECTORY_TURNS,
@@ -14,8 +15,7 @@ from selfattn_core.conformance.calibrate import (
     measure,
     policy,
 )
-from selfattn_core.conformance.reference import Reference
-from selfattn_core.conformance.tolerance import FACTORS
+from selfattn_core.conformance.verdicts.tolerance import FACTORS
 
 
 def test_the_committed_calibration_has_no_false_alarm():

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from selfattn_core.cli import main
-from selfattn_core.conformance.answers import answers
-from selfattn_core.conformance.backend import REGISTRY
-from selfattn_core.conformance.cases import CASES
-from selfattn_core.conformance.devices import (
+from selfattn_core.conformance.cases.inputs import inputs
+from selfattn_core.conformance.cases.run import all_runs
+from selfattn_core.conformance.cases.table import CASES
+from selfattn_core.conformance.execution.devices import (
     WORDS,
     Device,
     DeviceAbsentError,
@@ -23,9 +23,10 @@ from selfattn_core.conformance.devices import (
     device_problem,
     device_variables,
 )
-from selfattn_core.conformance.inputs import inputs
-from selfattn_core.conformance.memory import PeakUnknownError
-from selfattn_core.conformance.outcome import BackendReport, Outcome
+from selfattn_core.conformance.execution.runner import run_backend
+from selfattn_core.conformance.protocol import REGISTRY
+from selfattn_core.conformance.questions.ask import answers
+from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
 from selfattn_core.conformance.report import (
     as_data,
     as_html,
@@ -36,8 +37,7 @@ from selfattn_core.conformance.report import (
     schema,
 )
 from selfattn_core.conformance.report.summary import device_words
-from selfattn_core.conformance.runner import run_backend
-from selfattn_core.conformance.runs import all_runs
+from selfattn_core.conformance.results import BackendReport, Outcome
 
 HERE = Path(__file__).parent
 ONE = [run for run in all_runs() if run.id == "SA-FWD-001/float32/channels_last"]

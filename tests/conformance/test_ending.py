@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from selfattn_core.conformance.environment import cores
-from selfattn_core.conformance.runner import run_backend
-from selfattn_core.conformance.runs import all_runs
+from selfattn_core.conformance.cases.run import all_runs
+from selfattn_core.conformance.execution.environment import cores
+from selfattn_core.conformance.execution.runner import run_backend
 
 HERE = Path(__file__).parent
 PARTS = min(2, cores())

@@ -11,13 +11,14 @@ import pytest
 
 from examples.digits import frameworks
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance import calibrate, runner
-from selfattn_core.conformance import environment as module
-from selfattn_core.conformance.environment import environment, kept_programs
-from selfattn_core.conformance.runner import run_backend, run_backends
-from selfattn_core.conformance.runs import all_runs
+from selfattn_core.conformance.cases.run import all_runs
+from selfattn_core.conformance.execution import environment as module
+from selfattn_core.conformance.execution import runner
+from selfattn_core.conformance.execution.environment import environment, kept_programs
+from selfattn_core.conformance.execution.runner import run_backend, run_backends
+from selfattn_core.conformance.release import calibrate
 from selfattn_core.params import parameter_table
-from selfattn_core.porting import checking
+from selfattn_core.porting import verify
 
 HERE = Path(__file__).parent
 PROGRAMS = tuple(kept_programs(Path()))
@@ -153,7 +154,7 @@ def _port(folder):
     config = SelfAttentionConfig(16)
     generator = np.random.default_rng(3)
     params = {row.name: generator.normal(size=row.shape) for row in parameter_table(config).values()}
-    checking.check_framework("flax", {"": (config, params)})
+    verify.check_framework("flax", {"": (config, params)})
 
 
 def _score(folder):
@@ -161,7 +162,7 @@ def _score(folder):
 
 
 @pytest.mark.parametrize(
-    ("start", "asking"), [(_calibrate, calibrate), (_port, checking), (_score, frameworks)]
+    ("start", "asking"), [(_calibrate, calibrate), (_port, verify), (_score, frameworks)]
 )
 def test_whoever_checks_full_precision_shows_that_flax_asks_for_it(start, asking, monkeypatch, tmp_path):
     asked = []

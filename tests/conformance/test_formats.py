@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from selfattn_core import spec
-from selfattn_core.conformance.cases import CASES
-from selfattn_core.conformance.formats import FORMATS, coarsest, kept_bits, measured, spec_in
-from selfattn_core.conformance.inputs import inputs
+from selfattn_core.conformance.cases.inputs import inputs
+from selfattn_core.conformance.cases.table import CASES
+from selfattn_core.conformance.mutants.selftest import judge_in_process, small_runs
 from selfattn_core.conformance.mutants.shipped import RoundsOperands
-from selfattn_core.conformance.selftest import judge_in_process, small_runs
-from selfattn_core.conformance.tolerance import FACTORS, SHIPPED_FACTORS, expect, expect_shipped
+from selfattn_core.conformance.verdicts.product_formats import FORMATS, coarsest, kept_bits, measured, spec_in
+from selfattn_core.conformance.verdicts.tolerance import FACTORS, SHIPPED_FACTORS, expect, expect_shipped
 
 LABELS = list(FORMATS)
 RUNS = [run for run in small_runs(["shipped"]) if run.case.of in ("forward", "r1")]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from selfattn_core.conformance.runner import run_backend
-from selfattn_core.conformance.runs import all_runs
+from selfattn_core.conformance.cases.run import all_runs
+from selfattn_core.conformance.execution.runner import run_backend
 
 KERAS = "selfattn_keras.conformance.mutants"
 

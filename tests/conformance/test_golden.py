@@ -14,14 +14,20 @@ import safetensors.numpy
 from click.testing import CliRunner
 
 from selfattn_core import spec
-from selfattn_core.conformance import golden
-from selfattn_core.conformance.answers import answers
-from selfattn_core.conformance.cases import CASES
-from selfattn_core.conformance.exact import Single, fifty_digits, to_decimals, to_floats, to_singles
-from selfattn_core.conformance.inputs import Inputs, inputs
+from selfattn_core.conformance.cases.inputs import Inputs, inputs
+from selfattn_core.conformance.cases.table import CASES
+from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.reference import Reference
-from selfattn_core.conformance.tolerance import FACTOR, expect
-from selfattn_core.conformance.vanishing import terms_through_the_map
+from selfattn_core.conformance.release import golden
+from selfattn_core.conformance.release.decimals import (
+    Single,
+    fifty_digits,
+    to_decimals,
+    to_floats,
+    to_singles,
+)
+from selfattn_core.conformance.verdicts.cancellation import terms_through_the_map
+from selfattn_core.conformance.verdicts.tolerance import FACTOR, expect
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "golden-vectors"
@@ -61,7 +67,7 @@ def test_files_of_this_edition_are_frozen():
     """
     sums = frozen(f"golden_vectors.{spec.VERSION}.{golden.EDITION}.sha256")
     changed = [name for name, digest in sums.items() if listed().get(name) != digest]
-    assert changed == [], "raise EDITION in selfattn_core/conformance/golden.py"
+    assert changed == [], "raise EDITION in selfattn_core/conformance/release/golden.py"
     assert sums.keys() == listed().keys(), "freeze the files of new cases: add their lines of SHA256SUMS"
 
 

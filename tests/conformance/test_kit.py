@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 
 from selfattn_core import spec
-from selfattn_core.conformance.answers import answers
-from selfattn_core.conformance.backend import REGISTRY, resolve
-from selfattn_core.conformance.cases import CASES, FAMILIES, LEVELS, needs
-from selfattn_core.conformance.compare import compare
-from selfattn_core.conformance.inputs import Inputs, _decided, inputs, rounded
-from selfattn_core.conformance.memory import PeakUnknownError, peak_growth
+from selfattn_core.conformance.cases.inputs import Inputs, _decided, inputs, rounded
+from selfattn_core.conformance.cases.run import Run, all_runs
+from selfattn_core.conformance.cases.table import CASES, FAMILIES, LEVELS, needs
+from selfattn_core.conformance.execution.runner import run_backend
 from selfattn_core.conformance.mutants import edited
+from selfattn_core.conformance.mutants.selftest import judge_in_process, small_runs
 from selfattn_core.conformance.mutants.sixteen_bits import InBfloat16
-from selfattn_core.conformance.outcome import BackendReport, Outcome
+from selfattn_core.conformance.protocol import REGISTRY, resolve
+from selfattn_core.conformance.questions.ask import answers
+from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.report import as_data, as_table
-from selfattn_core.conformance.runner import run_backend
-from selfattn_core.conformance.runs import Run, all_runs
-from selfattn_core.conformance.selftest import judge_in_process, small_runs
-from selfattn_core.conformance.tolerance import CAPS, EPS, FACTOR, FACTORS, _terms, expect, judge
+from selfattn_core.conformance.results import BackendReport, Outcome
+from selfattn_core.conformance.verdicts.compare import compare
+from selfattn_core.conformance.verdicts.tolerance import CAPS, EPS, FACTOR, FACTORS, _terms, expect, judge
 
 HERE = Path(__file__).parent
 ASKED = ("forward", "map", "vjp", "r1", "params")
@@ -109,7 +109,7 @@ def test_no_pooling_window_of_an_input_is_decided_by_rounding():
     assert not _decided(case, tied)
     draws = iter([tied, clear])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfattn_core.conformance.inputs._draw", lambda *_: next(draws))
+        patch.setattr("selfattn_core.conformance.cases.inputs._draw", lambda *_: next(draws))
         assert inputs(case, "float64").x.tobytes() == clear.x.tobytes()
 
 
@@ -214,7 +214,7 @@ def test_draws_that_16_bits_do_not_hold_are_drawn_again():
     good = inputs(case, "float64")
     draws = iter([dataclasses.replace(good, x=good.x * 100), good])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfattn_core.conformance.inputs._draw", lambda *_: next(draws))
+        patch.setattr("selfattn_core.conformance.cases.inputs._draw", lambda *_: next(draws))
         assert inputs(case, "float64").x.tobytes() == good.x.tobytes()
 
 
@@ -362,7 +362,7 @@ def test_a_process_that_leaves_before_it_has_started(on_path):
 
 
 def test_a_backend_that_always_dies_is_not_started_for_ever(on_path, monkeypatch):
-    monkeypatch.setattr("selfattn_core.conformance.session._MOST_PROCESSES", 2)
+    monkeypatch.setattr("selfattn_core.conformance.execution.supervisor._MOST_PROCESSES", 2)
     report = run_backend("toy_backends:Dies", runs=FEW)
     messages = [outcome.message for outcome in report.outcomes if outcome.run.case.family == "map"]
     assert [("in this case" in message, "not reached" in message) for message in messages] == [
@@ -479,7 +479,9 @@ def test_memory_that_cannot_be_measured_is_unclaimed_and_never_a_pass(on_path):
 
 
 def test_nothing_is_called_where_memory_cannot_be_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr("selfattn_core.conformance.memory._RESET", tmp_path / "absent" / "clear_refs")
+    monkeypatch.setattr(
+        "selfattn_core.conformance.questions.peak_memory._RESET", tmp_path / "absent" / "clear_refs"
+    )
     called = []
     with pytest.raises(PeakUnknownError, match="as on Linux"):
         peak_growth(lambda: called.append(1))

@@ -5,13 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from selfattn_core.conformance import selftest
-from selfattn_core.conformance.cases import FAMILIES
-from selfattn_core.conformance.edited import edited_spec
-from selfattn_core.conformance.mutants import MUTANTS, Mutant, edited
+from selfattn_core.conformance.cases.table import FAMILIES
+from selfattn_core.conformance.mutants import MUTANTS, Mutant, edited, selftest
+from selfattn_core.conformance.mutants.edits import edited_spec
+from selfattn_core.conformance.mutants.selftest import judge_in_process, self_test, small_runs
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.report import as_data, as_table
-from selfattn_core.conformance.selftest import judge_in_process, self_test, small_runs
 
 EMPTY = [run for run in small_runs(["vjp"]) if 0 in run.case.shape]
 
@@ -82,7 +81,9 @@ def test_what_cannot_be_asked_here_is_said_and_is_no_survivor(monkeypatch, tmp_p
 
     from selfattn_core.cli import main
 
-    monkeypatch.setattr("selfattn_core.conformance.memory._RESET", tmp_path / "absent" / "clear_refs")
+    monkeypatch.setattr(
+        "selfattn_core.conformance.questions.peak_memory._RESET", tmp_path / "absent" / "clear_refs"
+    )
     dense = next(mutant for mutant in MUTANTS if mutant.family == "memory")
     (kill,) = self_test([dense])
     assert kill.asked == 0

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from selfattn_core.conformance.runner import run_backend
-from selfattn_core.conformance.runs import all_runs
+from selfattn_core.conformance.cases.run import all_runs
+from selfattn_core.conformance.execution.runner import run_backend
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "outside_backends"

@@ -13,10 +13,12 @@ import pytest
 from click.testing import CliRunner
 
 from selfattn_core.cli import main
-from selfattn_core.conformance.cases import CASES
-from selfattn_core.conformance.command import FORMS
+from selfattn_core.cli.conform import FORMS
+from selfattn_core.conformance.cases.run import Run, all_runs
+from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.mutants import MUTANTS
-from selfattn_core.conformance.outcome import BackendReport, Outcome
+from selfattn_core.conformance.mutants.selftest import Kill
+from selfattn_core.conformance.questions.training import STEPS, reference
 from selfattn_core.conformance.report import (
     as_data,
     as_html,
@@ -27,10 +29,8 @@ from selfattn_core.conformance.report import (
     schema,
     show,
 )
-from selfattn_core.conformance.runs import Run, all_runs
-from selfattn_core.conformance.selftest import Kill
-from selfattn_core.conformance.tolerance import Verdict
-from selfattn_core.conformance.training import STEPS, reference
+from selfattn_core.conformance.results import BackendReport, Outcome
+from selfattn_core.conformance.verdicts.tolerance import Verdict
 
 HOSTILE = (
     'a <script>alert("1")</script> & | `tick` :X :smile: [red]\x00\x1b[31m\x9b1A\ufffe\udc80\nsecond line'
@@ -215,7 +215,7 @@ def test_rich_shows_the_same_as_plain_text(data, monkeypatch, capsys):
         set(as_table(data).replace("-", " ").split()) - set(" ".join(words).replace("-", " ").split())
         == set()
     )
-    monkeypatch.setattr("selfattn_core.conformance.report.table.find_spec", lambda _: None)
+    monkeypatch.setattr("selfattn_core.conformance.report.terminal.find_spec", lambda _: None)
     show(data)
     assert capsys.readouterr().out == as_table(data) + "\n"
 

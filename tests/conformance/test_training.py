@@ -4,14 +4,22 @@ import numpy as np
 import pytest
 
 from selfattn_core import spec
-from selfattn_core.conformance.cases import CASES
-from selfattn_core.conformance.compare import compare
-from selfattn_core.conformance.inputs import clear_windows
-from selfattn_core.conformance.optimizers import Adam, Momentum
-from selfattn_core.conformance.runs import Run
-from selfattn_core.conformance.tolerance import FACTOR
-from selfattn_core.conformance.training import BATCHES, STEPS, follow, problem, reference, train, trained
-from selfattn_core.conformance.trajectory import judge_trajectory
+from selfattn_core.conformance.cases.inputs import clear_windows
+from selfattn_core.conformance.cases.run import Run
+from selfattn_core.conformance.cases.table import CASES
+from selfattn_core.conformance.questions.optimizers import Adam, Momentum
+from selfattn_core.conformance.questions.training import (
+    BATCHES,
+    STEPS,
+    follow,
+    problem,
+    reference,
+    train,
+    trained,
+)
+from selfattn_core.conformance.verdicts.compare import compare
+from selfattn_core.conformance.verdicts.tolerance import FACTOR
+from selfattn_core.conformance.verdicts.trajectory import judge_trajectory
 
 TRAINING = {case.id: case for case in CASES if case.family == "trajectory"}
 

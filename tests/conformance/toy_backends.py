@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from selfattn_core import spec
-from selfattn_core.conformance import formats, memory
+from selfattn_core.conformance.questions import peak_memory
+from selfattn_core.conformance.verdicts import product_formats
 
 
 class Good:
@@ -212,7 +213,7 @@ class NeverForgets(Frugal):
     """On a system that does not forget the peak of a process."""
 
     def __init__(self):
-        memory._RESET = Path(__file__) / "clear_refs"
+        peak_memory._RESET = Path(__file__) / "clear_refs"
 
     def claims(self):
         return frozenset({"forward", "memory", "vjp", "r1"})
@@ -365,7 +366,7 @@ class Exclusive(Good):
 
 class SaysMemory(Good):
     def forward(self, model, x):
-        raise memory.PeakUnknownError("forward")
+        raise peak_memory.PeakUnknownError("forward")
 
 
 class OnTwo(Good):
@@ -394,7 +395,10 @@ class OnTwo(Good):
         return 1000 if self.device == "toy:0" else 2**40
 
     def default_products(self, left, right):
-        return {"matrix product": formats.kept_bits(left, "tf32") @ formats.kept_bits(right, "tf32")}
+        return {
+            "matrix product": product_formats.kept_bits(left, "tf32")
+            @ product_formats.kept_bits(right, "tf32")
+        }
 
 
 class Strays(OnTwo):

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from selfattn_core import SelfAttentionConfig, init_params, parameter_table, save, save_blocks, spec
-from selfattn_core import attend as attending
-from selfattn_core.attend import attend_files
+from selfattn_core.cli import attend as attending
 from selfattn_core.cli import main
+from selfattn_core.cli.attend import attend_files
 from selfattn_core.params import fold_spectral_norm
 
 H, W, C = 5, 8, 16
@@ -403,7 +403,7 @@ def test_without_matplotlib_it_exits_3(files, monkeypatch):
 
 
 def test_colour_and_grey_images_are_read_as_they_are_stored(files):
-    from selfattn_core.attend import read_image
+    from selfattn_core.cli.attend import read_image
 
     pixels = read_image(files / "image.png")
     with Image.open(files / "image.png") as picture:

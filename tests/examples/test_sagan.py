@@ -17,7 +17,7 @@ from examples.gan import files, journal
 from examples.gan.agreement import compare
 from examples.gan.batches import Batch, draw
 from selfattn_core import SelfAttentionConfig, init_params, load, save_blocks
-from selfattn_core.conformance.tolerance import EPS, FACTOR
+from selfattn_core.conformance.verdicts.tolerance import EPS, FACTOR
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("torch", "flax", "keras")

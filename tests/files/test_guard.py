@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from selfattn_core import cli
-from selfattn_core.guard import GuardedGroup, ended_by_signals
+from selfattn_core.cli.guard import GuardedGroup, ended_by_signals
 from selfattn_core.porting import PortError
 from tests.files.writers import make_inputs
 

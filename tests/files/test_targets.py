@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from selfattn_core import verifying
+from selfattn_core.cli import conform as conform_command
 from selfattn_core.cli import main
-from selfattn_core.conformance import command as conform_command
-from selfattn_core.conformance.outcome import BackendReport
-from selfattn_core.conformance.tolerance import Verdict
+from selfattn_core.conformance.results import BackendReport
+from selfattn_core.conformance.verdicts.tolerance import Verdict
 from selfattn_core.verifying import Finding, VerifyReport
 from tests.files.devices import FULL, HOLE, make_device
 from tests.files.writers import WRITERS, Writer, make_inputs

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfattn_core import SelfAttentionConfig, init_params, save, writing
-from selfattn_core.writing import workplace, write_atomically, write_folder_atomically
+from selfattn_core import SelfAttentionConfig, init_params, save
+from selfattn_core.files import writing
+from selfattn_core.files.writing import workplace, write_atomically, write_folder_atomically
 from tests.files.devices import HOLE, make_device
 
 OLD, NEW = b"old", b"new content"
@@ -134,7 +135,7 @@ class TestAFolder:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from selfattn_core import writing
+from selfattn_core.files import writing
 
 def stop(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -208,7 +209,9 @@ class TestAKilledProcess:
 def test_who_still_writes_is_not_disturbed(tmp_path):
     """Another process, and another thread of this one, write the same target in the meantime."""
     target = tmp_path / "x"
-    script = "import sys; from pathlib import Path; from selfattn_core.writing import write_atomically; "
+    script = (
+        "import sys; from pathlib import Path; from selfattn_core.files.writing import write_atomically; "
+    )
     script += "write_atomically(Path(sys.argv[1]), b'other', overwrite=True)"
 
     def pieces():
@@ -260,7 +263,7 @@ def test_another_process_may_take_it_for_abandoned_before_it_is_locked(tmp_path,
 SHOWN = """
 import sys
 from pathlib import Path
-from selfattn_core.writing import write_atomically
+from selfattn_core.files.writing import write_atomically
 print("before")
 write_atomically(Path(sys.argv[1]), b"content\\n", overwrite=True)
 print("after")

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import tensorflow as tf
 
-from selfattn_core.conformance.memory import peak_growth
+from selfattn_core.conformance.questions.peak_memory import peak_growth
 from selfattn_ops.tensorflow import attend
 
 QK_WIDTH, VALUE_WIDTH = 4, 24

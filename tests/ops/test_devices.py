@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from selfattn_core.conformance.memory import PeakUnknownError
+from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
 from selfattn_ops.devices import hosts
 
 

@@ -132,7 +132,7 @@ def main() -> int:
     subprocess.run([sys.executable, "-m", "pip", *install, *wanted], check=True)
 
     # Only now are they sure to be there.
-    from selfattn_core.exit_codes import MISSING
+    from selfattn_core.cli.exit_codes import MISSING
     from selfattn_core.weights import write_atomically
 
     REPORT.parent.mkdir(exist_ok=True)

@@ -2,8 +2,8 @@
 
 import pytest
 
+from selfattn_core.cli.exit_codes import CHECK_FAILED, MISSING
 from selfattn_core.conformance import REGISTRY
-from selfattn_core.exit_codes import CHECK_FAILED, MISSING
 from tests.packaging import newest
 
 OFFERED = {"torch": ["2.15.0"], "jax": ["0.12.0"], "flax": ["0.12.12"], "keras": ["3.15.1"], "tensorflow": []}

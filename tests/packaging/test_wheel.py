@@ -58,9 +58,11 @@ def test_the_wheel_holds_the_six_packages_the_message_and_nothing_else(wheel):
     assert {name for name in names if not name.endswith(".dist-info")} == NAMES
     files = set(zipfile.ZipFile(wheel).namelist())
     assert {f"{package}/py.typed" for package in PACKAGES} <= files
-    dialects = {path.name for path in (ROOT / "selfattn_core" / "porting" / "data").glob("*.toml")}
+    dialects = {
+        path.name for path in (ROOT / "selfattn_core" / "porting" / "dialects" / "data").glob("*.toml")
+    }
     assert dialects
-    assert {f"selfattn_core/porting/data/{name}" for name in dialects} <= files
+    assert {f"selfattn_core/porting/dialects/data/{name}" for name in dialects} <= files
 
 
 def test_installed_it_shows_these_names(python):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from selfattn_core.conformance.tolerance import FACTOR
+from selfattn_core.conformance.verdicts.tolerance import FACTOR
 from selfattn_core.porting import PortError
 from selfattn_torch import SelfAttention2d, convert
 from tests.peers.originals import mimicry, prepare_torchvision

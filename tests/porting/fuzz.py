@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from selfattn_core.porting import PortError, open_tensors
-from selfattn_core.porting.readers.crc32c import crc32c, masked
+from selfattn_core.porting.formats.untrusted.crc32c import crc32c, masked
 
 __all__ = ["BOUND", "HANG", "READERS", "run"]
 

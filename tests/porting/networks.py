@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from selfattn_core.conformance.tolerance import FACTOR
+from selfattn_core.conformance.verdicts.tolerance import FACTOR
 
 __all__ = ["check_network"]
 

@@ -7,7 +7,7 @@ from flax import serialization
 
 import selfattn_core
 from selfattn_core.porting import PortError, inspect, load, port
-from selfattn_core.porting.bystanders import optimiser_keys
+from selfattn_core.porting.blocks.bystanders import optimiser_keys
 from tests.porting.originals import ORIGINALS
 
 

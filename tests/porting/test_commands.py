@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 import selfattn_core
 from selfattn_core.cli import main
-from selfattn_core.porting.dialects import dialect_names
+from selfattn_core.porting.dialects.dialect import dialect_names
 from tests.porting.checkpoints import io_file, written
 
 OTHERS = ("--from", "biggan", "--to", "biggan")
@@ -111,7 +111,7 @@ def test_a_mistake_is_one_paragraph_and_exit_code_2(run, tmp_path, arguments, me
 
 
 def test_what_is_not_installed_is_exit_code_3(run, tmp_path, monkeypatch):
-    from selfattn_core.porting import writers
+    from selfattn_core.porting.formats import write
 
     path, _ = written(tmp_path, "heykeetae, plain")
 
@@ -120,7 +120,7 @@ def test_what_is_not_installed_is_exit_code_3(run, tmp_path, monkeypatch):
             "selfattn_core.porting needs torch, which is not installed: pip install 'selfattn[torch]'"
         )
 
-    monkeypatch.setitem(writers._BYTES, "torch", absent)
+    monkeypatch.setitem(write._BYTES, "torch", absent)
     done = run("port", path.name, "o.pt", "--from", "heykeetae", "--to", "torch")
     assert done.exit_code == 3
     assert "pip install 'selfattn[torch]'" in done.output

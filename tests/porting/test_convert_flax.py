@@ -15,9 +15,9 @@ from flax import nnx
 
 import selfattn_flax
 from selfattn_core.porting import port
-from selfattn_core.porting.converting import ConversionError
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.readers import open_tensors
+from selfattn_core.porting.formats import open_tensors
+from selfattn_core.porting.networks.conversion import ConversionError
 from selfattn_flax import SelfAttention2D, SelfAttention2DWithMap, convert
 from selfattn_flax.converting.graph import places
 

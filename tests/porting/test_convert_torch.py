@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_norm
 
-from selfattn_core.conformance.tolerance import FACTOR
+from selfattn_core.conformance.verdicts.tolerance import FACTOR
 from selfattn_core.porting import PortError
-from selfattn_core.porting.converting import ConversionError
+from selfattn_core.porting.networks.conversion import ConversionError
 from selfattn_torch import SelfAttention2d, SelfAttention2dWithMap, convert
 from selfattn_torch.spectral_norm import SpectralConv2d
 from tests.porting.networks import check_network

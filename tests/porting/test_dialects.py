@@ -5,9 +5,9 @@ import tomllib
 
 import pytest
 
-from selfattn_core.porting.dialects import dialect, dialect_names, parse_dialect
+from selfattn_core.porting.dialects.dialect import dialect, dialect_names, parse_dialect
+from selfattn_core.porting.dialects.settings import settings_of
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.settings import settings_of
 
 EXPECTED = {
     *("canonical", "torch", "keras", "flax", "fgh", "heykeetae", "danet", "sagan-tf", "tfgan", "compare-gan"),
@@ -260,9 +260,9 @@ def test_settings():
 
 def test_the_schema_is_what_the_docstring_shows():
     """The documented file, its alternatives aside, is accepted."""
-    from selfattn_core.porting import dialects
+    from selfattn_core.porting.dialects import dialect as schema
 
-    text = dialects.__doc__.partition("```toml\n")[2].partition("```")[0]
+    text = schema.__doc__.partition("```toml\n")[2].partition("```")[0]
     content = tomllib.loads(text.replace("value = 1.0 ", "#"))
     assert content["kernels"][0]["spectral_norm"]["sigma"] == "stored"
     with pytest.raises(PortError) as caught:
@@ -272,8 +272,8 @@ def test_the_schema_is_what_the_docstring_shows():
 
 def test_every_field_that_is_read_is_documented(monkeypatch):
     """In the list of fields, which the page takes over, and by its table."""
-    from selfattn_core.porting import dialects
-    from selfattn_core.porting.toml_table import TomlTable
+    from selfattn_core.porting.dialects import dialect as schema
+    from selfattn_core.porting.dialects.toml_table import TomlTable
 
     asked = set()
     field = TomlTable._field
@@ -287,5 +287,5 @@ def test_every_field_that_is_read_is_documented(monkeypatch):
         parse_dialect(dialect(name).text, name)
     assert len(asked) > 40
     field_or_table = r"(^|[\s`{{]){0} = |\[([\w.]+\.)?{0}\]"
-    unsaid = [name for name in asked if not re.search(field_or_table.format(name), dialects.__doc__)]
+    unsaid = [name for name in asked if not re.search(field_or_table.format(name), schema.__doc__)]
     assert unsaid == []

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from selfattn_core.porting import PortError, Tensors, inspect, port
-from selfattn_core.porting.dialects import dialect
+from selfattn_core.porting.dialects.dialect import dialect
 from tests.porting.checkpoints import written
 from tests.porting.originals import ORIGINALS
 

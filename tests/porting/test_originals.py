@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from selfattn_core import spec
-from selfattn_core.porting.bystanders import optimiser_keys
-from selfattn_core.porting.dialects import dialect, dialect_names
-from selfattn_core.porting.importing import import_block, plan
-from selfattn_core.porting.matching import KeyIndex, match, prefixes
-from selfattn_core.porting.settings import settings_of
+from selfattn_core.porting.blocks.bystanders import optimiser_keys
+from selfattn_core.porting.blocks.match import KeyIndex, match, prefixes
+from selfattn_core.porting.dialects.dialect import dialect, dialect_names
+from selfattn_core.porting.dialects.settings import settings_of
+from selfattn_core.porting.translation.from_dialect import import_block, plan
 from tests.porting.originals import ORIGINALS, C
 
 

@@ -12,14 +12,14 @@ import pytest
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig
-from selfattn_core.porting import PortError, checking, inspect, load, open_tensors, port
+from selfattn_core.porting import PortError, inspect, load, open_tensors, port, verify
 
 
 @pytest.mark.parametrize(
     ("to", "target"), [("torch", "o.pt"), ("keras", "o.weights.h5"), ("flax", "o"), ("flax", "o.npz")]
 )
 def test_what_is_ported_to_our_own_layers_keeps_its_pooling(to, target, tmp_path, monkeypatch):
-    monkeypatch.setattr(checking, "BACKENDS", {})
+    monkeypatch.setattr(verify, "BACKENDS", {})
     config = SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=3)
     params = {name: value + 0.25 for name, value in selfattn_core.init_params(config, 0).items()}
     selfattn_core.save_blocks(

@@ -13,14 +13,14 @@ from selfattn_core import SelfAttentionConfig, spec
 from selfattn_core.porting import (
     PortError,
     VerificationError,
-    checking,
     inspect,
     load,
     open_tensors,
     port,
+    verify,
     write_tensors,
 )
-from selfattn_core.porting.dialects import dialect, dialect_names
+from selfattn_core.porting.dialects.dialect import dialect, dialect_names
 from tests.porting.checkpoints import io_file, output, written
 from tests.porting.originals import ORIGINALS, C
 
@@ -106,7 +106,7 @@ def test_the_report_is_whole(tmp_path):
     assert any("bn_eps = 1e-05" in text for text in block.assumptions)
     with open_tensors(target) as tensors:
         for tensor in block.tensors:
-            from selfattn_core.porting.importing import checksum
+            from selfattn_core.porting.translation.from_dialect import checksum
 
             assert tensor.sha256 == checksum(tensors.read(tensor.target))
         stored = json.loads(tensors.metadata["port"])
@@ -583,7 +583,7 @@ def test_kept_state_goes_through_other_files(tmp_path):
 
 def test_kept_state_is_where_each_framework_has_it(tmp_path, monkeypatch):
     """Keras' file by names, NNX beside the kernel, Linen in a collection of its own."""
-    monkeypatch.setattr(checking, "BACKENDS", {})
+    monkeypatch.setattr(verify, "BACKENDS", {})
     config, params = with_norm()
     selfattn_core.save(tmp_path / "a.safetensors", config, params)
 
@@ -669,15 +669,15 @@ def test_an_io_file_that_is_none(arrays, message, tmp_path):
 
 
 def test_a_target_that_comes_back_changed_fails(tmp_path, monkeypatch):
-    from selfattn_core.porting import writers
+    from selfattn_core.porting.formats import write
 
     path, _ = written(tmp_path, "heykeetae, plain")
-    right = writers._npz
+    right = write._npz
 
     def wrong(tensors, metadata):
         return right(tensors | {"gamma": tensors["gamma"] + 1}, metadata)
 
-    monkeypatch.setitem(writers._BYTES, "npz", wrong)
+    monkeypatch.setitem(write._BYTES, "npz", wrong)
     report = failed_report(path, tmp_path / "o.npz", dialect="heykeetae", to="heykeetae")
     assert outcomes(report)["round trip"] == "failed"
     assert not (tmp_path / "o.npz").exists()
@@ -685,7 +685,7 @@ def test_a_target_that_comes_back_changed_fails(tmp_path, monkeypatch):
 
 def test_a_target_that_means_something_else_fails(tmp_path, monkeypatch):
     """The file holds what was to be written, and its dialect reads another layer from it."""
-    from selfattn_core.porting.exporting import _Exporter
+    from selfattn_core.porting.translation.to_dialect import _Exporter
 
     path, _ = written(tmp_path, "heykeetae, plain")
     monkeypatch.setattr(_Exporter, "_bias", lambda self, role, *_: self.params[f"{role}.bias"] + 1)
@@ -722,7 +722,7 @@ class Backend:
 )
 @pytest.mark.parametrize("gamma", [0.7, 0.0])
 def test_a_framework_whose_layer_is_wrong_fails(fault, outcome, gamma, tmp_path, monkeypatch):
-    from selfattn_core.conformance.backend import Registered
+    from selfattn_core.conformance.protocol import Registered
 
     (tmp_path / "toy_layer.py").write_text(WRONG.replace("FAULT", repr(fault)), encoding="utf-8")
 
@@ -730,7 +730,7 @@ def test_a_framework_whose_layer_is_wrong_fails(fault, outcome, gamma, tmp_path,
         "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     }
     monkeypatch.setattr(
-        checking, "REGISTRY", {"torch": Registered("toy_layer:Backend", (), "torch", environment)}
+        verify, "REGISTRY", {"torch": Registered("toy_layer:Backend", (), "torch", environment)}
     )
     path, _ = spoiled("heykeetae, plain", tmp_path, put("gamma", np.full(1, gamma, np.float32)))
     run = port if outcome == "passed" else failed_report
@@ -741,7 +741,7 @@ def test_a_framework_whose_layer_is_wrong_fails(fault, outcome, gamma, tmp_path,
 
 def test_the_framework_computes_in_full(tmp_path, monkeypatch):
     """In the environment of the conformance kit, where the caller's own asks for less."""
-    from selfattn_core.conformance.backend import Registered
+    from selfattn_core.conformance.protocol import Registered
 
     found = tmp_path / "found"
     (tmp_path / "toy_layer.py").write_text(
@@ -751,7 +751,7 @@ def test_the_framework_computes_in_full(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
-    monkeypatch.setattr(checking, "REGISTRY", {"torch": Registered("toy_layer:Backend", (), "torch")})
+    monkeypatch.setattr(verify, "REGISTRY", {"torch": Registered("toy_layer:Backend", (), "torch")})
     path, _ = spoiled("heykeetae, plain", tmp_path, put("gamma", np.full(1, 0.7, np.float32)))
     assert (
         outcomes(port(path, tmp_path / "o.npz", dialect="heykeetae", to="torch"))["torch's layer"] == "passed"
@@ -760,9 +760,9 @@ def test_the_framework_computes_in_full(tmp_path, monkeypatch):
 
 
 def test_a_framework_that_is_not_installed_is_listed(tmp_path, monkeypatch):
-    from selfattn_core.conformance.backend import Registered
+    from selfattn_core.conformance.protocol import Registered
 
-    monkeypatch.setattr(checking, "REGISTRY", {"torch": Registered("x:y", ("no_such_module",), "torch")})
+    monkeypatch.setattr(verify, "REGISTRY", {"torch": Registered("x:y", ("no_such_module",), "torch")})
     path, _ = written(tmp_path, "heykeetae, plain")
     report = port(path, tmp_path / "o.npz", dialect="heykeetae", to="torch")
     assert report.written
@@ -806,7 +806,7 @@ def test_biases_of_zeros_may_be_left_out(tmp_path):
 
 
 def test_made_biases_that_are_not_zero_fail(tmp_path, monkeypatch):
-    from selfattn_core.porting.exporting import _Exporter
+    from selfattn_core.porting.translation.to_dialect import _Exporter
 
     config = SelfAttentionConfig(24, use_bias=False)
     params = {key: value + 0.3 for key, value in selfattn_core.init_params(config, 3).items()}

@@ -14,7 +14,7 @@ import safetensors.numpy
 import torch
 
 from selfattn_core.porting import PortError, open_tensors
-from selfattn_core.porting.readers.binary import decode
+from selfattn_core.porting.formats.numbers import decode
 from tests.porting.samples import tensors
 
 WANT = tensors()
@@ -174,7 +174,7 @@ def test_tensorflow(samples, tmp_path):
 def test_our_checksum_of_tensorflow_is_theirs():
     for size in (0, 1, 7, 64, 1001, 65_537):
         content = bytes(np.random.default_rng(size).integers(0, 256, size, np.uint8))
-        from selfattn_core.porting.readers.crc32c import crc32c
+        from selfattn_core.porting.formats.untrusted.crc32c import crc32c
 
         slow = 0xFFFFFFFF
         for byte in content:

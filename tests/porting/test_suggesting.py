@@ -8,7 +8,7 @@ import pytest
 import selfattn_core
 from selfattn_core import spec
 from selfattn_core.porting import PortError, inspect, port
-from selfattn_core.porting.dialects import dialect, parse_dialect
+from selfattn_core.porting.dialects.dialect import dialect, parse_dialect
 
 
 def kernels(shapes, seed=0):

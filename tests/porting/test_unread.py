@@ -13,7 +13,7 @@ from flax import serialization
 import selfattn_core
 import selfattn_torch
 from selfattn_core import SelfAttentionConfig
-from selfattn_core.porting import PortError, checking, inspect, load, open_tensors, port
+from selfattn_core.porting import PortError, inspect, load, open_tensors, port, verify
 from tests.porting.checkpoints import written
 from tests.porting.originals import ORIGINALS
 
@@ -101,7 +101,7 @@ def test_a_distributed_checkpoint_of_torch(tmp_path):
 
 
 def test_a_folder_of_orbax_steps_names_the_latest(tmp_path, monkeypatch):
-    monkeypatch.setattr(checking, "BACKENDS", {})
+    monkeypatch.setattr(verify, "BACKENDS", {})
     config = SelfAttentionConfig(16)
     selfattn_core.save(tmp_path / "a.safetensors", config, selfattn_core.init_params(config, 0))
     (tmp_path / "run").mkdir()
@@ -163,7 +163,7 @@ def test_load_names_what_to_pass(tmp_path):
 
 
 def test_a_file_of_flax_can_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(checking, "BACKENDS", {})
+    monkeypatch.setattr(verify, "BACKENDS", {})
     path, original = written(tmp_path, "studiogan, plain")
     report = port(path, tmp_path / "o.msgpack", dialect="studiogan", to="flax")
     assert report.written

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from selfattn_core.cli import main
-from selfattn_core.porting import PortError, checking, load, open_tensors, port
+from selfattn_core.porting import PortError, load, open_tensors, port, verify
 from selfattn_torch import SelfAttention2d
 
 
@@ -56,7 +56,7 @@ def old():
 
 @pytest.fixture(autouse=True)
 def no_frameworks(monkeypatch):
-    monkeypatch.setattr(checking, "BACKENDS", {})
+    monkeypatch.setattr(verify, "BACKENDS", {})
 
 
 def check_loads(old, state, seed=1):
@@ -178,9 +178,9 @@ def test_from_the_command(old, tmp_path, monkeypatch):
 
 
 def test_another_number_elsewhere_is_caught(old, tmp_path, monkeypatch):
-    from selfattn_core.porting import whole
+    from selfattn_core.porting import whole_checkpoint
 
-    right = whole._renamed
+    right = whole_checkpoint._renamed
 
     def wrong(held, *arguments):
         state = right(held, *arguments)
@@ -188,7 +188,7 @@ def test_another_number_elsewhere_is_caught(old, tmp_path, monkeypatch):
         return state
 
     torch.save(old.state_dict(), tmp_path / "old.pth")
-    monkeypatch.setattr(whole, "_renamed", wrong)
+    monkeypatch.setattr(whole_checkpoint, "_renamed", wrong)
     with pytest.raises(PortError, match=r"round trip: came back changed: norm\.bias"):
         port(tmp_path / "old.pth", tmp_path / "new.pth", dialect="heykeetae", to="torch", whole=True)
     assert not (tmp_path / "new.pth").exists()

@@ -14,7 +14,7 @@ import torch
 from selfattn_core import SelfAttentionConfig, weights
 from selfattn_core.params import parameter_table
 from selfattn_core.porting import PortError, open_tensors, write_tensors
-from selfattn_core.porting.writers import WRITABLE
+from selfattn_core.porting.formats.write import WRITABLE
 
 CONFIG = SelfAttentionConfig(11, 2, 5, out_projection=True, kv_pool=2)
 METADATA = {"source": "a test", "report": "γ = 0.7; " * 20_000}

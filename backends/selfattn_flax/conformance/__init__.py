@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.conformance.backend import ABILITIES
-from selfattn_core.conformance.cases import DTYPES
+from selfattn_core.conformance.cases.table import DTYPES
+from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_core.params import state_table, widen
 from selfattn_flax import linen, weights
 from selfattn_flax.nnx import SelfAttention2D

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import flax.linen
 from flax import nnx
 
-from selfattn_core.porting.converting import Conversion, check_arguments, nested, no_match, refuse
-from selfattn_core.porting.dialects import Dialect
-from selfattn_core.porting.dialects import dialect as dialect_named
+from selfattn_core.porting.blocks.find import index_of
+from selfattn_core.porting.blocks.match import normal, prefixes
+from selfattn_core.porting.dialects.dialect import Dialect
+from selfattn_core.porting.dialects.dialect import dialect as dialect_named
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.finding import index_of
-from selfattn_core.porting.foreign_layer import Options, convert_all
-from selfattn_core.porting.matching import normal, prefixes
+from selfattn_core.porting.networks.conversion import Conversion, check_arguments, nested, no_match, refuse
+from selfattn_core.porting.networks.foreign_layer import Options, convert_all
 from selfattn_flax.converting import obstacles
 from selfattn_flax.converting.foreign import ForeignLayer
 from selfattn_flax.converting.graph import copied, places, put

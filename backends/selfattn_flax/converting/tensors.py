@@ -10,7 +10,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from selfattn_core.params import widen
-from selfattn_core.porting.readers.tensors import Entry, TensorInfo, Tensors
+from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
 
 __all__ = ["forms_of", "leaves_of", "read"]
 

@@ -12,8 +12,8 @@ import keras
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.conformance.backend import ABILITIES
-from selfattn_core.conformance.cases import DTYPES
+from selfattn_core.conformance.cases.table import DTYPES
+from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_keras.conformance.model import Model, to_array
 from selfattn_keras.layer import SelfAttention2D, Tensor
 from selfattn_keras.weights import from_canonical, to_canonical, variable

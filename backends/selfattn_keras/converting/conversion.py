@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import keras
 
-from selfattn_core.porting.converting import Conversion, check_arguments, no_match, refuse
-from selfattn_core.porting.dialects import Dialect
-from selfattn_core.porting.dialects import dialect as dialect_named
-from selfattn_core.porting.finding import index_of
-from selfattn_core.porting.foreign_layer import Options, convert_all
-from selfattn_core.porting.matching import prefixes
+from selfattn_core.porting.blocks.find import index_of
+from selfattn_core.porting.blocks.match import prefixes
+from selfattn_core.porting.dialects.dialect import Dialect
+from selfattn_core.porting.dialects.dialect import dialect as dialect_named
+from selfattn_core.porting.networks.conversion import Conversion, check_arguments, no_match, refuse
+from selfattn_core.porting.networks.foreign_layer import Options, convert_all
 from selfattn_keras.converting import obstacles
 from selfattn_keras.converting.asking import everything_in
 from selfattn_keras.converting.copying import copied

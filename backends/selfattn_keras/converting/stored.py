@@ -7,9 +7,9 @@ import keras
 import numpy as np
 
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.readers.keras import open_h5
-from selfattn_core.porting.readers.tensors import Entry, Tensors
-from selfattn_core.porting.scratch import scratch_folder
+from selfattn_core.porting.formats.keras import open_h5
+from selfattn_core.porting.formats.scratch import scratch_folder
+from selfattn_core.porting.formats.tensors import Entry, Tensors
 
 __all__ = ["stored"]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from selfattn_core.conformance.memory import PeakUnknownError, peak_growth  # noqa: E402
+from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth  # noqa: E402
 from selfattn_ops.devices.hosts import nvidia_driver, processor  # noqa: E402
 from selfattn_ops.devices.placed import OnDevice  # noqa: E402
 

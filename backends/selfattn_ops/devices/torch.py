@@ -11,7 +11,7 @@ require("selfattn_ops.devices.torch", ["torch"], "torch")
 import torch  # noqa: E402 - the message above must come first
 from numpy.typing import NDArray  # noqa: E402
 
-from selfattn_core.conformance.memory import PeakUnknownError, peak_growth  # noqa: E402
+from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth  # noqa: E402
 from selfattn_ops.devices.hosts import nvidia_driver, processor  # noqa: E402
 from selfattn_ops.devices.placed import OnDevice  # noqa: E402
 

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from selfattn_core.porting.converting import Conversion, check_arguments, nested, no_match, refuse
-from selfattn_core.porting.dialects import dialect as dialect_named
+from selfattn_core.porting.blocks.find import index_of
+from selfattn_core.porting.blocks.match import normal, prefixes
+from selfattn_core.porting.dialects.dialect import dialect as dialect_named
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.finding import index_of
-from selfattn_core.porting.foreign_layer import Options, convert_all
-from selfattn_core.porting.matching import normal, prefixes
+from selfattn_core.porting.networks.conversion import Conversion, check_arguments, nested, no_match, refuse
+from selfattn_core.porting.networks.foreign_layer import Options, convert_all
 from selfattn_torch.converting import obstacles
 from selfattn_torch.converting.foreign import ForeignLayer, detached, tensors_of
 from selfattn_torch.layer import SelfAttention2d

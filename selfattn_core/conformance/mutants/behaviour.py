@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.cases import Family
+from selfattn_core.conformance.cases.table import Family
 from selfattn_core.conformance.mutants.mutant import Mutant
 from selfattn_core.conformance.reference import Model, Reference
 from selfattn_core.params import glorot_limit, init_params

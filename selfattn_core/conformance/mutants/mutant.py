@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from selfattn_core.conformance.backend import Backend
-from selfattn_core.conformance.cases import Family
-from selfattn_core.conformance.edited import edited_spec
+from selfattn_core.conformance.cases.table import Family
+from selfattn_core.conformance.mutants.edits import edited_spec
+from selfattn_core.conformance.protocol import Backend
 from selfattn_core.conformance.reference import Reference
 
 __all__ = ["Mutant", "edited"]

@@ -4,10 +4,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from selfattn_core.conformance.backend import Backend
-from selfattn_core.conformance.formats import kept_bits, spec_in
 from selfattn_core.conformance.mutants.mutant import Mutant
+from selfattn_core.conformance.protocol import Backend
 from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.verdicts.product_formats import kept_bits, spec_in
 
 __all__ = ["MUTANTS", "RoundsOperands"]
 

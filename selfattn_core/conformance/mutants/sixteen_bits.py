@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.backend import Backend
-from selfattn_core.conformance.edited import edited_spec
-from selfattn_core.conformance.inputs import rounded
+from selfattn_core.conformance.cases.inputs import rounded
+from selfattn_core.conformance.mutants.edits import edited_spec
 from selfattn_core.conformance.mutants.mutant import Mutant, edited
+from selfattn_core.conformance.protocol import Backend
 from selfattn_core.conformance.reference import Model, Reference
 
 __all__ = ["MUTANTS", "InBfloat16", "in_bfloat16"]
@@ -23,7 +23,7 @@ __all__ = ["MUTANTS", "InBfloat16", "in_bfloat16"]
 Array = NDArray[Any]
 
 _STORE = "return values.astype(self.dtype).astype(self.arithmetic)"
-_STORED = "from selfattn_core.conformance.inputs import rounded; return rounded(values, 'bfloat16')"
+_STORED = "from selfattn_core.conformance.cases.inputs import rounded; return rounded(values, 'bfloat16')"
 _OUTER = "return left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])"
 _TOTAL = "return np.asarray(rows.sum(axis=(0, 1)))"
 _DGAMMA = 'gradients["gamma"] = np.sum(self.g * layer.z, keepdims=True).reshape(1)'

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from selfattn_core import spec
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.cases import Family
+from selfattn_core.conformance.cases.table import Family
 from selfattn_core.conformance.mutants.mutant import Mutant, edited
 from selfattn_core.conformance.reference import Model, Reference
 from selfattn_core.params import fold_spectral_norm, init_params, projections

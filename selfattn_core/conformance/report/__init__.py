@@ -1,11 +1,11 @@
 """The reports of a conformance run: one set of data, and the forms that people and programs read it in."""
 
-from selfattn_core.conformance.report.data import as_data, schema
-from selfattn_core.conformance.report.diff import Difference, difference
+from selfattn_core.conformance.report.difference import Difference, difference
+from selfattn_core.conformance.report.document import as_data, schema
+from selfattn_core.conformance.report.html import as_html
 from selfattn_core.conformance.report.junit import as_junit
 from selfattn_core.conformance.report.markdown import as_markdown
-from selfattn_core.conformance.report.page import as_html
-from selfattn_core.conformance.report.table import as_table, show
+from selfattn_core.conformance.report.terminal import as_table, show
 
 __all__ = [
     "Difference",

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from selfattn_core import SelfAttentionConfig, spec
-from selfattn_core.conformance.tolerance import CAPS, EPS
+from selfattn_core.conformance.verdicts.tolerance import CAPS, EPS
 from selfattn_core.params import projections
 from selfattn_torch import SelfAttention2d, to_canonical
 

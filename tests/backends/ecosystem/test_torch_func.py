@@ -8,8 +8,8 @@ from torch import nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 from selfattn_core import SelfAttentionConfig
-from selfattn_core.conformance.cases import CASES
-from selfattn_core.conformance.inputs import inputs
+from selfattn_core.conformance.cases.inputs import inputs
+from selfattn_core.conformance.cases.table import CASES
 from selfattn_torch import SelfAttention2d, from_canonical
 
 FLAT, POOLED = (next(case for case in CASES if case.id == name) for name in ("SA-FWD-001", "SA-FWD-006"))

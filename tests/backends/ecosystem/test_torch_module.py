@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.conformance.cases import CASES
-from selfattn_core.conformance.inputs import inputs
-from selfattn_core.conformance.tolerance import expect, judge
+from selfattn_core.conformance.cases.inputs import inputs
+from selfattn_core.conformance.cases.table import CASES
+from selfattn_core.conformance.verdicts.tolerance import expect, judge
 from selfattn_core.params import KV_POOL, glorot_limit, projections
 from selfattn_torch import SelfAttention2d, from_canonical, to_canonical
 

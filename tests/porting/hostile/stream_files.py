@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from selfattn_core.porting.readers.crc32c import crc32c, masked
+from selfattn_core.porting.formats.untrusted.crc32c import crc32c, masked
 
 
 def text(value: str) -> bytes:

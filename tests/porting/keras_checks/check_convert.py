@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from selfattn_core.porting.converting import ConversionError
+from selfattn_core.porting.networks.conversion import ConversionError
 from selfattn_keras import SelfAttention2D, SelfAttention2DWithMap, convert
 from tests.porting.keras_checks.foreign import (
     DENSE,

@@ -4,8 +4,8 @@ import keras
 import pytest
 from keras import layers, ops
 
-from selfattn_core.porting.converting import ConversionError
 from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.networks.conversion import ConversionError
 from selfattn_keras import convert
 from tests.porting.keras_checks.foreign import (
     Block,

@@ -1,0 +1,199 @@
+"""What `selfattn attend` does: from files of weights, features and an image to a picture of the attention map."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.files.features import check_is_file, read_features
+from selfattn_core.installed import require
+from selfattn_core.maps import MapStatistics, position_of, row_statistics
+from selfattn_core.query_rows import attention_rows, relative_change
+from selfattn_core.weights import FORMAT, load
+
+__all__ = ["LARGEST_IMAGE", "WHOLE", "Attended", "attend_files", "read_image"]
+
+Array = NDArray[Any]
+
+LARGEST_IMAGE = 2**24
+"""Pixels of a picture that is decoded, 4096×4096."""
+
+WHOLE = 2**24
+"""Weights of the largest map of which every row is computed for the layer's change, one from 64×64 positions to as many
+keys: a tenth of a second. Of a larger one it is as many rows as have so many weights together."""
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What points of one image attend to.
+
+    Args:
+        image: (height, width) or (height, width, 3), uint8.
+        rows: (points, H', W'), what each point attends to.
+        grid_size: (H, W).
+        statistics: of the rows, each (points,).
+        positions: (h, w) of the feature map for each point.
+        config: of the layer.
+        gamma: of the layer.
+        change: the root mean square of y − x relative to that of x, what the layer does to these features.
+        changed: how many output positions that is taken over: all, or so many drawn by lot where all would take seconds to
+            minutes.
+    """
+
+    image: Array
+    rows: Array
+    grid_size: tuple[int, int]
+    statistics: MapStatistics
+    positions: list[tuple[int, int]]
+    config: SelfAttentionConfig
+    gamma: float
+    change: float
+    changed: int
+
+
+def attend_files(
+    weights: Path,
+    features: Path,
+    image: Path,
+    points: Sequence[tuple[int, int]],
+    *,
+    block: str | None = None,
+    array: str | None = None,
+    sample: int | None = None,
+    layout: str = "channels_last",
+) -> Attended:
+    """What the layer in a canonical file attends to, from the formula of the numpy definition, in float32.
+
+    Memory is linear in the positions: rows of the map are computed for the points, and for the change in blocks.
+
+    Args:
+        weights: canonical file.
+        features: the layer's input, as for `read_features`.
+        image: the picture that the features were computed from.
+        points: pixels (y, x) of the image.
+        block: which layer of a file that holds several.
+        array: as for `read_features`.
+        sample: as for `read_features`.
+        layout: as for `read_features`.
+
+    Raises:
+        ModuleNotFoundError: if what reads images is not installed.
+        OSError: if a file cannot be read.
+        ValueError: if a file cannot be used, files do not fit each other or memory, or a point is outside the image.
+    """
+    config, params = _layer(weights, block)
+    pixels = read_image(image)
+    outside = [(y, x) for y, x in points if not (0 <= y < pixels.shape[0] and 0 <= x < pixels.shape[1])]
+    if outside:
+        raise ValueError(
+            f"{image}: got the point{'s' if len(outside) > 1 else ''} {', '.join(f'{y},{x}' for y, x in outside)} outside "
+            f"the image; expected y,x in pixels, y from 0 to {pixels.shape[0] - 1} and x from 0 to {pixels.shape[1] - 1}."
+        )
+    x = read_features(features, config, array=array, sample=sample, layout=layout).astype(np.float32)
+    params = {name: values.astype(np.float32) for name, values in params.items()}
+    height, width = x.shape[:2]
+    positions = [position_of(point, pixels.shape[:2], (height, width)) for point in points]
+    asked = _by_lot(height * width, max(1, WHOLE // math.prod(config.key_grid(height, width))))
+    try:
+        rows = attention_rows(config, params, x, positions)
+        change = relative_change(config, params, x, positions=asked)
+    except MemoryError:
+        raise ValueError(
+            f"{features}: the attention of {height}×{width} positions does not fit into memory; take features of a "
+            "smaller image, or a crop."
+        ) from None
+    if not (np.isfinite(rows).all() and np.isfinite(change)):
+        raise ValueError(
+            f"{features}: with the weights of {weights} the map or the output is NaN or infinite; are they the input of "
+            "this layer?"
+        )
+    return Attended(
+        image=pixels,
+        rows=rows,
+        grid_size=(height, width),
+        statistics=row_statistics(rows, positions, (height, width), kv_pool=config.kv_pool),
+        positions=positions,
+        config=config,
+        gamma=float(params["gamma"][0]),
+        change=change,
+        changed=height * width if asked is None else len(asked),
+    )
+
+
+def read_image(path: Path) -> Array:
+    """The pixels of a picture as they are stored, (height, width) or (height, width, 3), uint8.
+
+    Args:
+        path: any format that Pillow reads. Transparency is dropped, and orientation tags of cameras are not applied,
+            as image loaders of training code do not apply them.
+
+    Raises:
+        ModuleNotFoundError: if Pillow is not installed.
+        OSError: if the file cannot be read.
+        ValueError: if it is not a picture, is damaged, or has more than `LARGEST_IMAGE` pixels, which are not decoded.
+    """
+    require("selfattn attend", ["matplotlib", "PIL"], "viz")
+    from PIL import Image, UnidentifiedImageError
+
+    check_is_file(path)
+    refused = f"at most {LARGEST_IMAGE} pixels are decoded: scale it down, the map is no finer for it."
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of a size that is far beyond ours, and of transparency that is dropped.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as picture:
+                width, height = picture.size
+                if width * height <= LARGEST_IMAGE:
+                    grey = picture.mode in ("1", "L", "LA")
+                    return np.asarray(picture.convert("L" if grey else "RGB"))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: is not a picture that can be read.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error} Here {refused}") from error
+    except MemoryError:
+        raise ValueError(f"{path}: does not fit into memory; scale it down.") from None
+    except PermissionError:
+        raise
+    # What Pillow's readers raise on a damaged file is of every kind, and does not name it.
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be read, it may be damaged ({error}).") from error
+    raise ValueError(f"{path}: has {height}×{width} pixels; {refused}")
+
+
+def _layer(path: Path, block: str | None) -> tuple[SelfAttentionConfig, dict[str, Array]]:
+    """What `load` gives; its errors in the words of the command."""
+    check_is_file(path)
+    try:
+        return load(path, block=block)
+    except ValueError as error:
+        words = (
+            str(error)
+            .replace("pass block= one of", "pass --block, one of")
+            .replace("pass no block", "pass no --block")
+        )
+        if path.is_file() and not _is_canonical(path):
+            words += f" If it is a checkpoint, make a canonical file of it: selfattn port {path} FILE.safetensors --from …"
+        raise ValueError(words) from error
+
+
+def _is_canonical(path: Path) -> bool:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except safetensors.SafetensorError:
+        return False
+
+
+def _by_lot(positions: int, rows: int) -> Array | None:
+    """So many of the positions, always the same ones, in their order; None if that is all of them."""
+    if positions <= rows:
+        return None
+    # Not every k-th one, which would be a few columns where k divides the width.
+    return np.sort(np.random.default_rng(0).choice(positions, rows, replace=False))

@@ -1,0 +1,98 @@
+"""What the shell is offered where the command takes a backend, a dialect or a file."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+__all__ = ["backends", "dialects", "files", "portable_dialects"]
+
+
+def files(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """Files, which the shell finds itself; for options whose value may be something else too.
+
+    Args:
+        context: of the command line so far.
+        parameter: that is being completed.
+        incomplete: what has been typed of it.
+
+    Example:
+        >>> [item.type for item in files(click.Context(click.Command("port")), click.Option(["--json"]), "re")]
+        ['file']
+    """
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
+
+
+def backends(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """The backends that ship with the library, without those that were named already.
+
+    Args:
+        context: of the command line so far.
+        parameter: that is being completed.
+        incomplete: what has been typed of it.
+
+    Example:
+        >>> command = click.Command("conform", params=[click.Argument(["names"], nargs=-1)])
+        >>> context = command.make_context("conform", ["keras-jax"])
+        >>> [item.value for item in backends(context, command.params[0], "keras")]
+        ['keras-tensorflow', 'keras-torch']
+    """
+    from click.shell_completion import CompletionItem
+
+    from selfattn_core.conformance.protocol import REGISTRY
+
+    named = context.params.get(parameter.name or "") or ()
+    return [CompletionItem(name) for name in REGISTRY if name.startswith(incomplete) and name not in named]
+
+
+def dialects(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """Every known dialect, and files, as one may be a TOML file of the user's own.
+
+    Args:
+        context: of the command line so far.
+        parameter: that is being completed.
+        incomplete: what has been typed of it.
+
+    Example:
+        >>> context = click.Context(click.Command("dialects"))
+        >>> [(item.type, item.value) for item in dialects(context, click.Argument(["name"]), "torch")]
+        [('file', 'torch'), ('plain', 'torch'), ('plain', 'torchgan')]
+    """
+    from selfattn_core.porting.dialects.dialect import dialect_names
+
+    return _names_and_files(dialect_names(), incomplete)
+
+
+def portable_dialects(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> "list[CompletionItem]":
+    """As `dialects`, without those that are known and refused.
+
+    Args:
+        context: of the command line so far.
+        parameter: that is being completed.
+        incomplete: what has been typed of it.
+
+    Example:
+        >>> context = click.Context(click.Command("port"))
+        >>> [(item.type, item.value) for item in portable_dialects(context, click.Option(["--to"]), "torch")]
+        [('file', 'torch'), ('plain', 'torch')]
+    """
+    from selfattn_core.porting.dialects.dialect import dialect, dialect_names
+
+    known = [name for name in dialect_names() if name.startswith(incomplete)]
+    return _names_and_files([name for name in known if not dialect(name).refused], incomplete)
+
+
+def _names_and_files(names: list[str], incomplete: str) -> "list[CompletionItem]":
+    from click.shell_completion import CompletionItem
+
+    # Files first: at that word bash drops the names before it, and offers files only where no name fits.
+    return [
+        CompletionItem(incomplete, type="file"),
+        *(CompletionItem(name) for name in names if name.startswith(incomplete)),
+    ]

@@ -1,0 +1,138 @@
+"""What all commands have in common: a user's mistake ends in one paragraph and an exit code, and a signal leaves nothing behind."""
+
+import errno
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from selfattn_core.cli.exit_codes import BAD_INPUT, MISSING
+
+__all__ = ["GuardedGroup", "ended_by_signals", "explained"]
+
+
+class GuardedGroup(click.Group):
+    r"""A group whose commands end without a traceback where the cause lies outside of the program.
+
+    Example:
+        >>> from click.testing import CliRunner
+        >>> group = GuardedGroup("example")
+        >>> @group.command()
+        ... def read() -> None:
+        ...     raise FileNotFoundError(errno.ENOENT, "No such file or directory", "layer.pth")
+        >>> result = CliRunner().invoke(group, ["read"])
+        >>> result.exit_code, result.stderr
+        (2, 'Error: layer.pth: No such file or directory.\n')
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, guarded."""
+        with ended_by_signals():
+            try:
+                return super().invoke(ctx)
+            except Exception as error:
+                failure = explained(error)
+                if failure is None:
+                    raise
+                raise failure from error
+
+
+class _Failure(click.ClickException):
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc]
+
+
+def explained(error: Exception) -> click.ClickException | None:
+    """What to tell a user of an exception; None if it is click's own, or a fault of the program, whose traceback is needed.
+
+    Args:
+        error: what ended a command.
+
+    Example:
+        >>> explained(MemoryError()).exit_code
+        2
+        >>> explained(ZeroDivisionError()) is None
+        True
+    """
+    from selfattn_core.porting.errors import PortError
+
+    message, code = "", BAD_INPUT
+    if isinstance(error, ImportError):
+        message, code = _of_a_library(error), MISSING
+    elif isinstance(error, PortError):
+        message = str(error)
+    elif isinstance(error, OSError):
+        message = _of_the_system(error)
+    elif isinstance(error, MemoryError):
+        message = f"there is not enough memory{f': {error}' if str(error) else ''}. Nothing was written."
+    elif isinstance(error, RecursionError):
+        message = "the input is nested too deeply. Nothing was written."
+    return _Failure(message, code) if message else None
+
+
+def _of_a_library(error: ImportError) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        # Only a message of ours says what to install; any other missing module is a fault of the program.
+        return str(error) if "pip install" in str(error) else ""
+    return f"{error.name or 'a library'} is installed, and cannot be loaded: {error}"
+
+
+def _of_the_system(error: OSError) -> str:
+    if error.errno is None:
+        return str(error)
+    if error.filename is None:
+        # A reader of standard output that went away, as `head` does, is no error to tell; click ends quietly.
+        if error.errno == errno.EPIPE:
+            return ""
+        return f"standard output, or a file in {tempfile.tempdir or 'the folder of temporary files'}: {error.strerror or error}."
+    return f"{error.filename}: {error.strerror or error}."
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP as exceptions, which Ctrl-C is anyway: processes are ended and unfinished files removed.
+
+    A signal that is ignored, as `nohup` asks for, stays so. One that meets the program in a callback, where Python prints
+    the exception and goes on, is sent once more.
+    """
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    # Only there can a handler be set.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGTERM] if sys.platform == "win32" else [signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.getsignal(number) for number in numbers}
+    theirs = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in theirs:
+        signal.signal(number, leave)
+    unraisable = sys.unraisablehook
+
+    def again(lost: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(lost.exc_value, KeyboardInterrupt | SystemExit):
+            unraisable(lost)
+            return
+        code = lost.exc_value.code if isinstance(lost.exc_value, SystemExit) else None
+        number = code - 128 if isinstance(code, int) else signal.SIGINT
+        # From another thread and a moment later, when this callback is over.
+        threading.Timer(_MOMENT, os.kill, (os.getpid(), number)).start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = unraisable
+        for number, handler in theirs.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+_MOMENT = 0.01

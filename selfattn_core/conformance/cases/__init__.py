@@ -1,0 +1,1 @@
+"""The cases of the kit, and what they are run on."""

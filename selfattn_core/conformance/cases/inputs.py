@@ -1,0 +1,204 @@
+"""What the cases are run on: seeded draws, and another draw where two right implementations could come out differently."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core import spectral_norm
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases.table import Case
+from selfattn_core.params import parameter_table, projections
+
+__all__ = ["Inputs", "clear_windows", "inputs", "rounded"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a case is run on.
+
+    Args:
+        params: arrays by canonical name.
+        x: (B, H, W, C).
+        dy: the gradient of y, (B, H, W, C).
+        other: a second input, of the case's `second_shape`.
+        cotangents: of the first derivatives, by name; "x" is (B, H, W, C).
+    """
+
+    params: Mapping[str, Array]
+    x: Array
+    dy: Array
+    other: Array = field(default_factory=lambda: np.zeros(0))
+    cotangents: Mapping[str, Array] = field(default_factory=dict)
+
+
+def inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
+    """The input of a case: equal arguments give equal bits.
+
+    Args:
+        case: the case.
+        dtype: of all arrays; for "bfloat16" and "float16" they are float32 arrays of values that the format holds.
+        seed: other seeds give other draws of the same design.
+
+    Returns:
+        Arrays in which no max-pooling window is decided by rounding: two implementations that differ in the last bit
+        would send its gradient to different positions, and both would be right. (Windows of a case of integers
+        are decided by the exact values, which 16 bits hold.) Nor is, where logits are beyond what 16 bits hold, any row
+        of the map.
+    """
+    for attempt in range(400):
+        drawn = _draw(case, [seed, attempt, *case.id.encode()])
+        if _decided(case, drawn) and _clear(case, drawn) and _exact(case, drawn):
+            return _rounded(drawn, dtype)
+    raise AssertionError(f"{case.id}: no draw in 400 had clear winners in all its pooling windows.")
+
+
+def _draw(case: Case, entropy: list[int]) -> Inputs:
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+    config = case.config
+    # With x of variance 1, q and k of variance v give logits of variance Dk v².
+    spread = {"query": (case.logits / np.sqrt(config.qk_channels)) ** 0.5}
+    spread["key"] = spread["query"]
+    params = {}
+    table = parameter_table(config)
+    for name, row in table.items():
+        role = name.partition(".")[0]
+        scale = spread.get(role, 1.0)
+        if name == "gamma":
+            params[name] = np.array([case.gamma])
+        elif name.endswith("kernel"):
+            params[name] = generator.normal(0, scale / np.sqrt(row.shape[0]), row.shape)
+        else:
+            params[name] = generator.normal(0, 0.4 * scale, row.shape)
+    shape = (*case.shape, config.channels)
+    x = generator.standard_normal(shape)
+    if case.constant:
+        x = np.broadcast_to(x[:, :1, :1], shape)
+    dy = generator.standard_normal(shape)
+    if case.one_sign:
+        x, dy = np.abs(x), np.abs(dy)
+        params |= {name: np.abs(value) for name, value in params.items() if name.startswith(("value", "out"))}
+    other = generator.standard_normal((*(case.second_shape or case.shape), config.channels))
+    cotangents = {}
+    if "mixed" in (case.family, case.of):
+        cotangents = {"x": generator.standard_normal(shape)}
+        cotangents |= {name: generator.normal(0, 0.5, row.shape) for name, row in table.items()}
+    params |= {f"{name}.kernel": np.zeros_like(params[f"{name}.kernel"]) for name in case.zero}
+    params |= _state(config, params, generator)
+    if case.integers:
+        x = np.rint(x)
+        params = {name: np.rint(value * 8) / 8 for name, value in params.items()}
+    return Inputs(params, x, dy, other, cotangents)
+
+
+def _state(
+    config: SelfAttentionConfig, params: Mapping[str, Array], generator: np.random.Generator
+) -> dict[str, Array]:
+    """A state that has not converged, and is not of unit length: what is applied is the drawn kernel over 0.8.
+
+    The state of a kernel of zeros is that of no iteration.
+    """
+    state: dict[str, Array] = {}
+    for name in projections(config) if config.spectral_norm else ():
+        kernel = params[f"{name}.kernel"]
+        start = generator.standard_normal(kernel.shape[:1])
+        if not kernel.any():
+            state |= {f"{name}.u": generator.standard_normal(kernel.shape[1:]), f"{name}.v": start}
+            continue
+        u, v = spectral_norm.power_iteration(kernel, start)
+        state |= {f"{name}.u": u * 0.8 / spectral_norm.sigma(kernel, u, v), f"{name}.v": v}
+    return state
+
+
+def rounded(array: Array, dtype: str) -> Array:
+    """An array in a dtype; for "bfloat16" and "float16", a float32 array of values that the format holds.
+
+    Args:
+        array: finite numbers of any shape.
+        dtype: one of `DTYPES`.
+
+    Example:
+        >>> rounded(np.array([1 + 2**-8, 1 + 3 * 2**-8]), "bfloat16")
+        array([1.      , 1.015625], dtype=float32)
+    """
+    if dtype == "float16":
+        return array.astype(np.float16).astype(np.float32)
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(array, np.float32).view(np.uint32).astype(np.uint64)
+        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return even.astype(np.uint32).view(np.float32).reshape(array.shape)
+    return np.array(array, dtype)
+
+
+def _rounded(drawn: Inputs, dtype: str) -> Inputs:
+    def cast(array: Array) -> Array:
+        return rounded(array, dtype)
+
+    return Inputs(
+        {name: cast(value) for name, value in drawn.params.items()},
+        cast(drawn.x),
+        cast(drawn.dy),
+        cast(drawn.other),
+        {name: cast(value) for name, value in drawn.cotangents.items()},
+    )
+
+
+def _decided(case: Case, drawn: Inputs) -> bool:
+    """Whether in every window the largest value leads by far more than float32 rounding."""
+    return case.integers or clear_windows(case.config, drawn.params, drawn.x, 1e-4)
+
+
+def _exact(case: Case, drawn: Inputs) -> bool:
+    """Whether bfloat16 holds what a case of integers projects: multiples of 1/8, of 8 bits up to 32."""
+    if not case.integers or case.family != "dtype":
+        return True
+    projected = (
+        drawn.x @ drawn.params[f"{role}.kernel"] + drawn.params.get(f"{role}.bias", 0)
+        for role in ("query", "key", "value")
+    )
+    return all(np.abs(values).max(initial=0) <= 32 for values in projected)
+
+
+def clear_windows(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array, margin: float) -> bool:
+    """Whether in every pooling window of key and value the largest value leads by at least `margin`.
+
+    Args:
+        config: the layer; without pooling the answer is yes.
+        params: its weights.
+        x: maps (B, H, W, C).
+        margin: absolute, and far more than rounding.
+
+    Example:
+        >>> config = SelfAttentionConfig(8, kv_pool=2)
+        >>> tied = np.ones((1, 2, 2, 8))
+        >>> clear_windows(config, inputs(Case("", "forward", "", config), "float64").params, tied, 1e-4)
+        False
+    """
+    side = config.kv_pool
+    if side == 1:
+        return True
+    _, height, width, _ = x.shape
+    down, across = height // side, width // side
+    for role in ("key", "value"):
+        values = x.astype(np.float64) @ params[f"{role}.kernel"].astype(np.float64)
+        whole = values[:, : down * side, : across * side]
+        windows = whole.reshape(-1, down, side, across, side, values.shape[-1]).swapaxes(2, 3)
+        # The two largest of each window.
+        ordered = np.partition(windows.reshape(*windows.shape[:3], side * side, values.shape[-1]), -2, axis=3)
+        if ordered.size and (ordered[..., -1, :] - ordered[..., -2, :]).min() < margin:
+            return False
+    return True
+
+
+def _clear(case: Case, drawn: Inputs) -> bool:
+    """Whether, of logits so large that rounding q and k moves them by whole units, one wins in every row."""
+    if case.logits < 1e4:
+        return True
+    x = drawn.x.reshape(drawn.x.shape[0], -1, case.config.channels)
+    q, k = (x @ drawn.params[f"{role}.kernel"] + drawn.params[f"{role}.bias"] for role in ("query", "key"))
+    ordered = np.sort(q @ k.swapaxes(1, 2), axis=-1)
+    return bool((ordered[..., -1] - ordered[..., -2]).min() > 500)

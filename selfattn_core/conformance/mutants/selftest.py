@@ -1,0 +1,119 @@
+"""The kit on broken implementations: each has to be caught by the cases that are there for it."""
+
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from selfattn_core.conformance.cases.inputs import inputs
+from selfattn_core.conformance.cases.run import Run, all_runs, is_claimed
+from selfattn_core.conformance.cases.table import Family
+from selfattn_core.conformance.execution.worker import malformed
+from selfattn_core.conformance.mutants import MUTANTS, Mutant
+from selfattn_core.conformance.protocol import Backend, dtypes_of
+from selfattn_core.conformance.questions.ask import answers
+from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
+from selfattn_core.conformance.results import Outcome
+from selfattn_core.conformance.verdicts.compare import compare
+from selfattn_core.conformance.verdicts.product_formats import coarsest, measured
+
+__all__ = ["Kill", "judge_in_process", "self_test"]
+
+# More positions do not show a numpy mutant more than few do, and take a hundred times as long.
+_MOST_POSITIONS = 100
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What became of a mutant.
+
+    Args:
+        mutant: which.
+        outcome: the run that saw it best: of those that failed, the one with the largest finite error, or else the
+            first; None if it survived.
+        failed: how many runs of its family saw it.
+        asked: how many there were.
+        unasked: why there were none, on this system; empty if there were.
+    """
+
+    mutant: Mutant
+    outcome: Outcome | None
+    failed: int
+    asked: int
+    unasked: str = ""
+
+    @property
+    def multiple(self) -> float:
+        """The largest error in noise floors; infinite if what came could not be compared with one."""
+        return 0.0 if self.outcome is None else self.outcome.ratio
+
+
+def self_test(
+    mutants: Iterable[Mutant] | None = None, *, seed: int = 0, tell: Callable[[Kill], None] = lambda _: None
+) -> list[Kill]:
+    """Run every mutant on the cases of its family, in this process.
+
+    Args:
+        mutants: which; by default all that ship with the kit.
+        seed: of the inputs.
+        tell: called with each result as it comes.
+    """
+    kills = []
+    for mutant in MUTANTS if mutants is None else mutants:
+        backend = mutant.make()
+        runs = [run for run in small_runs() if run.case.family == mutant.family]
+        kills.append(kill := _kill(mutant, list(judge_in_process(backend, runs, seed))))
+        tell(kill)
+    return kills
+
+
+def small_runs(families: Sequence[Family] | None = None) -> list[Run]:
+    """The runs that take no time in numpy, and those about memory.
+
+    Args:
+        families: which; by default all.
+    """
+    return [
+        run
+        for run in all_runs()
+        if (families is None or run.case.family in families)
+        and (run.case.shape[1] * run.case.shape[2] <= _MOST_POSITIONS or run.case.family == "memory")
+    ]
+
+
+def judge_in_process(backend: Backend, runs: Iterable[Run], seed: int = 0) -> Iterable[Outcome]:
+    """The outcomes of the runs that a backend claims, without a process of its own: for numpy, which shares this one.
+
+    Args:
+        backend: which.
+        runs: which.
+        seed: of the inputs.
+    """
+    claims, layouts, dtypes = backend.claims(), backend.layouts(), dtypes_of(backend)
+    label = coarsest(measured(backend.default_products)) if "shipped" in claims else "float32"
+    for run in runs:
+        if not is_claimed(run, claims, layouts, dtypes):
+            continue
+        layout = run.layout if run.layout in layouts else layouts[0]
+        try:
+            with np.errstate(all="ignore"):
+                found = answers(backend, run.case, inputs(run.case, run.dtype, seed), run.dtype, layout, seed)
+        except Exception as error:
+            unmeasured = isinstance(error, PeakUnknownError) and run.case.family == "memory"
+            message = str(error) if unmeasured else traceback.format_exc(limit=-1).strip()
+            yield Outcome(run, "unclaimed" if unmeasured else "error", (), message)
+            continue
+        problem = malformed(found)
+        yield Outcome(run, "fail", (), problem) if problem else compare(run, found, seed, label)
+
+
+def _kill(mutant: Mutant, outcomes: list[Outcome]) -> Kill:
+    # One that breaks down shows nothing of what the cases see.
+    seen = ("fail", "error") if mutant.raises else ("fail",)
+    bad = [outcome for outcome in outcomes if outcome.status in seen]
+    asked = [outcome for outcome in outcomes if outcome.status != "unclaimed"]
+    unasked = outcomes[0].message if outcomes and not asked else ""
+    compared = [outcome for outcome in bad if 0 < outcome.ratio < np.inf]
+    best = max(compared, key=lambda outcome: outcome.ratio) if compared else next(iter(bad), None)
+    return Kill(mutant, best, len(bad), len(asked), unasked)

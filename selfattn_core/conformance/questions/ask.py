@@ -1,0 +1,249 @@
+"""What each family asks of a backend. The reference is asked the same, and its answers are what is expected."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.conformance.cases.inputs import Inputs
+from selfattn_core.conformance.cases.table import Case, Family
+from selfattn_core.conformance.protocol import Backend
+from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth
+from selfattn_core.conformance.questions.training import train
+
+__all__ = ["INITIAL_DRAWS", "answers"]
+
+Array = NDArray[Any]
+
+INITIAL_DRAWS = 4
+"""New layers that are drawn to look at the distribution of their weights; the last repeats the first."""
+
+
+def answers(
+    backend: Backend, case: Case, given: Inputs, dtype: str, layout: str, seed: int = 0
+) -> Mapping[str, Any]:
+    """What a backend says to a case, by quantity.
+
+    Args:
+        backend: which claims what the case needs.
+        case: the case.
+        given: its input.
+        dtype: to compute in.
+        layout: to compute in.
+        seed: of the input, for the families that draw more than that.
+
+    Raises:
+        PeakUnknownError: if the case is about memory, which cannot be measured on this system or device.
+    """
+
+    def build() -> Any:
+        return backend.build(case.config, given.params, dtype, layout)
+
+    if case.view:
+        given = replace(given, x=_view(case, given.x), dy=_view(case, given.dy))
+
+    if case.family == "trajectory":
+        return train(backend, case, dtype, layout, seed)
+    if "init" in (case.family, case.of):
+        seeds = [*range(1, INITIAL_DRAWS), 1]
+        return {
+            f"{draw}: {name}": array
+            for draw, seed in enumerate(seeds)
+            for name, array in backend.initial(case.config, seed).items()
+        }
+    if case.of == "evaluation":
+        return _evaluation(backend, build(), case, given)
+    if case.family == "determinism":
+        model = build()
+        return {
+            "y": backend.forward(model, given.x),
+            "again": backend.forward(model, given.x),
+            "rebuilt": backend.forward(build(), given.x),
+        }
+    return _ASK[case.family](backend, build(), case, given)
+
+
+def _view(case: Case, maps: Array) -> Array:
+    """The same values, not contiguous."""
+    if case.view == "transposed":
+        return np.moveaxis(np.ascontiguousarray(np.moveaxis(maps, 3, 1)), 1, 3)
+    batch, height, width, channels = maps.shape
+    between = np.zeros((batch, height, 2 * width, 2 * channels), maps.dtype)
+    view = between[:, :, ::2, ::2]
+    view[...] = maps
+    return view
+
+
+def _value(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    of = case.of if case.family in ("dtype", "compiled", "spectral_norm", "shipped") else case.family
+    if of == "map":
+        return {"map": backend.attention_map(model, given.x)}
+    if of == "vjp":
+        return backend.vjp(model, given.x, given.dy)
+    if of == "training_vjp":
+        return backend.training_vjp(model, given.x, given.dy)
+    if of == "r1":
+        value, gradients = backend.r1(model, given.x, given.dy)
+        return {"r1": np.array(value, np.float64), **gradients}
+    return {"y": backend.forward(model, given.x)}
+
+
+def _mixed(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    return backend.vjp_of_vjp(model, given.x, given.dy, given.cotangents)
+
+
+def _sizes(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    return {
+        "y": backend.forward(model, given.x),
+        "y of the other size": backend.forward(model, given.other),
+        "y of another map": backend.forward(model, given.dy),
+        "y again": backend.forward(model, given.x),
+    }
+
+
+def _batch(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    exchanged = np.concatenate([given.other[:1] * given.x.dtype.type(50), given.x[1:]])
+    return {
+        "y of the rest": _array(backend.forward(model, exchanged))[1:],
+        "y of one alone": backend.forward(model, given.x[1:2]),
+    }
+
+
+def _permutation(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    batch, height, width, channels = given.x.shape
+    # Seven positions on, with the last six first: no symmetry of the map is one of these.
+    order = np.roll(np.arange(height * width)[::-1], 7)
+    permuted = given.x.reshape(batch, -1, channels)[:, order].reshape(given.x.shape)
+    y = _array(backend.forward(model, permuted))
+    back = y.reshape(batch, height * width, -1)[:, np.argsort(order)]
+    return {"y": back.reshape(y.shape)}
+
+
+def _nonfinite(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    x = given.x.copy()
+    if case.poison:
+        x[case.poison[0]] = case.poison[1]
+    return {"y": backend.forward(model, x)}
+
+
+def _params(backend: Backend, model: Any, _: Case, __: Inputs) -> Mapping[str, Any]:
+    return backend.params(model)
+
+
+def _spectral_norm(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    if case.of == "spectral_norm":
+        return backend.training_pass(model, given.x)
+    if case.of in ("mixed", "saved"):
+        return (_mixed if case.of == "mixed" else _saved)(backend, model, case, given)
+    if case.of == "params":
+        # An evaluation leaves the state where it is.
+        backend.forward(model, given.x)
+        return backend.params(model)
+    return _value(backend, model, case, given)
+
+
+def _evaluation(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    y, gradients = backend.forward(model, given.x), backend.vjp(model, given.x, given.dy)
+    if "map" in backend.claims():
+        backend.attention_map(model, given.other)
+    backend.vjp(model, given.other, given.x)
+    if case.family == "r1":
+        backend.r1(model, given.x, given.dy)
+    again, y_again = backend.vjp(model, given.x, given.dy), backend.forward(model, given.x)
+    # What has been answered is not to change with what is asked next.
+    backend.vjp(model, given.other, given.x)
+    backend.forward(model, given.other)
+    return {
+        "y": y,
+        "y again": y_again,
+        **gradients,
+        **{f"{name} again": gradient for name, gradient in again.items()},
+        **{f"weight {name}": weight for name, weight in backend.params(model).items()},
+        "argument x": given.x,
+        "argument dy": given.dy,
+    }
+
+
+def _compiled(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    if not case.eager:
+        return _value(backend, backend.compiled(model), case, given)
+    eager = getattr(backend, "eager", None)
+    return _value(backend, model if eager is None else eager(model), case, given)
+
+
+def _saved(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="selfattn-saved-") as folder:
+        loaded = backend.saved(model, folder)
+        return {"y": backend.forward(loaded, given.x), **backend.params(loaded)}
+
+
+def _per_sample(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    return backend.per_sample_vjp(model, given.x, given.dy)
+
+
+def _memory(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    calls: Mapping[str, Callable[[Array, Array], Any]] = {
+        "forward": lambda x, _: backend.forward(model, x),
+        "vjp": lambda x, dy: backend.vjp(model, x, dy),
+        "r1": lambda x, dy: backend.r1(model, x, dy),
+    }
+    call = calls[case.of]
+    peak = getattr(backend, "peak_memory", peak_growth)
+    _require_counters(peak)
+    # What threads, libraries and compilers take once is no part of the case.
+    call(given.x[:, :8, :9], given.dy[:, :8, :9])
+    return {"bytes": np.array(peak(lambda: call(given.x, given.dy)))}
+
+
+def _require_counters(peak: Callable[[Callable[[], None]], int]) -> None:
+    """Raise before the work where it would be for nothing: nothing is called where nothing counts.
+
+    Where something does, the peak of no work may be unknown all the same, for an earlier one was higher.
+    """
+    called = False
+
+    def call() -> None:
+        nonlocal called
+        called = True
+
+    try:
+        peak(call)
+    except PeakUnknownError:
+        if not called:
+            raise
+
+
+def _shipped(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    as_shipped = getattr(backend, "as_shipped", None)
+    return _value(backend, model if as_shipped is None else as_shipped(model), case, given)
+
+
+_ASK: Mapping[Family, Callable[[Backend, Any, Case, Inputs], Mapping[str, Any]]] = {
+    "forward": _value,
+    "map": _value,
+    "vjp": _value,
+    "r1": _value,
+    "dtype": _value,
+    "mixed": _mixed,
+    "sizes": _sizes,
+    "batch": _batch,
+    "permutation": _permutation,
+    "nonfinite": _nonfinite,
+    "params": _params,
+    "spectral_norm": _spectral_norm,
+    "compiled": _compiled,
+    "saved": _saved,
+    "per_sample": _per_sample,
+    "memory": _memory,
+    "shipped": _shipped,
+}
+
+
+def _array(answer: Any) -> Array:
+    """A part of an answer is taken of arrays only; what else it may be, is told by its type."""
+    if not isinstance(answer, np.ndarray):
+        raise TypeError(f"forward returned {type(answer).__name__}; expected a numpy array")
+    return answer

@@ -1,0 +1,1 @@
+"""What only a maintainer runs: golden vectors and the calibration of the limits."""

@@ -1,0 +1,245 @@
+"""How near right backends come to the limits: `python -m selfattn_core.conformance.release.calibrate [BACKEND …]`.
+
+Every backend answers every case that is compared with the noise floor, in each of its dtypes, for 200 seeds, in its
+layouts by turns; a training trajectory, which is 200 steps, for every tenth seed. The result is `calibration.json`
+beside this file: the worst error in noise floors by backend, family and dtype, and the false alarms, of which there are
+to be none. Where a backend is named, its part of the file alone is measured anew.
+"""
+
+import argparse
+import datetime as dt
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases.inputs import Inputs, inputs
+from selfattn_core.conformance.cases.run import LAYOUTS, Run, all_runs, is_claimed
+from selfattn_core.conformance.cases.table import Computation, Family
+from selfattn_core.conformance.execution.environment import cores, environment
+from selfattn_core.conformance.protocol import REGISTRY, Backend, dtypes_of, resolve
+from selfattn_core.conformance.questions.ask import answers
+from selfattn_core.conformance.verdicts.compare import compare
+from selfattn_core.conformance.verdicts.tolerance import (
+    ALLOWANCES,
+    CAPS,
+    FACTORS,
+    NARROW_ALLOWANCE,
+    TERMS_CAP,
+)
+from selfattn_core.files.writing import write_atomically
+
+Array = NDArray[Any]
+
+__all__ = ["RESULT", "SEEDS", "TRAJECTORY_TURNS", "calibrated_runs", "measure", "policy"]
+
+RESULT = Path(__file__).with_name("calibration.json")
+SEEDS = 200
+TRAJECTORY_TURNS = 10
+
+_FAMILIES: tuple[Family, ...] = (
+    "forward",
+    "map",
+    "sizes",
+    "batch",
+    "permutation",
+    "determinism",
+    "nonfinite",
+    "vjp",
+    "trajectory",
+    "spectral_norm",
+    "r1",
+    "mixed",
+    "dtype",
+)
+_COMPUTATIONS: tuple[Computation, ...] = (
+    "forward",
+    "map",
+    "vjp",
+    "r1",
+    "mixed",
+    "spectral_norm",
+    "training_vjp",
+    "evaluation",
+)
+_MOST_POSITIONS = 100
+
+
+def calibrated_runs() -> list[Run]:
+    """The runs that are calibrated: values, at sizes that 200 seeds can be had of; of each dtype one layout."""
+    return [
+        run
+        for run in all_runs()
+        if run.case.family in _FAMILIES
+        and run.case.of in _COMPUTATIONS
+        and run.case.shape[1] * run.case.shape[2] <= _MOST_POSITIONS
+        and run.layout == LAYOUTS[0]
+    ]
+
+
+def policy() -> dict[str, dict[str, float]]:
+    """The limits that were calibrated; errors near others say nothing about these.
+
+    Those of the family "shipped" are not among them: no backend was asked it for many seeds.
+    """
+    return {
+        "limits": dict(FACTORS),
+        "allowances": {**ALLOWANCES, "16 bits": NARROW_ALLOWANCE},
+        "caps": {**CAPS, "terms": TERMS_CAP},
+    }
+
+
+def measure(backend: Backend, seeds: int, runs: Sequence[Run] | None = None) -> dict[str, Any]:
+    """The worst errors of a backend, in this process.
+
+    Args:
+        backend: which.
+        seeds: how many.
+        runs: which; by default all that are calibrated.
+    """
+    began = time.monotonic()
+    claims, layouts, dtypes = backend.claims(), backend.layouts(), dtypes_of(backend)
+    asked_for = calibrated_runs() if runs is None else runs
+    claimed = [run for run in asked_for if is_claimed(run, claims, layouts, dtypes)]
+    worst: dict[str, dict[str, Any]] = {}
+    alarms: list[str] = []
+    asked = 0
+    kept = _Kept(backend)
+    for seed in range(1, seeds + 1):
+        layout = layouts[seed % len(layouts)]
+        for run in claimed:
+            if run.case.family == "trajectory" and seed % TRAJECTORY_TURNS:
+                continue
+            given = inputs(run.case, run.dtype, seed)
+            outcome = compare(run, kept.answers(run, given, layout, seed), seed)
+            asked += 1
+            key = f"{run.case.family}/{run.dtype}"
+            if outcome.status != "pass":
+                alarms.append(f"{run.id}, seed {seed}: {outcome.message}")
+            if outcome.ratio >= worst.get(key, {"floors": 0.0})["floors"]:
+                verdict = max(outcome.verdicts, key=lambda verdict: verdict.ratio)
+                worst[key] = {
+                    "floors": round(outcome.ratio, 3),
+                    "case": run.case.id,
+                    "quantity": verdict.quantity,
+                    "seed": seed,
+                }
+    return {
+        "versions": dict(backend.versions()),
+        "seeds": seeds,
+        "runs": asked,
+        "false_alarms": alarms,
+        "worst": dict(sorted(worst.items())),
+        "seconds": round(time.monotonic() - began),
+    }
+
+
+class _Kept:
+    """A backend that, where it can give other weights to a layer, builds one layer for each case, dtype and layout.
+
+    What a framework has compiled for that layer then serves every seed.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.models: dict[tuple[str, ...], Any] = {}
+
+    def answers(self, run: Run, given: Inputs, layout: str, seed: int) -> Mapping[str, Any]:
+        """What the backend says to a run."""
+        return answers(_Once(self, run), run.case, given, run.dtype, layout, seed)
+
+    def build(self, run: Run, config: SelfAttentionConfig, params: Mapping[str, Array], layout: str) -> Any:
+        key = (run.case.id, run.dtype, layout)
+        backend: Any = self.backend
+        if key not in self.models or not hasattr(backend, "update"):
+            self.models[key] = backend.build(config, params, run.dtype, layout)
+        if hasattr(backend, "update"):
+            self.models[key] = backend.update(self.models[key], params)
+        return self.models[key]
+
+
+class _Once:
+    """The backend of a `_Kept` for one run."""
+
+    def __init__(self, kept: _Kept, run: Run) -> None:
+        self.kept, self.run = kept, run
+
+    def build(self, config: SelfAttentionConfig, params: Mapping[str, Array], _: str, layout: str) -> Any:
+        return self.kept.build(self.run, config, params, layout)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kept.backend, name)
+
+
+def main() -> int:
+    """Measure backends, each in a process of its own, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument(
+        "backends", nargs="*", metavar="BACKEND", help=f"of {', '.join(REGISTRY)}; by default all"
+    )
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--in-process", metavar="TARGET", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.in_process:
+        sys.stdout.write("\n" + json.dumps(measure(resolve(options.in_process), options.seeds)))
+        return 0
+    if unknown := [name for name in options.backends if name not in REGISTRY]:
+        parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(REGISTRY)}")
+    names = options.backends or list(REGISTRY)
+    processes = min(2, len(names), cores())
+
+    def measured(name: str, programs: str) -> tuple[str, dict[str, Any]]:
+        registered = REGISTRY[name]
+        command = [sys.executable, "-m", __spec__.name, "--in-process", registered.target]
+        done = subprocess.run(
+            [*command, "--seeds", str(options.seeds)],
+            env=environment(registered.in_full, processes=processes, programs=Path(programs)),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return name, json.loads(done.stdout.splitlines()[-1])
+
+    with (
+        tempfile.TemporaryDirectory(prefix="selfattn-programs-") as folder,
+        ThreadPoolExecutor(processes) as pool,
+    ):
+        for name, found in pool.map(measured, names, repeat(folder)):
+            sys.stdout.write(f"{name}: {found['runs']} runs, {len(found['false_alarms'])} false alarms\n")
+            sys.stdout.flush()
+            _keep(name, found)
+    kept = json.loads(RESULT.read_text(encoding="utf-8"))
+    return int(any(found["false_alarms"] for found in kept["backends"].values()))
+
+
+def _keep(name: str, found: Mapping[str, Any]) -> None:
+    kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"backends": {}}
+    today = dt.datetime.now(tz=dt.UTC).date().isoformat()
+    measured = {
+        "date": today,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+    backends = kept["backends"] | {name: {**measured, **found}}
+    content = {
+        **policy(),
+        "backends": {each: backends[each] for each in REGISTRY if each in backends},
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_atomically(RESULT, f"{text}\n".encode(), overwrite=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

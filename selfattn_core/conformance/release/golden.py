@@ -1,0 +1,269 @@
+"""Golden vectors: cases with their float64 expectations as files, for backends in any language.
+
+    python -m selfattn_core.conformance.release.golden FOLDER           # write what is not there yet
+    python -m selfattn_core.conformance.release.golden FOLDER --check   # compute all of it again, compare every bit
+
+The expectations are the spec's, computed in fifty-digit decimals and rounded once, so they do not depend on the
+machine; the noise floors are those of float32 arithmetic in one fixed order, which do not either.
+
+A file that is there is never replaced by one that differs in silence. Two numbers in it say which one it is: `version`
+is that of the function (`spec.VERSION`), and other arrays need another one; `edition` is that of the files (`EDITION`),
+and arrays that are the same with other tolerances, or described in another way, need another one. Files of new cases
+need neither.
+
+docs/golden-vectors.md describes the files.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from selfattn_core import spec
+from selfattn_core.conformance.cases.inputs import Inputs, inputs
+from selfattn_core.conformance.cases.table import CASES, Case
+from selfattn_core.conformance.questions.ask import answers
+from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.release.decimals import fifty_digits, to_decimals, to_floats, to_singles
+from selfattn_core.conformance.verdicts.tolerance import FACTOR, expectations, fused
+from selfattn_core.files.writing import write_atomically
+
+__all__ = ["EDITION", "FORMAT", "SUMS", "differences", "golden_cases", "vector", "write"]
+
+Array = NDArray[Any]
+
+FORMAT = "selfattn golden vector"
+SUMS = "SHA256SUMS"
+
+EDITION = 2
+"""Of the files: another one whenever one that is there changes, though the function gives the same. CHANGELOG.md says how."""
+
+_FAMILIES = ("forward", "map", "vjp", "r1", "mixed")
+_OF_SPECTRAL_NORM = ("forward", "map", "vjp", "r1", "mixed", "spectral_norm", "training_vjp")
+"""What spectral norm is asked that is answered by values, and not by what a framework keeps."""
+
+_CONFIG = (
+    "channels",
+    "qk_channels",
+    "value_channels",
+    "out_projection",
+    "use_bias",
+    "kv_pool",
+    "spectral_norm",
+)
+"""The options that a file gives; those that came later are at their defaults."""
+
+_OUTPUT_GRADIENTS = {"vjp": "dy", "training_vjp": "dy", "mixed": "dy", "r1": "w"}
+"""What the gradient of y is called, by computation."""
+
+_POSITIONS = 60
+"""Of the largest maps: their N×M attention is written out."""
+
+
+def golden_cases() -> list[Case]:
+    """The cases that have a file: the values and derivatives of every layer on maps of moderate size."""
+    return [
+        case
+        for case in CASES
+        if (case.family in _FAMILIES or (case.family == "spectral_norm" and case.of in _OF_SPECTRAL_NORM))
+        and case.shape[1] * case.shape[2] <= _POSITIONS
+        # A file has no views, and nobody to leave anything behind.
+        and not case.view
+        and case.of != "evaluation"
+    ]
+
+
+def vector(case: Case) -> bytes:
+    """The file of a case.
+
+    Args:
+        case: one of `golden_cases()`.
+
+    Returns:
+        A .safetensors file: the input (float32), the expectations (float64), and a description as JSON.
+    """
+    given = inputs(case, "float32")
+    with fifty_digits():
+        exact = _map(given, to_decimals)
+        wanted = _answers(case, exact)
+        singles = [_answers(case, _map(given, to_singles), right) for right in (Reference(), fused())]
+        errors = {
+            name: max(float(np.abs(single[name] - want).max(initial=0)) for single in singles)
+            for name, want in wanted.items()
+        }
+        expected = expectations(case, exact, wanted, errors, "float32")
+    computation = _computation(case)
+    tensors = {"input.x": given.x}
+    if gradient := _OUTPUT_GRADIENTS.get(computation):
+        tensors[f"input.{gradient}"] = given.dy
+    tensors |= {f"params.{name}": value for name, value in given.params.items()}
+    tensors |= {f"cotangents.{name}": value for name, value in given.cotangents.items()}
+    tensors |= {f"want.{name}": value for name, value in wanted.items()}
+    description = {
+        "format": FORMAT,
+        "version": spec.VERSION,
+        "edition": EDITION,
+        "case": case.id,
+        "family": case.family,
+        "computation": computation,
+        "title": case.title,
+        "config": {name: getattr(case.config, name) for name in _CONFIG},
+        "factor": FACTOR,
+        "tolerances": {name: {"floor": each.floor, "cap": each.cap} for name, each in expected.items()},
+    }
+    contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
+    # One entry: the order of several is not fixed.
+    content = safetensors.numpy.save(contiguous, {"golden": json.dumps(description, ensure_ascii=True)})
+    return bytes(content)
+
+
+def write(folder: Path) -> list[str]:
+    """Write the files that are not there yet, and the sums of all.
+
+    Args:
+        folder: must exist.
+
+    Returns:
+        The names of the files that were written.
+
+    Raises:
+        ValueError: if a file that is there has other arrays at the same version of the spec, or another description
+            at the same edition; nothing is written.
+    """
+    contents = dict(_contents())
+    changed = [
+        name
+        for name, content in contents.items()
+        if (folder / name).exists() and (folder / name).read_bytes() != content
+    ]
+    refusals = {name: _refusal(folder / name, contents[name]) for name in changed}
+    if lines := [f"{name}: {why}" for name, why in refusals.items() if why]:
+        raise ValueError("nothing is written:\n  " + "\n  ".join(lines))
+    written = [name for name in contents if name in changed or not (folder / name).exists()]
+    for name in written:
+        write_atomically(folder / name, contents[name], overwrite=True)
+    sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items())
+    write_atomically(folder / SUMS, sums.encode(), overwrite=True)
+    return written
+
+
+def differences(folder: Path, cases: list[Case] | None = None) -> list[str]:
+    """Compute files again and say which are not there bit for bit.
+
+    Args:
+        folder: of the files.
+        cases: which; by default all.
+
+    Returns:
+        One line for each file that differs, naming the tensors.
+    """
+    lines = []
+    for name, content in _contents(cases):
+        if not (folder / name).exists():
+            lines.append(f"{name}: is not there")
+        elif (folder / name).read_bytes() != content:
+            lines.append(f"{name}: {_difference((folder / name).read_bytes(), content)}")
+    return lines
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 if a file is not what it should be.")
+def main(folder: Path, check: bool) -> None:
+    """Write the golden vectors to FOLDER, or check those that are there."""
+    if check:
+        lines = differences(folder)
+        click.echo("\n".join(lines) or f"{len(golden_cases())} files are there bit for bit")
+        if lines:
+            raise click.exceptions.Exit(1)
+        return
+    try:
+        written = write(folder)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    click.echo(f"{len(written)} files written, {len(golden_cases()) - len(written)} there already")
+
+
+def _contents(cases: list[Case] | None = None) -> Iterator[tuple[str, bytes]]:
+    for case in golden_cases() if cases is None else cases:
+        yield f"{case.id}.safetensors", vector(case)
+
+
+def _computation(case: Case) -> str:
+    """What is computed, in the words of the files."""
+    if case.family != "spectral_norm":
+        return case.family
+    return "training_pass" if case.of == "spectral_norm" else case.of
+
+
+def _map(given: Inputs, number: Any) -> Inputs:
+    params = {name: number(value) for name, value in given.params.items()}
+    cotangents = {name: number(value) for name, value in given.cotangents.items()}
+    return Inputs(params, number(given.x), number(given.dy), cotangents=cotangents)
+
+
+def _answers(case: Case, given: Inputs, right: Reference | None = None) -> dict[str, Array]:
+    """What the spec, or another version of it, says, rounded to float64; scalars as arrays of one."""
+    found = answers(right or Reference(), case, given, "object", "channels_last")
+    return {name: np.atleast_1d(to_floats(value)) for name, value in found.items()}
+
+
+def _refusal(path: Path, content: bytes) -> str:
+    """Why a file that is there may not be replaced by this content; empty if it may."""
+    try:
+        version, edition, arrays = _opened(path)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        return f"cannot be read ({error}): delete it if it is to be written again"
+    if version < spec.VERSION:
+        return ""
+    if names := _differing(arrays, safetensors.numpy.load(content)):
+        return (
+            f"{', '.join(names)} would be different, and version {version} is what the function has: "
+            "raise VERSION in selfattn_core/spec.py if the function is meant to be another one"
+        )
+    if edition >= EDITION:
+        return (
+            f"the description would be different, and edition {edition} is what the files have: "
+            "raise EDITION in selfattn_core/conformance/release/golden.py if it is meant"
+        )
+    return ""
+
+
+def _opened(path: Path) -> tuple[int, int, dict[str, Array]]:
+    """Version, edition and arrays of a file."""
+    arrays = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, "numpy") as file:
+        description = json.loads(file.metadata()["golden"])
+    # Files of the first edition do not say so.
+    return int(description["version"]), int(description.get("edition", 1)), arrays
+
+
+def _difference(there: bytes, computed: bytes) -> str:
+    try:
+        old = safetensors.numpy.load(there)
+    except safetensors.SafetensorError as error:
+        return f"cannot be read: {error}"
+    names = _differing(old, safetensors.numpy.load(computed))
+    return f"{', '.join(names) or 'the description'} would be different"
+
+
+def _differing(old: dict[str, Array], new: dict[str, Array]) -> list[str]:
+    return [
+        name
+        for name in {**old, **new}
+        if name not in old or name not in new or not _equal(old[name], new[name])
+    ]
+
+
+def _equal(one: Array, other: Array) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""The report as one HTML page that needs nothing else: no script, no network, light and dark, desktop and phone."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+
+from selfattn_core.conformance.report.summary import (
+    Cell,
+    Data,
+    allowed,
+    counts,
+    device_words,
+    family_cell,
+    family_title,
+    level_cell,
+    multiple,
+    problems,
+    tested_levels,
+    verdict,
+    worst,
+)
+from selfattn_core.conformance.report.svg import Chart, Line, as_svg
+
+__all__ = ["as_html"]
+
+_COLOURS = 6
+_FEW_PROBLEMS = 5
+
+
+def as_html(data: Data) -> str:
+    """Verdict, scorecard, errors by family, problems, worst cases, trajectories, planted bugs.
+
+    Args:
+        data: the report.
+    """
+    style = files("selfattn_core.conformance.report").joinpath("page.css").read_text(encoding="utf-8")
+    sections = [_head(data)]
+    if data["backends"]:
+        sections += [_scorecard(data), _problems(data), _families(data), _worst(data)]
+    if data["trajectories"]:
+        sections.append(_trajectories(data))
+    if data["kills"]:
+        sections.append(_kills(data))
+    body = "\n".join(section for section in sections if section)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>selfattn conformance</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _head(data: Data) -> str:
+    good, words = verdict(data)
+    headline = escape(_headline(data))
+    facts = [
+        f"level {data['level']}",
+        *([f"device {data['device']}"] if data.get("device") else []),
+        f"seed {data['seed']}",
+        f"spec version {data['spec']}",
+        f"selfattn {data['selfattn']}",
+        *(f"{name} {version}" for name, version in data["versions"].items()),
+        data["created"].replace("T", " ").replace("+00:00", " UTC"),
+    ]
+    return (
+        '<p class="kicker">selfattn conformance</p>\n'
+        f'<h1><span class="{"good" if good else "bad"}">{"✓" if good else "✗"}</span> {headline}</h1>\n'
+        f"<p>{escape(words)}</p>\n"
+        f'<p class="soft">{escape(" · ".join(facts))}</p>'
+    )
+
+
+def _headline(data: Data) -> str:
+    backends = data["backends"]
+    passed = sum(backend["passed"] for backend in backends)
+    parts = []
+    if backends:
+        number = len(backends)
+        whole = {1: "The backend passes", 2: "Both backends pass"}.get(number, f"All {number} backends pass")
+        some = f"{passed} of {number} backends pass" if number > 1 else "The backend does not pass"
+        parts.append(whole if passed == number else some)
+    if data["kills"]:
+        killed = sum(kill["killed"] for kill in data["kills"])
+        parts.append(f"{killed} of {len(data['kills'])} planted bugs noticed")
+    return ", ".join(parts) or "Nothing was run"
+
+
+def _scorecard(data: Data) -> str:
+    cards = "\n".join(_card(data, backend) for backend in data["backends"])
+    limits = _limits(data["factors"])
+    return (
+        "<h2>Scorecard</h2>\n"
+        "<p>Each number is the largest error of a level, as a multiple of the noise floor: the error that the numpy "
+        f"definition itself makes in the same arithmetic on the same input. {escape(limits)}; the bars show how much of "
+        f'that is used.</p>\n<div class="cards">\n{cards}\n</div>'
+    )
+
+
+def _card(data: Data, backend: Data) -> str:
+    if backend["missing"]:
+        badge = '<span class="badge absent">not installed</span>'
+    elif backend.get("absent"):
+        badge = '<span class="badge absent">no such device</span>'
+    elif backend["error"]:
+        badge = '<span class="badge bad">did not start</span>'
+    elif not backend["passed"]:
+        badge = '<span class="badge bad">failed</span>'
+        if backend["level"]:
+            badge = f'<span class="badge bad">failed beyond {escape(backend["level"])}</span>'
+    elif backend["level"]:
+        badge = f'<span class="badge good">conformant at {escape(backend["level"])}</span>'
+    else:
+        badge = '<span class="badge unclaimed">right in what it claims</span>'
+    rows = []
+    for level in tested_levels(data):
+        cell = level_cell(data, backend, level)
+        rows.append(
+            f'<div class="level"><span>{escape(level)}</span>{_bar(cell.share)}'
+            f'<span class="{cell.kind}">{escape(cell.text)}</span></div>'
+        )
+    found = counts(backend["outcomes"])
+    tally = ", ".join(f"{number} {status}" for status, number in found.items())
+    versions = ", ".join(f"{name} {version}" for name, version in backend["versions"].items())
+    foot = " · ".join(
+        part
+        for part in (device_words(backend), versions, tally, f"{backend['seconds']:.0f} s" if tally else "")
+        if part
+    )
+    return (
+        f'<section class="card"><header><h3>{escape(backend["name"])}</h3>{badge}</header>\n'
+        f'{"".join(rows)}<p class="soft">{escape(foot)}</p></section>'
+    )
+
+
+def _problems(data: Data) -> str:
+    parts = []
+    for backend in data["backends"]:
+        if wrong := problems(data, backend):
+            parts.append(f"<h3>{escape(backend['name'])}</h3>{_items(wrong[:_FEW_PROBLEMS])}")
+            if more := wrong[_FEW_PROBLEMS:]:
+                parts.append(f"<details><summary>and {len(more)} more</summary>{_items(more)}</details>")
+    expected = [
+        f"{backend['name']}: {outcome['case']}, {outcome['dtype']}: {outcome['reason']} ({outcome['link']})"
+        for backend in data["backends"]
+        for outcome in backend["outcomes"]
+        if outcome["status"] == "expected-failure"
+    ]
+    if expected:
+        parts.append(f"<h3>Expected failures</h3>{_items(expected)}")
+    return "\n".join(["<h2>Problems</h2>", *parts]) if parts else ""
+
+
+def _items(lines: Sequence[str]) -> str:
+    return f'<ul class="problems">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>'
+
+
+def _families(data: Data) -> str:
+    names = "".join(f'<th scope="col">{escape(backend["name"])}</th>' for backend in data["backends"])
+    rows = []
+    for level, families in tested_levels(data).items():
+        rows.append(f'<tr class="group"><th colspan="{1 + len(data["backends"])}">{escape(level)}</th></tr>')
+        for family in families:
+            cells = [family_cell(data, backend, family) for backend in data["backends"]]
+            shown = "".join(_family(cell) for cell in cells)
+            rows.append(f'<tr><th scope="row">{escape(family_title(family))}</th>{shown}</tr>')
+    return (
+        "<h2>By family</h2>\n<p>The largest error in each family of cases, and the case that shows it.</p>\n"
+        f'<div class="scroll"><table class="grid"><thead><tr><th></th>{names}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _family(cell: Cell) -> str:
+    where = f" <small>{escape(cell.case.removeprefix('SA-'))}</small>" if cell.case else ""
+    if cell.share is None:
+        return f'<td class="{cell.kind}">{escape(cell.text)}{where}</td>'
+    return (
+        f'<td class="tint" style="--share:{100 * min(1.0, cell.share):.0f}%">{escape(cell.text)}{where}</td>'
+    )
+
+
+def _worst(data: Data) -> str:
+    rows = []
+    for backend, outcome, share in worst(data, 10):
+        limit = allowed(data, outcome)
+        rows.append(
+            f"<tr><td>{escape(backend['name'])}</td><td>{escape(outcome['case'])} {escape(outcome['title'])} "
+            f'<span class="soft">{escape(outcome["dtype"])}, {escape(outcome["layout"])}</span></td>'
+            f'<td class="measure">{_bar(share)}</td><td class="number">{multiple(max(outcome["ratios"].values()))} of {limit:g}</td></tr>'
+        )
+    if not rows:
+        return ""
+    return (
+        "<h2>Closest to the limit</h2>\n"
+        '<div class="scroll"><table><thead><tr><th>backend</th><th>case</th><th class="measure"></th><th>× noise floor</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _trajectories(data: Data) -> str:
+    trained = {name for row in data["trajectories"] for name in row["losses"]}
+    names = [backend["name"] for backend in data["backends"] if backend["name"] in trained]
+    styles = {name: f"c{index % _COLOURS}" for index, name in enumerate(names)}
+    legend = "".join(
+        f'<li><i class="{style}"></i>{escape(name)}</li>'
+        for name, style in {"float64 definition": "reference", **styles}.items()
+    )
+    first = [row for row in data["trajectories"] if row["dtype"] == "float32"]
+    rest = [row for row in data["trajectories"] if row["dtype"] != "float32"]
+    figures = "".join(_figures(row, styles, data) for row in first)
+    more = ""
+    if rest:
+        others = "".join(_figures(row, styles, data) for row in rest)
+        more = f'<details><summary>The same in {escape(rest[0]["dtype"])}</summary><div class="figures">{others}</div></details>'
+    return (
+        "<h2>Training</h2>\n"
+        "<p>200 optimiser steps from equal weights on equal batches, the gradients being each backend's own: the loss, "
+        "and how far it strays from that of the float64 definition. The green area is what is allowed, a multiple of how "
+        "far the definition itself strays in the same arithmetic.</p>\n"
+        f'<ul class="legend">{legend}</ul>\n<div class="figures">{figures}</div>{more}'
+    )
+
+
+def _figures(row: Data, styles: Mapping[str, str], data: Data) -> str:
+    curves: Mapping[str, Sequence[float | None]] = row["losses"]
+    title = f"{row['title']}, {row['dtype']}"
+    loss = Chart(
+        f"Loss: {title}",
+        [
+            Line("float64 definition", row["reference"], "reference"),
+            *(Line(name, losses, styles[name]) for name, losses in curves.items()),
+        ],
+    )
+    factor = allowed(data, row)
+    error = Chart(
+        f"Deviation of the loss: {title}",
+        [Line(name, _deviation(losses, row["reference"]), styles[name]) for name, losses in curves.items()],
+        log=True,
+        band=[factor * floor for floor in row["floors"]],
+    )
+    caption = (
+        f"{escape(row['title'])} <span class='soft'>{escape(row['case'])}, {escape(row['dtype'])}</span>"
+    )
+    return (
+        f"<figure><figcaption>{caption}: loss</figcaption>{as_svg(loss)}</figure>"
+        f"<figure><figcaption>{caption}: deviation</figcaption>{as_svg(error)}</figure>"
+    )
+
+
+def _deviation(losses: Sequence[float | None], reference: Sequence[float]) -> list[float | None]:
+    """Absolute differences; none where there is nothing to draw on a logarithmic axis."""
+    return [
+        None if loss is None or loss == wanted else abs(loss - wanted)
+        for loss, wanted in zip(losses, reference, strict=False)
+    ]
+
+
+def _kills(data: Data) -> str:
+    rows = []
+    for kill in data["kills"]:
+        if kill["killed"]:
+            by = f"{escape(kill['case'])} <span class='soft'>{escape(kill['dtype'])}</span>"
+            ratio = "–" if kill["ratio"] is None else multiple(kill["ratio"])
+        else:
+            by, ratio = '<span class="badge bad">survived</span>', "–"
+        seen = f'<br><span class="soft">{escape(kill["seen_in"])}</span>' if kill["seen_in"] else ""
+        rows.append(
+            f'<tr><td>{escape(kill["mutant"])}{seen}</td><td>{by}</td><td class="number">{ratio}</td>'
+            f'<td class="number">{kill["failed"]} of {kill["asked"]}</td></tr>'
+        )
+    killed = sum(kill["killed"] for kill in data["kills"])
+    return (
+        "<h2>Planted bugs</h2>\n"
+        f"<p>{killed} of {len(data['kills'])} broken implementations were noticed. Each was run on the cases "
+        "that have to see it; the table names the one that saw it best, and by which multiple of the noise floor.</p>\n"
+        '<div class="scroll"><table><thead><tr><th>bug</th><th>noticed by</th><th>× noise floor</th>'
+        f"<th>cases</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _bar(share: float | None) -> str:
+    if share is None:
+        return "<span></span>"
+    over = " over" if share > 1 else ""
+    return f'<span class="bar{over}"><i style="width:{100 * min(1.0, share):.1f}%"></i></span>'
+
+
+def _limits(factors: Mapping[str, float]) -> str:
+    named: dict[float, list[str]] = {}
+    for dtype, factor in factors.items():
+        named.setdefault(factor, []).append(dtype)
+    parts = [f"{factor:g} in {' and '.join(dtypes)}" for factor, dtypes in named.items()]
+    return f"Up to {', '.join(parts)} passes"

@@ -1,0 +1,88 @@
+"""What makes data no report, as far as `schema.json` tells: for reading files that somebody may have edited."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from selfattn_core.conformance.report.document import schema
+
+__all__ = ["report_problems"]
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "boolean": (bool,),
+    "integer": (int,),
+    "number": (int, float),
+    "null": (type(None),),
+}
+
+
+def report_problems(data: object) -> list[str]:
+    """Where data is not what a report is: values of another type, names that are missing, words that do not exist.
+
+    What a report holds beyond the schema is no problem: a later version may have written it.
+
+    Args:
+        data: the content of a JSON file.
+
+    Example:
+        >>> report_problems({"schema": 1, "backends": 3})[-1]
+        'backends: got 3, expected array'
+    """
+    whole = schema()
+    problems = list(_problems(data, whole, whole["$defs"], ""))
+    return problems or list(_loose_ends(data))
+
+
+def _problems(data: Any, rule: Mapping[str, Any], rules: Mapping[str, Any], place: str) -> Iterator[str]:
+    if "$ref" in rule:
+        rule = rules[rule["$ref"].removeprefix("#/$defs/")]
+    if "oneOf" in rule:
+        if all(list(_problems(data, choice, rules, place)) for choice in rule["oneOf"]):
+            yield f"{place}: got {_short(data)}, which is none of what it may be"
+        return
+    types = rule.get("type", [])
+    types = [types] if isinstance(types, str) else types
+    if types and not any(_is_of(data, name) for name in types):
+        yield f"{place or 'the whole'}: got {_short(data)}, expected {' or '.join(types)}"
+        return
+    if "enum" in rule and data not in rule["enum"]:
+        yield f"{place}: got {_short(data)}, expected one of {', '.join(rule['enum'])}"
+    yield from (f"{_inside(place, name)}: missing" for name in rule.get("required", []) if name not in data)
+    if isinstance(data, dict):
+        further = rule.get("additionalProperties") or {}
+        for name, value in data.items():
+            inner = rule.get("properties", {}).get(name, further)
+            yield from _problems(value, inner, rules, _inside(place, name))
+    elif isinstance(data, list):
+        for index, value in enumerate(data):
+            yield from _problems(value, rule.get("items", {}), rules, f"{place}[{index}]")
+
+
+def _loose_ends(data: Any) -> Iterator[str]:
+    """What a value names and the report does not have."""
+    dtypes = {outcome["dtype"] for backend in data["backends"] for outcome in backend["outcomes"]}
+    dtypes |= {
+        outcome["label"]
+        for backend in data["backends"]
+        for outcome in backend["outcomes"]
+        if "label" in outcome
+    }
+    yield from (f"factors.{dtype}: missing" for dtype in sorted(dtypes - set(data["factors"])))
+    levels = {data["level"], *(backend["level"] for backend in data["backends"])} - {None}
+    yield from (f"levels.{level}: missing" for level in sorted(levels - set(data["levels"])))
+
+
+def _is_of(data: object, name: str) -> bool:
+    """Whether a value is of a type of JSON, in which True is no number."""
+    return isinstance(data, _TYPES[name]) and (name == "boolean" or not isinstance(data, bool))
+
+
+def _inside(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def _short(data: object) -> str:
+    words = repr(data)
+    return words if len(words) <= 40 else f"{words[:39]}…"

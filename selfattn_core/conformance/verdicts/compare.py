@@ -1,0 +1,138 @@
+"""The judgement of one run: most quantities against the noise floor, some bit for bit, weights by their distribution."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.conformance.cases.inputs import inputs
+from selfattn_core.conformance.cases.run import Run
+from selfattn_core.conformance.cases.table import Case
+from selfattn_core.conformance.questions.ask import INITIAL_DRAWS
+from selfattn_core.conformance.questions.training import trained
+from selfattn_core.conformance.results import Outcome
+from selfattn_core.conformance.verdicts.initialisation import distribution_verdicts
+from selfattn_core.conformance.verdicts.tolerance import (
+    SHIPPED_FACTORS,
+    Expectation,
+    Verdict,
+    expect,
+    expect_shipped,
+    judge,
+)
+from selfattn_core.conformance.verdicts.trajectory import judge_trajectory
+from selfattn_core.params import parameter_table, state_table
+
+__all__ = ["compare", "memory_limit"]
+
+Array = NDArray[Any]
+
+
+def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "float32") -> Outcome:
+    """Judge the answers of one run.
+
+    Args:
+        run: which.
+        found: array by quantity.
+        seed: of the inputs.
+        label: the format of `FORMATS` that the family "shipped" is held to.
+    """
+    family = run.case.family
+    losses: tuple[float, ...] = ()
+    if family == "memory":
+        verdicts = [_memory(run.case, int(found["bytes"]))]
+    elif family == "trajectory":
+        if problem := _names(found, list(trained(run.case))):
+            return Outcome(run, "fail", (), problem)
+        verdicts = list(judge_trajectory(run.case, found, run.dtype, seed))
+        losses = tuple(float(loss) for loss in found["loss"])
+    elif "init" in (family, run.case.of):
+        every = [*parameter_table(run.case.config), *state_table(run.case.config)]
+        names = [f"{draw}: {name}" for draw in range(INITIAL_DRAWS) for name in every]
+        if problem := _names(found, names):
+            return Outcome(run, "fail", (), problem)
+        verdicts = distribution_verdicts(run.case.config, found)
+    elif family == "shipped":
+        wanted = _shipped_expectations(run.case, label, seed)
+        if problem := _names(found, list(wanted)):
+            return Outcome(run, "fail", (), problem, label=label)
+        factor = SHIPPED_FACTORS[label]
+        verdicts = [judge(name, found[name], want, run.dtype, factor=factor) for name, want in wanted.items()]
+    else:
+        of = run.case.of if family == "spectral_norm" else family
+        weighed = of in ("params", "saved", "spectral_norm")
+        exact = inputs(run.case, run.dtype, seed).params if weighed else {}
+        if of == "spectral_norm":
+            # A pass moves the state, and nothing else.
+            exact = {name: array for name, array in exact.items() if name in parameter_table(run.case.config)}
+        if run.case.of == "evaluation":
+            given = inputs(run.case, run.dtype, seed)
+            exact = {f"weight {name}": array for name, array in given.params.items()}
+            exact |= {"argument x": given.x, "argument dy": given.dy}
+        close = {} if of == "params" else _expectations(run.case, run.dtype, seed)
+        close = {name: value for name, value in close.items() if name not in exact}
+        if problem := _names(found, [*close, *exact]):
+            return Outcome(run, "fail", (), problem)
+        verdicts = [judge(name, found[name], want, run.dtype) for name, want in close.items()]
+        verdicts += [_bits(name, found[name], want, "put in") for name, want in exact.items()]
+        if family == "determinism":
+            verdicts += [
+                _bits(name, found[name], found["y"], "of the first call") for name in ("again", "rebuilt")
+            ]
+    messages = [verdict.message for verdict in verdicts if not verdict.passed]
+    return Outcome(
+        run,
+        "fail" if messages else "pass",
+        tuple(verdicts),
+        "; ".join(messages),
+        losses=losses,
+        label=label if family == "shipped" else "",
+    )
+
+
+def memory_limit(case: Case) -> int:
+    """Bytes of one N×N array in float32, which no case of the family "memory" may reach."""
+    _, height, width = case.shape
+    return (height * width) ** 2 * 4
+
+
+# The table of one level in all its dtypes; the arrays of larger ones would be kept for nothing.
+@lru_cache(maxsize=512)
+def _expectations(case: Case, dtype: str, seed: int) -> Mapping[str, Expectation]:
+    return expect(case, dtype, seed)
+
+
+@lru_cache(maxsize=32)
+def _shipped_expectations(case: Case, label: str, seed: int) -> Mapping[str, Expectation]:
+    return expect_shipped(case, label, seed)
+
+
+def _bits(name: str, got: Array, want: Array, which: str) -> Verdict:
+    same = got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
+    message = (
+        ""
+        if same
+        else f"{name}: {got.dtype} {got.shape} is not bit for bit the {want.dtype} {want.shape} {which}"
+    )
+    return Verdict(name, 0.0 if same else np.inf, 0.0 if same else np.inf, same, message)
+
+
+def _memory(case: Case, rise: int) -> Verdict:
+    limit = memory_limit(case)
+    fits = rise < limit
+    message = (
+        ""
+        if fits
+        else f"memory rose by {rise / 2**20:.0f} MiB; one N×N array is {limit / 2**20:.0f}, and not even that is needed"
+    )
+    return Verdict("bytes", float(rise), 0.0 if fits else np.inf, fits, message)
+
+
+def _names(found: Mapping[str, object], wanted: list[str]) -> str:
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    parts = [f"missing {', '.join(missing)}"] if missing else []
+    parts += [f"unexpected {', '.join(extra)}"] if extra else []
+    return "; ".join(parts)

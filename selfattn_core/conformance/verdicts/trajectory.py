@@ -1,0 +1,111 @@
+"""How far a training may stray from the float64 spec's.
+
+Rounding errors grow along a trajectory. How much they may is measured: the spec, trained in float32, strays from the
+spec trained in float64, and no backend may stray further than `FACTOR` times that, plus a few ulp, nor beyond a hard
+cap. float64 takes the same growth times 2⁻²⁹.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.conformance.cases.table import Case
+from selfattn_core.conformance.questions.training import (
+    Trajectory,
+    problem,
+    quantities,
+    reference,
+    spec_trained,
+)
+from selfattn_core.conformance.verdicts.tolerance import EPS, FACTOR, Verdict
+
+__all__ = ["curve_floors", "judge_trajectory"]
+
+Array = NDArray[Any]
+
+_CURVE_ULP, _CURVE_CAP = 4.0, 256.0
+"""Ulp of the first loss: added to the floor of the curve, and never to be exceeded."""
+
+_WEIGHT_ULP, _WEIGHT_CAP = 4.0, 2048.0
+"""The same for final weights, in ulp of the largest weight of the tensor, at the start or at the end.
+
+A gamma that comes down from 0.5 to 0.03 has been rounded as 0.5.
+"""
+
+
+def judge_trajectory(
+    case: Case, found: Mapping[str, Array], dtype: str, seed: int = 0
+) -> tuple[Verdict, ...]:
+    """Compare a trajectory with that of the float64 spec.
+
+    Args:
+        case: of the family "trajectory".
+        found: from `train`.
+        dtype: it was trained in.
+        seed: as for `problem`.
+
+    Returns:
+        A verdict on the curve and one on each tensor of final weights. The ratio is the error in floors: on the
+        curve, at the worst step, the floor being the largest error up to there of the spec in float32.
+    """
+    want = reference(case, seed)
+    noise = _noise(case, seed)
+    eps = EPS[dtype]
+    scale = eps / EPS["float32"]
+    cap = _CURVE_CAP * eps * float(want.losses[0])
+    floors = curve_floors(case, dtype, seed)
+    verdicts = [_verdict("loss", found["loss"], want.losses, floors, cap, "float64")]
+    for name, value in quantities(case, want).items():
+        if name != "loss":
+            start = problem(case, seed).start[name]
+            ulp = eps * float(max(np.abs(value).max(), np.abs(start).max()))
+            floor = float(np.abs(noise.params[name] - value).max()) * scale + _WEIGHT_ULP * ulp
+            verdicts.append(_verdict(name, found[name], value, np.asarray(floor), _WEIGHT_CAP * ulp, dtype))
+    return tuple(verdicts)
+
+
+def curve_floors(case: Case, dtype: str, seed: int = 0) -> Array:
+    """The noise floor of the loss at each step, (STEPS,), absolute.
+
+    Args:
+        case: of the family "trajectory".
+        dtype: "float32" or "float64".
+        seed: as for `problem`.
+    """
+    want = reference(case, seed).losses
+    eps = EPS[dtype]
+    scale = eps / EPS["float32"]
+    grown = np.maximum.accumulate(np.abs(_noise(case, seed).losses - want)) * scale
+    return np.asarray(grown + _CURVE_ULP * eps * want[0])
+
+
+def _verdict(quantity: str, got: Array, want: Array, floors: Array, cap: float, dtype: str) -> Verdict:
+    if got.shape != want.shape or str(got.dtype) != dtype:
+        received = f"got {got.dtype} {got.shape}, expected {dtype} {want.shape}"
+        return Verdict(quantity, np.inf, np.inf, False, f"{quantity}: {received}")
+    difference = np.abs(got.astype(np.float64) - want)
+    if not np.isfinite(difference).all():
+        where = "" if quantity != "loss" else f" from step {int(np.argmin(np.isfinite(difference)))} on"
+        return Verdict(quantity, np.inf, np.inf, False, f"{quantity}: NaN or infinity{where}")
+    ratios = difference / floors
+    worst = int(ratios.argmax())
+    error, ratio = float(difference.max()), float(ratios.max())
+    message = ""
+    if ratio > FACTOR:
+        where = f" at step {worst}" if quantity == "loss" else " after the last step"
+        message = (
+            f"{quantity}: the error{where} is {ratio:.3g} × the noise of the float64 trajectory, "
+            f"at most {FACTOR:g} × is allowed"
+        )
+    elif error > cap:
+        message = f"{quantity}: error {error:.2g} is above the hard cap of {cap:.2g}"
+    return Verdict(quantity, error, ratio, not message, message)
+
+
+@cache
+def _noise(case: Case, seed: int) -> Trajectory:
+    """The spec's own training in float32."""
+    return spec_trained(case, problem(case, seed), "float32")

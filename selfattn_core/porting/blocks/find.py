@@ -1,0 +1,201 @@
+"""The blocks of a file that a dialect describes, or everything that stands in the way, at once."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.porting.blocks.bystanders import optimiser_keys
+from selfattn_core.porting.blocks.match import KeyIndex, Match, match, normal, prefixes
+from selfattn_core.porting.dialects.dialect import Dialect
+from selfattn_core.porting.dialects.settings import Settings
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.formats import Tensors
+from selfattn_core.porting.formats.sharded import of_several
+from selfattn_core.porting.report import listed
+from selfattn_core.porting.translation.from_dialect import Plan, plan
+from selfattn_core.weights import FORMAT, configs_of
+
+__all__ = ["Found", "canonical_configs", "find_blocks", "index_of", "shown", "stored_pools"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A block and what it becomes."""
+
+    prefix: str
+    plan: Plan
+
+
+def index_of(tensors: Tensors) -> KeyIndex:
+    """The keys of a file, without those of an optimiser's state.
+
+    Raises:
+        PortError: if two of them differ in nothing but separators.
+    """
+    passed_over = optimiser_keys(tensors)
+    index = KeyIndex(key for key in tensors if key not in passed_over)
+    if index.clashes:
+        pairs = "; ".join(f"{one} and {other}" for one, other in index.clashes[:8])
+        raise PortError(f"{tensors.path}: keys that cannot be told apart: {pairs}.")
+    return index
+
+
+def shown(prefix: str, index: KeyIndex) -> str:
+    """A prefix with the separators that the file has."""
+    first = next(iter(index.under(prefix)), "")
+    return index.original(prefix + first)[: len(prefix)] if first else prefix
+
+
+def find_blocks(
+    tensors: Tensors,
+    dialect: Dialect,
+    settings: Settings,
+    *,
+    prefix: Sequence[str] | None = None,
+    strict: bool = True,
+) -> list[Found]:
+    """The blocks to port.
+
+    Args:
+        tensors: of the file.
+        dialect: that it is read as.
+        settings: of the dialect.
+        prefix: which blocks, with * for any text; None for the only one.
+        strict: whether a key under a block's prefix that nothing reads is an error.
+
+    Raises:
+        PortError: if the dialect is refused, no block or several fit, keys are missing, unused or misshapen; every problem.
+    """
+    if dialect.refused:
+        raise PortError(
+            f"{tensors.path}: {dialect.name} ({dialect.title}) cannot be ported: {dialect.reason}. Instead: {dialect.instead}."
+        )
+    index = index_of(tensors)
+    there = prefixes(dialect, index)
+    chosen = _chosen(tensors, dialect, index, there, prefix)
+    problems = []
+    found = []
+    for one in chosen:
+        matched = match(dialect, index, one, averaged=settings.ema)
+        reasons = _mismatch(matched, strict=strict)
+        if not reasons:
+            planned = plan(matched, tensors, settings)
+            reasons = list(planned.problems)
+            found.append(Found(shown(one, index), planned))
+        where = f"block {shown(one, index)!r}: " if one else ""
+        problems += [f"{where}{reason}" for reason in reasons]
+    if problems:
+        problems += [f"left out: {reason}" for reason in list(tensors.left_out.values())[:20]]
+        problems += filter(None, [of_several(tensors.path)])
+        raise PortError(
+            f"{tensors.path}: does not fit {dialect.name} ({dialect.title}); `selfattn inspect` lists the dialects that fit:\n  "
+            + "\n  ".join(problems)
+        )
+    return found
+
+
+def _chosen(
+    tensors: Tensors, dialect: Dialect, index: KeyIndex, there: list[str], prefix: Sequence[str] | None
+) -> list[str]:
+    known = [shown(one, index).rstrip("./") or "''" for one in there]
+    if prefix is None:
+        if len(there) > 1:
+            raise PortError(
+                f"{tensors.path}: holds {len(there)} blocks that look like {dialect.name}: {listed(known, 20)}. Say which with "
+                "--prefix, which may be repeated and may hold *."
+            )
+        return there or [_nearest(tensors, dialect, index)]
+    chosen: list[str] = []
+    for wanted in prefix:
+        name = f"{normal(wanted)}/" if normal(wanted) else ""
+        some = (
+            [one for one in there if fnmatchcase(one.rstrip("/"), name.rstrip("/"))]
+            if "*" in name
+            else [name]
+        )
+        if not some or (some == [name] and not index.under(name)):
+            if any(normal(key).startswith(name) for key in optimiser_keys(tensors)):
+                raise PortError(
+                    f"{tensors.path}: {wanted!r} is the state of an optimiser, which mirrors a layer and is none; name the "
+                    f"layer's own weights{f': {listed(known, 20)}' if known else ''}."
+                )
+            blocks = f"it has {listed(known, 20)}" if known else "it has none"
+            raise PortError(
+                f"{tensors.path}: has no block {wanted!r} that looks like {dialect.name}; {blocks}."
+            )
+        chosen += [one for one in some if one not in chosen]
+    return chosen
+
+
+def _nearest(tensors: Tensors, dialect: Dialect, index: KeyIndex) -> str:
+    """Where most of a dialect's keys are, for the message; one key of a role must be there at least."""
+    places: dict[str, None] = {}
+    for variant in dialect.variants:
+        for path in variant.roles.values():
+            for form in dialect.kernels:
+                for ending in ("", *dialect.ema):
+                    places |= dict.fromkeys(
+                        index.prefixes_of(normal(form.kernel.replace("{path}", path) + ending))
+                    )
+    matches = [match(dialect, index, place) for place in places]
+    if matches:
+        return min(matches, key=lambda found: (len(found.missing), len(found.unused))).prefix
+    variant, form = dialect.variants[0], dialect.kernels[0]
+    wanted = [form.kernel.replace("{path}", path) for path in variant.roles.values()]
+    left_out = f", and without numbers {listed(list(tensors.left_out), 6)}" if tensors.left_out else ""
+    alone = of_several(tensors.path)
+    raise PortError(
+        f"{tensors.path}: has no block that looks like {dialect.name} ({dialect.title}): expected keys that end with "
+        f"{', '.join(wanted)}; it holds {listed(list(tensors), 6)}{left_out}. {f'{alone}. ' * bool(alone)}`selfattn inspect` lists the dialects that fit."
+    )
+
+
+def _mismatch(found: Match, *, strict: bool) -> list[str]:
+    reasons = [telltale.reason for telltale in found.telltales]
+    reasons += [f"missing: {name}" for name in found.missing]
+    if found.ambiguous:
+        reasons.append(
+            f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike: the dialect cannot tell them apart"
+        )
+    if strict and found.unused:
+        reasons.append(
+            f"unused: {listed(found.unused, 20)}; a tensor that nothing reads may change what the layer computes. If it does "
+            "not, pass --allow-unused"
+        )
+    return reasons
+
+
+def canonical_configs(tensors: Tensors, chosen: Dialect) -> dict[str, SelfAttentionConfig] | None:
+    """The configs in the metadata of a canonical file, by block; None for any other file.
+
+    Raises:
+        PortError: if the file is of a newer version, or its config cannot be read.
+    """
+    if chosen.name != "canonical" or tensors.metadata.get("format") != FORMAT:
+        return None
+    try:
+        return configs_of(tensors.path, tensors.metadata)
+    except ValueError as error:
+        raise PortError(str(error)) from error
+
+
+def stored_pools(tensors: Tensors, chosen: Dialect) -> dict[str, int]:
+    """The `kv_pool` of the blocks whose file says it beside the tensors, by prefix as `normal` makes it.
+
+    A reader finds it where a layer of this library left it; a file that `port` wrote has it in the report it carries.
+    """
+    if chosen.kv_pool_stored:
+        return {}
+    found = {normal(prefix): pool for prefix, pool in tensors.pools.items()}
+    try:
+        report = json.loads(tensors.metadata["port"])
+        if report["target_dialect"].startswith(f"{chosen.name}:"):
+            for block in report["blocks"]:
+                config = SelfAttentionConfig.from_dict(block["config"])
+                found.setdefault(normal(block["block"]), config.kv_pool)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        # No report of ours, which nothing says that it should be.
+        return found
+    return found

@@ -1,0 +1,240 @@
+"""Flax's msgpack files: nested maps of arrays, scanned without the msgpack library so that no array is read before it is asked for.
+
+Source: flax/serialization.py for the arrays; the msgpack specification for the rest.
+"""
+
+import mmap
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.formats.numbers import bits, stored_bytes
+from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
+from selfattn_core.porting.formats.untrusted.file import Source
+from selfattn_core.porting.formats.untrusted.limits import MAX_DEPTH, MAX_TENSORS, checked_shape
+
+__all__ = ["looks_like_msgpack", "open_msgpack"]
+
+_ARRAY = 1
+_CHUNKED = "__msgpack_chunked_array__"
+_MAX_VALUES = 5 * MAX_TENSORS
+# First byte: how the number, or the length, that follows is packed.
+_NUMBERS = {0xCA: ">f", 0xCB: ">d"} | dict(
+    zip(range(0xCC, 0xD4), (">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q"), strict=True)
+)
+_LENGTHS = {
+    0xC4: ("bin", ">B"),
+    0xC5: ("bin", ">H"),
+    0xC6: ("bin", ">I"),
+    0xC7: ("extension", ">B"),
+    0xC8: ("extension", ">H"),
+    0xC9: ("extension", ">I"),
+    0xD9: ("str", ">B"),
+    0xDA: ("str", ">H"),
+    0xDB: ("str", ">I"),
+    0xDC: ("array", ">H"),
+    0xDD: ("array", ">I"),
+    0xDE: ("map", ">H"),
+    0xDF: ("map", ">I"),
+}
+_SHORT = ((0x8F, "map", 15), (0x9F, "array", 15), (0xBF, "str", 31))
+_SIMPLE = {0xC0: None, 0xC2: False, 0xC3: True}
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """A run of bytes that is left in the file."""
+
+    place: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    info: TensorInfo
+    place: int
+
+
+def looks_like_msgpack(start: bytes) -> bool:
+    """Whether a file could be Flax's: a map whose first key is a short string.
+
+    Example:
+        >>> looks_like_msgpack(bytes([0x81, 0xA6]) + b"params")
+        True
+    """
+    if len(start) < 4:
+        return False
+    at = 1 if 0x81 <= start[0] <= 0x8F else {0xDE: 3, 0xDF: 5}.get(start[0], 0)
+    return bool(at) and (0xA1 <= start[at] <= 0xBF or start[at] == 0xD9)
+
+
+def open_msgpack(path: Path) -> Tensors:
+    """The arrays of a file that `flax.serialization.to_bytes` or `msgpack_serialize` wrote.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        PortError: if the file is damaged, truncated or deeper nested than any checkpoint, or names a key twice.
+    """
+    source = Source(path)
+    try:
+        with mmap.mmap(source.file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            scanner = _Scanner(path, view)
+            tree = scanner.value(0)
+            if scanner.place != source.size:
+                raise PortError(f"{path}: {source.size - scanner.place} bytes follow the end of its content.")
+        entries = {}
+        for name, leaf in _leaves(path, tree, ""):
+            if name in entries:
+                raise PortError(f"{path}: holds {name} twice; which one is meant cannot be known.")
+            entries[name] = _entry(source, name, leaf)
+        if not entries:
+            raise PortError(f"{path}: holds no arrays; expected a file of flax.serialization.")
+        return Tensors(path, "msgpack", entries, {}, source.close)
+    except BaseException:
+        source.close()
+        raise
+
+
+class _Scanner:
+    def __init__(self, path: Path, view: mmap.mmap) -> None:
+        self.path, self.view, self.place, self.end = path, view, 0, len(view)
+        self.count = 0
+
+    def take(self, count: int) -> int:
+        """Step over bytes that must be there; their place."""
+        place = self.place
+        if place + count > self.end:
+            raise PortError(f"{self.path}: is truncated or damaged: it ends at {self.end}, inside a value.")
+        self.place += count
+        return place
+
+    def unpack(self, form: str) -> Any:
+        place = self.take(struct.calcsize(form))
+        return struct.unpack_from(form, self.view, place)[0]
+
+    def value(self, depth: int) -> Any:
+        self.count += 1
+        if depth > MAX_DEPTH or self.count > _MAX_VALUES:
+            raise PortError(f"{self.path}: is nested too deep, or holds too many values, for a checkpoint.")
+        first = self.view[self.take(1)]
+        if first <= 0x7F or first >= 0xE0:
+            return first if first <= 0x7F else first - 256
+        if first in _SIMPLE:
+            return _SIMPLE[first]
+        if first in _NUMBERS:
+            return self.unpack(_NUMBERS[first])
+        kind, length = self.sized(first)
+        if kind == "bin":
+            return _Bytes(self.take(length), length)
+        return self.text(length) if kind == "str" else getattr(self, kind)(length, depth)
+
+    def sized(self, first: int) -> tuple[str, int]:
+        """The kind and length of a value whose length varies."""
+        for below, kind, mask in _SHORT:
+            if first <= below:
+                return kind, first & mask
+        if 0xD4 <= first <= 0xD8:
+            return "extension", 1 << (first - 0xD4)
+        if first not in _LENGTHS:
+            raise PortError(
+                f"{self.path}: is no msgpack file, or damaged: byte {self.place - 1} is {first:#x}."
+            )
+        kind, form = _LENGTHS[first]
+        return kind, self.unpack(form)
+
+    def text(self, length: int) -> str:
+        place = self.take(length)
+        return self.view[place : place + length].decode("utf-8", "replace")
+
+    def array(self, length: int, depth: int) -> list[Any]:
+        return [self.value(depth + 1) for _ in range(length)]
+
+    def map(self, length: int, depth: int) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for _ in range(length):
+            key = self.value(depth + 1)
+            if not isinstance(key, str | int | bool):
+                raise PortError(f"{self.path}: has a key that is no name: {str(key)[:80]}.")
+            if str(key) in result:
+                raise PortError(
+                    f"{self.path}: holds the key {str(key)[:200]!r} twice; which one is meant cannot be known."
+                )
+            result[str(key)] = self.value(depth + 1)
+        return result
+
+    def extension(self, length: int, depth: int) -> Any:
+        kind = self.view[self.take(1)]
+        end = self.place + length
+        if kind != _ARRAY:
+            # A complex number or a scalar: no tensor.
+            self.take(length)
+            return None
+        content = self.value(depth + 1)
+        if self.place != end or not isinstance(content, list) or len(content) != 3:
+            raise PortError(f"{self.path}: is damaged: an array at byte {end - length} is not one.")
+        shape, dtype, data = content
+        where = f"{self.path}: the array at byte {end - length}"
+        if not isinstance(shape, list) or not isinstance(data, _Bytes):
+            raise PortError(f"{where} has no shape or no bytes.")
+        if not isinstance(dtype, str) or bits(dtype) is None:
+            raise PortError(f"{where} has the dtype {str(dtype)[:40]!r}, which cannot be read.")
+        info = TensorInfo(checked_shape(where, shape), dtype)
+        if stored_bytes(info) != data.size:
+            raise PortError(
+                f"{where}: {dtype} {info.shape} needs {stored_bytes(info)} bytes, there are {data.size}."
+            )
+        return _Leaf(info, data.place)
+
+
+def _leaves(path: Path, value: Any, prefix: str) -> Iterator[tuple[str, _Leaf | list[_Leaf]]]:
+    if isinstance(value, _Leaf):
+        yield prefix or "tensor", value
+    elif isinstance(value, dict) and _CHUNKED in value:
+        yield prefix or "tensor", _chunks(path, prefix, value)
+    elif isinstance(value, dict | list):
+        children = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, child in children:
+            yield from _leaves(path, child, f"{prefix}/{key}" if prefix else str(key))
+
+
+def _chunks(path: Path, name: str, value: dict[str, Any]) -> list[_Leaf]:
+    """An array of more than 1 GiB, which Flax writes in pieces; the first element says what they make together."""
+    shape, chunks = value.get("shape"), value.get("chunks")
+    pieces = list(chunks.values()) if isinstance(chunks, dict) else []
+    axes = list(shape.values()) if isinstance(shape, dict) else [None]
+    if not pieces or not all(isinstance(piece, _Leaf) for piece in pieces):
+        raise PortError(f"{path}: {name} is an array in pieces, and a piece is missing.")
+    whole = TensorInfo(checked_shape(f"{path}: {name}", axes), pieces[0].info.dtype)
+    held = sum(stored_bytes(piece.info) for piece in pieces)
+    if held != stored_bytes(whole) or {piece.info.dtype for piece in pieces} != {whole.dtype}:
+        raise PortError(
+            f"{path}: {name} {whole.shape} needs {stored_bytes(whole)} bytes, its pieces have {held}."
+        )
+    return [_Leaf(whole, -1), *pieces]
+
+
+def _entry(source: Source, name: str, leaf: _Leaf | list[_Leaf]) -> Entry:
+    if isinstance(leaf, _Leaf):
+        return Entry(leaf.info, lambda: source.array_at(name, leaf.place, leaf.info))
+
+    def read() -> NDArray[Any]:
+        array = None
+        start = 0
+        for piece in leaf[1:]:
+            numbers = source.array_at(name, piece.place, piece.info).reshape(-1)
+            if array is None:
+                array = np.empty(leaf[0].info.shape, numbers.dtype)
+            array.reshape(-1)[start : start + numbers.size] = numbers
+            start += numbers.size
+        assert array is not None  # noqa: S101 - there is at least one piece
+        return array
+
+    return Entry(leaf[0].info, read)

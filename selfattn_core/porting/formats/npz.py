@@ -1,0 +1,106 @@
+"""`.npz`: a zip archive of numpy arrays; those that are no numbers are left out, and none is unpickled."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.formats.npy import LONGEST_HEADER, dtype_name, npy_header
+from selfattn_core.porting.formats.numbers import read_array, stored_bytes
+from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
+from selfattn_core.porting.formats.untrusted.file import Source
+from selfattn_core.porting.formats.untrusted.zip import Archive, Member
+
+__all__ = ["METADATA", "open_npz"]
+
+# A member that numpy lists too, and gives as bytes.
+METADATA = "__metadata__.json"
+
+
+def open_npz(path: Path) -> Tensors:
+    """The arrays of an `.npz` file; a member that is no array of numbers is left out, unread.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        PortError: if the archive is damaged or made to deceive, an array is of another size than its header says, or every
+            array is of Python objects or of a dtype that is no number.
+    """
+    archive = Archive(Source(path))
+    try:
+        names = [name for name in archive.members if name.endswith(".npy")]
+        entries, left_out, problems = {}, {}, []
+        for name in names:
+            try:
+                entries[name.removesuffix(".npy")] = _entry(archive, name)
+            except _NoNumbersError as error:
+                left_out[name.removesuffix(".npy")] = str(error)
+            except PortError as error:
+                problems.append(str(error))
+        if not entries:
+            problems += left_out.values()
+        if problems:
+            raise PortError(f"{path}: arrays cannot be read:\n" + "\n".join(f"  {p}" for p in problems[:50]))
+        return Tensors(path, "npz", entries, _metadata(archive), archive.close, left_out)
+    except BaseException:
+        archive.close()
+        raise
+
+
+class _NoNumbersError(PortError):
+    pass
+
+
+def _entry(archive: Archive, name: str) -> Entry:
+    size = archive.members[name].file_size
+    start = bytearray(min(size, LONGEST_HEADER))
+    member = Member(archive, name)
+    try:
+        member.read_into(memoryview(start))
+    finally:
+        member.close()
+    header = npy_header(name, bytes(start))
+    if header.dtype.hasobject:
+        raise _NoNumbersError(
+            f"{name}: holds Python objects, which only unpickling could read; nothing is executed. Of a dictionary in it make a "
+            f"file of arrays, if you trust it: numpy.savez(NEW, **numpy.load(PATH, allow_pickle=True)"
+            f"[{name.removesuffix('.npy')!r}].item())"
+        )
+    narrow = dtype_name(header.dtype)
+    if narrow is None:
+        raise _NoNumbersError(f"{name}: has the dtype {str(header.dtype)[:60]}; expected numbers")
+    info = TensorInfo(header.shape, narrow)
+    if header.size + stored_bytes(info) != size:
+        raise PortError(
+            f"{name}: {header.dtype} {info.shape} needs {stored_bytes(info)} bytes, the file has {size - header.size}"
+        )
+    swapped, fortran = not header.dtype.isnative, header.fortran
+
+    def load() -> NDArray[np.generic]:
+        member = Member(archive, name)
+        try:
+            member.read_into(memoryview(bytearray(header.size)))
+            stored = TensorInfo(info.shape[::-1] if fortran else info.shape, info.dtype)
+            array = read_array(f"{archive.source.path}: {name}", stored, member.read_into)
+            member.finish()
+        finally:
+            member.close()
+        array = array.byteswap() if swapped else array
+        return array.T if fortran else array
+
+    return Entry(info, load)
+
+
+def _metadata(archive: Archive) -> dict[str, str]:
+    if METADATA not in archive.members:
+        return {}
+    try:
+        content = json.loads(archive.read(METADATA))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+        raise PortError(f"{archive.source.path}: {METADATA} is not a JSON object of strings.")
+    return content

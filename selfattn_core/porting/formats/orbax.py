@@ -1,0 +1,263 @@
+"""Orbax checkpoints, which are folders: read through TensorStore, Orbax's own storage, without JAX and without a target.
+
+Source: orbax/checkpoint/_src/metadata/tree.py and serialization/tensorstore_utils.py for the layout.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.installed import imported, require
+from selfattn_core.params import widen
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.formats.numbers import bits, stored_bytes
+from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
+from selfattn_core.porting.formats.untrusted.file import Source
+from selfattn_core.porting.formats.untrusted.limits import (
+    MAX_DEPTH,
+    MAX_EXPANSION,
+    MAX_TENSORS,
+    SMALL,
+    checked_shape,
+)
+
+__all__ = ["METADATA", "is_orbax", "open_orbax", "steps_in"]
+
+# Where our own writer keeps its metadata, in what Orbax keeps for its users.
+METADATA = "selfattn"
+_TREE = "_METADATA"
+_MANIFEST = "manifest.ocdbt"
+_MAX_HEADER = 32 * 2**20
+_ARRAYS = {"jax.Array", "np.ndarray", "scalar"}
+_CACHE = {"cache_pool": {"total_bytes_limit": 2**24}}
+
+
+def is_orbax(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of Orbax, or a step of its manager with one in it.
+
+    Example:
+        >>> is_orbax(Path("there-is-no-such-folder"))
+        False
+    """
+    return bool(_items(folder))
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """The steps in a folder of Orbax's manager, the latest last.
+
+    Example:
+        >>> steps_in(Path("there-is-no-such-folder"))
+        []
+    """
+    try:
+        found = [child for child in folder.iterdir() if child.is_dir() and is_orbax(child)]
+    except OSError:
+        return []
+
+    def order(child: Path) -> tuple[int, str]:
+        number = re.search(r"\d+$", child.name)
+        return (int(number[0]) if number and len(number[0]) < 20 else -1, child.name)
+
+    return sorted(found, key=order)
+
+
+def open_orbax(path: Path) -> Tensors:
+    """The arrays of an Orbax checkpoint. The `value` level that NNX' variables have there is left out of their names.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Raises:
+        PortError: if the checkpoint is unfinished or damaged, a file of it is a link, or an array promises more than the
+            folder holds.
+        ModuleNotFoundError: if tensorstore is not installed.
+    """
+    items = _items(path)
+    if len(items) != 1:
+        found = (
+            f"it holds {', '.join(str(item) for item in items)}: name one" if items else f"it has no {_TREE}"
+        )
+        raise PortError(f"{path}: is not one checkpoint of Orbax; {found}.")
+    (folder,) = items
+    require("selfattn_core.porting", ["tensorstore"], "flax")
+    tensorstore = imported("tensorstore")
+    size = _size(folder)
+    tree = _json(folder / _TREE)
+    rows = _rows(folder, tree)
+    context = tensorstore.Context(_CACHE)
+    opened = {}
+    problems = []
+    for keys in rows:
+        try:
+            opened[keys] = tensorstore.open(
+                _spec(folder, tree, ".".join(keys)), context=context, read=True, open=True
+            )
+        except (ValueError, TypeError, OSError, RuntimeError, OverflowError) as error:
+            problems.append(f"{'/'.join(keys)}: {_first_line(error)}")
+    entries = {}
+    for keys, future in opened.items():
+        name = "/".join(_shown(keys, rows))
+        try:
+            entries[name] = _entry(path, name, future.result(timeout=_TIMEOUT), size)
+        except PortError as error:
+            problems.append(str(error))
+        except (ValueError, TypeError, OSError, RuntimeError, OverflowError) as error:
+            problems.append(f"{name}: {_first_line(error)}")
+    if problems:
+        raise PortError(
+            f"{path}: arrays cannot be read:\n" + "\n".join(f"  {line}" for line in problems[:50])
+        )
+    if not entries:
+        raise PortError(f"{path}: holds no arrays.")
+    return Tensors(path, "orbax", entries, _metadata(folder))
+
+
+_TIMEOUT = 60
+
+
+def _items(folder: Path) -> list[Path]:
+    if (folder / _TREE).is_file():
+        return [folder]
+    try:
+        return sorted(child for child in folder.iterdir() if (child / _TREE).is_file())
+    except OSError:
+        return []
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files of the checkpoint.
+
+    Raises:
+        PortError: if one is a link, which could lead anywhere.
+    """
+    total = count = 0
+    for root, folders, files in os.walk(folder, followlinks=False):
+        for name in (*folders, *files):
+            path = Path(root) / name
+            count += 1
+            if path.is_symlink():
+                raise PortError(
+                    f"{folder}: {path.relative_to(folder)} is a symbolic link; links are not followed."
+                )
+            if count > MAX_TENSORS:
+                raise PortError(f"{folder}: holds more than {MAX_TENSORS} files.")
+            total += path.stat().st_size
+    return total
+
+
+def _json(path: Path) -> dict[str, Any]:
+    source = Source(path)
+    try:
+        if source.size > _MAX_HEADER:
+            raise PortError(f"{path}: has {source.size} bytes; at most {_MAX_HEADER} are read.")
+        content = json.loads(source.bytes_at(0, source.size))
+    except PortError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise PortError(f"{path}: is damaged: it is not JSON ({error}).") from None
+    finally:
+        source.close()
+    if not isinstance(content, dict):
+        raise PortError(f"{path}: is damaged: it is not a JSON object.")
+    return content
+
+
+def _rows(folder: Path, tree: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The path of keys to every array."""
+    metadata = tree.get("tree_metadata")
+    rows = []
+    if isinstance(metadata, dict):
+        for row in metadata.values():
+            try:
+                keys = tuple(str(level["key"]) for level in row["key_metadata"])
+                kind = row["value_metadata"]["value_type"]
+            except (KeyError, TypeError):
+                raise PortError(
+                    f"{folder / _TREE}: is damaged: {str(row)[:100]} is no row of a tree."
+                ) from None
+            name = ".".join(keys)
+            if (
+                not keys
+                or len(keys) > MAX_DEPTH
+                or "/" in name
+                or "\\" in name
+                or "\0" in name
+                or ".." in keys
+            ):
+                raise PortError(
+                    f"{folder / _TREE}: the key {name[:200]!r} is a path that leads elsewhere, or none."
+                )
+            if kind in _ARRAYS:
+                rows.append(keys)
+    if not rows:
+        raise PortError(f"{folder / _TREE}: lists no arrays.")
+    if len({".".join(keys) for keys in rows}) < len(rows):
+        raise PortError(f"{folder / _TREE}: lists an array twice; which one is meant cannot be known.")
+    return rows
+
+
+def _shown(keys: tuple[str, ...], rows: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """NNX saves a variable as a tree with the one key `value`."""
+    if (
+        len(keys) > 1
+        and keys[-1] == "value"
+        and not any(row[:-1] == keys[:-1] and row != keys for row in rows)
+    ):
+        return keys[:-1]
+    return keys
+
+
+def _spec(folder: Path, tree: dict[str, Any], name: str) -> dict[str, Any]:
+    base: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
+    kvstore = (
+        {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        if (folder / _MANIFEST).exists()
+        else {**base, "path": f"{base['path']}{name}/"}
+    )
+    spec: dict[str, Any] = {
+        "driver": "zarr3" if tree.get("use_zarr3") is True else "zarr",
+        "kvstore": kvstore,
+    }
+    if tree.get("store_array_data_equal_to_fill_value") is True:
+        # Then a piece that is not there is missing, and not a piece of zeros.
+        spec["fill_missing_data_reads"] = False
+    return spec
+
+
+def _entry(path: Path, name: str, store: Any, size: int) -> Entry:
+    dtype = store.dtype.name
+    if bits(dtype) is None:
+        raise PortError(f"{name}: has the dtype {dtype}, which cannot be read")
+    info = TensorInfo(checked_shape(name, store.shape), dtype)
+    chunk = store.chunk_layout.read_chunk.shape or ()
+    grown = max(stored_bytes(info), math.prod(chunk) * (bits(dtype) or 8) // 8)
+    if grown > max(SMALL, MAX_EXPANSION * size):
+        raise PortError(f"{name}: {dtype} {info.shape} would need {grown} bytes; the whole folder has {size}")
+
+    def read() -> NDArray[Any]:
+        try:
+            array: NDArray[Any] = np.asarray(store.read().result(timeout=_TIMEOUT + grown / 2**20))
+        except (ValueError, OSError, RuntimeError, TimeoutError) as error:
+            raise PortError(f"{path}: {name} is damaged or missing ({_first_line(error)}).") from None
+        return widen(array) if array.dtype.kind != "V" else array.astype(np.float32)
+
+    return Entry(info, read)
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    for place in (folder / "_CHECKPOINT_METADATA", folder.parent / "_CHECKPOINT_METADATA"):
+        if place.is_file() and not place.is_symlink():
+            custom = _json(place).get("custom_metadata")
+            own = custom.get(METADATA) if isinstance(custom, dict) else None
+            return {str(key): str(value) for key, value in own.items()} if isinstance(own, dict) else {}
+    return {}
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split(" [source locations", maxsplit=1)[0].split("\n", 1)[0][:300]

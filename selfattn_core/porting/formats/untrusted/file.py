@@ -1,0 +1,97 @@
+"""A file that is read at places of the caller's choice and never beyond its end."""
+
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from numpy.typing import NDArray
+
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.formats.numbers import read_array
+from selfattn_core.porting.formats.tensors import TensorInfo
+
+__all__ = ["Source", "unreadable"]
+
+
+def unreadable(path: Path, error: OSError) -> PortError:
+    """What to say of a path that the system does not let be read.
+
+    Example:
+        >>> unreadable(Path("x.pth"), PermissionError(13, "Permission denied"))
+        PortError('x.pth: no permission to read it; see its owner and mode with `ls -l`.')
+    """
+    if isinstance(error, PermissionError):
+        return PortError(f"{path}: no permission to read it; see its owner and mode with `ls -l`.")
+    return PortError(f"{path}: cannot be opened: {error.strerror or error}.")
+
+
+class Source:
+    """An open file and its size.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        PortError: if it is absent, a folder, something else than a file, empty, or must not be read.
+
+    Example:
+        >>> Source(Path("there-is-no-such.file"))
+        Traceback (most recent call last):
+        ...
+        selfattn_core.porting.errors.PortError: there-is-no-such.file: no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            if path.is_dir():
+                raise PortError(f"{path}: is a folder; expected a file.")
+            if not path.exists():
+                raise PortError(f"{path}: no such file.")
+            if not path.is_file():
+                # A pipe or a device, which would be waited for.
+                raise PortError(f"{path}: is not an ordinary file; copy its content to one.")
+            self.file: BinaryIO = path.open("rb")
+        except OSError as error:
+            raise unreadable(path, error) from error
+        self.path = path
+        self.size = self.file.seek(0, 2)
+        if not self.size:
+            self.file.close()
+            raise PortError(f"{path}: is empty; expected a checkpoint.")
+
+    def bytes_at(self, offset: int, count: int) -> bytes:
+        """These bytes.
+
+        Raises:
+            PortError: if the file ends before; nothing has been allocated then.
+        """
+        if offset < 0 or count < 0 or offset + count > self.size:
+            raise PortError(
+                f"{self.path}: is truncated or damaged: bytes {offset} to {offset + count} are needed, it ends at {self.size}."
+            )
+        self.file.seek(offset)
+        content = self.file.read(count)
+        if len(content) != count:
+            raise PortError(f"{self.path}: has become shorter while it was read.")
+        return content
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill the buffer from the present place.
+
+        Raises:
+            EOFError: if the file ends before.
+        """
+        view: Any = buffer
+        while view:
+            count = self.file.readinto(view)  # type: ignore[attr-defined]
+            if not count:
+                raise EOFError("the file ends too early")
+            view = view[count:]
+
+    def array_at(self, key: str, offset: int, info: TensorInfo) -> NDArray[Any]:
+        """A tensor whose bytes lie at this offset; the caller has seen that they are within the file."""
+        self.file.seek(offset)
+        return read_array(f"{self.path}: {key}", info, self.read_into)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()

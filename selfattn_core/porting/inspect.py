@@ -1,0 +1,248 @@
+"""What a checkpoint holds: its attention blocks, the dialects that fit each, and why others do not."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from selfattn_core.porting.blocks.bystanders import averages_without_names, is_averaged, optimiser_keys
+from selfattn_core.porting.blocks.find import canonical_configs, index_of, shown, stored_pools
+from selfattn_core.porting.blocks.match import KeyIndex, match, prefixes
+from selfattn_core.porting.blocks.nearest import Group, Nearest, as_lines, groups, nearest
+from selfattn_core.porting.dialects.dialect import Dialect, dialect, dialect_names
+from selfattn_core.porting.dialects.settings import settings_of
+from selfattn_core.porting.formats import Tensors, open_tensors
+from selfattn_core.porting.formats.sharded import of_several
+from selfattn_core.porting.report import listed
+from selfattn_core.porting.translation.from_dialect import plan, state_notes
+
+__all__ = ["BlockFound", "Fit", "InspectReport", "candidates", "inspect"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one dialect fits a block.
+
+    Args:
+        dialect: its name.
+        title: what it is.
+        verdict: "fits"; "refused", if it fits and cannot be ported; "almost", if keys or shapes stand in the way.
+        variant: of the dialect.
+        config: the layer that it would become, None where the shapes give none.
+        reasons: for "refused" and "almost", why.
+        assumptions: what a port would assume.
+        notes: what a person must know to choose.
+    """
+
+    dialect: str
+    title: str
+    verdict: Literal["fits", "refused", "almost"]
+    variant: str
+    config: dict[str, int | bool] | None
+    reasons: tuple[str, ...]
+    assumptions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockFound:
+    """An attention block.
+
+    Args:
+        prefix: before its keys, in the file's own spelling.
+        tensors: how many there are under it.
+        fits: the dialects that have names for its query, key and value.
+    """
+
+    prefix: str
+    tensors: int
+    fits: tuple[Fit, ...]
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """A checkpoint.
+
+    Args:
+        path: of the file.
+        format: its container.
+        metadata: what it says of itself.
+        tensors: shape and dtype by key.
+        parameters: numbers in all of them.
+        blocks: attention blocks, in the order of their prefixes.
+        left_out: what else is there under names of tensors, by name: why it is none.
+        optimiser_state: keys of an optimiser's state, which are passed over.
+        note: what a person must know of the whole file.
+        nearest: where no dialect fits, those that have most of their keys there.
+        groups: where no dialect fits, tensors that could be such a layer by their shapes.
+    """
+
+    path: str
+    format: str
+    metadata: dict[str, str]
+    tensors: dict[str, tuple[tuple[int, ...], str]]
+    parameters: int
+    blocks: tuple[BlockFound, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
+    optimiser_state: tuple[str, ...] = ()
+    note: str = ""
+    nearest: tuple[Nearest, ...] = ()
+    groups: tuple[Group, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        return {"kind": "selfattn inspection", "version": 1, **asdict(self)}
+
+    def to_text(self) -> str:
+        """What a person wants to know."""
+        lines = [f"{self.path}: {self.format}, {len(self.tensors)} tensors, {self.parameters:,} numbers"]
+        if self.left_out:
+            lines.append(f"left out, since they are no numbers: {listed(list(self.left_out))}")
+        if self.optimiser_state:
+            lines.append(
+                f"passed over: {len(self.optimiser_state)} tensors of an optimiser's state ({listed(self.optimiser_state, 3)})"
+            )
+        if self.note:
+            lines.append(f"note: {self.note}")
+        for block in self.blocks:
+            kind = ", averaged copies by their name" if is_averaged(block.prefix) else ""
+            lines.append(f"block {block.prefix or 'at the top of the file'}, {block.tensors} tensors{kind}")
+            for fit in block.fits:
+                lines += _fit_lines(fit)
+        verdicts = {fit.verdict for block in self.blocks for fit in block.fits}
+        if verdicts <= {"almost"}:
+            lines += self._without_a_dialect()
+        if "fits" in verdicts:
+            lines.append(
+                "Equal keys do not mean equal functions: choose the dialect of the code that wrote the file, and give it to "
+                "`selfattn port` with --from."
+            )
+        return "\n".join(lines)
+
+    def _without_a_dialect(self) -> list[str]:
+        head = "No dialect fits" if self.blocks else "No attention block that a dialect has names for"
+        if self.groups:
+            tail = "; the shapes of these tensors could be one"
+        else:
+            tail = (
+                ", and no tensors under one prefix have its shapes: 1×1 kernels C → D, C → D and C → C, or C → V and V → C, "
+                "and one number"
+            )
+        return [
+            f"{head}{tail}. `selfattn dialects` lists what is known, --tensors what is here; a TOML file describes another.",
+            *as_lines(self.nearest if not self.blocks else (), self.groups),
+        ]
+
+
+def _fit_lines(fit: Fit) -> list[str]:
+    variant = f", {fit.variant}" if fit.variant else ""
+    lines = [f"  {fit.verdict:<7} {fit.dialect}: {fit.title}{variant}"]
+    if fit.config:
+        lines.append("          " + ", ".join(f"{name}={value}" for name, value in fit.config.items()))
+    lines += [f"          {reason}" for reason in fit.reasons]
+    lines += [f"          assumes {text}" for text in fit.assumptions]
+    return lines + [f"          note: {text}" for text in fit.notes]
+
+
+def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> InspectReport:
+    """What a checkpoint holds; of the values, u and v of spectral norm alone are read, to see whether they are averages.
+
+    Args:
+        path: a checkpoint, of a whole network or of the layer alone.
+        dialects: TOML files of your own, to be considered with the built-in ones.
+
+    Raises:
+        PortError: if the file, or one of the dialects, cannot be read.
+        ModuleNotFoundError: if the format's own library is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from selfattn_core import SelfAttentionConfig, init_params, save
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = SelfAttentionConfig(16)
+        ...     save(f"{folder}/a.safetensors", config, init_params(config, seed=0))
+        ...     [fit.dialect for fit in inspect(f"{folder}/a.safetensors").blocks[0].fits if fit.verdict == "fits"]
+        ['canonical']
+    """
+    with open_tensors(path) as tensors:
+        blocks = _blocks(tensors, dialects)
+        index = index_of(tensors)
+        unknown = all(fit.verdict == "almost" for block in blocks for fit in block.fits)
+        return InspectReport(
+            str(path),
+            tensors.container,
+            dict(tensors.metadata),
+            {key: (info.shape, info.dtype) for key, info in tensors.items()},
+            sum(math.prod(info.shape) for info in tensors.values()),
+            tuple(blocks),
+            tensors.left_out,
+            tuple(sorted(optimiser_keys(tensors))),
+            ". ".join(filter(None, (of_several(tensors.path), averages_without_names(tensors)))),
+            tuple(nearest(index)) if unknown else (),
+            tuple(groups(index, tensors)) if unknown else (),
+        )
+
+
+def candidates(tensors: Tensors) -> list[str]:
+    """The dialects that fit a block of the file, and after them the refused ones."""
+    fits = [fit for block in _blocks(tensors, ()) for fit in block.fits if fit.verdict != "almost"]
+    fits.sort(key=lambda fit: fit.verdict == "refused")
+    return list(dict.fromkeys(f"{fit.dialect}{' (refused)' * (fit.verdict == 'refused')}" for fit in fits))
+
+
+def _blocks(tensors: Tensors, own: Sequence[str]) -> list[BlockFound]:
+    index = index_of(tensors)
+    places: dict[str, list[Fit]] = {}
+    for name in dict.fromkeys((*own, *dialect_names())):
+        chosen = dialect(name)
+        for prefix in prefixes(chosen, index):
+            places.setdefault(prefix, []).append(_fit(chosen, index, prefix, tensors))
+    order = {"refused": 0, "fits": 1, "almost": 2}
+    return [
+        BlockFound(
+            shown(prefix, index),
+            len(index.under(prefix)),
+            tuple(sorted(fits, key=lambda fit: order[fit.verdict])),
+        )
+        for prefix, fits in sorted(places.items())
+    ]
+
+
+def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit:
+    found = match(chosen, index, prefix)
+    settings = settings_of(chosen, {})
+    configs = canonical_configs(tensors, chosen) or {}
+    own = configs.get(prefix.rstrip("/").replace("/", "."))
+    pool = own.kv_pool if own else stored_pools(tensors, chosen).get(prefix.rstrip("/"))
+    if pool is not None:
+        settings = replace(settings, kv_pool=pool, plain=own is not None and not own.spectral_norm)
+    planned = plan(found, tensors, settings)
+    config = planned.config.to_dict() if planned.config else None
+    reasons = [telltale.reason for telltale in found.telltales]
+    if found.missing:
+        reasons.append(f"missing: {listed(found.missing)}")
+    if found.unused:
+        reasons.append(f"unused: {listed(found.unused)}")
+    # A gamma to be given is an assumption, not a misfit.
+    given = [text for text in planned.problems if text.startswith("gamma is not in the file")]
+    reasons += [text for text in planned.problems if text not in given]
+    name, title, variant = chosen.name, chosen.title, found.variant.name
+    if reasons:
+        if chosen.refused:
+            reasons += [f"if it is this one all the same: {chosen.reason}", f"instead: {chosen.instead}"]
+        return Fit(name, title, "almost", variant, config, tuple(reasons))
+    if chosen.refused:
+        return Fit(
+            name,
+            title,
+            "refused",
+            variant,
+            None,
+            (chosen.reason, f"instead: {chosen.instead}"),
+            (),
+            chosen.caveats,
+        )
+    assumed = (*given, *(str(one) for one in planned.assumptions if pool is None or one.setting != "kv_pool"))
+    notes = (*chosen.caveats, *state_notes(planned, tensors.read))
+    return Fit(name, title, "fits", variant, config, (), assumed, notes)

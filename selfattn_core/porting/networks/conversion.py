@@ -1,0 +1,508 @@
+"""What the adapters' `convert` share: a foreign layer of a model in memory, the question that it and ours answer, the report."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases.inputs import Inputs
+from selfattn_core.conformance.cases.table import Case
+from selfattn_core.conformance.verdicts.tolerance import FACTORS, Expectation, Verdict, expect_on, measure
+from selfattn_core.params import parameter_table
+from selfattn_core.porting.blocks.find import index_of
+from selfattn_core.porting.blocks.match import match
+from selfattn_core.porting.dialects.dialect import Dialect, dialect
+from selfattn_core.porting.dialects.settings import Settings, settings_of
+from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.formats import Tensors
+from selfattn_core.porting.inspect import candidates
+from selfattn_core.porting.report import listed
+from selfattn_core.porting.translation.from_dialect import Origin, Plan, import_block, plan
+from selfattn_core.porting.verify import designed_input
+
+__all__ = [
+    "Conversion",
+    "ConversionError",
+    "ConvertedLayer",
+    "Foreign",
+    "Question",
+    "agreement",
+    "apart",
+    "check_arguments",
+    "chosen_dialect",
+    "compared",
+    "nested",
+    "no_match",
+    "question",
+    "read_layer",
+    "refuse",
+    "sizes",
+]
+
+Array = NDArray[Any]
+Model = TypeVar("Model")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A foreign layer as its dialect reads it.
+
+    Args:
+        config: of the layer that takes its place.
+        params: arrays by canonical name, in the precision of the foreign layer, float32 where it has 16 bits.
+        origins: where each comes from.
+        axes: of each kernel as the foreign layer has it, by canonical name.
+        divided: whether the kernels were divided by their spectral norms, which ours does not have.
+        batch_norm: whether a batch norm has become part of the last projection.
+        assumptions: what its tensors do not show.
+        notes: what else a person must know.
+    """
+
+    config: SelfAttentionConfig
+    params: Mapping[str, Array]
+    origins: Mapping[str, Origin]
+    axes: Mapping[str, str]
+    divided: bool
+    batch_norm: bool
+    assumptions: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def source(self, name: str) -> str:
+        """The one key whose numbers a canonical parameter has, at most in another order; "" if there is none such."""
+        origin = self.origins[name]
+        computed = any("÷" in step or "×" in step for step in origin.steps)
+        return origin.sources[0] if len(origin.sources) == 1 and not computed else ""
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """The parameters that the foreign layer does not have."""
+        return tuple(name for name in parameter_table(self.config) if not self.origins[name].sources)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the foreign layer and ours are asked.
+
+    Args:
+        params: of the layer that answers, float32 or float64; gamma is not 0.
+        x: (B, H, W, C).
+        dy: the gradient of y.
+    """
+
+    params: Mapping[str, Array]
+    x: Array
+    dy: Array
+
+    @property
+    def gamma(self) -> float:
+        """That the answers are given with."""
+        return float(self.params["gamma"][0])
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """One layer that was replaced, or would be.
+
+    Args:
+        names: of every place in the model where it stands.
+        was: the class of the foreign layer.
+        dialect: that it was read as.
+        config: of ours, as `SelfAttentionConfig.to_dict` gives it.
+        old: the largest error of the foreign layer, in noise floors by quantity.
+        new: of ours.
+        failures: why it is not the same layer; empty if it is.
+        returns_map: whether it returns (y, A).
+        assumptions: what the foreign layer's tensors do not show.
+        notes: what else a person must know.
+    """
+
+    names: tuple[str, ...]
+    was: str
+    dialect: str
+    config: dict[str, int | bool]
+    old: dict[str, float]
+    new: dict[str, float]
+    failures: tuple[str, ...]
+    returns_map: bool
+    assumptions: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Conversion(Generic[Model]):
+    """A model in which foreign attention layers have become ours.
+
+    Args:
+        model: with our layers; None after a dry run.
+        layers: what was replaced.
+    """
+
+    model: Model | None = field(repr=False)
+    layers: tuple[ConvertedLayer, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every layer is the one that it replaces."""
+        return not any(layer.failures for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it but the model, as JSON can hold it."""
+        layers = [asdict(layer) for layer in self.layers]
+        return {"kind": "selfattn conversion", "version": 1, "passed": self.passed, "layers": layers}
+
+    def to_text(self) -> str:
+        """All of it, for a person."""
+        done = "would be replaced" if self.model is None else "replaced"
+        lines = [f"{len(self.layers)} layers {done}; errors in noise floors, of which 8 are allowed"]
+        for layer in self.layers:
+            config = ", ".join(f"{name}={value}" for name, value in layer.config.items())
+            pair = ", returns (y, A)" if layer.returns_map else ""
+            lines.append(
+                f"{', '.join(layer.names) or 'the model itself'}: {layer.was} ({layer.dialect}) → {config}{pair}"
+            )
+            lines += [
+                f"  {who}: {_floors(errors)}" for who, errors in (("was", layer.old), ("is", layer.new))
+            ]
+            lines += [f"  assumed: {text}" for text in layer.assumptions]
+            lines += [f"  note: {text}" for text in layer.notes]
+            lines += [f"  differs: {text}" for text in layer.failures]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+class ConversionError(PortError):
+    """A foreign layer that does not compute what its dialect says. The model is as it was.
+
+    Args:
+        report: of all layers; its model is None.
+    """
+
+    def __init__(self, report: Conversion[Any]) -> None:
+        failed = [layer for layer in report.layers if layer.failures]
+        texts = [
+            f"{layer.names[0] or 'the model itself'} ({layer.was}) as {layer.dialect}: {'; '.join(layer.failures)}"
+            for layer in failed
+        ]
+        super().__init__(
+            f"nothing was replaced, because {len(failed)} of {len(report.layers)} layers do not compute what their dialect says; name "
+            "the dialect of the code that the layer is from, or describe it in a .toml file:\n  "
+            + "\n  ".join(texts)
+        )
+        self.report = report
+
+
+def chosen_dialect(name: str | None, tensors: Tensors, agrees: Callable[[Dialect], bool]) -> Dialect:
+    """The dialect that was named, or the only one that the keys of a layer fit.
+
+    Args:
+        name: of the dialect; None if nobody said.
+        tensors: of the layer alone.
+        agrees: whether the layer computes what a dialect says, for the message.
+
+    Raises:
+        PortError: if none or several fit.
+    """
+    if name is not None:
+        return dialect(name)
+    found = candidates(tensors)
+    if len(found) == 1 and not found[0].endswith("(refused)"):
+        return dialect(found[0])
+    fits = f"its keys fit {', '.join(found)}" if found else f"its keys fit none: {listed(list(tensors))}"
+    hint = agreement(None, tensors, agrees)
+    raise PortError(
+        f"{tensors.path}: say with dialect= what it is: {fits}{f'; {hint}' if hint else ''}. A .toml file of your own describes any "
+        "other."
+    )
+
+
+def agreement(tried: Dialect | None, tensors: Tensors, agrees: Callable[[Dialect], bool]) -> str:
+    """For a message, which dialects with the keys of a layer say what the layer computes; "" if none does.
+
+    Args:
+        tried: one that does not.
+        tensors: of the layer alone.
+        agrees: whether the layer computes what a dialect says.
+    """
+    names = [name for name in candidates(tensors) if not name.endswith("(refused)")]
+    right = [name for name in names if (tried is None or name != tried.name) and agrees(dialect(name))]
+    return f"the layer computes what {' and '.join(right)} say{'s' * (len(right) == 1)}" if right else ""
+
+
+def read_layer(
+    tensors: Tensors,
+    chosen: Dialect,
+    settings: Mapping[str, str | bool | float],
+    *,
+    keep_spectral_norm: bool,
+) -> Foreign:
+    """A layer's own tensors, as a dialect reads them.
+
+    Args:
+        tensors: of the layer alone, in the form that its framework saves.
+        chosen: the dialect.
+        settings: what the tensors do not show.
+        keep_spectral_norm: whether a layer that has spectral norm everywhere keeps it.
+
+    Raises:
+        PortError: if the dialect does not fit; every problem.
+    """
+    planned = _plan(tensors, chosen, settings_of(chosen, settings))
+    projections = planned.match.projections
+    norms = [one.form.spectral_norm is not None for one in projections.values()]
+    axes = {f"{role}.kernel": one.form.axes for role, one in projections.items()}
+    try:
+        block = import_block(
+            planned,
+            tensors.read,
+            dtype=str(np.result_type(planned.dtype, np.float32)),
+            keep_spectral_norm=keep_spectral_norm and any(norms),
+        )
+    except PortError as error:
+        advice = ""
+        if keep_spectral_norm and any(norms):
+            advice = ". With keep_spectral_norm=False the kernels are divided by it once, and training goes on without it"
+        raise PortError(f"{tensors.path}: {error}{advice}") from error
+    assumptions = tuple(one.text for one in planned.assumptions)
+    params = {name: np.array(array) for name, array in block.params.items()}
+    notes = list(block.notes)
+    batch_norm = bool(planned.match.batch_norm)
+    if batch_norm:
+        notes.append(
+            "its batch norm is part of the new layer's kernel and bias, as in evaluation mode; training goes on without it"
+        )
+    # The dialect's caveats are about what keys do not show; here the layer itself is asked.
+    divided = any(norms) and not block.config.spectral_norm
+    return Foreign(block.config, params, block.origins, axes, divided, batch_norm, assumptions, tuple(notes))
+
+
+def _plan(tensors: Tensors, chosen: Dialect, settings: Settings) -> Plan:
+    title = f"{chosen.name} ({chosen.title})"
+    if chosen.refused:
+        raise PortError(
+            f"{tensors.path}: {title} cannot be converted: {chosen.reason}. Instead: {chosen.instead}."
+        )
+    found = match(chosen, index_of(tensors), "", averaged=settings.ema)
+    reasons = [telltale.reason for telltale in found.telltales]
+    if found.missing:
+        reasons.append(f"it has no {listed(found.missing)}")
+    if found.ambiguous:
+        reasons.append(f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike")
+    if found.unused:
+        reasons.append(f"nothing reads its {listed(found.unused)}, which may change what it computes")
+    planned = plan(found, tensors, settings)
+    reasons += [] if found.missing else planned.problems
+    reasons += list(tensors.left_out.values())
+    if reasons:
+        raise PortError(f"{tensors.path}: is not {title}: {'; '.join(reasons)}.")
+    return planned
+
+
+def check_arguments(
+    *, match: Any, kind: type, settings: Any, size: Any, returns: Any, dialect: Any, block_size: Any
+) -> None:
+    """Refuse what no `convert` can take, all at once, before anything is computed.
+
+    Args:
+        match: as in `convert`.
+        kind: of the framework's modules.
+        settings: as in `convert`.
+        size: as in `convert`.
+        returns: as in `convert`.
+        dialect: as in `convert`.
+        block_size: as in `convert`.
+
+    Raises:
+        ValueError: naming every argument.
+    """
+    problems = []
+    if returns not in ("same", "output"):
+        problems.append(f"returns={returns!r}; expected 'same' or 'output'")
+    kinds = match if isinstance(match, tuple) else (match,)
+    classes = all(isinstance(each, type) and issubclass(each, kind) for each in kinds) and kinds
+    if match is not None and not (classes or isinstance(match, str) or _is_function(match)):
+        problems.append(
+            f"match={match!r}; expected a class of modules or a tuple of some, a name with *, or a function of name and module"
+        )
+    whole = isinstance(size, tuple | list) and len(size) == 2
+    if size is not None and not (
+        whole and all(isinstance(each, int) and not isinstance(each, bool) for each in size)
+    ):
+        problems.append(f"size={size!r}; expected (H, W), two whole numbers")
+    if settings is not None and not isinstance(settings, Mapping):
+        problems.append(f"settings={settings!r}; expected a dictionary such as {{'use_scale': False}}")
+    if dialect is not None and not isinstance(dialect, str):
+        problems.append(f"dialect={dialect!r}; expected a name of `selfattn dialects` or a .toml file")
+    if dialect is None and match is None:
+        problems.append("neither dialect nor match; say what the layers are, which modules, or both")
+    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+        problems.append(f"block_size={block_size!r}; expected a positive whole number or None")
+    if problems:
+        raise ValueError(f"convert: got {'; '.join(problems)}.")
+
+
+def _is_function(match: Any) -> bool:
+    return callable(match) and not isinstance(match, type)
+
+
+def no_match(
+    model_parts: str, match: Any, dialect: str | None, kinds: Iterable[type], more: str = ""
+) -> PortError:
+    """What to raise where nothing in a model matches.
+
+    Args:
+        model_parts: what the framework calls them, "module" or "layer".
+        match: as in `convert`.
+        dialect: as in `convert`.
+        kinds: of everything in the model.
+        more: what else may be the cause.
+    """
+    what = f"that match={match!r} takes" if match is not None else f"with the keys of {dialect}"
+    names = ", ".join(sorted({kind.__name__ for kind in kinds}))
+    return PortError(
+        f"convert: the model has no {model_parts} {what}, and was left as it is; its {model_parts}s are of {names}{more}. Name the "
+        "class of the attention layer with match=, and with dialect= what it computes."
+    )
+
+
+def nested(names: Collection[str]) -> list[str]:
+    """Why places that lie inside one another cannot all be replaced.
+
+    Example:
+        >>> nested(["attention", "attention.query", "head"])
+        ['attention.query lies inside attention, and both match; narrow match=']
+    """
+    return [
+        f"{inner} lies inside {outer or 'the model itself'}, and both match; narrow match="
+        for inner in sorted(names)
+        for outer in sorted(names)
+        if inner.startswith(f"{outer}." if outer else outer) and inner != outer
+    ]
+
+
+def sizes(config: SelfAttentionConfig, size: tuple[int, int] | None) -> tuple[tuple[int, int], ...]:
+    """(H, W) of the inputs that both layers are asked, by default two.
+
+    The first is small, with whole windows of pooling, which many layers need. The second has windows that are cut off, and is
+    large enough for a layer that attends within neighbourhoods to differ.
+
+    Args:
+        config: the layer.
+        size: what the user said.
+
+    Example:
+        >>> sizes(SelfAttentionConfig(16, kv_pool=2), None)
+        ((8, 6), (17, 19))
+    """
+    side = config.kv_pool
+    if size is not None:
+        return ((size[0], size[1]),)
+    return (4 * side, 3 * side), (max(17, 2 * side + 1), max(19, 3 * side + 1))
+
+
+def question(foreign: Foreign, size: tuple[int, int]) -> Question:
+    """An input on which a wrong layer shows.
+
+    Args:
+        foreign: the layer.
+        size: (H, W) of the input, as `sizes` gives it.
+
+    Raises:
+        PortError: if the layer takes no input of that size.
+    """
+    side = foreign.config.kv_pool
+    if min(size) < side:
+        raise PortError(
+            f"size={size}: expected (H, W) of at least {side} × {side}, the layer's pooling window."
+        )
+    params, x, _ = designed_input(foreign.config, foreign.params, size=size)
+    dy = np.random.Generator(np.random.PCG64(1)).standard_normal(x.shape).astype(x.dtype)
+    return Question(params, x, dy)
+
+
+def apart(foreign: Foreign, asked: Question, old: Array, new: Array) -> float:
+    """How far the outputs of both layers in training are from one another, in noise floors; twice 8 is what they may be.
+
+    Args:
+        foreign: the layer.
+        asked: what was asked.
+        old: the output of the foreign layer, (B, H, W, C).
+        new: of ours.
+    """
+    floor = _expected(foreign, asked, "forward", str(asked.x.dtype))["y"].floor
+    return float(np.abs(np.asarray(old, np.float64) - np.asarray(new, np.float64)).max(initial=0)) / floor
+
+
+def compared(
+    foreign: Foreign, asked: Question, old: Mapping[str, Array], new: Mapping[str, Array]
+) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
+    """Compare the answers of both layers with the definition, by the policy of the conformance kit.
+
+    Args:
+        foreign: the layer.
+        asked: what was asked.
+        old: its own answers: "y", "map" (B, N, M), "x" for the gradient of x, and gradients by canonical name; any of them, in
+            the shapes of the definition.
+        new: those of the layer that takes its place.
+
+    Returns:
+        The errors of both in noise floors by quantity, and in words what is beyond the limits.
+    """
+    judged = [_judge(foreign, asked, answers) for answers in (old, new)]
+    wrong = [
+        f"the {who} layer is off by {_floors({each.quantity: each.ratio for each in verdicts if not each.passed})} noise floors"
+        for who, verdicts in zip(("old", "new"), judged, strict=True)
+        if not all(each.passed for each in verdicts)
+    ]
+    floors = [{each.quantity: each.ratio for each in verdicts} for verdicts in judged]
+    return floors[0], floors[1], tuple(wrong)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise all problems at once, if there are some.
+
+    Raises:
+        PortError: the model is as it was.
+    """
+    if problems:
+        raise PortError(
+            "nothing was replaced, and the model is as it was:\n  " + "\n  ".join(dict.fromkeys(problems))
+        )
+
+
+def _judge(foreign: Foreign, asked: Question, found: Mapping[str, Array]) -> list[Verdict]:
+    dtype = str(asked.x.dtype)
+    verdicts = []
+    for family, names in (
+        ("forward", {"y"}),
+        ("map", {"map"}),
+        ("vjp", {"x", *parameter_table(foreign.config)}),
+    ):
+        if there := names & set(found):
+            wanted = _expected(foreign, asked, family, dtype)
+            for name in sorted(there, key=list(wanted).index):
+                answer = np.asarray(found[name], np.float64)
+                verdicts.append(measure(name, answer, wanted[name], FACTORS[dtype]))
+    return verdicts
+
+
+def _expected(foreign: Foreign, asked: Question, family: Any, dtype: str) -> Mapping[str, Expectation]:
+    case = Case(
+        "convert", family, "convert", foreign.config, asked.x.shape[:3], gamma=asked.gamma, dtypes=(dtype,)
+    )
+    given = _held(asked, dtype)
+    # float64 borrows the error of float32, as in the kit.
+    return expect_on(case, given, given if dtype == "float32" else _held(asked, "float32"), dtype)
+
+
+def _held(asked: Question, dtype: str) -> Inputs:
+    params = {name: array.astype(dtype) for name, array in asked.params.items()}
+    return Inputs(params, asked.x.astype(dtype), asked.dy.astype(dtype))
+
+
+def _floors(errors: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2g}" for name, value in errors.items())

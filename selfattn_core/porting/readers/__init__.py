@@ -1,6 +1,0 @@
-"""Checkpoints of every format as one read-only mapping; nothing in them is executed, and little is read before it is asked for."""
-
-from selfattn_core.porting.readers.opening import CONTAINERS, open_tensors
-from selfattn_core.porting.readers.tensors import TensorInfo, Tensors
-
-__all__ = ["CONTAINERS", "TensorInfo", "Tensors", "open_tensors"]

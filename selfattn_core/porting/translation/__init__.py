@@ -1,0 +1,1 @@
+"""From a dialect's tensors to canonical parameters, and back."""

@@ -1,0 +1,180 @@
+"""From a projection as it was stored to the kernel and bias that act: spectral norm, batch norm and scale, in float64.
+
+W is a kernel in the orientation (C_out, C_in) here. What each original divides by at evaluation:
+
+    "stored"     σ = uᵀ W v of the stored vectors, as they are: averaged ones are not of unit length, nor were they there
+    "iterate"    v = n(Wᵀ u), u = n(W v), repeated, then σ = uᵀ W v; where u belongs to C_in, the same with Wᵀ for W
+
+and n is one of
+
+    "max"        t / max(‖t‖, eps)              "add"        t / (‖t‖ + eps)
+    "root-max"   t / √max(Σt², eps)             "root-add"   t / √(Σt² + eps)
+
+The largest singular value is none of these until u has converged, and a σ that was logged in training is of an earlier W.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from selfattn_core.porting.dialects.dialect import SpectralNorm
+
+__all__ = ["batch_norm_factor", "cast", "from_matrix", "matrix_shape", "spectral_state", "to_matrix"]
+
+Array = NDArray[Any]
+_ROWS = 1 << 17
+"""Elements that are widened to float64 at a time, so that a large kernel is never held twice."""
+
+
+def matrix_shape(shape: tuple[int, ...], axes: str) -> tuple[int, int] | None:
+    """(C_in, C_out) of a stored kernel; None if it is not a 1×1 one with these axes.
+
+    Example:
+        >>> matrix_shape((8, 64, 1, 1), "OIHW"), matrix_shape((8, 64, 3, 3), "OIHW")
+        ((64, 8), None)
+    """
+    if len(shape) != len(axes) or any(
+        size != 1 for size, axis in zip(shape, axes, strict=True) if axis not in "OI"
+    ):
+        return None
+    return shape[axes.index("I")], shape[axes.index("O")]
+
+
+def to_matrix(kernel: Array, axes: str) -> Array:
+    """A stored kernel as a (C_in, C_out) view.
+
+    Example:
+        >>> to_matrix(np.zeros((8, 64, 1, 1)), "OIHW").shape
+        (64, 8)
+    """
+    order = [axes.index("I"), axes.index("O"), *(i for i, axis in enumerate(axes) if axis not in "OI")]
+    turned = kernel.transpose(order)
+    return turned.reshape(turned.shape[:2])
+
+
+def from_matrix(matrix: Array, axes: str) -> Array:
+    """The inverse of `to_matrix`: a new, contiguous array.
+
+    Example:
+        >>> from_matrix(np.zeros((64, 8)), "OIHW").shape
+        (8, 64, 1, 1)
+    """
+    turned = matrix if axes.index("I") < axes.index("O") else matrix.T
+    shape = iter(turned.shape)
+    return np.array(turned, order="C").reshape([next(shape) if axis in "OI" else 1 for axis in axes])
+
+
+def spectral_state(
+    rule: SpectralNorm, matrix: Array, u: Array, v: Array | None
+) -> tuple[Array, Array, float]:
+    """The vectors and the norm that the original divides its kernel by at evaluation.
+
+    Args:
+        rule: the original's.
+        matrix: the kernel (C_in, C_out), of any dtype.
+        u: as stored.
+        v: as stored, where the rule uses it.
+
+    Returns:
+        u (C_out,), v (C_in,) and sigma = vᵀ·matrix·u, in float64.
+
+    Raises:
+        ValueError: if a vector has not as many elements as its axis of the kernel.
+
+    Example:
+        >>> rule = SpectralNorm("u", "", "iterate", "out", "max", 0.0, 1)
+        >>> spectral_state(rule, np.diag([2.0, 2.0]), np.array([[0.6, 0.8]]), None)
+        (array([0.6, 0.8]), array([0.6, 0.8]), 2.0)
+    """
+    across, out = matrix.shape
+    side = rule.side
+    if side == "shape":
+        if u.shape not in ((1, out), (across, 1)):
+            raise ValueError(f"its vector has shape {u.shape}, expected (1, {out}) or ({across}, 1)")
+        side = "out" if u.shape == (1, out) else "in"
+    length = out if side == "out" else across
+    first = np.asarray(u, np.float64).reshape(-1)
+    if first.size != length or sorted(u.shape)[:-1] != [1] * (u.ndim - 1):
+        raise ValueError(
+            f"its vector {rule.u} has shape {u.shape}, expected {length} elements along one axis"
+        )
+    if rule.sigma == "stored":
+        second = np.asarray(v, np.float64).reshape(-1)
+        if second.size != across:
+            raise ValueError(f"its vector {rule.v} has {second.size} elements, expected {across}")
+        return first, second, float(_left(matrix, second) @ first)
+    # `forth` goes from the side of u to the other one, `back` returns.
+    forth, back = (_right, _left) if side == "out" else (_left, _right)
+    unit = _NORMALIZE[rule.normalize]
+    for _ in range(rule.iterations):
+        second = unit(forth(matrix, first), rule.eps)
+        first = unit(back(matrix, second), rule.eps)
+    vectors = (first, second) if side == "out" else (second, first)
+    return *vectors, float(_left(matrix, vectors[1]) @ vectors[0])
+
+
+def batch_norm_factor(weight: Array | None, var: Array, eps: float) -> Array:
+    """What a batch norm in evaluation mode multiplies each channel by.
+
+    Example:
+        >>> batch_norm_factor(None, np.array([0.25]), 0.0)
+        array([2.])
+    """
+    factor: Array = 1.0 / np.sqrt(np.asarray(var, np.float64) + eps)
+    return factor if weight is None else factor * np.asarray(weight, np.float64)
+
+
+def cast(matrix: Array, dtype: DTypeLike, *, divisor: float = 1.0, factor: Array | float = 1.0) -> Array:
+    """A kernel or bias over its divisor and times its factor, computed in float64 and rounded once.
+
+    Args:
+        matrix: (C_in, C_out), or (C_out,).
+        dtype: of the result.
+        divisor: a number.
+        factor: a number, or (C_out,).
+
+    Returns:
+        A new, contiguous array; with neither divisor nor factor a plain copy.
+
+    Example:
+        >>> cast(np.array([1.0, 3.0], np.float32), np.float32, divisor=2.0)
+        array([0.5, 1.5], dtype=float32)
+    """
+    plain = divisor == 1.0 and isinstance(factor, float) and factor == 1.0
+    if plain:
+        return np.array(matrix, dtype, order="C")
+    result = np.empty(matrix.shape, dtype)
+    step = max(1, _ROWS // max(1, matrix[:1].size))
+    for start in range(0, len(matrix), step):
+        rows = slice(start, start + step)
+        here = factor[rows] if matrix.ndim == 1 and isinstance(factor, np.ndarray) else factor
+        result[rows] = matrix[rows].astype(np.float64) / divisor * here
+    return result
+
+
+def _right(matrix: Array, vector: Array) -> Array:
+    """(C_in, C_out) times (C_out,), in float64, some rows at a time."""
+    step = max(1, _ROWS // matrix.shape[1])
+    parts = [
+        matrix[start : start + step].astype(np.float64) @ vector for start in range(0, len(matrix), step)
+    ]
+    return np.concatenate(parts)
+
+
+def _left(matrix: Array, vector: Array) -> Array:
+    """(C_in,) times (C_in, C_out), in float64, some rows at a time."""
+    step = max(1, _ROWS // matrix.shape[1])
+    total = np.zeros(matrix.shape[1])
+    for start in range(0, len(matrix), step):
+        total += vector[start : start + step] @ matrix[start : start + step].astype(np.float64)
+    return total
+
+
+_NORMALIZE: dict[str, Callable[[Array, float], Array]] = {
+    "max": lambda t, eps: t / max(float(np.linalg.norm(t)), eps),
+    "add": lambda t, eps: t / (float(np.linalg.norm(t)) + eps),
+    "root-max": lambda t, eps: t / np.sqrt(max(float(t @ t), eps)),
+    "root-add": lambda t, eps: t / np.sqrt(float(t @ t) + eps),
+}
