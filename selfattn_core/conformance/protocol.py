@@ -10,8 +10,9 @@ from typing import Any, Literal, Protocol, TypeGuard, get_args, runtime_checkabl
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases.computations import Ability
 from selfattn_core.conformance.cases.run import Run, all_runs, chosen_layout, is_claimed
-from selfattn_core.conformance.cases.table import CASES, DTYPES, Ability
+from selfattn_core.conformance.cases.table import CASES, DTYPES
 
 __all__ = [
     "ABILITIES",

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
+from selfattn_core.conformance.cases.families import LEVELS
 from selfattn_core.conformance.cases.run import Run, all_runs, is_claimed
-from selfattn_core.conformance.cases.table import LEVELS
 from selfattn_core.conformance.execution.runner import run_backend, unknown_device
 from selfattn_core.conformance.protocol import REGISTRY, is_target
 from selfattn_core.conformance.results import BackendReport, Outcome

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from selfattn_core import spec
+from selfattn_core.conformance.cases.families import FAMILIES, LEVELS
 from selfattn_core.conformance.cases.inputs import Inputs, _decided, inputs, rounded
 from selfattn_core.conformance.cases.run import Run, all_runs
-from selfattn_core.conformance.cases.table import CASES, FAMILIES, LEVELS, needs
+from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.execution.runner import run_backend
 from selfattn_core.conformance.mutants import edited
 from selfattn_core.conformance.mutants.selftest import judge_in_process, small_runs
@@ -694,7 +695,7 @@ def test_a_missing_backend_is_told_at_once(monkeypatch):
 
 
 def test_every_ability_is_needed_by_a_case():
-    assert set().union(*(needs(case) for case in CASES)) == Reference().claims() | {"memory"}
+    assert set().union(*(case.needs for case in CASES)) == Reference().claims() | {"memory"}
 
 
 def test_a_run_may_be_one_of_a_table_of_ones_own(on_path):

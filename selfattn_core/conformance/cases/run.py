@@ -3,14 +3,12 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from selfattn_core.conformance.cases.table import CASES, Case, Level, needs, through
+from selfattn_core.conformance.cases.families import FAMILIES, Level, through
+from selfattn_core.conformance.cases.table import CASES, Case
 
 __all__ = ["LAYOUTS", "Run", "all_runs", "chosen_layout", "is_claimed"]
 
 LAYOUTS = ("channels_last", "channels_first")
-
-# They look at weights or at resources. In another dtype than float32, layouts have nothing more to show.
-_ONE_LAYOUT = ("params", "init", "trajectory", "saved", "memory", "per_sample", "shipped")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def all_runs(cases: Iterable[Case] = CASES, *, level: Level = "deploy") -> list[
 def is_claimed(run: Run, claims: Collection[str], layouts: Collection[str], dtypes: Collection[str]) -> bool:
     """Whether a backend that claims these has to answer a run."""
     has_layout = run.layout in layouts or not _layout_matters(run.case, run.dtype)
-    return needs(run.case) <= set(claims) and has_layout and run.dtype in dtypes
+    return run.case.needs <= set(claims) and has_layout and run.dtype in dtypes
 
 
 def chosen_layout(run: Run, layouts: Collection[str]) -> str:
@@ -71,4 +69,5 @@ def chosen_layout(run: Run, layouts: Collection[str]) -> str:
 
 
 def _layout_matters(case: Case, dtype: str) -> bool:
-    return dtype == "float32" and case.family not in _ONE_LAYOUT
+    # In other dtypes than float32, a second layout shows nothing more.
+    return dtype == "float32" and FAMILIES[case.family].every_layout

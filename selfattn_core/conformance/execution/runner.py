@@ -11,8 +11,8 @@ from itertools import repeat
 from pathlib import Path
 from threading import Event
 
+from selfattn_core.conformance.cases.families import FAMILIES, Level
 from selfattn_core.conformance.cases.run import Run, all_runs, is_claimed
-from selfattn_core.conformance.cases.table import Level
 from selfattn_core.conformance.execution.devices import WORDS, device_problem, device_variables
 from selfattn_core.conformance.execution.environment import cores, environment
 from selfattn_core.conformance.execution.supervisor import Session
@@ -69,8 +69,8 @@ def run_backend(
     began = time.monotonic()
     # Of a backend in parts there is nothing but them: in one thread, what threads do to one another would not be seen.
     asked = all_runs() if runs is None else runs
-    strict = [index for index, run in enumerate(asked) if run.case.family != "shipped"]
-    shipped = [index for index, run in enumerate(asked) if run.case.family == "shipped"]
+    shipped = [index for index, run in enumerate(asked) if FAMILIES[run.case.family].default_precision]
+    strict = [index for index in range(len(asked)) if index not in shipped]
     parts = max(1, min(parts, len(strict)))
     # What the framework does by default is asked of a process that is told nothing else.
     shares = [strict[first::parts] for first in range(parts)] + [shipped]
@@ -210,7 +210,9 @@ def _whole(
     """
     started = [part for part in parts if not part.error]
     for share, part in zip(shares, parts, strict=True):
-        if part.error and not (started and all(asked[index].case.family == "shipped" for index in share)):
+        if part.error and not (
+            started and all(FAMILIES[asked[index].case.family].default_precision for index in share)
+        ):
             return part
     first = started[0]
     outcomes = {

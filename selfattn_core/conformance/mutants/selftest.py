@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.run import Run, all_runs, is_claimed
-from selfattn_core.conformance.cases.table import Family
 from selfattn_core.conformance.execution.worker import malformed
 from selfattn_core.conformance.mutants import MUTANTS, Mutant
 from selfattn_core.conformance.protocol import Backend, dtypes_of
@@ -68,7 +68,7 @@ def self_test(
     return kills
 
 
-def small_runs(families: Sequence[Family] | None = None) -> list[Run]:
+def small_runs(families: Sequence[FamilyName] | None = None) -> list[Run]:
     """The runs that take no time in numpy, and those about memory.
 
     Args:

@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases.computations import COMPUTATIONS
+from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
 from selfattn_core.conformance.cases.run import LAYOUTS, Run, all_runs, is_claimed
-from selfattn_core.conformance.cases.table import Computation, Family
 from selfattn_core.conformance.execution.environment import cores, environment
 from selfattn_core.conformance.protocol import REGISTRY, Backend, dtypes_of, resolve
 from selfattn_core.conformance.questions.ask import answers
@@ -48,31 +49,6 @@ RESULT = Path(__file__).with_name("calibration.json")
 SEEDS = 200
 TRAJECTORY_TURNS = 10
 
-_FAMILIES: tuple[Family, ...] = (
-    "forward",
-    "map",
-    "sizes",
-    "batch",
-    "permutation",
-    "determinism",
-    "nonfinite",
-    "vjp",
-    "trajectory",
-    "spectral_norm",
-    "r1",
-    "mixed",
-    "dtype",
-)
-_COMPUTATIONS: tuple[Computation, ...] = (
-    "forward",
-    "map",
-    "vjp",
-    "r1",
-    "mixed",
-    "spectral_norm",
-    "training_vjp",
-    "evaluation",
-)
 _MOST_POSITIONS = 100
 
 
@@ -81,8 +57,8 @@ def calibrated_runs() -> list[Run]:
     return [
         run
         for run in all_runs()
-        if run.case.family in _FAMILIES
-        and run.case.of in _COMPUTATIONS
+        if FAMILIES[run.case.family].calibrated
+        and COMPUTATIONS[run.case.computation].values
         and run.case.shape[1] * run.case.shape[2] <= _MOST_POSITIONS
         and run.layout == LAYOUTS[0]
     ]
