@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from selfattn_core.conformance.cases.case import Case, Run
 from selfattn_core.conformance.cases.families import FAMILIES, LEVELS, Level, through
-from selfattn_core.conformance.cases.run import Run
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.execution.devices import Device
+from selfattn_core.conformance.protocol import Claims
 from selfattn_core.conformance.verdicts.tolerance import Verdict
 
 __all__ = ["BackendReport", "Outcome", "Status"]
@@ -81,6 +81,11 @@ class BackendReport:
     absent: bool = False
     device: Device = field(default_factory=Device)
     seconds: float = 0.0
+
+    @property
+    def claimed(self) -> Claims:
+        """All that it claims."""
+        return Claims(self.claims, self.layouts, self.dtypes)
 
     @property
     def passed(self) -> bool:

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from selfattn_core import spec
+from selfattn_core.conformance.backends import REGISTRY, resolve
+from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import FAMILIES, LEVELS
 from selfattn_core.conformance.cases.inputs import Inputs, _decided, inputs, rounded
-from selfattn_core.conformance.cases.run import Run, all_runs
-from selfattn_core.conformance.cases.table import CASES
+from selfattn_core.conformance.cases.table import CASES, all_runs
 from selfattn_core.conformance.execution.runner import run_backend
 from selfattn_core.conformance.mutants import edited
 from selfattn_core.conformance.mutants.selftest import judge_in_process, small_runs
 from selfattn_core.conformance.mutants.sixteen_bits import InBfloat16
-from selfattn_core.conformance.protocol import REGISTRY, resolve
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth
 from selfattn_core.conformance.reference import Reference

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from selfattn_core import spectral_norm
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.cases.table import Case
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.params import parameter_table, projections
 
 __all__ = ["Inputs", "clear_windows", "inputs", "rounded"]

@@ -4,99 +4,18 @@ Every input can see bugs: seeded and random, all axes of different size, biases 
 so that the map is far from uniform. Cases named for an edge (one position, gamma 0, constant input) are the exceptions.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.cases.computations import COMPUTATIONS, Ability, ComputationName
-from selfattn_core.conformance.cases.families import FAMILIES, FamilyName
+from selfattn_core.conformance.cases.case import LAYOUTS, SIXTEEN_BITS, Case, Run
+from selfattn_core.conformance.cases.computations import ComputationName
+from selfattn_core.conformance.cases.families import FamilyName, Level, through
 from selfattn_core.params import projections
 
-__all__ = ["CASES", "DTYPES", "SIXTEEN_BITS", "Case"]
-
-SIXTEEN_BITS = ("bfloat16", "float16")
-DTYPES = ("float32", "float64", *SIXTEEN_BITS)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table.
-
-    Args:
-        id: stable for ever; a case that changes gets a new one.
-        family: what is looked at.
-        title: what it is there to see.
-        config: the layer.
-        shape: (B, H, W) of the input.
-        gamma: the residual gain.
-        logits: standard deviation of the entries of q kᵀ.
-        constant: whether every position of the input is the same.
-        of: what it computes; "forward" stands for what its family computes.
-        dtypes: in which it is run.
-        second_shape: (B, H, W) of the other input of a "sizes" case.
-        integers: whether x and the weights are small multiples of a power of two: projections are exact, in 16 bits too,
-            and pooling windows hold equal values.
-        poison: (b, h, w, c) of the entry of x that is not finite, and what it is.
-        optimizer: what a "trajectory" takes its steps with.
-        eager: whether a "compiled" case asks for the layer uncompiled, operation by operation.
-        one_sign: whether no entry of x, dy and the weights of value and out projection is negative, so that sums over
-            positions grow with their number.
-        zero: projections whose kernel is zero.
-        view: of what x and dy are views: "strided" of every other column and channel of larger arrays, "transposed" of
-            channels-first memory; by default of nothing, they are contiguous.
-    """
-
-    id: str
-    family: FamilyName
-    title: str
-    config: SelfAttentionConfig
-    shape: tuple[int, int, int] = (2, 5, 7)
-    gamma: float = 0.7
-    logits: float = 3.0
-    constant: bool = False
-    of: ComputationName = "forward"
-    dtypes: tuple[str, ...] = ("float32", "float64")
-    second_shape: tuple[int, int, int] | None = None
-    integers: bool = False
-    poison: tuple[tuple[int, int, int, int], float] | None = None
-    optimizer: Literal["", "momentum", "adam"] = ""
-    eager: bool = False
-    one_sign: bool = False
-    zero: tuple[str, ...] = ()
-    view: Literal["", "strided", "transposed"] = ""
-
-    @property
-    def computation(self) -> ComputationName:
-        """What is computed, as a key of `COMPUTATIONS`.
-
-        Example:
-            >>> [case.computation for case in CASES if case.id in ("SA-VJP-001", "SA-CMP-001")]
-            ['vjp', 'forward']
-        """
-        return FAMILIES[self.family].computes if self.of == "forward" else self.of
-
-    @property
-    def needs(self) -> frozenset[Ability]:
-        """The abilities that a backend must claim to be asked this case.
-
-        Example:
-            >>> sorted(next(case for case in CASES if case.family == "saved").needs)
-            ['forward', 'params', 'saved']
-        """
-        return frozenset(FAMILIES[self.family].needs + COMPUTATIONS[self.computation].needs)
-
-    @property
-    def order(self) -> int:
-        """The order of the derivatives that are computed, 0 for the function itself."""
-        return COMPUTATIONS[self.computation].order
-
-    @property
-    def narrow(self) -> bool:
-        """Whether it is asked in 16 bits alone."""
-        return set(self.dtypes) <= set(SIXTEEN_BITS)
+__all__ = ["CASES", "all_runs"]
 
 
 _FLAT = SelfAttentionConfig(24)
@@ -457,3 +376,25 @@ def _gradients_in_16_bits(ids: Iterator[str]) -> Iterator[Case]:
 
 
 CASES: tuple[Case, ...] = tuple(_rows())
+
+
+def all_runs(cases: Iterable[Case] = CASES, *, level: Level = "deploy") -> list[Run]:
+    """The cases up to a level, in each of their dtypes and layouts.
+
+    Args:
+        cases: from which to choose.
+        level: the highest.
+
+    Example:
+        >>> len(all_runs()) > len(all_runs(level="core")) > 100
+        True
+    """
+    families = through(level)
+    runs = [
+        Run(case, dtype, layout)
+        for case in cases
+        if case.family in families
+        for dtype in case.dtypes
+        for layout in LAYOUTS
+    ]
+    return [run for run in runs if run.layout == LAYOUTS[0] or not run.in_any_layout]

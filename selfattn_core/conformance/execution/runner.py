@@ -11,12 +11,13 @@ from itertools import repeat
 from pathlib import Path
 from threading import Event
 
+from selfattn_core.conformance.backends import REGISTRY, Registered, is_target
+from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import FAMILIES, Level
-from selfattn_core.conformance.cases.run import Run, all_runs, is_claimed
+from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.devices import WORDS, device_problem, device_variables
 from selfattn_core.conformance.execution.environment import cores, environment
 from selfattn_core.conformance.execution.supervisor import Session
-from selfattn_core.conformance.protocol import REGISTRY, Registered, is_target
 from selfattn_core.conformance.results import BackendReport, Outcome
 from selfattn_core.installed import missing_modules
 
@@ -234,7 +235,7 @@ def _died(runs: Sequence[Run], part: BackendReport, other: BackendReport) -> lis
     """What becomes of the runs of a part that did not start, of a backend that claims what another part says."""
     return [
         Outcome(run, "error", (), f"its process did not start: {part.error}")
-        if is_claimed(run, other.claims, other.layouts, other.dtypes)
+        if other.claimed.covers(run)
         else Outcome(run, "unclaimed")
         for run in runs
     ]

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from selfattn_core.conformance.cases.run import Run, chosen_layout, is_claimed
+from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.execution.devices import Device
+from selfattn_core.conformance.protocol import Claims
 from selfattn_core.conformance.results import BackendReport, Outcome
 from selfattn_core.conformance.verdicts.compare import compare
 from selfattn_core.conformance.verdicts.product_formats import coarsest
@@ -94,12 +95,13 @@ class Session:
         waiting = [index for index in range(len(self.runs)) if index not in self.events]
         if self.ready is None:
             return waiting
-        return [index for index in waiting if self.claimed(self.runs[index])]
+        return [index for index in waiting if self.claims.covers(self.runs[index])]
 
-    def claimed(self, run: Run) -> bool:
-        """Whether the backend, which has started, has to answer it."""
+    @property
+    def claims(self) -> Claims:
+        """What the backend claims, which has started."""
         ready = self.ready or {}
-        return is_claimed(run, ready["claims"], ready["layouts"], ready["dtypes"])
+        return Claims(ready["claims"], ready["layouts"], ready["dtypes"])
 
     def work(self, number: int, pending: list[int]) -> bool:
         """One process, to its end; whether another one would be of use."""
@@ -192,9 +194,9 @@ class Session:
     def outcome(self, index: int) -> Outcome:
         """What came of a run, and whether that was expected."""
         run = self.runs[index]
-        if not self.claimed(run):
+        if not self.claims.covers(run):
             return Outcome(run, "unclaimed")
-        run = replace(run, layout=chosen_layout(run, (self.ready or {})["layouts"]))
+        run = replace(run, layout=self.claims.layout(run))
         event = self.events.get(index, {"event": "unreached"})
         if event["event"] == "answered":
             with np.load(self.folder / f"{index}.npz") as file:

@@ -15,25 +15,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from selfattn_core.conformance.backends import NotABackendError, resolve
+from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.run import Run, chosen_layout, is_claimed
 from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.execution.devices import DeviceAbsentError, DeviceUnknownError, chosen
-from selfattn_core.conformance.protocol import (
-    NotABackendError,
-    declined,
-    dtypes_of,
-    expected_failures_of,
-    resolve,
-    takes_device,
-)
+from selfattn_core.conformance.protocol import Claims, declined, expected_failures_of, takes_device
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
 from selfattn_core.conformance.verdicts.product_formats import measured
@@ -94,14 +88,14 @@ def main(job_file: str) -> None:
         try:
             backend = resolve(job["target"])
             device, about = _device(backend, job["device"], stack)
-            claims, layouts, dtypes = set(backend.claims()), list(backend.layouts()), dtypes_of(backend)
+            claims = Claims.of(backend)
             tell(
                 event="ready",
                 name=str(backend.name),
                 versions={str(name): str(version) for name, version in backend.versions().items()},
-                claims=sorted(claims),
-                layouts=layouts,
-                dtypes=list(dtypes),
+                claims=sorted(claims.abilities),
+                layouts=list(claims.layouts),
+                dtypes=list(claims.dtypes),
                 expected_failures={key: list(why) for key, why in expected_failures_of(backend).items()},
                 device={"name": device, **about},
             )
@@ -115,14 +109,14 @@ def main(job_file: str) -> None:
             tell(event="failed", error=traceback.format_exc(limit=-3))
             return
         unmeasured = ""
-        if job["shipped"] and "shipped" in claims:
+        if job["shipped"] and "shipped" in claims.abilities:
             # Of its own, for this may raise, hang or crash, and what is known of the backend by now is to be kept.
             tell(event="measuring")
             try:
                 tell(event="measured", precisions=measured(backend.default_products))
             except Exception:
                 unmeasured = f"the framework's own products: {traceback.format_exc(limit=-3)}"
-        _answer(backend, device, job, (claims, layouts, dtypes), tell, unmeasured)
+        _answer(backend, device, job, claims, tell, unmeasured)
         tell(event="finished")
 
 
@@ -143,7 +137,7 @@ def _answer(
     backend: Any,
     device: str,
     job: Mapping[str, Any],
-    has: tuple[set[str], Sequence[str], Sequence[str]],
+    claims: Claims,
     tell: Callable[..., None],
     unmeasured: str,
 ) -> None:
@@ -151,7 +145,7 @@ def _answer(
     cases = {case.id: case for case in CASES}
     for asked in job["runs"]:
         run = Run(cases[asked["case"]], asked["dtype"], asked["layout"])
-        if not is_claimed(run, *has):
+        if not claims.covers(run):
             continue
         index = asked["index"]
         if unmeasured:
@@ -166,7 +160,7 @@ def _answer(
             given = inputs(run.case, run.dtype, job["seed"])
             if device:
                 backend.places()
-            found = answers(backend, run.case, given, run.dtype, chosen_layout(run, has[1]), job["seed"])
+            found = answers(backend, run.case, given, run.dtype, claims.layout(run), job["seed"])
             seconds = round(time.perf_counter() - began, 4)
             if problem := malformed(found) or _misplaced(backend, device):
                 tell(event="malformed", run=index, error=problem)

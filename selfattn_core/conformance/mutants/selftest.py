@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.run import Run, all_runs, is_claimed
+from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.worker import malformed
 from selfattn_core.conformance.mutants import MUTANTS, Mutant
-from selfattn_core.conformance.protocol import Backend, dtypes_of
+from selfattn_core.conformance.protocol import Backend, Claims
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
 from selfattn_core.conformance.results import Outcome
@@ -90,12 +91,12 @@ def judge_in_process(backend: Backend, runs: Iterable[Run], seed: int = 0) -> It
         runs: which.
         seed: of the inputs.
     """
-    claims, layouts, dtypes = backend.claims(), backend.layouts(), dtypes_of(backend)
-    label = coarsest(measured(backend.default_products)) if "shipped" in claims else "float32"
+    claims = Claims.of(backend)
+    label = coarsest(measured(backend.default_products)) if "shipped" in claims.abilities else "float32"
     for run in runs:
-        if not is_claimed(run, claims, layouts, dtypes):
+        if not claims.covers(run):
             continue
-        layout = run.layout if run.layout in layouts else layouts[0]
+        layout = claims.layout(run)
         try:
             with np.errstate(all="ignore"):
                 found = answers(backend, run.case, inputs(run.case, run.dtype, seed), run.dtype, layout, seed)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.computations import ComputationName
 from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.cases.inputs import Inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.protocol import Backend
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth
 from selfattn_core.conformance.questions.training import train

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import clear_windows, inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.protocol import Backend
 from selfattn_core.conformance.questions.optimizers import OPTIMIZERS, Optimizer
 from selfattn_core.params import parameter_table

@@ -24,12 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.backends import REGISTRY, resolve
+from selfattn_core.conformance.cases.case import LAYOUTS, Run
 from selfattn_core.conformance.cases.computations import COMPUTATIONS
 from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
-from selfattn_core.conformance.cases.run import LAYOUTS, Run, all_runs, is_claimed
+from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.environment import cores, environment
-from selfattn_core.conformance.protocol import REGISTRY, Backend, dtypes_of, resolve
+from selfattn_core.conformance.protocol import Backend, Claims
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.verdicts.compare import compare
 from selfattn_core.conformance.verdicts.tolerance import (
@@ -85,9 +87,9 @@ def measure(backend: Backend, seeds: int, runs: Sequence[Run] | None = None) -> 
         runs: which; by default all that are calibrated.
     """
     began = time.monotonic()
-    claims, layouts, dtypes = backend.claims(), backend.layouts(), dtypes_of(backend)
+    claims, layouts = Claims.of(backend), backend.layouts()
     asked_for = calibrated_runs() if runs is None else runs
-    claimed = [run for run in asked_for if is_claimed(run, claims, layouts, dtypes)]
+    claimed = [run for run in asked_for if claims.covers(run)]
     worst: dict[str, dict[str, Any]] = {}
     alarms: list[str] = []
     asked = 0

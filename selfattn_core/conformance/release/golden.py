@@ -26,10 +26,11 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.computations import COMPUTATIONS
 from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
-from selfattn_core.conformance.cases.table import CASES, Case
+from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.release.decimals import fifty_digits, to_decimals, to_floats, to_singles

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core.conformance.cases.case import Case, Run
 from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.run import Run
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.questions.ask import INITIAL_DRAWS
 from selfattn_core.conformance.questions.training import trained
 from selfattn_core.conformance.results import Outcome

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.conformance.cases.case import SIXTEEN_BITS, Case
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
-from selfattn_core.conformance.cases.table import SIXTEEN_BITS, Case
 from selfattn_core.conformance.mutants.edits import edited_spec
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.reference import Reference
