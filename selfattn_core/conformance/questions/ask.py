@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.computations import ComputationName
 from selfattn_core.conformance.cases.families import FamilyName
@@ -16,16 +17,24 @@ from selfattn_core.conformance.protocol import Backend
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth
 from selfattn_core.conformance.questions.training import train
 
-__all__ = ["INITIAL_DRAWS", "answers"]
+__all__ = ["INITIAL_DRAWS", "Build", "answers"]
 
 Array = NDArray[Any]
+Build = Callable[[SelfAttentionConfig, Mapping[str, Array], str, str], Any]
 
 INITIAL_DRAWS = 4
 """New layers that are drawn to look at the distribution of their weights; the last repeats the first."""
 
 
 def answers(
-    backend: Backend, case: Case, given: Inputs, dtype: str, layout: str, seed: int = 0
+    backend: Backend,
+    case: Case,
+    given: Inputs,
+    dtype: str,
+    layout: str,
+    seed: int = 0,
+    *,
+    build: Build | None = None,
 ) -> Mapping[str, Any]:
     """What a backend says to a case, by quantity.
 
@@ -36,19 +45,20 @@ def answers(
         dtype: to compute in.
         layout: to compute in.
         seed: of the input, for the families that draw more than that.
+        build: makes the layers in place of `Backend.build`.
 
     Raises:
         PeakUnknownError: if the case is about memory, which cannot be measured on this system or device.
     """
 
-    def build() -> Any:
-        return backend.build(case.config, given.params, dtype, layout)
+    def built(params: Mapping[str, Array]) -> Any:
+        return (build or backend.build)(case.config, params, dtype, layout)
 
     if case.view:
         given = replace(given, x=_view(case, given.x), dy=_view(case, given.dy))
 
     if case.computation == "trajectory":
-        return train(backend, case, dtype, layout, seed)
+        return train(backend, built, case, dtype, seed)
     if case.computation == "init":
         seeds = [*range(1, INITIAL_DRAWS), 1]
         return {
@@ -57,13 +67,13 @@ def answers(
             for name, array in backend.initial(case.config, seed).items()
         }
     if case.family == "determinism":
-        model = build()
+        model = built(given.params)
         return {
             "y": backend.forward(model, given.x),
             "again": backend.forward(model, given.x),
-            "rebuilt": backend.forward(build(), given.x),
+            "rebuilt": backend.forward(built(given.params), given.x),
         }
-    return _BY_FAMILY.get(case.family, _computed)(backend, build(), case, given)
+    return _BY_FAMILY.get(case.family, _computed)(backend, built(given.params), case, given)
 
 
 def _view(case: Case, maps: Array) -> Array:
