@@ -28,6 +28,7 @@ from pathlib import Path
 
 from benchmarks.cells import FRAMEWORKS, REQUIRES
 from benchmarks.results import write_text
+from selfattn_core.conformance.backends import REGISTRY
 from selfattn_core.conformance.execution.devices import (
     WORDS,
     DeviceAbsentError,
@@ -37,7 +38,6 @@ from selfattn_core.conformance.execution.devices import (
 )
 from selfattn_core.conformance.execution.environment import shared_accelerator
 from selfattn_core.conformance.execution.visible_devices import seen
-from selfattn_core.conformance.protocol import REGISTRY
 from selfattn_core.installed import missing_modules
 
 __all__ = ["main"]

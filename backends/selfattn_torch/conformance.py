@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.conformance.cases.table import DTYPES
+from selfattn_core.conformance.cases.case import DTYPES
 from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_ops.devices.torch import OnDevices
 from selfattn_torch.layer import SelfAttention2d

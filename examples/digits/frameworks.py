@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from examples.digits import files
-from selfattn_core.conformance.protocol import REGISTRY
+from selfattn_core.conformance.backends import REGISTRY
 from selfattn_core.installed import missing_modules
 
 Array = NDArray[Any]

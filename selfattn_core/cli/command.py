@@ -30,8 +30,8 @@ main.add_command(verify)
 @main.command()
 def backends() -> None:
     """What is installed, in which version, on which devices, and how to get what is missing."""
+    from selfattn_core.conformance.backends import REGISTRY
     from selfattn_core.conformance.execution.visible_devices import devices_of
-    from selfattn_core.conformance.protocol import REGISTRY
     from selfattn_core.installed import missing_modules
 
     installed = [each.framework for each in REGISTRY.values() if not missing_modules(each.requires)]

@@ -43,7 +43,7 @@ def backends(context: click.Context, parameter: click.Parameter, incomplete: str
     """
     from click.shell_completion import CompletionItem
 
-    from selfattn_core.conformance.protocol import REGISTRY
+    from selfattn_core.conformance.backends import REGISTRY
 
     named = context.params.get(parameter.name or "") or ()
     return [CompletionItem(name) for name in REGISTRY if name.startswith(incomplete) and name not in named]

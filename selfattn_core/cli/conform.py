@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from selfattn_core.cli.exit_codes import BAD_INPUT, CHECK_FAILED, MISSING
-from selfattn_core.conformance.cases.table import Level
+from selfattn_core.conformance.backends import REGISTRY, is_target
+from selfattn_core.conformance.cases.families import Level
 from selfattn_core.conformance.execution.runner import run_backends, unknown_device
 from selfattn_core.conformance.mutants.selftest import self_test
-from selfattn_core.conformance.protocol import REGISTRY, is_target
 from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, difference, show
 from selfattn_core.files.targets import (
     STANDARD_OUTPUT,

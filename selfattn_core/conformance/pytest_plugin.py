@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from selfattn_core.conformance.cases.run import Run, all_runs, is_claimed
-from selfattn_core.conformance.cases.table import LEVELS
+from selfattn_core.conformance.backends import REGISTRY, is_target
+from selfattn_core.conformance.cases.case import Run
+from selfattn_core.conformance.cases.families import LEVELS
+from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.runner import run_backend, unknown_device
-from selfattn_core.conformance.protocol import REGISTRY, is_target
 from selfattn_core.conformance.results import BackendReport, Outcome
 
 __all__ = [
@@ -135,11 +136,7 @@ class BackendCollector(pytest.Collector):
         report, outcomes = self._report, self._outcomes or {}
         if report is None or any(outcome.status != "unclaimed" for outcome in outcomes.values()):
             return False
-        return not any(
-            is_claimed(run, report.claims, report.layouts, report.dtypes)
-            for run in self.runs
-            if run not in outcomes
-        )
+        return not any(report.claimed.covers(run) for run in self.runs if run not in outcomes)
 
 
 class NotConformantError(Exception):

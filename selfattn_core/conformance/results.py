@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from selfattn_core.conformance.cases.run import Run
-from selfattn_core.conformance.cases.table import LEVELS, WHERE_CLAIMED, Case, Level, through
+from selfattn_core.conformance.cases.case import Case, Run
+from selfattn_core.conformance.cases.families import FAMILIES, LEVELS, Level, through
 from selfattn_core.conformance.execution.devices import Device
+from selfattn_core.conformance.protocol import Claims
 from selfattn_core.conformance.verdicts.tolerance import Verdict
 
 __all__ = ["BackendReport", "Outcome", "Status"]
@@ -82,6 +83,11 @@ class BackendReport:
     seconds: float = 0.0
 
     @property
+    def claimed(self) -> Claims:
+        """All that it claims."""
+        return Claims(self.claims, self.layouts, self.dtypes)
+
+    @property
     def passed(self) -> bool:
         """Whether it started, answered everything that it claims, and every answer was right or its failure expected."""
         answered = [outcome for outcome in self.outcomes if outcome.status != "unclaimed"]
@@ -93,9 +99,9 @@ class BackendReport:
 
         That is: every case of the level, and of those below it, was run and passed in at least one dtype and layout,
         and none of their runs failed, be it expected or not. What a backend does not claim it is not conformant in; but
-        of the family dtype, cases that exist in none of its dtypes are not asked for, if there is one that does.
+        of cases in 16 bits alone, those that exist in none of its dtypes are not asked for, if there is one that does.
         """
-        families = set(through(level)) - set(WHERE_CLAIMED)
+        families = {family for family in through(level) if not FAMILIES[family].optional}
         asked = [
             outcome
             for outcome in self.outcomes
@@ -107,7 +113,7 @@ class BackendReport:
         return ran == families and not bad and passed == {outcome.run.case.id for outcome in asked}
 
     def _has_dtype_for(self, case: Case) -> bool:
-        return case.family != "dtype" or not set(case.dtypes).isdisjoint(self.dtypes)
+        return not case.narrow or not set(case.dtypes).isdisjoint(self.dtypes)
 
     @property
     def level(self) -> Level | None:

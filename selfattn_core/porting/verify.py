@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from selfattn_core import spec
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.backends import REGISTRY
 from selfattn_core.conformance.execution.environment import environment
-from selfattn_core.conformance.protocol import REGISTRY
 from selfattn_core.conformance.verdicts.tolerance import ALLOWANCES, CAPS, FACTOR
 from selfattn_core.installed import missing_modules
 from selfattn_core.porting.errors import PortError
@@ -172,7 +172,7 @@ def _run_job(job: str, own: Mapping[str, str]) -> str:
 
 def main(job_file: str) -> None:
     """Run the job of a process of its own: build the framework's layers and store what they compute."""
-    from selfattn_core.conformance.protocol import resolve
+    from selfattn_core.conformance.backends import resolve
 
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     backend = resolve(job["target"])

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from selfattn_core.conformance.protocol import is_target
+from selfattn_core.conformance.backends import is_target
 from selfattn_core.verifying.errors import VerifyError
 
 __all__ = ["CONTAINERS", "Container", "Runtime", "container_of"]

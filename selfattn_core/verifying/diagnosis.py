@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import Inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.mutants import function
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.verdicts.tolerance import Expectation, measure, quantities

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases.case import SIXTEEN_BITS, Case
 from selfattn_core.conformance.cases.inputs import Inputs, rounded
-from selfattn_core.conformance.cases.table import SIXTEEN_BITS, Case
 from selfattn_core.conformance.mutants.edits import edited_spec
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.verdicts.tolerance import (

@@ -24,9 +24,9 @@ from jax import export
 
 import selfattn_flax
 from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec
+from selfattn_core.conformance.backends import REGISTRY, resolve
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
-from selfattn_core.conformance.protocol import REGISTRY, resolve
 from selfattn_flax import linen
 from selfattn_flax.conformance import linen_backend, nnx_backend
 

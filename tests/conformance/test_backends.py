@@ -9,8 +9,8 @@ from itertools import groupby
 import pytest
 
 from selfattn_core.conformance import REGISTRY
-from selfattn_core.conformance.cases.run import LAYOUTS, all_runs
-from selfattn_core.conformance.cases.table import CASES
+from selfattn_core.conformance.cases.case import LAYOUTS
+from selfattn_core.conformance.cases.table import CASES, all_runs
 from selfattn_core.conformance.execution.runner import run_backend
 from selfattn_core.conformance.report import as_data, as_table
 

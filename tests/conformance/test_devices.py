@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from selfattn_core.cli import main
+from selfattn_core.conformance.backends import REGISTRY
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.run import all_runs
-from selfattn_core.conformance.cases.table import CASES
+from selfattn_core.conformance.cases.table import CASES, all_runs
 from selfattn_core.conformance.execution.devices import (
     WORDS,
     Device,
@@ -24,7 +24,6 @@ from selfattn_core.conformance.execution.devices import (
     device_variables,
 )
 from selfattn_core.conformance.execution.runner import run_backend
-from selfattn_core.conformance.protocol import REGISTRY
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
 from selfattn_core.conformance.report import (

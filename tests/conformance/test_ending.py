@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from selfattn_core.conformance.cases.run import all_runs
+from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.environment import cores
 from selfattn_core.conformance.execution.runner import run_backend
 

@@ -11,7 +11,7 @@ import pytest
 
 from examples.digits import frameworks
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.cases.run import all_runs
+from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution import environment as module
 from selfattn_core.conformance.execution import runner
 from selfattn_core.conformance.execution.environment import environment, kept_programs

@@ -2,7 +2,7 @@
 
 import pytest
 
-from selfattn_core.conformance.cases.run import all_runs
+from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.runner import run_backend
 
 KERAS = "selfattn_keras.conformance.mutants"

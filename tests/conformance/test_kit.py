@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 
 from selfattn_core import spec
+from selfattn_core.conformance.backends import REGISTRY, resolve
+from selfattn_core.conformance.cases.case import Run
+from selfattn_core.conformance.cases.families import FAMILIES, LEVELS
 from selfattn_core.conformance.cases.inputs import Inputs, _decided, inputs, rounded
-from selfattn_core.conformance.cases.run import Run, all_runs
-from selfattn_core.conformance.cases.table import CASES, FAMILIES, LEVELS, needs
+from selfattn_core.conformance.cases.table import CASES, all_runs
+from selfattn_core.conformance.execution.in_process import judge_in_process
 from selfattn_core.conformance.execution.runner import run_backend
 from selfattn_core.conformance.mutants import edited
-from selfattn_core.conformance.mutants.selftest import judge_in_process, small_runs
+from selfattn_core.conformance.mutants.selftest import small_runs
 from selfattn_core.conformance.mutants.sixteen_bits import InBfloat16
-from selfattn_core.conformance.protocol import REGISTRY, resolve
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth
 from selfattn_core.conformance.reference import Reference
@@ -694,7 +696,7 @@ def test_a_missing_backend_is_told_at_once(monkeypatch):
 
 
 def test_every_ability_is_needed_by_a_case():
-    assert set().union(*(needs(case) for case in CASES)) == Reference().claims() | {"memory"}
+    assert set().union(*(case.needs for case in CASES)) == Reference().claims() | {"memory"}
 
 
 def test_a_run_may_be_one_of_a_table_of_ones_own(on_path):

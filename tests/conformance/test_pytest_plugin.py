@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from selfattn_core.conformance.cases.run import all_runs
+from selfattn_core.conformance.cases.table import all_runs
 
 HERE = Path(__file__).parent
 

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from selfattn_core.cli import main
 from selfattn_core.cli.conform import FORMS
-from selfattn_core.conformance.cases.run import Run, all_runs
-from selfattn_core.conformance.cases.table import CASES
+from selfattn_core.conformance.cases.case import Run
+from selfattn_core.conformance.cases.table import CASES, all_runs
 from selfattn_core.conformance.mutants import MUTANTS
 from selfattn_core.conformance.mutants.selftest import Kill
 from selfattn_core.conformance.questions.training import STEPS, reference

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from selfattn_core import spec
+from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.inputs import clear_windows
-from selfattn_core.conformance.cases.run import Run
 from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.questions.optimizers import Adam, Momentum
 from selfattn_core.conformance.questions.training import (

@@ -9,7 +9,7 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from selfattn_core.cli import main
-from selfattn_core.conformance.protocol import REGISTRY
+from selfattn_core.conformance.backends import REGISTRY
 from selfattn_core.porting.dialects.dialect import dialect, dialect_names
 
 REFUSED = {name for name in dialect_names() if dialect(name).refused}

@@ -15,7 +15,7 @@ from examples.digits import __main__ as program
 from examples.digits import compare, data, files, frameworks, numpy_model, picture
 from examples.digits.frameworks import PROGRAMS, Answer
 from selfattn_core import SelfAttentionConfig, parameter_table, save
-from selfattn_core.conformance.protocol import REGISTRY
+from selfattn_core.conformance.backends import REGISTRY
 
 ROOT = Path(__file__).parents[2]
 CONFIG = SelfAttentionConfig(32)

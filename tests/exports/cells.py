@@ -8,8 +8,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
 
 __all__ = ["CONFIGS", "EXPORTERS", "FORMS", "ROWS_A_BLOCK", "SIZES", "Exporter", "Form", "params_of"]
 

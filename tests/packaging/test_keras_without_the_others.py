@@ -36,7 +36,7 @@ again = keras.saving.load_model(sys.argv[1] + "/a.keras")
 want = selfattn_keras.to_canonical(layer)
 for other in (twin, again.layers[-1]):
     assert all((array == want[name]).all() for name, array in selfattn_keras.to_canonical(other).items())
-from selfattn_core.conformance.protocol import resolve
+from selfattn_core.conformance.backends import resolve
 resolve("selfattn_keras.conformance:backend").versions()
 assert not others & set(sys.modules), others & set(sys.modules)
 """

@@ -722,7 +722,7 @@ class Backend:
 )
 @pytest.mark.parametrize("gamma", [0.7, 0.0])
 def test_a_framework_whose_layer_is_wrong_fails(fault, outcome, gamma, tmp_path, monkeypatch):
-    from selfattn_core.conformance.protocol import Registered
+    from selfattn_core.conformance.backends import Registered
 
     (tmp_path / "toy_layer.py").write_text(WRONG.replace("FAULT", repr(fault)), encoding="utf-8")
 
@@ -741,7 +741,7 @@ def test_a_framework_whose_layer_is_wrong_fails(fault, outcome, gamma, tmp_path,
 
 def test_the_framework_computes_in_full(tmp_path, monkeypatch):
     """In the environment of the conformance kit, where the caller's own asks for less."""
-    from selfattn_core.conformance.protocol import Registered
+    from selfattn_core.conformance.backends import Registered
 
     found = tmp_path / "found"
     (tmp_path / "toy_layer.py").write_text(
@@ -760,7 +760,7 @@ def test_the_framework_computes_in_full(tmp_path, monkeypatch):
 
 
 def test_a_framework_that_is_not_installed_is_listed(tmp_path, monkeypatch):
-    from selfattn_core.conformance.protocol import Registered
+    from selfattn_core.conformance.backends import Registered
 
     monkeypatch.setattr(verify, "REGISTRY", {"torch": Registered("x:y", ("no_such_module",), "torch")})
     path, _ = written(tmp_path, "heykeetae, plain")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from selfattn_core import SelfAttentionConfig
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.mutants import function
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.verdicts.tolerance import measure, quantities

@@ -8,8 +8,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from selfattn_core import SelfAttentionConfig, save
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.verifying import VerifyError, verify
 
 CONFIG = SelfAttentionConfig(16, qk_channels=3)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from selfattn_core import SelfAttentionConfig
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs, rounded
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.verdicts.tolerance import measure
 from selfattn_core.verifying.precision import PRECISIONS, expected, held
 from selfattn_core.verifying.questions import LARGEST_MAP, Question, questions

@@ -5,8 +5,8 @@ import torch
 
 import selfattn_torch
 from selfattn_core import SelfAttentionConfig, save
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.verifying import VerifyError, verify
 
 

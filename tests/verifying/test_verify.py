@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from selfattn_core import SelfAttentionConfig, save
 from selfattn_core.cli import main
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.params import refresh_spectral_norm
 from selfattn_core.porting import port
 from selfattn_core.verifying import VerifyError, process, verify

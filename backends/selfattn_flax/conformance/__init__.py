@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.conformance.cases.table import DTYPES
+from selfattn_core.conformance.cases.case import DTYPES
 from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_core.params import state_table, widen
 from selfattn_flax import linen, weights

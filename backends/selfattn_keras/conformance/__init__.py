@@ -12,7 +12,7 @@ import keras
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.conformance.cases.table import DTYPES
+from selfattn_core.conformance.cases.case import DTYPES
 from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_keras.conformance.model import Model, to_array
 from selfattn_keras.layer import SelfAttention2D, Tensor

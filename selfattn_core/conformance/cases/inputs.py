@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from selfattn_core import spectral_norm
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.cases.table import Case
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.params import parameter_table, projections
 
 __all__ = ["Inputs", "clear_windows", "inputs", "rounded"]
@@ -84,7 +84,7 @@ def _draw(case: Case, entropy: list[int]) -> Inputs:
         params |= {name: np.abs(value) for name, value in params.items() if name.startswith(("value", "out"))}
     other = generator.standard_normal((*(case.second_shape or case.shape), config.channels))
     cotangents = {}
-    if "mixed" in (case.family, case.of):
+    if case.computation == "mixed":
         cotangents = {"x": generator.standard_normal(shape)}
         cotangents |= {name: generator.normal(0, 0.5, row.shape) for name, row in table.items()}
     params |= {f"{name}.kernel": np.zeros_like(params[f"{name}.kernel"]) for name in case.zero}
@@ -154,7 +154,7 @@ def _decided(case: Case, drawn: Inputs) -> bool:
 
 def _exact(case: Case, drawn: Inputs) -> bool:
     """Whether bfloat16 holds what a case of integers projects: multiples of 1/8, of 8 bits up to 32."""
-    if not case.integers or case.family != "dtype":
+    if not case.integers or not case.narrow:
         return True
     projected = (
         drawn.x @ drawn.params[f"{role}.kernel"] + drawn.params.get(f"{role}.bias", 0)

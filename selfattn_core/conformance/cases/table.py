@@ -2,211 +2,20 @@
 
 Every input can see bugs: seeded and random, all axes of different size, biases and gamma not zero, logits of about 8
 so that the map is far from uniform. Cases named for an edge (one position, gamma 0, constant input) are the exceptions.
-
-A case belongs to a family, a family to a level, and the levels build on one another:
-
-| level | a backend that reaches it | families that it adds |
-|---|---|---|
-| core | computes the function, whatever is done to it | forward, map, sizes, batch, permutation, determinism, nonfinite |
-| training | can be trained, and its weights taken in and out | vjp, params, init, trajectory |
-| gan | can be trained under a gradient penalty | r1, mixed |
-| deploy | serves: in 16 bits, compiled, saved, in linear memory | dtype, compiled, saved, memory; per_sample and shipped where claimed |
-
-The family spectral_norm, of the level training, is looked at where it is claimed. All families ask float32 at full
-precision; shipped asks for what the framework does on the device unless it is told otherwise, in a process that tells it
-nothing, and holds it to the format that the framework's own products have there.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases.case import LAYOUTS, SIXTEEN_BITS, Case, Run
+from selfattn_core.conformance.cases.computations import ComputationName
+from selfattn_core.conformance.cases.families import FamilyName, Level, through
 from selfattn_core.params import projections
 
-__all__ = [
-    "CASES",
-    "DTYPES",
-    "FAMILIES",
-    "LEVELS",
-    "SIXTEEN_BITS",
-    "WHERE_CLAIMED",
-    "Ability",
-    "Case",
-    "Family",
-    "Level",
-    "needs",
-    "through",
-]
-
-Array = NDArray[Any]
-Level = Literal["core", "training", "gan", "deploy"]
-Computation = Literal[
-    "forward",
-    "map",
-    "vjp",
-    "r1",
-    "mixed",
-    "params",
-    "init",
-    "saved",
-    "spectral_norm",
-    "training_vjp",
-    "evaluation",
-]
-Family = Literal[
-    "forward",
-    "map",
-    "sizes",
-    "batch",
-    "permutation",
-    "determinism",
-    "nonfinite",
-    "vjp",
-    "params",
-    "init",
-    "trajectory",
-    "spectral_norm",
-    "r1",
-    "mixed",
-    "dtype",
-    "compiled",
-    "saved",
-    "per_sample",
-    "memory",
-    "shipped",
-]
-Ability = Literal[
-    "forward",
-    "map",
-    "vjp",
-    "params",
-    "init",
-    "spectral_norm",
-    "training_vjp",
-    "r1",
-    "mixed",
-    "compiled",
-    "saved",
-    "per_sample",
-    "memory",
-    "shipped",
-]
-
-FAMILIES: tuple[Family, ...] = get_args(Family)
-SIXTEEN_BITS = ("bfloat16", "float16")
-DTYPES = ("float32", "float64", *SIXTEEN_BITS)
-
-LEVELS: Mapping[Level, tuple[Family, ...]] = {
-    "core": ("forward", "map", "sizes", "batch", "permutation", "determinism", "nonfinite"),
-    "training": ("vjp", "params", "init", "trajectory", "spectral_norm"),
-    "gan": ("r1", "mixed"),
-    "deploy": ("dtype", "compiled", "saved", "per_sample", "memory", "shipped"),
-}
-"""The families that each level adds to the one before."""
-
-WHERE_CLAIMED: tuple[Family, ...] = ("spectral_norm", "per_sample", "shipped")
-"""Families that are looked at where a backend claims them, and that no level asks for."""
-
-
-def through(level: Level) -> tuple[Family, ...]:
-    """The families of a level and of those below it.
-
-    Example:
-        >>> through("training")[-5:]
-        ('vjp', 'params', 'init', 'trajectory', 'spectral_norm')
-    """
-    reached = list(LEVELS)[: list(LEVELS).index(level) + 1]
-    return tuple(family for each in reached for family in LEVELS[each])
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table.
-
-    Args:
-        id: stable for ever; a case that changes gets a new one.
-        family: what is looked at.
-        title: what it is there to see.
-        config: the layer.
-        shape: (B, H, W) of the input.
-        gamma: the residual gain.
-        logits: standard deviation of the entries of q kᵀ.
-        constant: whether every position of the input is the same.
-        of: which computation a case of the families "dtype", "compiled", "memory", "shipped" and "spectral_norm" is
-            about; of the last, "spectral_norm" is a pass in training and "training_vjp" its derivatives. "evaluation", there and
-            in the families "vjp" and "r1", is what calls in evaluation leave behind: to the layer, to their arguments
-            and to what earlier calls gave.
-        dtypes: in which it is run.
-        second_shape: (B, H, W) of the other input of a "sizes" case.
-        integers: whether x and the weights are small multiples of a power of two: projections are exact, in 16 bits too,
-            and pooling windows hold equal values.
-        poison: (b, h, w, c) of the entry of x that is not finite, and what it is.
-        optimizer: what a "trajectory" takes its steps with.
-        eager: whether a "compiled" case asks for the layer uncompiled, operation by operation.
-        one_sign: whether no entry of x, dy and the weights of value and out projection is negative, so that sums over
-            positions grow with their number.
-        zero: projections whose kernel is zero.
-        view: of what x and dy are views: "strided" of every other column and channel of larger arrays, "transposed" of
-            channels-first memory; by default of nothing, they are contiguous.
-    """
-
-    id: str
-    family: Family
-    title: str
-    config: SelfAttentionConfig
-    shape: tuple[int, int, int] = (2, 5, 7)
-    gamma: float = 0.7
-    logits: float = 3.0
-    constant: bool = False
-    of: Computation = "forward"
-    dtypes: tuple[str, ...] = ("float32", "float64")
-    second_shape: tuple[int, int, int] | None = None
-    integers: bool = False
-    poison: tuple[tuple[int, int, int, int], float] | None = None
-    optimizer: Literal["", "momentum", "adam"] = ""
-    eager: bool = False
-    one_sign: bool = False
-    zero: tuple[str, ...] = ()
-    view: Literal["", "strided", "transposed"] = ""
-
-
-def needs(case: Case) -> frozenset[Ability]:
-    """The abilities that a backend must claim to be asked this case.
-
-    Example:
-        >>> sorted(needs(next(case for case in CASES if case.family == "saved")))
-        ['forward', 'params', 'saved']
-    """
-    of: set[Ability] = {"forward", "vjp", "params"} if case.of == "evaluation" else {case.of}
-    if case.of == "saved":
-        of = {"saved", "params"}
-    by_family: Mapping[Family, set[Ability]] = {
-        "forward": {"forward"},
-        "map": {"map"},
-        "sizes": {"forward"},
-        "batch": {"forward"},
-        "permutation": {"forward"},
-        "determinism": {"forward"},
-        "nonfinite": {"forward"},
-        "vjp": {"vjp", *(of if case.of == "evaluation" else ())},
-        "params": {"params"},
-        "init": {"init"},
-        "trajectory": {"forward", "vjp"},
-        "spectral_norm": {"spectral_norm", "forward", *of},
-        "r1": {"r1", *(of if case.of == "evaluation" else ())},
-        "mixed": {"mixed"},
-        "dtype": of,
-        "compiled": {"compiled", *of},
-        "saved": {"saved", "forward", "params"},
-        "per_sample": {"per_sample"},
-        "memory": {"memory", *of},
-        "shipped": {"shipped", *of},
-    }
-    return frozenset(by_family[case.family])
+__all__ = ["CASES", "all_runs"]
 
 
 _FLAT = SelfAttentionConfig(24)
@@ -273,7 +82,7 @@ _WIDE: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
 # Most cases are asked in float64, which says that the mathematics is right, and in float32, which says that the
 # arithmetic is. Where a compiler takes seconds for a case, the dtype that every backend has is enough.
 _ONE_DTYPE = ("float32",)
-_FIRST: tuple[Computation, ...] = ("forward", "vjp")
+_FIRST: tuple[ComputationName, ...] = ("forward", "vjp")
 _TRAINED: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
     ("flat form", SelfAttentionConfig(16), (3, 4, 5)),
     ("pooled form", SelfAttentionConfig.pooled(16), (2, 4, 5)),
@@ -287,14 +96,14 @@ _CROPPED = SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=2)
 
 
 def _rows() -> Iterator[Case]:
-    def everywhere(family: Family, ids: Iterator[str]) -> Iterator[Case]:
+    def everywhere(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
         for title, config in _LAYERS:
             yield Case(next(ids), family, title, config)
         dtypes = _ONE_DTYPE if family in ("vjp", "r1") else ("float32", "float64")
         for title, config, shape in _SHAPES:
             yield Case(next(ids), family, title, config, shape, dtypes=dtypes)
 
-    def further(family: Family, ids: Iterator[str]) -> Iterator[Case]:
+    def further(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
         for title, config, shape in _DRAWN:
             yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE)
         # The map is not computed in blocks for the memory's sake, and R1 of the pooled one is long in coming.
@@ -377,13 +186,13 @@ def _number(prefix: str) -> Iterator[str]:
     return (f"SA-{prefix}-{index:03d}" for index in range(1, 1000))
 
 
-def _views(family: Family, ids: Iterator[str]) -> Iterator[Case]:
+def _views(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
     dtypes = _ONE_DTYPE if family == "vjp" else ("float32", "float64")
     yield Case(next(ids), family, "a strided view", _LAYERS[0][1], dtypes=dtypes, view="strided")
     yield Case(next(ids), family, "a transposed view", _LAYERS[5][1], dtypes=dtypes, view="transposed")
 
 
-def _unusual(family: Family, ids: Iterator[str]) -> Iterator[Case]:
+def _unusual(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
     """Widths, batches, gains, windows and logits beyond those of the other cases."""
     for title, config, shape in _WIDE:
         yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE)
@@ -394,13 +203,13 @@ def _unusual(family: Family, ids: Iterator[str]) -> Iterator[Case]:
     yield _one_sided(family, ids)
 
 
-def _one_sided(family: Family, ids: Iterator[str]) -> Case:
+def _one_sided(family: FamilyName, ids: Iterator[str]) -> Case:
     """With two keys, rows in which all logits are far below zero, and no other is the largest."""
     _, config, shape = _DRAWN[1]
     return Case(next(ids), family, "large logits of two keys", config, shape, logits=120.0, dtypes=_ONE_DTYPE)
 
 
-def _left_alone(family: Family, ids: Iterator[str]) -> Case:
+def _left_alone(family: FamilyName, ids: Iterator[str]) -> Case:
     title = "derivatives leave the layer, their arguments and earlier answers as they were"
     return Case(next(ids), family, title, _CROPPED, of="evaluation", dtypes=_ONE_DTYPE)
 
@@ -416,7 +225,7 @@ def _trajectories(ids: Iterator[str]) -> Iterator[Case]:
 def _spectral(ids: Iterator[str]) -> Iterator[Case]:
     flat = SelfAttentionConfig(11, 3, spectral_norm=True)
     full = SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=2, spectral_norm=True)
-    every: tuple[Computation, ...] = ("forward", "map", "vjp", "r1", "mixed", "params", "spectral_norm")
+    every: tuple[ComputationName, ...] = ("forward", "map", "vjp", "r1", "mixed", "params", "spectral_norm")
     for title, config in (("flat", flat), ("pooled with out projection", full)):
         for of in every if config is full else ("vjp", "spectral_norm"):
             dtypes = _ONE_DTYPE if of in ("map", "r1", "mixed") else ("float32", "float64")
@@ -425,7 +234,7 @@ def _spectral(ids: Iterator[str]) -> Iterator[Case]:
     title = "forward and vjp leave the state where it is: pooled with out projection"
     yield Case(next(ids), "spectral_norm", title, full, of="evaluation", dtypes=_ONE_DTYPE)
     wide = SelfAttentionConfig(40, 10, 30, out_projection=True, spectral_norm=True)
-    further: tuple[tuple[Computation, str, SelfAttentionConfig], ...] = (
+    further: tuple[tuple[ComputationName, str, SelfAttentionConfig], ...] = (
         ("training_vjp", "vjp of a training pass, of the state after it: flat", flat),
         ("training_vjp", "vjp of a training pass, of the state after it: pooled with out projection", full),
         ("saved", "the framework's own file: pooled with out projection", full),
@@ -440,7 +249,7 @@ def _of_zeros(ids: Iterator[str]) -> Iterator[Case]:
     """One kernel of zeros, for further ones would take gradients of the others to zero; then all of them."""
     config = SelfAttentionConfig(12, 3, 5, out_projection=True, spectral_norm=True)
     all_of_them = tuple(projections(config))
-    rows: tuple[tuple[Computation, str, tuple[str, ...]], ...] = (
+    rows: tuple[tuple[ComputationName, str, tuple[str, ...]], ...] = (
         ("spectral_norm", "one training pass", ("query",)),
         ("training_vjp", "vjp of a training pass", ("query",)),
         ("training_vjp", "vjp of a training pass", ("out",)),
@@ -471,7 +280,7 @@ def _deploy() -> Iterator[Case]:
         yield Case(
             next(ids), "dtype", f"float32 logits: {title}", config, logits=8.0, of="map", dtypes=SIXTEEN_BITS
         )
-    exact: tuple[tuple[str, SelfAttentionConfig, Computation], ...] = (
+    exact: tuple[tuple[str, SelfAttentionConfig, ComputationName], ...] = (
         (*_LAYERS[0], "forward"),
         (*_LAYERS[5], "forward"),
         (*_LAYERS[0], "map"),
@@ -489,7 +298,7 @@ def _deploy() -> Iterator[Case]:
         yield Case(next(ids), "compiled", f"gradients: {title}", config, of="vjp", dtypes=_ONE_DTYPE)
     # Frameworks compile as a whole, or operation by operation; what `build` gives does one of them.
     usual, empty = (2, 5, 7), (0, 4, 6)
-    uncompiled: tuple[tuple[Computation, str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
+    uncompiled: tuple[tuple[ComputationName, str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
         ("forward", *_LAYERS[5], usual),
         ("vjp", *_LAYERS[0], usual),
         ("vjp", *_LAYERS[5], usual),
@@ -514,14 +323,14 @@ def _deploy() -> Iterator[Case]:
             dtypes=_ONE_DTYPE,
         )
     ids = _number("MEM")
-    orders: tuple[Computation, ...] = ("forward", "vjp", "r1")
+    orders: tuple[ComputationName, ...] = ("forward", "vjp", "r1")
     for of in orders:
         title = f"{of}: less than one N×N array"
         config = SelfAttentionConfig(8, 2)
         yield Case(next(ids), "memory", title, config, (1, 64, 96), of=of, dtypes=_ONE_DTYPE)
     ids = _number("SHP")
     # Sizes that the units of accelerators which round their operands take; pooling would let roundings choose winners.
-    shipped: tuple[tuple[str, SelfAttentionConfig, Computation], ...] = (
+    shipped: tuple[tuple[str, SelfAttentionConfig, ComputationName], ...] = (
         ("forward, flat form", SelfAttentionConfig(64, 16), "forward"),
         ("forward, official pooled form", SelfAttentionConfig.pooled(64), "forward"),
         ("map", SelfAttentionConfig(64, 16), "map"),
@@ -567,3 +376,25 @@ def _gradients_in_16_bits(ids: Iterator[str]) -> Iterator[Case]:
 
 
 CASES: tuple[Case, ...] = tuple(_rows())
+
+
+def all_runs(cases: Iterable[Case] = CASES, *, level: Level = "deploy") -> list[Run]:
+    """The cases up to a level, in each of their dtypes and layouts.
+
+    Args:
+        cases: from which to choose.
+        level: the highest.
+
+    Example:
+        >>> len(all_runs()) > len(all_runs(level="core")) > 100
+        True
+    """
+    families = through(level)
+    runs = [
+        Run(case, dtype, layout)
+        for case in cases
+        if case.family in families
+        for dtype in case.dtypes
+        for layout in LAYOUTS
+    ]
+    return [run for run in runs if run.layout == LAYOUTS[0] or not run.in_any_layout]

@@ -11,13 +11,16 @@ from itertools import repeat
 from pathlib import Path
 from threading import Event
 
-from selfattn_core.conformance.cases.run import Run, all_runs, is_claimed
-from selfattn_core.conformance.cases.table import Level
-from selfattn_core.conformance.execution.devices import WORDS, device_problem, device_variables
+from selfattn_core.conformance.backends import REGISTRY, Registered, is_target
+from selfattn_core.conformance.cases.case import Run
+from selfattn_core.conformance.cases.families import FAMILIES, Level
+from selfattn_core.conformance.cases.table import all_runs
+from selfattn_core.conformance.execution.devices import WORDS, Device, device_problem, device_variables
 from selfattn_core.conformance.execution.environment import cores, environment
-from selfattn_core.conformance.execution.supervisor import Session
-from selfattn_core.conformance.protocol import REGISTRY, Registered, is_target
+from selfattn_core.conformance.execution.supervisor import Supervisor
 from selfattn_core.conformance.results import BackendReport, Outcome
+from selfattn_core.conformance.verdicts.outcomes import as_expected, outcome_of
+from selfattn_core.conformance.verdicts.product_formats import coarsest
 from selfattn_core.installed import missing_modules
 
 __all__ = ["run_backend", "run_backends", "unknown_device"]
@@ -69,8 +72,8 @@ def run_backend(
     began = time.monotonic()
     # Of a backend in parts there is nothing but them: in one thread, what threads do to one another would not be seen.
     asked = all_runs() if runs is None else runs
-    strict = [index for index, run in enumerate(asked) if run.case.family != "shipped"]
-    shipped = [index for index, run in enumerate(asked) if run.case.family == "shipped"]
+    shipped = [index for index, run in enumerate(asked) if FAMILIES[run.case.family].default_precision]
+    strict = [index for index in range(len(asked)) if index not in shipped]
     parts = max(1, min(parts, len(strict)))
     # What the framework does by default is asked of a process that is told nothing else.
     shares = [strict[first::parts] for first in range(parts)] + [shipped]
@@ -91,7 +94,7 @@ def run_backend(
             placed = device_variables(registered.framework, device or "cpu", variables)
             variables = {key: value for key, value in (variables | placed).items() if value is not None}
         with tempfile.TemporaryDirectory(prefix="selfattn-conform-") as scratch:
-            session = Session(
+            supervisor = Supervisor(
                 registered.target,
                 variables,
                 Path(scratch),
@@ -102,7 +105,8 @@ def run_backend(
                 device=device,
                 shipped=as_shipped,
             )
-            return session.report(name)
+            supervisor.work()
+            return _report(name, supervisor)
 
     with _threads(parts, stop) as pool:
         reports = list(pool.map(part, range(len(shares))))
@@ -184,6 +188,31 @@ def run_backends(
         return list(pool.map(one, names, repeat(programs)))
 
 
+def _report(name: str, supervised: Supervisor) -> BackendReport:
+    """The answers of a backend, judged."""
+    ready, failed = supervised.ready, supervised.failed
+    if ready is None:
+        return BackendReport(name, error=failed.error, refused=failed.refused, absent=failed.absent)
+    claims, label = ready.claimed, coarsest(supervised.precisions)
+
+    def outcome(index: int, run: Run) -> Outcome:
+        if not claims.covers(run):
+            return Outcome(run, "unclaimed")
+        asked = replace(run, layout=claims.layout(run))
+        found = outcome_of(asked, supervised.answer(index), supervised.seed, label)
+        return as_expected(found, ready.expected_failures)
+
+    return BackendReport(
+        name,
+        ready.versions,
+        tuple(ready.claims),
+        tuple(ready.layouts),
+        tuple(ready.dtypes),
+        tuple(outcome(index, run) for index, run in enumerate(supervised.runs)),
+        device=Device(**ready.device, precisions=supervised.precisions),
+    )
+
+
 @contextmanager
 def _threads(number: int, stop: Event) -> Iterator[ThreadPoolExecutor]:
     """A pool whose work is told to stop where an exception, such as that of Ctrl-C, ends the wait for it."""
@@ -210,7 +239,9 @@ def _whole(
     """
     started = [part for part in parts if not part.error]
     for share, part in zip(shares, parts, strict=True):
-        if part.error and not (started and all(asked[index].case.family == "shipped" for index in share)):
+        if part.error and not (
+            started and all(FAMILIES[asked[index].case.family].default_precision for index in share)
+        ):
             return part
     first = started[0]
     outcomes = {
@@ -232,7 +263,7 @@ def _died(runs: Sequence[Run], part: BackendReport, other: BackendReport) -> lis
     """What becomes of the runs of a part that did not start, of a backend that claims what another part says."""
     return [
         Outcome(run, "error", (), f"its process did not start: {part.error}")
-        if is_claimed(run, other.claims, other.layouts, other.dtypes)
+        if other.claimed.covers(run)
         else Outcome(run, "unclaimed")
         for run in runs
     ]

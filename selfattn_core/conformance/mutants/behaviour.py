@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.cases.table import Family
+from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.mutants.mutant import Mutant
 from selfattn_core.conformance.reference import Model, Reference
 from selfattn_core.params import glorot_limit, init_params
@@ -403,7 +403,7 @@ def _named(name: str, backend: type[Reference]) -> Any:
 
 _KERAS = "keras.layers.SpectralNormalization and most spectral norms of peers"
 
-_TABLE: tuple[tuple[str, Family, type[Reference], str], ...] = (
+_TABLE: tuple[tuple[str, FamilyName, type[Reference], str], ...] = (
     ("projections created anew at every call", "determinism", NewProjections, "keras copies of PAM"),
     ("last bit is random", "determinism", Jitters, ""),
     ("state moves in evaluation", "determinism", StateMoves, _KERAS),

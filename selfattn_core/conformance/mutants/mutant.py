@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from selfattn_core.conformance.cases.table import Family
+from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.mutants.edits import edited_spec
 from selfattn_core.conformance.protocol import Backend
 from selfattn_core.conformance.reference import Reference
@@ -24,14 +24,14 @@ class Mutant:
     """
 
     name: str
-    family: Family
+    family: FamilyName
     make: Callable[[], Backend]
     seen_in: str = ""
     raises: bool = False
 
 
 def edited(
-    name: str, family: Family, *edits: tuple[str, str], seen_in: str = "", raises: bool = False
+    name: str, family: FamilyName, *edits: tuple[str, str], seen_in: str = "", raises: bool = False
 ) -> Mutant:
     """A mutant that is the spec with some of its text replaced.
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from selfattn_core import spec
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.cases.table import Family
+from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.mutants.mutant import Mutant, edited
 from selfattn_core.conformance.reference import Model, Reference
 from selfattn_core.params import fold_spectral_norm, init_params, projections
@@ -17,7 +17,7 @@ __all__ = ["MUTANTS"]
 
 Array = NDArray[Any]
 
-_FAMILY: Family = "spectral_norm"
+_FAMILY: FamilyName = "spectral_norm"
 
 
 class StateStays(Reference):

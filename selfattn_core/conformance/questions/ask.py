@@ -8,22 +8,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases.case import Case
+from selfattn_core.conformance.cases.computations import ComputationName
+from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.cases.inputs import Inputs
-from selfattn_core.conformance.cases.table import Case, Family
 from selfattn_core.conformance.protocol import Backend
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth
 from selfattn_core.conformance.questions.training import train
 
-__all__ = ["INITIAL_DRAWS", "answers"]
+__all__ = ["INITIAL_DRAWS", "Build", "answers"]
 
 Array = NDArray[Any]
+Build = Callable[[SelfAttentionConfig, Mapping[str, Array], str, str], Any]
 
 INITIAL_DRAWS = 4
 """New layers that are drawn to look at the distribution of their weights; the last repeats the first."""
 
 
 def answers(
-    backend: Backend, case: Case, given: Inputs, dtype: str, layout: str, seed: int = 0
+    backend: Backend,
+    case: Case,
+    given: Inputs,
+    dtype: str,
+    layout: str,
+    seed: int = 0,
+    *,
+    build: Build | None = None,
 ) -> Mapping[str, Any]:
     """What a backend says to a case, by quantity.
 
@@ -34,36 +45,35 @@ def answers(
         dtype: to compute in.
         layout: to compute in.
         seed: of the input, for the families that draw more than that.
+        build: makes the layers in place of `Backend.build`.
 
     Raises:
         PeakUnknownError: if the case is about memory, which cannot be measured on this system or device.
     """
 
-    def build() -> Any:
-        return backend.build(case.config, given.params, dtype, layout)
+    def built(params: Mapping[str, Array]) -> Any:
+        return (build or backend.build)(case.config, params, dtype, layout)
 
     if case.view:
         given = replace(given, x=_view(case, given.x), dy=_view(case, given.dy))
 
-    if case.family == "trajectory":
-        return train(backend, case, dtype, layout, seed)
-    if "init" in (case.family, case.of):
+    if case.computation == "trajectory":
+        return train(backend, built, case, dtype, seed)
+    if case.computation == "init":
         seeds = [*range(1, INITIAL_DRAWS), 1]
         return {
             f"{draw}: {name}": array
             for draw, seed in enumerate(seeds)
             for name, array in backend.initial(case.config, seed).items()
         }
-    if case.of == "evaluation":
-        return _evaluation(backend, build(), case, given)
     if case.family == "determinism":
-        model = build()
+        model = built(given.params)
         return {
             "y": backend.forward(model, given.x),
             "again": backend.forward(model, given.x),
-            "rebuilt": backend.forward(build(), given.x),
+            "rebuilt": backend.forward(built(given.params), given.x),
         }
-    return _ASK[case.family](backend, build(), case, given)
+    return _BY_FAMILY.get(case.family, _computed)(backend, built(given.params), case, given)
 
 
 def _view(case: Case, maps: Array) -> Array:
@@ -77,18 +87,37 @@ def _view(case: Case, maps: Array) -> Array:
     return view
 
 
-def _value(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
-    of = case.of if case.family in ("dtype", "compiled", "spectral_norm", "shipped") else case.family
-    if of == "map":
-        return {"map": backend.attention_map(model, given.x)}
-    if of == "vjp":
-        return backend.vjp(model, given.x, given.dy)
-    if of == "training_vjp":
-        return backend.training_vjp(model, given.x, given.dy)
-    if of == "r1":
-        value, gradients = backend.r1(model, given.x, given.dy)
-        return {"r1": np.array(value, np.float64), **gradients}
+def _computed(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    return _BY_COMPUTATION[case.computation](backend, model, case, given)
+
+
+def _forward(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
     return {"y": backend.forward(model, given.x)}
+
+
+def _map(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    return {"map": backend.attention_map(model, given.x)}
+
+
+def _training_pass(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    return backend.training_pass(model, given.x)
+
+
+def _vjp(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    return backend.vjp(model, given.x, given.dy)
+
+
+def _training_vjp(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    return backend.training_vjp(model, given.x, given.dy)
+
+
+def _per_sample(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    return backend.per_sample_vjp(model, given.x, given.dy)
+
+
+def _r1(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
+    value, gradients = backend.r1(model, given.x, given.dy)
+    return {"r1": np.array(value, np.float64), **gradients}
 
 
 def _mixed(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
@@ -129,20 +158,11 @@ def _nonfinite(backend: Backend, model: Any, case: Case, given: Inputs) -> Mappi
     return {"y": backend.forward(model, x)}
 
 
-def _params(backend: Backend, model: Any, _: Case, __: Inputs) -> Mapping[str, Any]:
-    return backend.params(model)
-
-
-def _spectral_norm(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
-    if case.of == "spectral_norm":
-        return backend.training_pass(model, given.x)
-    if case.of in ("mixed", "saved"):
-        return (_mixed if case.of == "mixed" else _saved)(backend, model, case, given)
-    if case.of == "params":
+def _params(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
+    if case.config.spectral_norm:
         # An evaluation leaves the state where it is.
         backend.forward(model, given.x)
-        return backend.params(model)
-    return _value(backend, model, case, given)
+    return backend.params(model)
 
 
 def _evaluation(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
@@ -150,7 +170,7 @@ def _evaluation(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapp
     if "map" in backend.claims():
         backend.attention_map(model, given.other)
     backend.vjp(model, given.other, given.x)
-    if case.family == "r1":
+    if "r1" in case.needs:
         backend.r1(model, given.x, given.dy)
     again, y_again = backend.vjp(model, given.x, given.dy), backend.forward(model, given.x)
     # What has been answered is not to change with what is asked next.
@@ -169,9 +189,9 @@ def _evaluation(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapp
 
 def _compiled(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
     if not case.eager:
-        return _value(backend, backend.compiled(model), case, given)
+        return _computed(backend, backend.compiled(model), case, given)
     eager = getattr(backend, "eager", None)
-    return _value(backend, model if eager is None else eager(model), case, given)
+    return _computed(backend, model if eager is None else eager(model), case, given)
 
 
 def _saved(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
@@ -180,17 +200,13 @@ def _saved(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str,
         return {"y": backend.forward(loaded, given.x), **backend.params(loaded)}
 
 
-def _per_sample(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return backend.per_sample_vjp(model, given.x, given.dy)
-
-
 def _memory(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
     calls: Mapping[str, Callable[[Array, Array], Any]] = {
         "forward": lambda x, _: backend.forward(model, x),
         "vjp": lambda x, dy: backend.vjp(model, x, dy),
         "r1": lambda x, dy: backend.r1(model, x, dy),
     }
-    call = calls[case.of]
+    call = calls[case.computation]
     peak = getattr(backend, "peak_memory", peak_growth)
     _require_counters(peak)
     # What threads, libraries and compilers take once is no part of the case.
@@ -218,28 +234,35 @@ def _require_counters(peak: Callable[[Callable[[], None]], int]) -> None:
 
 def _shipped(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
     as_shipped = getattr(backend, "as_shipped", None)
-    return _value(backend, model if as_shipped is None else as_shipped(model), case, given)
+    return _computed(backend, model if as_shipped is None else as_shipped(model), case, given)
 
 
-_ASK: Mapping[Family, Callable[[Backend, Any, Case, Inputs], Mapping[str, Any]]] = {
-    "forward": _value,
-    "map": _value,
-    "vjp": _value,
-    "r1": _value,
-    "dtype": _value,
+_Question = Callable[[Backend, Any, Case, Inputs], Mapping[str, Any]]
+
+_BY_COMPUTATION: Mapping[ComputationName, _Question] = {
+    "forward": _forward,
+    "map": _map,
+    "spectral_norm": _training_pass,
+    "vjp": _vjp,
+    "training_vjp": _training_vjp,
+    "per_sample": _per_sample,
+    "evaluation": _evaluation,
+    "r1": _r1,
     "mixed": _mixed,
+    "params": _params,
+    "saved": _saved,
+}
+
+_BY_FAMILY: Mapping[FamilyName, _Question] = {
     "sizes": _sizes,
     "batch": _batch,
     "permutation": _permutation,
     "nonfinite": _nonfinite,
-    "params": _params,
-    "spectral_norm": _spectral_norm,
     "compiled": _compiled,
-    "saved": _saved,
-    "per_sample": _per_sample,
     "memory": _memory,
     "shipped": _shipped,
 }
+"""Of the families that do more than compute what their cases say."""
 
 
 def _array(answer: Any) -> Array:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import clear_windows, inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.protocol import Backend
 from selfattn_core.conformance.questions.optimizers import OPTIMIZERS, Optimizer
 from selfattn_core.params import parameter_table
@@ -126,14 +126,16 @@ def follow(
     return Trajectory(np.array(losses), params)
 
 
-def train(backend: Backend, case: Case, dtype: str, layout: str, seed: int = 0) -> dict[str, Array]:
+def train(
+    backend: Backend, build: Callable[[Params], Any], case: Case, dtype: str, seed: int = 0
+) -> dict[str, Array]:
     """Train a backend's layer.
 
     Args:
         backend: which; with a method `update` it keeps one layer, without one it builds a layer for each step.
+        build: makes its layer with these weights.
         case: of the family "trajectory".
         dtype: "float32" or "float64".
-        layout: as for `Backend.build`.
         seed: as for `problem`.
 
     Returns:
@@ -147,10 +149,7 @@ def train(backend: Backend, case: Case, dtype: str, layout: str, seed: int = 0) 
         nonlocal model, weights
         if params is not weights:
             update = getattr(backend, "update", None)
-            if model is None or update is None:
-                model = backend.build(case.config, params, dtype, layout)
-            else:
-                model = update(model, params)
+            model = build(params) if model is None or update is None else update(model, params)
             weights = params
         return model
 

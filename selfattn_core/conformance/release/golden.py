@@ -26,8 +26,11 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.conformance.cases.case import Case
+from selfattn_core.conformance.cases.computations import COMPUTATIONS
+from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
-from selfattn_core.conformance.cases.table import CASES, Case
+from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.release.decimals import fifty_digits, to_decimals, to_floats, to_singles
@@ -43,10 +46,6 @@ SUMS = "SHA256SUMS"
 
 EDITION = 2
 """Of the files: another one whenever one that is there changes, though the function gives the same. CHANGELOG.md says how."""
-
-_FAMILIES = ("forward", "map", "vjp", "r1", "mixed")
-_OF_SPECTRAL_NORM = ("forward", "map", "vjp", "r1", "mixed", "spectral_norm", "training_vjp")
-"""What spectral norm is asked that is answered by values, and not by what a framework keeps."""
 
 _CONFIG = (
     "channels",
@@ -71,11 +70,12 @@ def golden_cases() -> list[Case]:
     return [
         case
         for case in CASES
-        if (case.family in _FAMILIES or (case.family == "spectral_norm" and case.of in _OF_SPECTRAL_NORM))
+        if FAMILIES[case.family].golden
+        and COMPUTATIONS[case.computation].values
         and case.shape[1] * case.shape[2] <= _POSITIONS
         # A file has no views, and nobody to leave anything behind.
         and not case.view
-        and case.of != "evaluation"
+        and case.computation != "evaluation"
     ]
 
 
@@ -197,9 +197,7 @@ def _contents(cases: list[Case] | None = None) -> Iterator[tuple[str, bytes]]:
 
 def _computation(case: Case) -> str:
     """What is computed, in the words of the files."""
-    if case.family != "spectral_norm":
-        return case.family
-    return "training_pass" if case.of == "spectral_norm" else case.of
+    return "training_pass" if case.computation == "spectral_norm" else case.computation
 
 
 def _map(given: Inputs, number: Any) -> Inputs:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from selfattn_core import __version__, spec
-from selfattn_core.conformance.cases.table import LEVELS, Case, Level
+from selfattn_core.conformance.cases.case import Case
+from selfattn_core.conformance.cases.families import LEVELS, Level
 from selfattn_core.conformance.mutants.selftest import Kill
 from selfattn_core.conformance.questions.training import reference
 from selfattn_core.conformance.results import BackendReport, Outcome

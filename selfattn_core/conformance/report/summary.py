@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from selfattn_core.conformance.cases.families import FAMILIES
+
 __all__ = [
     "Cell",
     "Data",
@@ -27,25 +29,6 @@ __all__ = [
 ]
 
 Data = Mapping[str, Any]
-
-_TITLES = {
-    "map": "attention map",
-    "vjp": "gradients",
-    "r1": "R1 penalty",
-    "mixed": "mixed second order",
-    "params": "parameters",
-    "init": "initialisation",
-    "trajectory": "training, 200 steps",
-    "sizes": "two sizes",
-    "batch": "batch independence",
-    "permutation": "permuted positions",
-    "nonfinite": "NaN and infinity",
-    "dtype": "16 bits",
-    "saved": "saved and loaded",
-    "per_sample": "per-sample gradients",
-    "memory": "linear memory",
-    "shipped": "default precision",
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +55,8 @@ def family_title(family: str) -> str:
         >>> family_title("r1"), family_title("determinism")
         ('R1 penalty', 'determinism')
     """
-    return _TITLES.get(family, family.replace("_", " "))
+    titles: dict[str, str] = {name: row.title for name, row in FAMILIES.items()}
+    return titles.get(family, family.replace("_", " "))
 
 
 def run_id(outcome: Data) -> str:
@@ -131,7 +115,7 @@ def device_words(backend: Data) -> str:
 def _why_unmeasured(backend: Data) -> str:
     """Why a backend that has a device has no default precisions in its report."""
     if "shipped" not in backend["claims"]:
-        return f"not measured, for the backend does not claim {_TITLES['shipped']}"
+        return f"not measured, for the backend does not claim {family_title('shipped')}"
     # Of a report before there was this family, and of one that did not ask for it, there is no such outcome.
     if any(outcome["family"] == "shipped" for outcome in backend["outcomes"]):
         return "could not be measured"

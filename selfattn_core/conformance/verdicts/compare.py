@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core.conformance.cases.case import Case, Run
+from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.run import Run
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.questions.ask import INITIAL_DRAWS
 from selfattn_core.conformance.questions.training import trained
 from selfattn_core.conformance.results import Outcome
@@ -39,39 +39,38 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "f
         seed: of the inputs.
         label: the format of `FORMATS` that the family "shipped" is held to.
     """
-    family = run.case.family
+    family, computation = run.case.family, run.case.computation
     losses: tuple[float, ...] = ()
     if family == "memory":
         verdicts = [_memory(run.case, int(found["bytes"]))]
-    elif family == "trajectory":
+    elif computation == "trajectory":
         if problem := _names(found, list(trained(run.case))):
             return Outcome(run, "fail", (), problem)
         verdicts = list(judge_trajectory(run.case, found, run.dtype, seed))
         losses = tuple(float(loss) for loss in found["loss"])
-    elif "init" in (family, run.case.of):
+    elif computation == "init":
         every = [*parameter_table(run.case.config), *state_table(run.case.config)]
         names = [f"{draw}: {name}" for draw in range(INITIAL_DRAWS) for name in every]
         if problem := _names(found, names):
             return Outcome(run, "fail", (), problem)
         verdicts = distribution_verdicts(run.case.config, found)
-    elif family == "shipped":
+    elif FAMILIES[family].default_precision:
         wanted = _shipped_expectations(run.case, label, seed)
         if problem := _names(found, list(wanted)):
             return Outcome(run, "fail", (), problem, label=label)
         factor = SHIPPED_FACTORS[label]
         verdicts = [judge(name, found[name], want, run.dtype, factor=factor) for name, want in wanted.items()]
     else:
-        of = run.case.of if family == "spectral_norm" else family
-        weighed = of in ("params", "saved", "spectral_norm")
+        weighed = computation in ("params", "saved", "spectral_norm")
         exact = inputs(run.case, run.dtype, seed).params if weighed else {}
-        if of == "spectral_norm":
+        if computation == "spectral_norm":
             # A pass moves the state, and nothing else.
             exact = {name: array for name, array in exact.items() if name in parameter_table(run.case.config)}
-        if run.case.of == "evaluation":
+        if computation == "evaluation":
             given = inputs(run.case, run.dtype, seed)
             exact = {f"weight {name}": array for name, array in given.params.items()}
             exact |= {"argument x": given.x, "argument dy": given.dy}
-        close = {} if of == "params" else _expectations(run.case, run.dtype, seed)
+        close = {} if computation == "params" else _expectations(run.case, run.dtype, seed)
         close = {name: value for name, value in close.items() if name not in exact}
         if problem := _names(found, [*close, *exact]):
             return Outcome(run, "fail", (), problem)
@@ -88,7 +87,7 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "f
         tuple(verdicts),
         "; ".join(messages),
         losses=losses,
-        label=label if family == "shipped" else "",
+        label=label if FAMILIES[family].default_precision else "",
     )
 
 

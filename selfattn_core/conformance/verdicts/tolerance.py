@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.conformance.cases.case import SIXTEEN_BITS, Case
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
-from selfattn_core.conformance.cases.table import SIXTEEN_BITS, Case
 from selfattn_core.conformance.mutants.edits import edited_spec
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.reference import Reference
@@ -303,7 +303,7 @@ def _unusable(quantity: str, received: str) -> Verdict:
 
 def _kind(case: Case, quantity: str) -> str:
     """Which allowance and cap a quantity has."""
-    if _is_second(case):
+    if case.order == 2:
         return "r1"
     if quantity == "map":
         return "map"
@@ -316,18 +316,18 @@ def _sizes(case: Case, wide: Inputs) -> tuple[dict[str, float], float]:
     for x, dy in _samples(case, wide):
         cotangents = _cotangents(case, wide, x, dy)
         found = spec.magnitudes(
-            case.config, wide.params, x, dy if _is_derivative(case) else None, cotangents=cotangents
+            case.config, wide.params, x, dy if case.order else None, cotangents=cotangents
         )
         sums = {name: max(value, sums.get(name, 0.0)) for name, value in found.items()}
     # Equal logits are rounded alike by the spec, so its map has no error to show; by others they need not be.
-    ordinary = 1.0 if case.constant and case.family == "map" else _ORDINARY_LOGITS
+    ordinary = 1.0 if case.constant and case.computation == "map" else _ORDINARY_LOGITS
     return sums, max(1.0, sums.pop("logits") / ordinary)
 
 
 def _terms(case: Case, wide: Inputs) -> dict[str, float]:
     """The sums of absolute terms of what vanishes, by quantity."""
     sums: dict[str, float] = {}
-    for x, dy in _samples(case, wide) if _is_derivative(case) else ():
+    for x, dy in _samples(case, wide) if case.order else ():
         found = terms_through_the_map(
             case.config, wide.params, x, dy, cotangents=_cotangents(case, wide, x, dy)
         )
@@ -337,25 +337,16 @@ def _terms(case: Case, wide: Inputs) -> dict[str, float]:
 
 def _samples(case: Case, wide: Inputs) -> list[tuple[Array, Array]]:
     """What is derived at once: x and dy."""
-    if case.family != "per_sample":
+    if case.computation != "per_sample":
         return [(wide.x, wide.dy)]
     return [(wide.x[b : b + 1], wide.dy[b : b + 1]) for b in range(wide.x.shape[0])]
 
 
-def _is_derivative(case: Case) -> bool:
-    kinds = {"vjp", "training_vjp", "r1", "mixed", "per_sample", "evaluation"}
-    return not kinds.isdisjoint((case.family, case.of))
-
-
-def _is_second(case: Case) -> bool:
-    return case.of != "evaluation" and not {"r1", "mixed"}.isdisjoint((case.family, case.of))
-
-
 def _cotangents(case: Case, wide: Inputs, x: Array, dy: Array) -> Mapping[str, Array] | None:
     """Of the first derivatives, if the case is about second ones."""
-    if "mixed" in (case.family, case.of):
+    if case.computation == "mixed":
         return wide.cotangents
-    if _is_second(case):
+    if case.order == 2:
         return {"x": 2 * spec.vjp(case.config, wide.params, x, dy)["x"]}
     return None
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selfattn_core.conformance.cases.table import Case
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.questions.training import (
     Trajectory,
     problem,

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import Inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.verdicts.tolerance import FACTORS, Expectation, Verdict, expect_on, measure
 from selfattn_core.params import parameter_table
 from selfattn_core.porting.blocks.find import index_of

@@ -10,8 +10,8 @@ from flax import nnx
 
 import selfattn_flax
 from selfattn_core import SelfAttentionConfig
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_flax import linen
 
 CONFIG = SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=2)

@@ -9,8 +9,8 @@ from jax import export
 
 import selfattn_flax
 from selfattn_core import SelfAttentionConfig, spec
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_flax import linen
 
 EPS = float(np.finfo("float32").eps)

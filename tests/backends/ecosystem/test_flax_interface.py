@@ -12,8 +12,8 @@ from flax.nnx import spmd
 
 import selfattn_flax
 from selfattn_core import SelfAttentionConfig, spec
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_flax import linen
 
 CONFIG = SelfAttentionConfig(12, 3, 6, out_projection=True)

@@ -17,8 +17,8 @@ from jax.test_util import check_grads
 
 import selfattn_flax
 from selfattn_core import SelfAttentionConfig, spec
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_flax import linen
 
 CONFIG = SelfAttentionConfig(8, 2, 5, out_projection=True, kv_pool=2)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from selfattn_core import SelfAttentionConfig, spec
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_keras import SelfAttention2D, from_canonical, to_canonical
 
 CONFIG = SelfAttentionConfig(11, 3, 6, out_projection=True)

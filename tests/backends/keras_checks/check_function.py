@@ -10,7 +10,7 @@ import pytest
 
 from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec
 from selfattn_core.conformance import REGISTRY
-from selfattn_core.conformance.cases.table import Ability
+from selfattn_core.conformance.cases.computations import Ability
 from selfattn_keras import SelfAttention2D, from_canonical
 from selfattn_keras.conformance import Model, backend
 from selfattn_keras.projection import Projection

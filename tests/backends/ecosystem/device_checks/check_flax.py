@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import selfattn_flax
 from selfattn_core import SelfAttentionConfig, spec
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_flax import linen
 
 CONFIG = SelfAttentionConfig(12, 4, 6, out_projection=True, kv_pool=2)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from selfattn_core import SelfAttentionConfig
+from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_keras import from_canonical, to_canonical
 
 CONFIG = SelfAttentionConfig(12, 4, 6, out_projection=True, kv_pool=2)

@@ -1,0 +1,123 @@
+"""A case, and a run: one case in one dtype and layout."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.conformance.cases.computations import COMPUTATIONS, Ability, ComputationName
+from selfattn_core.conformance.cases.families import FAMILIES, FamilyName
+
+__all__ = ["DTYPES", "LAYOUTS", "SIXTEEN_BITS", "Case", "Layout", "Run"]
+
+Layout = Literal["channels_last", "channels_first"]
+
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+SIXTEEN_BITS = ("bfloat16", "float16")
+DTYPES = ("float32", "float64", *SIXTEEN_BITS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed, by which layer, on which input.
+
+    Args:
+        id: stable for ever; a case that changes gets a new one.
+        family: what is looked at.
+        title: what it is there to see.
+        config: the layer.
+        shape: (B, H, W) of the input.
+        gamma: the residual gain.
+        logits: standard deviation of the entries of q kᵀ.
+        constant: whether every position of the input is the same.
+        of: what it computes; "forward" stands for what its family computes.
+        dtypes: in which it is run.
+        second_shape: (B, H, W) of the other input of a "sizes" case.
+        integers: whether x and the weights are small multiples of a power of two: projections are exact, in 16 bits too,
+            and pooling windows hold equal values.
+        poison: (b, h, w, c) of the entry of x that is not finite, and what it is.
+        optimizer: what a "trajectory" takes its steps with.
+        eager: whether a "compiled" case asks for the layer uncompiled, operation by operation.
+        one_sign: whether no entry of x, dy and the weights of value and out projection is negative, so that sums over
+            positions grow with their number.
+        zero: projections whose kernel is zero.
+        view: of what x and dy are views: "strided" of every other column and channel of larger arrays, "transposed" of
+            channels-first memory; by default of nothing, they are contiguous.
+    """
+
+    id: str
+    family: FamilyName
+    title: str
+    config: SelfAttentionConfig
+    shape: tuple[int, int, int] = (2, 5, 7)
+    gamma: float = 0.7
+    logits: float = 3.0
+    constant: bool = False
+    of: ComputationName = "forward"
+    dtypes: tuple[str, ...] = ("float32", "float64")
+    second_shape: tuple[int, int, int] | None = None
+    integers: bool = False
+    poison: tuple[tuple[int, int, int, int], float] | None = None
+    optimizer: Literal["", "momentum", "adam"] = ""
+    eager: bool = False
+    one_sign: bool = False
+    zero: tuple[str, ...] = ()
+    view: Literal["", "strided", "transposed"] = ""
+
+    @property
+    def computation(self) -> ComputationName:
+        """What is computed, as a key of `COMPUTATIONS`.
+
+        Example:
+            >>> Case("mine", "vjp", "", SelfAttentionConfig(8)).computation
+            'vjp'
+        """
+        return FAMILIES[self.family].computes if self.of == "forward" else self.of
+
+    @property
+    def needs(self) -> frozenset[Ability]:
+        """The abilities that a backend must claim to be asked this case.
+
+        Example:
+            >>> sorted(Case("mine", "saved", "", SelfAttentionConfig(8)).needs)
+            ['forward', 'params', 'saved']
+        """
+        return frozenset(FAMILIES[self.family].needs + COMPUTATIONS[self.computation].needs)
+
+    @property
+    def order(self) -> int:
+        """The order of the derivatives that are computed, 0 for the function itself."""
+        return COMPUTATIONS[self.computation].order
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is asked in 16 bits alone."""
+        return set(self.dtypes) <= set(SIXTEEN_BITS)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One case in one dtype and layout."""
+
+    case: Case
+    dtype: str
+    layout: str
+
+    @property
+    def id(self) -> str:
+        """As in "SA-FWD-001/float32/channels_last"."""
+        return f"{self.case.id}/{self.dtype}/{self.layout}"
+
+    @property
+    def in_any_layout(self) -> bool:
+        """Whether a backend may answer in any layout it has: a second one would show nothing more."""
+        return self.dtype != "float32" or not FAMILIES[self.case.family].every_layout
+
+    def is_named(self, key: str) -> bool:
+        """Whether a key of `Backend.expected_failures` means this run.
+
+        Example:
+            >>> run = Run(Case("SA-FWD-001", "forward", "", SelfAttentionConfig(8)), "float32", "channels_last")
+            >>> run.id, run.is_named("SA-FWD-001/float32"), run.is_named("SA-FWD-001/float64")
+            ('SA-FWD-001/float32/channels_last', True, False)
+        """
+        return f"{self.id}/".startswith(f"{key}/")

@@ -1,0 +1,130 @@
+"""The families of cases: one row per family, read wherever families differ.
+
+The levels build on one another:
+
+| level | a backend that reaches it | families that it adds |
+|---|---|---|
+| core | computes the function, whatever is done to it | forward, map, sizes, batch, permutation, determinism, nonfinite |
+| training | can be trained, and its weights taken in and out | vjp, params, init, trajectory |
+| gan | can be trained under a gradient penalty | r1, mixed |
+| deploy | serves: in 16 bits, compiled, saved, in linear memory | dtype, compiled, saved, memory |
+
+A backend is asked an optional family, spectral_norm, per_sample or shipped, if it claims it. No level needs one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from selfattn_core.conformance.cases.computations import Ability, ComputationName
+
+__all__ = ["FAMILIES", "LEVELS", "Family", "FamilyName", "Level", "through"]
+
+Level = Literal["core", "training", "gan", "deploy"]
+FamilyName = Literal[
+    "forward",
+    "map",
+    "sizes",
+    "batch",
+    "permutation",
+    "determinism",
+    "nonfinite",
+    "vjp",
+    "params",
+    "init",
+    "trajectory",
+    "spectral_norm",
+    "r1",
+    "mixed",
+    "dtype",
+    "compiled",
+    "saved",
+    "per_sample",
+    "memory",
+    "shipped",
+]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table. `questions.ask` holds the question of each family.
+
+    Args:
+        level: the level that adds it.
+        title: what reports call it.
+        computes: what its cases compute, except those with an `of` of their own.
+        needs: the abilities that a backend must claim, beside those that the computation needs.
+        optional: whether a level is reached without it.
+        every_layout: whether its float32 cases are asked in every layout.
+        default_precision: whether it asks float32 for the framework's default precision, in a process of its own. All
+            other families ask for full precision.
+        golden: whether its values are written as golden vectors.
+        calibrated: whether `release.calibrate` measures its values.
+    """
+
+    level: Level
+    title: str
+    computes: ComputationName = "forward"
+    needs: tuple[Ability, ...] = ()
+    optional: bool = False
+    every_layout: bool = True
+    default_precision: bool = False
+    golden: bool = False
+    calibrated: bool = False
+
+
+FAMILIES: Mapping[FamilyName, Family] = {
+    "forward": Family("core", "forward", golden=True, calibrated=True),
+    "map": Family("core", "attention map", "map", golden=True, calibrated=True),
+    "sizes": Family("core", "two sizes", calibrated=True),
+    "batch": Family("core", "batch independence", calibrated=True),
+    "permutation": Family("core", "permuted positions", calibrated=True),
+    "determinism": Family("core", "determinism", calibrated=True),
+    "nonfinite": Family("core", "NaN and infinity", calibrated=True),
+    "vjp": Family("training", "gradients", "vjp", golden=True, calibrated=True),
+    "params": Family("training", "parameters", "params", every_layout=False),
+    "init": Family("training", "initialisation", "init", every_layout=False),
+    "trajectory": Family(
+        "training", "training, 200 steps", "trajectory", every_layout=False, calibrated=True
+    ),
+    "spectral_norm": Family(
+        "training",
+        "spectral norm",
+        needs=("spectral_norm", "forward"),
+        optional=True,
+        golden=True,
+        calibrated=True,
+    ),
+    "r1": Family("gan", "R1 penalty", "r1", ("r1",), golden=True, calibrated=True),
+    "mixed": Family("gan", "mixed second order", "mixed", golden=True, calibrated=True),
+    "dtype": Family("deploy", "16 bits", calibrated=True),
+    "compiled": Family("deploy", "compiled", needs=("compiled",)),
+    "saved": Family("deploy", "saved and loaded", "saved", every_layout=False),
+    "per_sample": Family("deploy", "per-sample gradients", "per_sample", optional=True, every_layout=False),
+    "memory": Family("deploy", "linear memory", needs=("memory",), every_layout=False),
+    "shipped": Family(
+        "deploy",
+        "default precision",
+        needs=("shipped",),
+        optional=True,
+        every_layout=False,
+        default_precision=True,
+    ),
+}
+
+LEVELS: Mapping[Level, tuple[FamilyName, ...]] = {
+    level: tuple(name for name, family in FAMILIES.items() if family.level == level)
+    for level in get_args(Level)
+}
+"""The families that each level adds to the one before."""
+
+
+def through(level: Level) -> tuple[FamilyName, ...]:
+    """The families of a level and of those below it.
+
+    Example:
+        >>> through("training")[-5:]
+        ('vjp', 'params', 'init', 'trajectory', 'spectral_norm')
+    """
+    reached = list(LEVELS)[: list(LEVELS).index(level) + 1]
+    return tuple(family for each in reached for family in LEVELS[each])
