@@ -11,12 +11,11 @@ An ulp here is eps times the largest wanted value, and grows with the logits bey
 does (from 1 on where the map is uniform, and the spec makes no such error); but not in 16 bits where queries and keys
 are exact, for what rounds their logits then is float32. Gradients of biases and of gamma are sums that cancel: their ulp
 is eps times the sum of their absolute terms (`spec.magnitudes`). What is exactly zero because all its terms cancel has
-the ulp of those terms (`vanishing.terms_through_the_map`), and where nearly all cancel they raise the cap.
+the ulp of those terms (`cancellation.terms_through_the_map`), and where nearly all cancel they raise the cap.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,10 @@ from numpy.typing import NDArray
 from selfattn_core import spec
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
 from selfattn_core.conformance.cases.table import SIXTEEN_BITS, Case
-from selfattn_core.conformance.mutants.edits import edited_spec
 from selfattn_core.conformance.questions.ask import answers
-from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.reference import FusedLayer, LayerReference, Reference
 from selfattn_core.conformance.verdicts.cancellation import terms_through_the_map
-from selfattn_core.conformance.verdicts.product_formats import FORMATS, spec_in
+from selfattn_core.conformance.verdicts.product_formats import FORMATS, rounding_layer
 
 __all__ = [
     "ALLOWANCES",
@@ -47,7 +45,6 @@ __all__ = [
     "expect_on",
     "expect_shipped",
     "expectations",
-    "fused",
     "judge",
     "measure",
 ]
@@ -160,7 +157,7 @@ def expect_on(case: Case, given: Inputs, noisy: Inputs, dtype: str) -> dict[str,
     reference = want if noisy is given else quantities(case, _cast(noisy), "float64")
     noises = [quantities(case, noisy, other)]
     if other == "float32":
-        noises.append(quantities(case, noisy, other, fused()))
+        noises.append(quantities(case, noisy, other, LayerReference(FusedLayer)))
     ratio = EPS[dtype] / EPS[other]
     with np.errstate(invalid="ignore"):
         errors = {
@@ -186,22 +183,9 @@ def expect_shipped(case: Case, label: str, seed: int = 0) -> dict[str, Expectati
     given = inputs(case, "float32", seed)
     wide = _cast(given)
     want = quantities(case, wide, "float64")
-    noise = quantities(case, given, "float32", Reference(spec_in(label)))
+    noise = quantities(case, given, "float32", LayerReference(rounding_layer(label)))
     errors = {name: _largest(noise[name].astype(np.float64) - value) for name, value in want.items()}
     return expectations(case, wide, want, errors, label)
-
-
-@cache
-def fused() -> Reference:
-    """The spec with the softmax and its first derivative as fused kernels compute them."""
-    quotient = "return np.asarray(weights / weights.sum(axis=-1, keepdims=True))"
-    logarithm = "np.log(weights.sum(axis=-1, keepdims=True))"
-    exponent = f"scores - (scores.max(axis=-1, keepdims=True) + {logarithm})"
-    edits = (
-        (quotient, f"return np.asarray(np.exp({exponent}))"),
-        ("self.D = _rowsum(layer.A * self.dA)", "self.D = _rowsum(self.G * layer.o)"),
-    )
-    return Reference(edited_spec("fused", edits))
 
 
 def expectations(
