@@ -23,13 +23,8 @@ from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.inputs import Inputs, rounded
 from selfattn_core.conformance.cases.table import SIXTEEN_BITS, Case
 from selfattn_core.conformance.reference import FusedLayer, LayerReference
-from selfattn_core.conformance.verdicts.tolerance import (
-    EPS,
-    FACTORS,
-    Expectation,
-    expectations,
-    quantities,
-)
+from selfattn_core.conformance.verdicts.expected import expectations, quantities
+from selfattn_core.conformance.verdicts.tolerance import EPS, FACTORS, Expectation
 from selfattn_core.spec import Layer
 from selfattn_core.verifying.questions import Question
 

@@ -13,6 +13,7 @@ from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.mutants.selftest import judge_in_process, small_runs
 from selfattn_core.conformance.mutants.shipped import RoundsOperands
 from selfattn_core.conformance.reference import LayerReference, Reference
+from selfattn_core.conformance.verdicts.expected import expect, expect_shipped, quantities
 from selfattn_core.conformance.verdicts.product_formats import (
     FORMATS,
     coarsest,
@@ -20,13 +21,7 @@ from selfattn_core.conformance.verdicts.product_formats import (
     measured,
     rounding_layer,
 )
-from selfattn_core.conformance.verdicts.tolerance import (
-    FACTORS,
-    SHIPPED_FACTORS,
-    expect,
-    expect_shipped,
-    quantities,
-)
+from selfattn_core.conformance.verdicts.tolerance import FACTORS, SHIPPED_FACTORS
 
 LABELS = list(FORMATS)
 RUNS = [run for run in small_runs(["shipped"]) if run.case.of in ("forward", "r1")]

@@ -12,7 +12,7 @@ from selfattn_core.conformance.mutants.edits import edited_spec
 from selfattn_core.conformance.mutants.selftest import judge_in_process, self_test, small_runs
 from selfattn_core.conformance.reference import FusedLayer, LayerReference, Reference
 from selfattn_core.conformance.report import as_data, as_table
-from selfattn_core.conformance.verdicts.tolerance import quantities
+from selfattn_core.conformance.verdicts.expected import quantities
 
 EMPTY = [run for run in small_runs(["vjp"]) if 0 in run.case.shape]
 

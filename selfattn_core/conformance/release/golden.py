@@ -31,7 +31,8 @@ from selfattn_core.conformance.cases.table import CASES, Case
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.reference import FusedLayer, LayerReference, Reference
 from selfattn_core.conformance.release.decimals import fifty_digits, to_decimals, to_floats, to_singles
-from selfattn_core.conformance.verdicts.tolerance import FACTOR, expectations
+from selfattn_core.conformance.verdicts.expected import expectations
+from selfattn_core.conformance.verdicts.tolerance import FACTOR
 from selfattn_core.files.writing import write_atomically
 
 __all__ = ["EDITION", "FORMAT", "SUMS", "differences", "golden_cases", "vector", "write"]
