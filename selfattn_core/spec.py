@@ -110,7 +110,7 @@ def forward(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array) 
         >>> bool((forward(config, init_params(config, seed=0), x) == x).all())  # gamma is 0 at first
         True
     """
-    layer = _Layer(config, params, x)
+    layer = Layer(config, params, x)
     return layer.unflatten(layer.store(layer.gamma * layer.z + layer.x))
 
 
@@ -137,7 +137,7 @@ def attention_map(config: SelfAttentionConfig, params: Mapping[str, Array], x: A
         array([0.16666667, 0.16666667, 0.16666667, 0.16666667, 0.16666667,
                0.16666667], dtype=float32)
     """
-    layer = _Layer(config, params, x)
+    layer = Layer(config, params, x)
     return layer.A.astype(layer.dtype)
 
 
@@ -164,7 +164,7 @@ def vjp(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array, dy: 
         >>> vjp(config, init_params(config, seed=0, dtype=np.float64), x, x)["gamma"].shape
         (1,)
     """
-    return _FirstOrder(_Layer(config, params, x), dy).gradients()
+    return FirstOrder(Layer(config, params, x), dy).gradients()
 
 
 def vjp_of_vjp(
@@ -198,8 +198,8 @@ def vjp_of_vjp(
         >>> bool((vjp_of_vjp(config, params, x, x, {"x": x})["dy"] == x).all())  # gamma = 0: dx = dy
         True
     """
-    layer = _Layer(config, params, x)
-    return _SecondOrder(layer, _FirstOrder(layer, dy), cotangents).gradients()
+    layer = Layer(config, params, x)
+    return SecondOrder(layer, FirstOrder(layer, dy), cotangents).gradients()
 
 
 def r1(
@@ -230,10 +230,10 @@ def r1(
         >>> r1(config, init_params(config, seed=0, dtype=np.float64), x, x)[0]  # gamma = 0: the gradient is w
         48.0
     """
-    layer = _Layer(config, params, x)
-    first = _FirstOrder(layer, w)
+    layer = Layer(config, params, x)
+    first = FirstOrder(layer, w)
     dx = first.dx
-    gradients = _SecondOrder(layer, first, {"x": layer.unflatten(2 * dx)}).gradients()
+    gradients = SecondOrder(layer, first, {"x": layer.unflatten(2 * dx)}).gradients()
     del gradients["dy"]
     return float(np.sum(dx * dx)), gradients
 
@@ -302,16 +302,16 @@ def magnitudes(
         >>> sorted(magnitudes(config, init_params(config, seed=0, dtype=np.float64), x, x))
         ['gamma', 'key.bias', 'logits', 'query.bias', 'value.bias']
     """
-    layer = _Layer(config, params, x)
+    layer = Layer(config, params, x)
     found = {"logits": float(np.abs(layer.q @ _transpose(layer.k)).max(initial=0))}
     if dy is None:
         return found
-    order: _FirstOrder | _SecondOrder
-    order = first = _FirstOrder(layer, dy)
+    order: FirstOrder | SecondOrder
+    order = first = FirstOrder(layer, dy)
     z = layer.z
     gain = layer.gamma
     if cotangents is not None:
-        order = second = _SecondOrder(layer, first, cotangents)
+        order = second = SecondOrder(layer, first, cotangents)
         z, gain = second.dot_z, second.dot_gamma
     terms = dict(order.projected)
     if config.out_projection:
@@ -323,7 +323,7 @@ def magnitudes(
     return found | {"gamma": float(np.abs(first.g * z).sum())}
 
 
-class _Layer:
+class Layer:
     """The forward pass, with what the derivatives reuse; maps are flattened to (B, N, ·)."""
 
     def __init__(self, config: SelfAttentionConfig, params: Mapping[str, Array], x: Array) -> None:
@@ -352,9 +352,17 @@ class _Layer:
         self.key_winners, self.value_winners = self.pool.winners(key), self.pool.winners(value)
         self.k = self.pool.gather(key, self.key_winners)
         self.v = self.pool.gather(value, self.value_winners)
+        self.attend(config)
+
+    def attend(self, config: SelfAttentionConfig) -> None:
+        """A, o and z."""
         self.A = _softmax(self.q @ _transpose(self.k))
         self.o = self.store(self.A @ self.v)
         self.z = self.project("out", self.o) if config.out_projection else self.o
+
+    def row_sums(self, dA: Array, G: Array) -> Array:  # noqa: ARG002 - another layer may use rowsum(G∘o), which is equal
+        """D."""
+        return _rowsum(self.A * dA)
 
     def flatten(self, maps: Array) -> Array:
         """(B, H, W, C) to (B, N, C), in the dtype of the arithmetic."""
@@ -411,15 +419,15 @@ def _checked(config: SelfAttentionConfig, params: Mapping[str, Array]) -> dict[s
     return {name: arrays[name].reshape(array.shape) for name, array in fitting.items()}
 
 
-class _FirstOrder:
+class FirstOrder:
     """Section "First derivatives" of the module docstring, line by line."""
 
-    def __init__(self, layer: _Layer, dy: Array) -> None:
+    def __init__(self, layer: Layer, dy: Array) -> None:
         self.layer = layer
         self.g = layer.flatten(layer.check("dy", dy, layer.shape))
         self.G = layer.gamma * layer.back_through_out(self.g)
         self.dA = self.G @ _transpose(layer.v)
-        self.D = _rowsum(layer.A * self.dA)
+        self.D = layer.row_sums(self.dA, self.G)
         self.dS = layer.A * (self.dA - self.D)
         self.projected = {
             "query": self.dS @ layer.k,
@@ -446,10 +454,10 @@ class _FirstOrder:
         return _named(layer, {"x": layer.unflatten(self.dx)}, gradients)
 
 
-class _SecondOrder:
+class SecondOrder:
     """Section "Second derivatives" of the module docstring, line by line."""
 
-    def __init__(self, layer: _Layer, first: _FirstOrder, cotangents: Mapping[str, Array]) -> None:
+    def __init__(self, layer: Layer, first: FirstOrder, cotangents: Mapping[str, Array]) -> None:
         self.layer, self.first = layer, first
         shapes = {"x": layer.shape} | {name: row.shape for name, row in parameter_table(layer.config).items()}
         if unknown := sorted(set(cotangents) - set(shapes)):
@@ -590,7 +598,7 @@ class _Pool:
         if winners is None:
             return pooled
         batch, _, width = pooled.shape
-        rows = np.zeros((batch, self.height * self.width, width), pooled.dtype)
+        rows = np.zeros_like(pooled, order="C", shape=(batch, self.height * self.width, width))
         np.put_along_axis(rows, winners, pooled, axis=1)
         return rows
 
@@ -625,6 +633,6 @@ def _total(rows: Array) -> Array:
     return np.asarray(rows.sum(axis=(0, 1)))
 
 
-def _named(layer: _Layer, maps: dict[str, Array], gradients: Mapping[str, Array]) -> dict[str, Array]:
+def _named(layer: Layer, maps: dict[str, Array], gradients: Mapping[str, Array]) -> dict[str, Array]:
     """The maps, then the gradients of the parameters that the config has, in the order of the table."""
     return maps | {name: gradients[name].astype(layer.dtype) for name in parameter_table(layer.config)}

@@ -6,7 +6,8 @@ import numpy as np
 
 from examples.digits.data import Digits
 from examples.digits.numpy_model import Classifier
-from selfattn_core.viz import draw_attention, save_figure, unflatten
+from selfattn_core.maps import unflatten
+from selfattn_core.viz import draw_attention, save_figure
 
 DRAWN = (3, 5, 8)
 """The digits, the first held-out image of each."""

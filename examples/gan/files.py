@@ -20,7 +20,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from examples.gan.settings import CLASSES, LATENT, WIDTHS
-from selfattn_core.weights import write_atomically
+from selfattn_core.files.writing import write_atomically
 
 __all__ = [
     "ATTENTION",

@@ -5,8 +5,8 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
+from selfattn_core.files.writing import write_atomically
 from selfattn_core.installed import missing_modules
-from selfattn_core.weights import write_atomically
 
 __all__ = ["HISTORY", "Journal", "read"]
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from examples.gan.settings import CLASSES
+from selfattn_core.files.writing import write_atomically
 from selfattn_core.viz import save_animation
-from selfattn_core.weights import write_atomically
 
 __all__ = ["POINTS", "Snapshot", "save_map_animation", "save_sheet"]
 

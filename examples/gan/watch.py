@@ -12,7 +12,7 @@ from examples.digits import data
 from examples.gan.pictures import save_map_animation, save_sheet
 from examples.gan.quality import Quality, measure
 from examples.gan.settings import CLASSES, LATENT
-from selfattn_core.weights import write_atomically
+from selfattn_core.files.writing import write_atomically
 
 __all__ = ["FILM", "SHEET", "Watch"]
 

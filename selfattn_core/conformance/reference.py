@@ -1,4 +1,4 @@
-"""The spec behind the protocol of the kit: what says the right answer to every case, and what broken copies are made of."""
+"""The spec as a backend of the kit, and variants of it that compute some steps in another arithmetic."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from selfattn_core import spec
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_core.params import init_params
+from selfattn_core.spec import FirstOrder, Layer, SecondOrder
 
-__all__ = ["Model", "Reference"]
+__all__ = ["FusedLayer", "LayerReference", "Model", "Reference"]
 
 Array = NDArray[Any]
 
@@ -159,3 +160,74 @@ class Reference:
         each = [self.vjp(model, x[b : b + 1], dy[b : b + 1]) for b in range(x.shape[0])]
         gathered = {name: np.stack([gradients[name] for gradients in each]) for name in each[0]}
         return gathered | {"x": gathered["x"][:, 0]}
+
+
+class LayerReference(Reference):
+    """The spec with another layer: a subclass that computes some steps in another arithmetic.
+
+    Args:
+        layer: a subclass of `selfattn_core.spec.Layer`.
+
+    Example:
+        >>> config = SelfAttentionConfig(8)
+        >>> reference = LayerReference(FusedLayer)
+        >>> model = reference.build(config, init_params(config, seed=0), "float32", "channels_last")
+        >>> reference.attention_map(model, np.zeros((1, 1, 2, 8), np.float32))
+        array([[[0.5, 0.5],
+                [0.5, 0.5]]], dtype=float32)
+    """
+
+    def __init__(self, layer: type[Layer]) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, model: Model, x: Array) -> Array:
+        """The output y."""
+        layer = self.layer(*self.arguments(model, x))
+        return layer.unflatten(layer.store(layer.gamma * layer.z + layer.x))
+
+    def attention_map(self, model: Model, x: Array) -> Array:
+        """The map A."""
+        layer = self.layer(*self.arguments(model, x))
+        return layer.A.astype(layer.dtype)
+
+    def vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
+        """First derivatives."""
+        return self._first_order(model, x, dy).gradients()
+
+    def r1(self, model: Model, x: Array, w: Array) -> tuple[float, dict[str, Array]]:
+        """The penalty and its gradient."""
+        first = self._first_order(model, x, w)
+        gradients = SecondOrder(first.layer, first, {"x": first.layer.unflatten(2 * first.dx)}).gradients()
+        del gradients["dy"]
+        return float(np.sum(first.dx * first.dx)), gradients
+
+    def vjp_of_vjp(
+        self, model: Model, x: Array, dy: Array, cotangents: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Second derivatives."""
+        given = {name: array.astype(model.params["gamma"].dtype) for name, array in cotangents.items()}
+        first = self._first_order(model, x, dy)
+        return SecondOrder(first.layer, first, given).gradients()
+
+    def _first_order(self, model: Model, x: Array, dy: Array) -> FirstOrder:
+        config, params, maps, gradient = self.arguments(model, x, dy)
+        return FirstOrder(self.layer(config, params, maps), gradient)
+
+
+class FusedLayer(Layer):
+    """The spec's layer as fused kernels compute it: exp(s − log Σ exp s), and D from the output. Both are correct."""
+
+    def attend(self, config: SelfAttentionConfig) -> None:
+        """A, o and z."""
+        scores = self.q @ self.k.mT
+        largest = scores.max(axis=-1, keepdims=True)
+        self.A = np.asarray(
+            np.exp(scores - (largest + np.log(np.exp(scores - largest).sum(axis=-1, keepdims=True))))
+        )
+        self.o = self.store(self.A @ self.v)
+        self.z = self.project("out", self.o) if config.out_projection else self.o
+
+    def row_sums(self, dA: Array, G: Array) -> Array:  # noqa: ARG002 - this is the other way
+        """D."""
+        return np.asarray((G * self.o).sum(axis=-1, keepdims=True))

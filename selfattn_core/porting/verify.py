@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from selfattn_core import spec
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.backends import REGISTRY
+from selfattn_core.conformance.cases.case import Case
+from selfattn_core.conformance.cases.inputs import Inputs
 from selfattn_core.conformance.execution.environment import environment
-from selfattn_core.conformance.verdicts.tolerance import ALLOWANCES, CAPS, FACTOR
+from selfattn_core.conformance.verdicts.expected import expect_on
+from selfattn_core.conformance.verdicts.tolerance import FACTORS, measure
 from selfattn_core.installed import missing_modules
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.scratch import scratch_folder
@@ -78,23 +81,16 @@ def check_output(
         x: (B, H, W, C).
         y: (B, H, W, C), by another implementation; its precision is the coarser of its dtype and the parameters'.
     """
-    wide = {key: array.astype(np.float64) for key, array in params.items()}
-    want = spec.forward(config, wide, x.astype(np.float64))
     dtypes = (y.dtype, params["gamma"].dtype)
-    coarse = max((dtype for dtype in dtypes if dtype.kind == "f"), key=lambda dtype: np.finfo(dtype).eps)
-    eps = float(np.finfo(coarse).eps)
-    narrow = spec.forward(
-        config, {key: array.astype(np.float32) for key, array in params.items()}, x.astype(np.float32)
-    )
-    noise = float(np.abs(narrow - want).max(initial=0)) * eps / float(np.finfo(np.float32).eps)
-    growth = max(1.0, spec.magnitudes(config, wide, x.astype(np.float64))["logits"] / 8.0)
-    ulp = eps * float(np.abs(want).max(initial=0)) * growth
-    floor = noise + ALLOWANCES["forward"] * ulp
-    limit = min(FACTOR * floor, CAPS["forward"] * ulp)
-    difference = np.abs(y.astype(np.float64) - want)
-    error = float(difference.max(initial=0)) if np.isfinite(difference).all() else np.inf
-    attention = float(np.abs(want - x).max(initial=0))
-    detail = f"largest error {error:.2g}, at most {limit:.2g} is the noise of {coarse}"
+    coarse = str(max((dtype for dtype in dtypes if dtype.kind == "f"), key=lambda dtype: np.finfo(dtype).eps))
+    case = Case(name, "forward", name, config, x.shape[:3], dtypes=(coarse,))
+    noisy = "float16" if coarse == "float16" else "float32"
+    given, narrow = (_inputs(params, x, dtype) for dtype in ("float64", noisy))
+    expectation = expect_on(case, given, narrow, coarse)["y"]
+    verdict = measure("y", y.astype(np.float64), expectation, FACTORS[coarse])
+    limit = min(FACTORS[coarse] * expectation.floor, expectation.cap)
+    attention = float(np.abs(expectation.want - x).max(initial=0))
+    detail = f"largest error {verdict.error:.2g}, at most {limit:.2g} is the noise of {coarse}"
     if attention <= limit:
         return Check(
             name,
@@ -102,7 +98,12 @@ def check_output(
             f"the noise of {coarse} ({limit:.2g}) is larger than what the layer adds ({attention:.2g}): whatever it computed "
             "would pass",
         )
-    return Check(name, "passed" if error <= limit else "failed", detail)
+    return Check(name, "passed" if verdict.passed else "failed", detail)
+
+
+def _inputs(params: Mapping[str, Array], x: Array, dtype: str) -> Inputs:
+    maps = x.astype(dtype)
+    return Inputs({name: array.astype(dtype) for name, array in params.items()}, maps, np.zeros_like(maps))
 
 
 def check_framework(dialect: str, blocks: Mapping[str, Layer]) -> list[Check]:

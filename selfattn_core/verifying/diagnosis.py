@@ -13,7 +13,8 @@ from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import Inputs
 from selfattn_core.conformance.mutants import function
 from selfattn_core.conformance.reference import Reference
-from selfattn_core.conformance.verdicts.tolerance import Expectation, measure, quantities
+from selfattn_core.conformance.verdicts.expected import quantities
+from selfattn_core.conformance.verdicts.tolerance import Expectation, measure
 from selfattn_core.params import parameter_table
 
 __all__ = ["Evidence", "diagnose"]

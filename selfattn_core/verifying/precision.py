@@ -14,7 +14,6 @@ the errors above and of that of the definition with sums in that order, and the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,10 @@ from numpy.typing import NDArray
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import SIXTEEN_BITS, Case
 from selfattn_core.conformance.cases.inputs import Inputs, rounded
-from selfattn_core.conformance.mutants.edits import edited_spec
-from selfattn_core.conformance.reference import Reference
-from selfattn_core.conformance.verdicts.tolerance import (
-    EPS,
-    FACTORS,
-    Expectation,
-    expectations,
-    fused,
-    quantities,
-)
+from selfattn_core.conformance.reference import FusedLayer, LayerReference
+from selfattn_core.conformance.verdicts.expected import expectations, quantities
+from selfattn_core.conformance.verdicts.tolerance import EPS, FACTORS, Expectation
+from selfattn_core.spec import Layer
 from selfattn_core.verifying.questions import Question
 
 __all__ = ["INT8_FACTOR", "PRECISIONS", "expected", "factor", "found_precision", "held"]
@@ -167,12 +160,15 @@ def _case(
 def _error(case: Case, wide: Inputs, want: Array, precision: str, *, in_turn: bool) -> float:
     """The largest error that the definition makes in this format; float64 and bfloat16 borrow that of another, as in the kit."""
     if precision == "int8":
-        noises = [quantities(case, _in(wide, "float32"), "float32", _eight_bits())]
+        noises = [quantities(case, _in(wide, "float32"), "float32", LayerReference(_EightBits))]
         ratio = 1.0
     elif precision in ("float64", "float32"):
         narrow = _in(wide, "float32")
-        noises = [quantities(case, narrow, "float32"), quantities(case, narrow, "float32", fused())]
-        noises += [quantities(case, narrow, "float32", _in_turn())] if in_turn else []
+        noises = [
+            quantities(case, narrow, "float32"),
+            quantities(case, narrow, "float32", LayerReference(FusedLayer)),
+        ]
+        noises += [quantities(case, narrow, "float32", LayerReference(_InTurn))] if in_turn else []
         ratio = EPS[precision] / EPS["float32"]
     else:
         noises = [quantities(case, _in(wide, "float16"), "float16")]
@@ -191,40 +187,38 @@ def _in(wide: Inputs, dtype: str) -> Inputs:
     return Inputs({name: cast(value) for name, value in wide.params.items()}, cast(wide.x), cast(wide.dy))
 
 
-@cache
-def _in_turn() -> Reference:
-    """The definition with sums over keys made one key after the other."""
-    attended = (
-        "sum((self.A[:, :, m : m + 1] * self.v[:, m : m + 1] for m in range(self.v.shape[1])), "
-        "np.zeros_like(self.A[:, :, :1] * self.v[:, :1]))"
-    )
-    edits = (
-        (
-            "weights / weights.sum(axis=-1, keepdims=True)",
-            "weights / np.add.accumulate(weights, axis=-1)[..., -1:]",
-        ),
-        ("self.o = self.store(self.A @ self.v)", f"self.o = self.store({attended})"),
-    )
-    return Reference(edited_spec("keys in turn", edits))
+class _InTurn(Layer):
+    """The spec's layer with sums over keys made one key after the other."""
+
+    def attend(self, config: SelfAttentionConfig) -> None:
+        scores = self.q @ self.k.mT
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        self.A = weights / np.add.accumulate(weights, axis=-1)[..., -1:]
+        terms = (self.A[:, :, m : m + 1] * self.v[:, m : m + 1] for m in range(self.v.shape[1]))
+        self.o = self.store(sum(terms, np.zeros_like(self.A[:, :, :1] * self.v[:, :1])))
+        self.z = self.project("out", self.o) if config.out_projection else self.o
 
 
-@cache
-def _eight_bits() -> Reference:
-    """The definition with 256 levels wherever something is stored, and in the kernels."""
-    levels = (
-        "(lambda values: values.min() + np.rint((values - values.min()) / (step := max((values.max() - values.min()) / 255, "
-        "1e-30))) * step)"
-    )
-    edits = (
-        (
-            "return values.astype(self.dtype).astype(self.arithmetic)",
-            f"return {levels}(values) if values.size else values",
-        ),
-        ("return _Kernel(kernel)\n        u, v", f"return _Kernel({levels}(kernel))\n        u, v"),
-        (
-            "self.A = _softmax(self.q @ _transpose(self.k))",
-            "self.A = self.store(_softmax(self.q @ _transpose(self.k)))",
-        ),
-        ("self.x = self.flatten(x)", "self.x = self.store(self.flatten(x))"),
-    )
-    return Reference(edited_spec("eight bits", edits))
+class _EightBits(Layer):
+    """The spec's layer with 256 levels wherever something is stored, and in the kernels."""
+
+    def flatten(self, maps: Array) -> Array:
+        return self.store(super().flatten(maps))
+
+    def kernel(self, name: str) -> Array:
+        kernel = super().kernel(name)
+        # A kernel that is divided by its norm is stored.
+        return kernel if self.config.spectral_norm else self.store(kernel)
+
+    def attend(self, config: SelfAttentionConfig) -> None:
+        super().attend(config)
+        self.A = self.store(self.A)
+        self.o = self.store(self.A @ self.v)
+        self.z = self.project("out", self.o) if config.out_projection else self.o
+
+    def store(self, values: Array) -> Array:
+        if not values.size:
+            return values
+        low = values.min()
+        step = max((values.max() - low) / 255, 1e-30)
+        return np.asarray(low + np.rint((values - low) / step) * step)

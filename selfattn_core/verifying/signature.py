@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.protocol import Layout
+from selfattn_core.conformance.cases.case import Layout
 from selfattn_core.verifying.artifact import Tensor
 from selfattn_core.verifying.errors import VerifyError
 from selfattn_core.verifying.process import Description

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.conformance.protocol import Layout
+from selfattn_core.conformance.cases.case import Layout
 from selfattn_core.conformance.verdicts.tolerance import Expectation, measure
 from selfattn_core.files.features import read_features
 from selfattn_core.installed import missing_modules

@@ -10,7 +10,8 @@ import selfattn_torch
 from selfattn_core import spec
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import CASES
-from selfattn_core.conformance.verdicts.tolerance import expect, judge
+from selfattn_core.conformance.verdicts.expected import expect
+from selfattn_core.conformance.verdicts.tolerance import judge
 from selfattn_flax import linen
 
 # 5×7 positions of 2 samples: without pooling, pooled by 2 with a row and a column left over, pooled by 3.

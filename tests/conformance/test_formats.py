@@ -1,5 +1,9 @@
 """What a framework does to float32 by default is measured, and a layer is held to as much."""
 
+import ast
+import inspect
+from types import ModuleType
+
 import numpy as np
 import pytest
 
@@ -9,8 +13,16 @@ from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.execution.in_process import judge_in_process
 from selfattn_core.conformance.mutants.selftest import small_runs
 from selfattn_core.conformance.mutants.shipped import RoundsOperands
-from selfattn_core.conformance.verdicts.product_formats import FORMATS, coarsest, kept_bits, measured, spec_in
-from selfattn_core.conformance.verdicts.tolerance import FACTORS, SHIPPED_FACTORS, expect, expect_shipped
+from selfattn_core.conformance.reference import LayerReference, Reference
+from selfattn_core.conformance.verdicts.expected import expect, expect_shipped, quantities
+from selfattn_core.conformance.verdicts.product_formats import (
+    FORMATS,
+    coarsest,
+    kept_bits,
+    measured,
+    rounding_layer,
+)
+from selfattn_core.conformance.verdicts.tolerance import FACTORS, SHIPPED_FACTORS
 
 LABELS = list(FORMATS)
 RUNS = [run for run in small_runs(["shipped"]) if run.case.of in ("forward", "r1")]
@@ -47,12 +59,45 @@ def test_the_coarsest_counts():
 def test_float32_is_the_spec_itself_and_has_its_limits():
     case = RUNS[0].case
     given = inputs(case, "float32")
-    answers = [module.forward(case.config, given.params, given.x) for module in (spec, spec_in("float32"))]
+    references = (Reference(), LayerReference(rounding_layer("float32")))
+    answers = [quantities(case, given, "float32", each)["y"] for each in references]
     assert answers[0].tobytes() == answers[1].tobytes()
     wanted, shipped = expect(case, "float32"), expect_shipped(case, "float32")
     assert [(each.floor, each.cap) for each in wanted.values()] == [
         (each.floor, each.cap) for each in shipped.values()
     ]
+
+
+class EveryProduct(ast.NodeTransformer):
+    """Replaces every `left @ right` by a call."""
+
+    def visit_BinOp(self, node):
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.MatMult):
+            return node
+        return ast.copy_location(
+            ast.Call(ast.Name("rounded_product", ast.Load()), [node.left, node.right], []), node
+        )
+
+
+def spec_with_every_product_in(label):
+    module = ModuleType(spec.__name__)
+    module.rounded_product = lambda left, right: kept_bits(left, label) @ kept_bits(right, label)
+    tree = ast.fix_missing_locations(EveryProduct().visit(ast.parse(inspect.getsource(spec))))
+    exec(compile(tree, "<every product>", "exec"), module.__dict__)  # noqa: S102
+    return module
+
+
+@pytest.mark.parametrize("label", ["tf32", "bf16 truncated"])
+def test_every_product_of_the_spec_rounds_its_operands(label):
+    whole, layer = Reference(spec_with_every_product_in(label)), LayerReference(rounding_layer(label))
+    chosen = ("forward", "map", "vjp", "r1", "mixed", "spectral_norm")
+    for case in CASES:
+        if case.family in chosen and case.of not in ("init", "params") and np.prod(case.shape[1:]) < 100:
+            given = inputs(case, "float32")
+            found, wanted = (quantities(case, given, "float32", each) for each in (layer, whole))
+            for name, want in wanted.items():
+                assert np.asarray(found[name]).tobytes() == np.asarray(want).tobytes(), (case.id, name)
 
 
 @pytest.mark.parametrize(

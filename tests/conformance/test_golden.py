@@ -27,7 +27,8 @@ from selfattn_core.conformance.release.decimals import (
     to_singles,
 )
 from selfattn_core.conformance.verdicts.cancellation import terms_through_the_map
-from selfattn_core.conformance.verdicts.tolerance import FACTOR, expect
+from selfattn_core.conformance.verdicts.expected import expect
+from selfattn_core.conformance.verdicts.tolerance import FACTOR
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "golden-vectors"

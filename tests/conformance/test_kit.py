@@ -29,7 +29,8 @@ from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.report import as_data, as_table
 from selfattn_core.conformance.results import BackendReport, Outcome
 from selfattn_core.conformance.verdicts.compare import compare
-from selfattn_core.conformance.verdicts.tolerance import CAPS, EPS, FACTOR, FACTORS, _terms, expect, judge
+from selfattn_core.conformance.verdicts.expected import _terms, expect
+from selfattn_core.conformance.verdicts.tolerance import CAPS, EPS, FACTOR, FACTORS, judge
 
 HERE = Path(__file__).parent
 ASKED = ("forward", "map", "vjp", "r1", "params")

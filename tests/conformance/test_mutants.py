@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from selfattn_core.conformance.cases.families import FAMILIES
+from selfattn_core.conformance.cases.inputs import inputs
+from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.execution.in_process import judge_in_process
 from selfattn_core.conformance.mutants import MUTANTS, Mutant, edited, selftest
 from selfattn_core.conformance.mutants.edits import edited_spec
 from selfattn_core.conformance.mutants.selftest import self_test, small_runs
-from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.reference import FusedLayer, LayerReference, Reference
 from selfattn_core.conformance.report import as_data, as_table
+from selfattn_core.conformance.verdicts.expected import quantities
 
 EMPTY = [run for run in small_runs(["vjp"]) if 0 in run.case.shape]
 
@@ -133,7 +136,7 @@ def test_the_command_fails_if_one_survives(monkeypatch):
 QUOTIENT = "return np.asarray(weights / weights.sum(axis=-1, keepdims=True))"
 LOGARITHM = "scores.max(axis=-1, keepdims=True) + np.log(weights.sum(axis=-1, keepdims=True))"
 OTHER_SOFTMAX = (QUOTIENT, f"return np.asarray(np.exp(scores - ({LOGARITHM})))")
-OTHER_ROW_SUM = ("self.D = _rowsum(layer.A * self.dA)", "self.D = _rowsum(self.G * layer.o)")
+OTHER_ROW_SUM = ("return _rowsum(self.A * dA)", "return _rowsum(G * self.o)")
 
 
 # Where derivatives of few keys nearly cancel, these were taken for wrong as long as there was but one noise floor.
@@ -149,3 +152,20 @@ def test_the_arithmetic_of_fused_kernels_survives(edits, seed):
     outcomes = list(judge_in_process(right, runs, seed))
     assert len(outcomes) == len(runs) > 50
     assert [outcome.message for outcome in outcomes if outcome.status != "pass"] == []
+
+
+@pytest.mark.parametrize(
+    "id_", ["SA-FWD-006", "SA-MAP-001", "SA-VJP-006", "SA-GAN-001", "SA-MIX-001", "SA-SPN-004"]
+)
+def test_the_fused_layer_is_the_spec_but_for_two_lines(id_):
+    case = next(case for case in CASES if case.id == id_)
+    given = inputs(case, "float32")
+    edited_one = Reference(edited_spec("fused", (OTHER_SOFTMAX, OTHER_ROW_SUM)))
+    found, wanted, plain = (
+        quantities(case, given, "float32", each)
+        for each in (LayerReference(FusedLayer), edited_one, Reference())
+    )
+    assert {name: np.asarray(each).tobytes() for name, each in found.items()} == {
+        name: np.asarray(each).tobytes() for name, each in wanted.items()
+    }
+    assert any((found[name] != plain[name]).any() for name in plain)

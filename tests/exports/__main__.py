@@ -11,7 +11,7 @@ from pathlib import Path
 
 from selfattn_core.cli.exit_codes import CHECK_FAILED, MISSING
 from selfattn_core.cli.guard import ended_by_signals
-from selfattn_core.weights import write_atomically
+from selfattn_core.files.writing import write_atomically
 from tests.exports.cells import EXPORTERS, FORMS
 from tests.exports.page import in_page, table
 from tests.exports.sweep import Cell, kept, sweep

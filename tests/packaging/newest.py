@@ -133,7 +133,7 @@ def main() -> int:
 
     # Only now are they sure to be there.
     from selfattn_core.cli.exit_codes import MISSING
-    from selfattn_core.weights import write_atomically
+    from selfattn_core.files.writing import write_atomically
 
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.unlink(missing_ok=True)

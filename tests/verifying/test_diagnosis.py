@@ -8,7 +8,8 @@ from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
 from selfattn_core.conformance.mutants import function
 from selfattn_core.conformance.reference import Reference
-from selfattn_core.conformance.verdicts.tolerance import measure, quantities
+from selfattn_core.conformance.verdicts.expected import quantities
+from selfattn_core.conformance.verdicts.tolerance import measure
 from selfattn_core.params import refresh_spectral_norm
 from selfattn_core.verifying.diagnosis import Evidence, diagnose
 from selfattn_core.verifying.precision import expected, factor

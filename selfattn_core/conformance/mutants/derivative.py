@@ -107,7 +107,7 @@ MUTANTS: tuple[Mutant, ...] = (
     edited(
         "penalty whose gradient stops at dx",
         "r1",
-        ("_SecondOrder(layer, first, " + _TWO + ")", "_SecondOrder(layer, first, {})"),
+        ("SecondOrder(layer, first, " + _TWO + ")", "SecondOrder(layer, first, {})"),
     ),
     edited("second order: row sum of U missing", "r1", ("centred = U - _rowsum(A * U)", "centred = U")),
     edited("second order: row sum of X missing", "r1", (_DOT_DS, "dot_dS = A * X")),

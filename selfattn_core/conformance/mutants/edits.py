@@ -1,4 +1,4 @@
-"""Other versions of the spec, made of its own text: broken ones, and ones that are as right."""
+"""Broken versions of the spec, made of its own text."""
 
 import inspect
 from types import ModuleType

@@ -26,7 +26,7 @@ _COLUMN_MAJOR = (
 )
 _NEIGHBOURS = (
     "scores = self.q @ _transpose(self.k); n = np.arange(scores.shape[1]); m = np.arange(scores.shape[2]); "
-    "width = x.shape[2]; "
+    "width = self.shape[2]; "
     "self.A = _softmax(scores if config.kv_pool > 1 else np.where({}, scores, -np.inf).astype(scores.dtype))"
 )
 
@@ -74,7 +74,7 @@ MUTANTS: tuple[Mutant, ...] = (
         (_O, f"{_O}; self.o = {_UNTRANSPOSED}(self.o)"),
         seen_in="segmentation_models_pytorch, PABBlock",
     ),
-    edited("unflattened as (W, H)", "forward", (_O, f"{_O}; self.o = {_COLUMN_MAJOR}(self.o)")),
+    edited("unflattened as (W, H)", "forward", (_O, f"{_O}; x = self; self.o = {_COLUMN_MAJOR}(self.o)")),
     edited("query flattened as (W, H)", "forward", (_Q, f"{_Q}; self.q = {_COLUMN_MAJOR}(self.q)")),
     edited(
         "map indexed as w·H + h, y right",

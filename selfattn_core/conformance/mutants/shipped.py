@@ -6,15 +6,15 @@ from numpy.typing import NDArray
 
 from selfattn_core.conformance.mutants.mutant import Mutant
 from selfattn_core.conformance.protocol import Backend
-from selfattn_core.conformance.reference import Reference
-from selfattn_core.conformance.verdicts.product_formats import kept_bits, spec_in
+from selfattn_core.conformance.reference import LayerReference
+from selfattn_core.conformance.verdicts.product_formats import kept_bits, rounding_layer
 
 __all__ = ["MUTANTS", "RoundsOperands"]
 
 Array = NDArray[Any]
 
 
-class RoundsOperands(Reference):
+class RoundsOperands(LayerReference):
     """The spec with its products in one format, over a framework whose own products have another by default.
 
     Args:
@@ -23,7 +23,7 @@ class RoundsOperands(Reference):
     """
 
     def __init__(self, computes: str, default: str) -> None:
-        super().__init__(spec_in(computes))
+        super().__init__(rounding_layer(computes))
         self.default = default
 
     def default_products(self, left: Array, right: Array) -> dict[str, Array]:

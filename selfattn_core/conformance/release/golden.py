@@ -32,9 +32,10 @@ from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
 from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.questions.ask import answers
-from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.reference import FusedLayer, LayerReference, Reference
 from selfattn_core.conformance.release.decimals import fifty_digits, to_decimals, to_floats, to_singles
-from selfattn_core.conformance.verdicts.tolerance import FACTOR, expectations, fused
+from selfattn_core.conformance.verdicts.expected import expectations
+from selfattn_core.conformance.verdicts.tolerance import FACTOR
 from selfattn_core.files.writing import write_atomically
 
 __all__ = ["EDITION", "FORMAT", "SUMS", "differences", "golden_cases", "vector", "write"]
@@ -92,7 +93,10 @@ def vector(case: Case) -> bytes:
     with fifty_digits():
         exact = _map(given, to_decimals)
         wanted = _answers(case, exact)
-        singles = [_answers(case, _map(given, to_singles), right) for right in (Reference(), fused())]
+        singles = [
+            _answers(case, _map(given, to_singles), right)
+            for right in (Reference(), LayerReference(FusedLayer))
+        ]
         errors = {
             name: max(float(np.abs(single[name] - want).max(initial=0)) for single in singles)
             for name, want in wanted.items()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.spec import _Layer, _outer, _rowsum, _total, _transpose
+from selfattn_core.spec import Layer
 
 __all__ = ["terms_through_the_map"]
 
@@ -48,25 +48,28 @@ def terms_through_the_map(
         >>> terms_through_the_map(config, params, one_position, one_position)["key.kernel"] > 0
         True
     """
-    layer = _Layer(config, params, x)
+    layer = Layer(config, params, x)
     rows, A = np.abs(layer.x), layer.A
     q, k, v = np.abs(layer.q), np.abs(layer.k), np.abs(layer.v)
     W = {name: np.abs(layer.kernel(name)) for name in layer.kernels}
     g = np.abs(layer.flatten(dy))
-    back = g @ _transpose(W["out"]) if config.out_projection else g
+    back = g @ W["out"].mT if config.out_projection else g
     gamma = np.abs(layer.gamma)
 
     def centred(terms: Array) -> Array:
-        return np.asarray(terms + _rowsum(A * terms))
+        return np.asarray(terms + (A * terms).sum(axis=-1, keepdims=True))
+
+    def outer(left: Array, right: Array) -> Array:
+        return left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])
 
     def through(dS: Array, q: Array, k: Array) -> dict[str, Array]:
-        return {"query": dS @ k, "key": layer.pool.scatter(_transpose(dS) @ q, layer.key_winners)}
+        return {"query": dS @ k, "key": layer.pool.scatter(dS.mT @ q, layer.key_winners)}
 
-    dA = centred(gamma * back @ _transpose(v))
+    dA = centred(gamma * back @ v.mT)
     first = through(A * dA, q, k)
-    kernels = {name: _outer(rows, d) for name, d in first.items()}
+    kernels = {name: outer(rows, d) for name, d in first.items()}
     projected = first
-    to_x = np.asarray(sum(d @ _transpose(W[name]) for name, d in first.items()))
+    to_x = np.asarray(sum(d @ W[name].mT for name, d in first.items()))
     if cotangents is not None:
         dot = {name: np.abs(array) for name, array in cotangents.items()}
         dot_x = layer.flatten(dot["x"])
@@ -83,18 +86,18 @@ def terms_through_the_map(
         dot_v = layer.pool.gather(moved("value"), layer.value_winners)
         dot_G = dot.get("gamma", 0) * back
         if config.out_projection:
-            dot_G = dot_G + gamma * g @ _transpose(dot_W["out"])
-        U = centred(dot_q @ _transpose(k) + q @ _transpose(dot_k))
-        R = gamma * back @ _transpose(dot_v) + dot_G @ _transpose(v)
+            dot_G = dot_G + gamma * g @ dot_W["out"].mT
+        U = centred(dot_q @ k.mT + q @ dot_k.mT)
+        R = gamma * back @ dot_v.mT + dot_G @ v.mT
         second, along = through(A * centred(U * dA + R), q, k), through(A * dA, dot_q, dot_k)
         projected = {name: second[name] + along[name] for name in second}
-        kernels = {name: _outer(dot_x, first[name]) + _outer(rows, d) for name, d in projected.items()}
+        kernels = {name: outer(dot_x, first[name]) + outer(rows, d) for name, d in projected.items()}
         # The gradient of the values depends on the map, too.
-        to_values = _transpose(A * U) @ (gamma * back) + _transpose(A) @ dot_G
+        to_values = (A * U).mT @ (gamma * back) + A.mT @ dot_G
         projected["value"] = layer.pool.scatter(to_values, layer.value_winners)
-        to_x = np.asarray(sum(d @ _transpose(W[name]) for name, d in projected.items()))
-        to_x = to_x + sum(d @ _transpose(dot_W[name]) for name, d in first.items())
+        to_x = np.asarray(sum(d @ W[name].mT for name, d in projected.items()))
+        to_x = to_x + sum(d @ dot_W[name].mT for name, d in first.items())
     sums = {"x": to_x}
     sums |= {f"{name}.kernel": terms for name, terms in kernels.items()}
-    sums |= {f"{name}.bias": _total(d) for name, d in projected.items()}
+    sums |= {f"{name}.bias": d.sum(axis=(0, 1)) for name, d in projected.items()}
     return {name: float(terms.max(initial=0)) for name, terms in sums.items()}

@@ -13,15 +13,9 @@ from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.questions.ask import INITIAL_DRAWS
 from selfattn_core.conformance.questions.training import trained
 from selfattn_core.conformance.results import Outcome
+from selfattn_core.conformance.verdicts.expected import expect, expect_shipped
 from selfattn_core.conformance.verdicts.initialisation import distribution_verdicts
-from selfattn_core.conformance.verdicts.tolerance import (
-    SHIPPED_FACTORS,
-    Expectation,
-    Verdict,
-    expect,
-    expect_shipped,
-    judge,
-)
+from selfattn_core.conformance.verdicts.tolerance import SHIPPED_FACTORS, Expectation, Verdict, judge
 from selfattn_core.conformance.verdicts.trajectory import judge_trajectory
 from selfattn_core.params import parameter_table, state_table
 

@@ -1,24 +1,22 @@
-"""The formats that products of float32 arrays are computed in, as measured; and the spec with its products in one of them.
+"""The formats that products of float32 arrays are computed in, as measured; and the layer of the spec with its products in one of them.
 
 Accelerators round the operands of float32 products, some by default and some when asked: TF32 keeps 10 bits of a
 fraction, bfloat16 7, and sums of three bfloat16 products about 15. Some round to the nearest number and some drop the
 other bits, which is twice as far off, and to one side. The sums themselves are in float32.
 """
 
-import ast
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selfattn_core import spec
+from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.spec import Layer
 
-__all__ = ["FORMATS", "Format", "coarsest", "kept_bits", "measured", "spec_in"]
+__all__ = ["FORMATS", "Format", "coarsest", "kept_bits", "measured", "rounding_layer"]
 
 Array = NDArray[Any]
 
@@ -134,30 +132,38 @@ def coarsest(precisions: Mapping[str, str]) -> str:
 
 
 @cache
-def spec_in(label: str) -> ModuleType:
-    """The spec with the operands of every matrix product rounded to a format, as a module.
+def rounding_layer(label: str) -> type[Layer]:
+    """The spec's layer with the operands of every matrix product rounded to a format.
+
+    At least one operand of each product in the spec is an `Operand` here. The tests prove it: they compare this layer with
+    a spec in which every `@` of the syntax tree is replaced.
 
     Args:
         label: one of `FORMATS`.
-
-    Example:
-        >>> spec_in("tf32").VERSION
-        1
     """
-    tree = _Rounding().visit(ast.parse(inspect.getsource(spec)))
-    module = ModuleType(spec.__name__)
-    module.__dict__["_in_format"] = lambda left, right: kept_bits(left, label) @ kept_bits(right, label)
-    # The source is this package's own.
-    exec(compile(ast.fix_missing_locations(tree), f"<spec in {label}>", "exec"), module.__dict__)  # noqa: S102
-    return module
 
+    class Operand(np.ndarray[Any, Any]):
+        def __matmul__(self, right: Array) -> Array:  # type: ignore[override]
+            return self._product(self, right)
 
-class _Rounding(ast.NodeTransformer):
-    """Every `left @ right` becomes a call."""
+        def __rmatmul__(self, left: Array) -> Array:  # type: ignore[override]
+            return self._product(left, self)
 
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        self.generic_visit(node)
-        if not isinstance(node.op, ast.MatMult):
-            return node
-        called = ast.Name("_in_format", ast.Load())
-        return ast.copy_location(ast.Call(called, [node.left, node.right], []), node)
+        @staticmethod
+        def _product(left: Array, right: Array) -> Array:
+            rounded = kept_bits(np.asarray(left), label) @ kept_bits(np.asarray(right), label)
+            return rounded.view(Operand)
+
+    class RoundingLayer(Layer):
+        def flatten(self, maps: Array) -> Array:
+            return super().flatten(maps).view(Operand)
+
+        def attend(self, config: SelfAttentionConfig) -> None:
+            self.k, self.v = self.k.view(Operand), self.v.view(Operand)
+            super().attend(config)
+            self.A = self.A.view(Operand)
+
+        def kernel(self, name: str) -> Array:
+            return super().kernel(name).view(Operand)
+
+    return RoundingLayer

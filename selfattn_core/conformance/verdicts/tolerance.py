@@ -11,25 +11,18 @@ An ulp here is eps times the largest wanted value, and grows with the logits bey
 does (from 1 on where the map is uniform, and the spec makes no such error); but not in 16 bits where queries and keys
 are exact, for what rounds their logits then is float32. Gradients of biases and of gamma are sums that cancel: their ulp
 is eps times the sum of their absolute terms (`spec.magnitudes`). What is exactly zero because all its terms cancel has
-the ulp of those terms (`vanishing.terms_through_the_map`), and where nearly all cancel they raise the cap.
+the ulp of those terms (`cancellation.terms_through_the_map`), and where nearly all cancel they raise the cap.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selfattn_core import spec
-from selfattn_core.conformance.cases.case import SIXTEEN_BITS, Case
-from selfattn_core.conformance.cases.inputs import Inputs, inputs
-from selfattn_core.conformance.mutants.edits import edited_spec
-from selfattn_core.conformance.questions.ask import answers
-from selfattn_core.conformance.reference import Reference
-from selfattn_core.conformance.verdicts.cancellation import terms_through_the_map
-from selfattn_core.conformance.verdicts.product_formats import FORMATS, spec_in
+from selfattn_core.conformance.cases.case import SIXTEEN_BITS
+from selfattn_core.conformance.verdicts.product_formats import FORMATS
 
 __all__ = [
     "ALLOWANCES",
@@ -38,16 +31,12 @@ __all__ = [
     "FACTOR",
     "FACTORS",
     "NARROW_ALLOWANCE",
+    "ORDINARY_LOGITS",
     "SHIPPED_ALLOWANCE",
     "SHIPPED_FACTORS",
     "TERMS_CAP",
     "Expectation",
     "Verdict",
-    "expect",
-    "expect_on",
-    "expect_shipped",
-    "expectations",
-    "fused",
     "judge",
     "measure",
 ]
@@ -78,6 +67,9 @@ CAPS: Mapping[str, float] = {"forward": 16.0, "map": 16.0, "vjp": 128.0, "r1": 5
 TERMS_CAP = 2.0
 """Or so many of the terms that cancel, where little of them is left."""
 
+ORDINARY_LOGITS = 8.0
+"""An ulp grows with the logits beyond this."""
+
 EPS: Mapping[str, float] = {
     "float64": 2.0**-52,
     "float32": 2.0**-23,
@@ -85,9 +77,6 @@ EPS: Mapping[str, float] = {
     "bfloat16": 2.0**-7,
 }
 """The distance from 1 to the next number."""
-
-_NOISE = {"float64": "float32", "float32": "float32", "float16": "float16", "bfloat16": "float16"}
-_ORDINARY_LOGITS = 8.0
 
 
 @dataclass(frozen=True)
@@ -124,123 +113,6 @@ class Verdict:
     message: str = ""
 
 
-def quantities(case: Case, given: Inputs, dtype: str, reference: Reference | None = None) -> dict[str, Array]:
-    """What the spec, or another version of it, says to a case in a dtype that numpy has."""
-    # Overflow and NaN are what some cases are about.
-    with np.errstate(all="ignore"):
-        return dict(answers(reference or Reference(), case, given, dtype, "channels_last"))
-
-
-def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
-    """What each quantity of a case should be, and how far from it an error may be.
-
-    Args:
-        case: of any family whose quantities are compared with the noise floor.
-        dtype: one of `EPS`.
-        seed: as for `inputs`.
-    """
-    other = _NOISE[dtype]
-    given = inputs(case, dtype, seed)
-    return expect_on(case, given, given if other == dtype else inputs(case, other, seed), dtype)
-
-
-def expect_on(case: Case, given: Inputs, noisy: Inputs, dtype: str) -> dict[str, Expectation]:
-    """The same on an input that is given.
-
-    Args:
-        case: as for `expect`.
-        given: the input, as `inputs` gives it in the dtype.
-        noisy: the input on which the spec's error is measured: the same, or for a dtype that borrows the error of another
-            one in that dtype.
-        dtype: one of `EPS`.
-    """
-    other = _NOISE[dtype]
-    wide = _cast(given)
-    want = quantities(case, wide, "float64")
-    reference = want if noisy is given else quantities(case, _cast(noisy), "float64")
-    noises = [quantities(case, noisy, other)]
-    if other == "float32":
-        noises.append(quantities(case, noisy, other, fused()))
-    ratio = EPS[dtype] / EPS[other]
-    with np.errstate(invalid="ignore"):
-        errors = {
-            name: max(_largest(noise[name].astype(np.float64) - value) for noise in noises) * ratio
-            for name, value in reference.items()
-        }
-    return expectations(case, wide, want, errors, dtype)
-
-
-def expect_shipped(case: Case, label: str, seed: int = 0) -> dict[str, Expectation]:
-    """What each quantity of a float32 case should be where products are computed in a format, and how far off it may be.
-
-    The error that makes the floor is that of the spec with the operands of all its products rounded to the format. Of
-    float32 it is that of `expect`.
-
-    Args:
-        case: of the family "shipped".
-        label: one of `FORMATS`.
-        seed: as for `inputs`.
-    """
-    if label == "float32":
-        return expect(case, label, seed)
-    given = inputs(case, "float32", seed)
-    wide = _cast(given)
-    want = quantities(case, wide, "float64")
-    noise = quantities(case, given, "float32", Reference(spec_in(label)))
-    errors = {name: _largest(noise[name].astype(np.float64) - value) for name, value in want.items()}
-    return expectations(case, wide, want, errors, label)
-
-
-@cache
-def fused() -> Reference:
-    """The spec with the softmax and its first derivative as fused kernels compute them."""
-    quotient = "return np.asarray(weights / weights.sum(axis=-1, keepdims=True))"
-    logarithm = "np.log(weights.sum(axis=-1, keepdims=True))"
-    exponent = f"scores - (scores.max(axis=-1, keepdims=True) + {logarithm})"
-    edits = (
-        (quotient, f"return np.asarray(np.exp({exponent}))"),
-        ("self.D = _rowsum(layer.A * self.dA)", "self.D = _rowsum(self.G * layer.o)"),
-    )
-    return Reference(edited_spec("fused", edits))
-
-
-def expectations(
-    case: Case, wide: Inputs, want: Mapping[str, Array], errors: Mapping[str, float], dtype: str
-) -> dict[str, Expectation]:
-    """What each quantity should be and the noise floor and cap around it, of a spec with these errors.
-
-    Args:
-        case: of any family whose quantities are compared with the noise floor.
-        wide: its input, in at least float64; arrays of dtype object are computed with as the spec does.
-        want: what each quantity should be, in float64.
-        errors: the largest absolute error that the spec makes in each.
-        dtype: one of `EPS` or `FORMATS`, which the errors are in.
-    """
-    sums, growth = _sizes(case, wide)
-    eps = EPS[dtype] if dtype in EPS else FORMATS[dtype].eps
-    narrow = eps > EPS["float32"]
-    if case.integers and narrow:
-        growth = 1.0
-    terms = _terms(case, wide)
-    found = {}
-    for name, value in want.items():
-        of = name.removesuffix(" again")
-        kind, cancelled = _kind(case, name), terms.get(of, 0.0)
-        size = sums.get(of, _largest(value)) * growth or cancelled
-        ulp = eps * size
-        allowance = min(ALLOWANCES[kind], _most_allowed(dtype))
-        cap = max(CAPS[kind] * ulp, TERMS_CAP * eps * growth * cancelled)
-        found[name] = Expectation(value, errors[name] + allowance * ulp, cap)
-    return found
-
-
-def _most_allowed(dtype: str) -> float:
-    """The most ulp that are added to the error of the spec."""
-    if dtype in SIXTEEN_BITS:
-        return NARROW_ALLOWANCE
-    return SHIPPED_ALLOWANCE if dtype not in EPS else np.inf
-
-
 def judge(
     quantity: str, got: Array, expectation: Expectation, dtype: str, *, factor: float | None = None
 ) -> Verdict:
@@ -249,7 +121,7 @@ def judge(
     Args:
         quantity: its name, for the message.
         got: the backend's answer.
-        expectation: from `expect`.
+        expectation: from `expected.expect`.
         dtype: that the answer should have; for 16 bits float32 is right too, if the values are those of the format.
         factor: noise floors that the error may reach; by default those of the dtype.
     """
@@ -269,7 +141,7 @@ def measure(quantity: str, answer: Array, expectation: Expectation, factor: floa
     Args:
         quantity: its name, for the message.
         answer: in float64.
-        expectation: from `expect` or `expectations`.
+        expectation: from `expected.expect` or `expected.expectations`.
         factor: noise floors that an error may reach.
 
     Example:
@@ -285,7 +157,7 @@ def measure(quantity: str, answer: Array, expectation: Expectation, factor: floa
         return _unusable(quantity, "NaN or infinity where a number was expected")
     if np.isfinite(answer[~finite]).any():
         return _unusable(quantity, "a number where NaN was expected")
-    error = _largest(answer[finite] - want[finite])
+    error = float(np.abs(answer[finite] - want[finite]).max(initial=0))
     ratio = 0.0 if error == 0 else error / expectation.floor if expectation.floor else np.inf
     message = ""
     if ratio > factor:
@@ -301,61 +173,6 @@ def _unusable(quantity: str, received: str) -> Verdict:
     return Verdict(quantity, np.inf, np.inf, False, f"{quantity}: got {received}")
 
 
-def _kind(case: Case, quantity: str) -> str:
-    """Which allowance and cap a quantity has."""
-    if case.order == 2:
-        return "r1"
-    if quantity == "map":
-        return "map"
-    return "forward" if quantity.partition(" ")[0] == "y" or quantity in ("again", "rebuilt") else "vjp"
-
-
-def _sizes(case: Case, wide: Inputs) -> tuple[dict[str, float], float]:
-    """The sums of absolute terms by quantity, and by how much the logits let errors grow."""
-    sums: dict[str, float] = {}
-    for x, dy in _samples(case, wide):
-        cotangents = _cotangents(case, wide, x, dy)
-        found = spec.magnitudes(
-            case.config, wide.params, x, dy if case.order else None, cotangents=cotangents
-        )
-        sums = {name: max(value, sums.get(name, 0.0)) for name, value in found.items()}
-    # Equal logits are rounded alike by the spec, so its map has no error to show; by others they need not be.
-    ordinary = 1.0 if case.constant and case.computation == "map" else _ORDINARY_LOGITS
-    return sums, max(1.0, sums.pop("logits") / ordinary)
-
-
-def _terms(case: Case, wide: Inputs) -> dict[str, float]:
-    """The sums of absolute terms of what vanishes, by quantity."""
-    sums: dict[str, float] = {}
-    for x, dy in _samples(case, wide) if case.order else ():
-        found = terms_through_the_map(
-            case.config, wide.params, x, dy, cotangents=_cotangents(case, wide, x, dy)
-        )
-        sums = {name: max(value, sums.get(name, 0.0)) for name, value in found.items()}
-    return sums
-
-
-def _samples(case: Case, wide: Inputs) -> list[tuple[Array, Array]]:
-    """What is derived at once: x and dy."""
-    if case.computation != "per_sample":
-        return [(wide.x, wide.dy)]
-    return [(wide.x[b : b + 1], wide.dy[b : b + 1]) for b in range(wide.x.shape[0])]
-
-
-def _cotangents(case: Case, wide: Inputs, x: Array, dy: Array) -> Mapping[str, Array] | None:
-    """Of the first derivatives, if the case is about second ones."""
-    if case.computation == "mixed":
-        return wide.cotangents
-    if case.order == 2:
-        return {"x": 2 * spec.vjp(case.config, wide.params, x, dy)["x"]}
-    return None
-
-
-def _largest(values: Array) -> float:
-    """The largest finite absolute value."""
-    return float(np.abs(values[np.isfinite(values)]).max(initial=0))
-
-
 def _held(values: Array, dtype: str) -> bool:
     """Whether a 16-bit format holds these values exactly."""
     finite = values[np.isfinite(values)]
@@ -364,18 +181,3 @@ def _held(values: Array, dtype: str) -> bool:
     narrow = finite.astype(np.float32)
     low = np.ascontiguousarray(narrow).view(np.uint32) & 0xFFFF
     return bool((narrow.astype(np.float64) == finite).all() and not low.any())
-
-
-def _cast(given: Inputs) -> Inputs:
-    """The same values in float64."""
-
-    def wide(array: Array) -> Array:
-        return array.astype(np.float64)
-
-    return Inputs(
-        {name: wide(value) for name, value in given.params.items()},
-        wide(given.x),
-        wide(given.dy),
-        wide(given.other),
-        {name: wide(value) for name, value in given.cotangents.items()},
-    )

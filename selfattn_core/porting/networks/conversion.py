@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import Inputs
-from selfattn_core.conformance.verdicts.tolerance import FACTORS, Expectation, Verdict, expect_on, measure
+from selfattn_core.conformance.verdicts.expected import expect_on
+from selfattn_core.conformance.verdicts.tolerance import FACTORS, Expectation, Verdict, measure
 from selfattn_core.params import parameter_table
 from selfattn_core.porting.blocks.find import index_of
 from selfattn_core.porting.blocks.match import match

@@ -14,7 +14,8 @@ from torch.export import Dim
 from selfattn_core import spec
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import CASES
-from selfattn_core.conformance.verdicts.tolerance import expect, judge
+from selfattn_core.conformance.verdicts.expected import expect
+from selfattn_core.conformance.verdicts.tolerance import judge
 from selfattn_torch import SelfAttention2d, from_canonical
 
 CASE = {case.id: case for case in CASES}

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selfattn_core import SelfAttentionConfig, parameter_table
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import CASES
-from selfattn_core.conformance.verdicts.tolerance import expect, judge
+from selfattn_core.conformance.verdicts.expected import expect
+from selfattn_core.conformance.verdicts.tolerance import judge
 from selfattn_core.params import KV_POOL, glorot_limit, projections
 from selfattn_torch import SelfAttention2d, from_canonical, to_canonical
 

@@ -6,7 +6,8 @@ import pytest
 
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import CASES
-from selfattn_core.conformance.verdicts.tolerance import expect, judge
+from selfattn_core.conformance.verdicts.expected import expect
+from selfattn_core.conformance.verdicts.tolerance import judge
 from selfattn_keras import SelfAttention2D, attention_grid, from_canonical
 
 LAYOUTS = {"channels_last": (0, 1, 2, 3), "channels_first": (0, 3, 1, 2)}

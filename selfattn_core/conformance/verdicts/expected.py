@@ -1,0 +1,205 @@
+"""What each quantity of a case should be, with its noise floor and hard cap: the spec is run for all three."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn_core import spec
+from selfattn_core.conformance.cases.case import SIXTEEN_BITS, Case
+from selfattn_core.conformance.cases.inputs import Inputs, inputs
+from selfattn_core.conformance.questions.ask import answers
+from selfattn_core.conformance.reference import FusedLayer, LayerReference, Reference
+from selfattn_core.conformance.verdicts.cancellation import terms_through_the_map
+from selfattn_core.conformance.verdicts.product_formats import FORMATS, rounding_layer
+from selfattn_core.conformance.verdicts.tolerance import (
+    ALLOWANCES,
+    CAPS,
+    EPS,
+    NARROW_ALLOWANCE,
+    ORDINARY_LOGITS,
+    SHIPPED_ALLOWANCE,
+    TERMS_CAP,
+    Expectation,
+)
+
+__all__ = ["expect", "expect_on", "expect_shipped", "expectations", "quantities"]
+
+Array = NDArray[Any]
+
+_NOISE = {"float64": "float32", "float32": "float32", "float16": "float16", "bfloat16": "float16"}
+
+
+def quantities(case: Case, given: Inputs, dtype: str, reference: Reference | None = None) -> dict[str, Array]:
+    """The answers of the spec, or of a variant of it, to a case in a dtype that numpy has."""
+    # Overflow and NaN are what some cases are about.
+    with np.errstate(all="ignore"):
+        return dict(answers(reference or Reference(), case, given, dtype, "channels_last"))
+
+
+def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
+    """What each quantity of a case should be, and how far from it an error may be.
+
+    Args:
+        case: of any family whose quantities are compared with the noise floor.
+        dtype: one of `EPS`.
+        seed: as for `inputs`.
+    """
+    other = _NOISE[dtype]
+    given = inputs(case, dtype, seed)
+    return expect_on(case, given, given if other == dtype else inputs(case, other, seed), dtype)
+
+
+def expect_on(case: Case, given: Inputs, noisy: Inputs, dtype: str) -> dict[str, Expectation]:
+    """The same on an input that is given.
+
+    Args:
+        case: as for `expect`.
+        given: the input, as `inputs` gives it in the dtype.
+        noisy: the input on which the spec's error is measured: the same, or for a dtype that borrows the error of another
+            one in that dtype.
+        dtype: one of `EPS`.
+    """
+    other = _NOISE[dtype]
+    wide = _cast(given)
+    want = quantities(case, wide, "float64")
+    reference = want if noisy is given else quantities(case, _cast(noisy), "float64")
+    noises = [quantities(case, noisy, other)]
+    if other == "float32":
+        noises.append(quantities(case, noisy, other, LayerReference(FusedLayer)))
+    ratio = EPS[dtype] / EPS[other]
+    with np.errstate(invalid="ignore"):
+        errors = {
+            name: max(_largest(noise[name].astype(np.float64) - value) for noise in noises) * ratio
+            for name, value in reference.items()
+        }
+    return expectations(case, wide, want, errors, dtype)
+
+
+def expect_shipped(case: Case, label: str, seed: int = 0) -> dict[str, Expectation]:
+    """What each quantity of a float32 case should be where products are computed in a format, and how far off it may be.
+
+    The error that makes the floor is that of the spec with the operands of all its products rounded to the format. Of
+    float32 it is that of `expect`.
+
+    Args:
+        case: of the family "shipped".
+        label: one of `FORMATS`.
+        seed: as for `inputs`.
+    """
+    if label == "float32":
+        return expect(case, label, seed)
+    given = inputs(case, "float32", seed)
+    wide = _cast(given)
+    want = quantities(case, wide, "float64")
+    noise = quantities(case, given, "float32", LayerReference(rounding_layer(label)))
+    errors = {name: _largest(noise[name].astype(np.float64) - value) for name, value in want.items()}
+    return expectations(case, wide, want, errors, label)
+
+
+def expectations(
+    case: Case, wide: Inputs, want: Mapping[str, Array], errors: Mapping[str, float], dtype: str
+) -> dict[str, Expectation]:
+    """What each quantity should be and the noise floor and cap around it, of a spec with these errors.
+
+    Args:
+        case: of any family whose quantities are compared with the noise floor.
+        wide: its input, in at least float64; arrays of dtype object are computed with as the spec does.
+        want: what each quantity should be, in float64.
+        errors: the largest absolute error that the spec makes in each.
+        dtype: one of `EPS` or `FORMATS`, which the errors are in.
+    """
+    sums, growth = _sizes(case, wide)
+    eps = EPS[dtype] if dtype in EPS else FORMATS[dtype].eps
+    narrow = eps > EPS["float32"]
+    if case.integers and narrow:
+        growth = 1.0
+    terms = _terms(case, wide)
+    found = {}
+    for name, value in want.items():
+        of = name.removesuffix(" again")
+        kind, cancelled = _kind(case, name), terms.get(of, 0.0)
+        size = sums.get(of, _largest(value)) * growth or cancelled
+        ulp = eps * size
+        allowance = min(ALLOWANCES[kind], _most_allowed(dtype))
+        cap = max(CAPS[kind] * ulp, TERMS_CAP * eps * growth * cancelled)
+        found[name] = Expectation(value, errors[name] + allowance * ulp, cap)
+    return found
+
+
+def _most_allowed(dtype: str) -> float:
+    """The most ulp that are added to the error of the spec."""
+    if dtype in SIXTEEN_BITS:
+        return NARROW_ALLOWANCE
+    return SHIPPED_ALLOWANCE if dtype not in EPS else np.inf
+
+
+def _kind(case: Case, quantity: str) -> str:
+    """Which allowance and cap a quantity has."""
+    if case.order == 2:
+        return "r1"
+    if quantity == "map":
+        return "map"
+    return "forward" if quantity.partition(" ")[0] == "y" or quantity in ("again", "rebuilt") else "vjp"
+
+
+def _sizes(case: Case, wide: Inputs) -> tuple[dict[str, float], float]:
+    """The sums of absolute terms by quantity, and by how much the logits let errors grow."""
+    sums: dict[str, float] = {}
+    for x, dy in _samples(case, wide):
+        cotangents = _cotangents(case, wide, x, dy)
+        found = spec.magnitudes(
+            case.config, wide.params, x, dy if case.order else None, cotangents=cotangents
+        )
+        sums = {name: max(value, sums.get(name, 0.0)) for name, value in found.items()}
+    # Equal logits are rounded alike by the spec, so its map has no error to show; by others they need not be.
+    ordinary = 1.0 if case.constant and case.computation == "map" else ORDINARY_LOGITS
+    return sums, max(1.0, sums.pop("logits") / ordinary)
+
+
+def _terms(case: Case, wide: Inputs) -> dict[str, float]:
+    """The sums of absolute terms of what vanishes, by quantity."""
+    sums: dict[str, float] = {}
+    for x, dy in _samples(case, wide) if case.order else ():
+        found = terms_through_the_map(
+            case.config, wide.params, x, dy, cotangents=_cotangents(case, wide, x, dy)
+        )
+        sums = {name: max(value, sums.get(name, 0.0)) for name, value in found.items()}
+    return sums
+
+
+def _samples(case: Case, wide: Inputs) -> list[tuple[Array, Array]]:
+    """What is derived at once: x and dy."""
+    if case.computation != "per_sample":
+        return [(wide.x, wide.dy)]
+    return [(wide.x[b : b + 1], wide.dy[b : b + 1]) for b in range(wide.x.shape[0])]
+
+
+def _cotangents(case: Case, wide: Inputs, x: Array, dy: Array) -> Mapping[str, Array] | None:
+    """Of the first derivatives, if the case is about second ones."""
+    if case.computation == "mixed":
+        return wide.cotangents
+    if case.order == 2:
+        return {"x": 2 * spec.vjp(case.config, wide.params, x, dy)["x"]}
+    return None
+
+
+def _largest(values: Array) -> float:
+    """The largest finite absolute value."""
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0))
+
+
+def _cast(given: Inputs) -> Inputs:
+    """The same values in float64."""
+
+    def wide(array: Array) -> Array:
+        return array.astype(np.float64)
+
+    return Inputs(
+        {name: wide(value) for name, value in given.params.items()},
+        wide(given.x),
+        wide(given.dy),
+        wide(given.other),
+        {name: wide(value) for name, value in given.cotangents.items()},
+    )
