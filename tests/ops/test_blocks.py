@@ -74,8 +74,9 @@ def kinds(monkeypatch):
 def test_attend_in_torch_asks_for_the_budget_of_the_device_of_its_tensors(kinds):
     torch = pytest.importorskip("torch")
     from selfattn_ops import torch as ops
+    from selfattn_ops.torch import blocks
 
-    asked = kinds(ops)
+    asked = kinds(blocks)
     for device in ("cpu", "meta"):
         query, key, value = (torch.zeros(shape, device=device, requires_grad=True) for shape in SHAPES)
         ops.attend(query, key, value).sum().backward()
@@ -112,14 +113,14 @@ def test_attend_in_tensorflow_asks_for_the_budget_of_the_device_of_its_tensors(k
 def test_torch_takes_the_budget_of_its_device(monkeypatch):
     """The walk over the blocks, of tensors that say they are on a card."""
     torch = pytest.importorskip("torch")
-    from selfattn_ops import torch as ops
+    from selfattn_ops.torch import blocks as torch_blocks
 
     asked = []
-    monkeypatch.setattr(ops, "score_budget", lambda *given: asked.append(given) or 4 * 3 * 11)
+    monkeypatch.setattr(torch_blocks, "score_budget", lambda *given: asked.append(given) or 4 * 3 * 11)
     monkeypatch.setattr(blocks, "MINIMUM_ROWS", 1)
     query = torch.zeros(2, 7, 3, dtype=torch.float64)
     key = torch.zeros(2, 11, 3, dtype=torch.float64)
-    assert len(list(ops._blocks(query, key, None, torch.float64))) == 2 * 3
+    assert len(list(torch_blocks.blocks(query, key, None, torch.float64))) == 2 * 3
     assert asked == [("cpu", 2, 7, 11, "float64")]
 
 
