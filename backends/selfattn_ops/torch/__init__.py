@@ -13,7 +13,7 @@ import torch  # noqa: E402 - the message above must come first
 from selfattn_ops.blocks import SCORE_BUDGET, check_block_size, check_operands  # noqa: E402
 from selfattn_ops.torch.autograd import attend_in_blocks  # noqa: E402
 from selfattn_ops.torch.compiled import attend_op  # noqa: E402
-from selfattn_ops.torch.dense import dense, is_autocast  # noqa: E402
+from selfattn_ops.torch.dense import dense_attention, is_autocast  # noqa: E402
 
 __all__ = ["attend", "attend_with_map"]
 
@@ -54,7 +54,7 @@ def attend(
     block_size = _check(query, key, value, block_size)
     compiling = torch.compiler.is_compiling()
     if _must_be_plain(query, compiling=compiling) or (not compiling and _is_small(query, key, block_size)):
-        return dense(query, key, value)[0]
+        return dense_attention(query, key, value)[0]
     operands = _flat(query), _flat(key), _flat(value)
     out = attend_op(*operands, block_size) if compiling else attend_in_blocks(*operands, block_size)
     return out if query.dim() == 3 else out.reshape(*query.shape[:-1], value.shape[-1])
@@ -73,7 +73,7 @@ def attend_with_map(
         tensor([[1., 1., 1., 1., 1., 1.]])
     """
     _check(query, key, value, block_size)
-    return dense(query, key, value)
+    return dense_attention(query, key, value)
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int | None) -> int | None:

@@ -4,14 +4,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["arithmetic_of", "dense", "dense_second", "dense_tangent", "is_autocast", "pushed"]
+__all__ = ["arithmetic_of", "dense_attention", "dense_second", "dense_tangent", "is_autocast", "pushed"]
 
 
-def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the map."""
     if is_autocast(query):
         with torch.autocast(query.device.type, enabled=False):
-            return dense(query, key, value)
+            return dense_attention(query, key, value)
     multiply = torch.bmm if query.dim() == 3 else torch.matmul
     arithmetic = arithmetic_of(query)
     if arithmetic == query.dtype:
@@ -37,14 +39,14 @@ def is_autocast(tensor: torch.Tensor) -> bool:
 
 def dense_tangent(*operands: torch.Tensor) -> torch.Tensor:
     """What `derivatives.tangent` computes, for third derivatives."""
-    return pushed(lambda *qkv: dense(*qkv)[0], operands[:3], operands[3:])
+    return pushed(lambda *qkv: dense_attention(*qkv)[0], operands[:3], operands[3:])
 
 
 def dense_second(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What `derivatives.second` computes, for third derivatives."""
 
     def first(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor) -> Any:
-        out, pull = torch.func.vjp(lambda *qkv: dense(*qkv)[0], query, key, value)
+        out, pull = torch.func.vjp(lambda *qkv: dense_attention(*qkv)[0], query, key, value)
         return *pull(grad), out
 
     *dots, last = operands[4:] if len(operands) == 8 else (*operands[4:], torch.zeros_like(operands[3]))
