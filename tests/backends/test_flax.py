@@ -190,7 +190,7 @@ def test_the_block_size_reaches_the_core(monkeypatch, module):
         return wrapped
 
     for name in ("attend", "attend_with_map"):
-        monkeypatch.setattr(module, name, recording(getattr(module, name)))
+        monkeypatch.setattr(module.layer, name, recording(getattr(module.layer, name)))
     backend = linen_backend if module is linen else nnx_backend
     layer = built(backend, FLAT, designed(FLAT)[0], block_size=5)
     layer(jnp.ones((2, 3, 11)))
@@ -693,7 +693,7 @@ def test_precision_is_that_of_the_projections_and_attention_has_the_highest(back
     assert jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == projections + 2
 
 
-@pytest.mark.parametrize("module", ["nnx", "linen", "weights"])
+@pytest.mark.parametrize("module", ["nnx.layer", "nnx.weights", "linen.layer", "linen.weights"])
 def test_examples(module):
     failed, tried = doctest.testmod(importlib.import_module(f"selfattn_flax.{module}"))
     assert tried

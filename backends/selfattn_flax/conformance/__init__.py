@@ -19,8 +19,8 @@ from selfattn_core import SelfAttentionConfig, parameter_table
 from selfattn_core.conformance.cases.table import DTYPES
 from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_core.params import state_table, widen
-from selfattn_flax import linen, weights
-from selfattn_flax.nnx import SelfAttention2D
+from selfattn_flax import linen
+from selfattn_flax.nnx import SelfAttention2D, from_canonical, to_canonical
 from selfattn_ops.devices.jax import OnDevices
 
 Array = NDArray[Any]
@@ -294,7 +294,7 @@ def _per_sample(
 def _nnx_build(
     config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, precision: str | None
 ) -> tuple[Any, Any, Any]:
-    return _nnx_split(weights.from_canonical(config, params, param_dtype=dtype, precision=precision))
+    return _nnx_split(from_canonical(config, params, param_dtype=dtype, precision=precision))
 
 
 def _nnx_new(config: SelfAttentionConfig, seed: int) -> tuple[Any, Any, Any]:
@@ -327,7 +327,7 @@ def _nnx_train(static: Any, tree: Any, state: Any, x: jax.Array) -> tuple[jax.Ar
 
 
 def _nnx_export(static: Any, tree: Any, state: Any) -> dict[str, Array]:
-    return weights.to_canonical(nnx.merge(static, tree, state))
+    return to_canonical(nnx.merge(static, tree, state))
 
 
 def _linen_build(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig
 from selfattn_flax.conformance import FlaxBackend, Model, nnx_backend
-from selfattn_flax.nnx import SelfAttention2D
+from selfattn_flax.nnx.layer import SelfAttention2D
 
 __all__ = ["MovesInEvaluation"]
 

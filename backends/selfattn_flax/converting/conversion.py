@@ -20,7 +20,7 @@ from selfattn_flax.converting import obstacles
 from selfattn_flax.converting.foreign import ForeignLayer
 from selfattn_flax.converting.graph import copied, places, put
 from selfattn_flax.converting.tensors import forms_of
-from selfattn_flax.nnx import SelfAttention2D
+from selfattn_flax.nnx.layer import SelfAttention2D
 
 __all__ = ["Match", "convert"]
 

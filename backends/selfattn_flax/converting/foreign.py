@@ -30,10 +30,10 @@ from selfattn_core.porting.report import listed
 from selfattn_core.porting.translation.folding import to_matrix
 from selfattn_flax.converting.graph import copied
 from selfattn_flax.converting.tensors import forms_of, leaves_of, read
-from selfattn_flax.nnx import SelfAttention2D
+from selfattn_flax.nnx.layer import SelfAttention2D
+from selfattn_flax.nnx.weights import make, to_canonical
+from selfattn_flax.nnx.with_map import SelfAttention2DWithMap
 from selfattn_flax.spectral_norm import NNXSpectralConv
-from selfattn_flax.weights import make, to_canonical
-from selfattn_flax.with_map import SelfAttention2DWithMap
 
 __all__ = ["ForeignLayer", "modes_of"]
 

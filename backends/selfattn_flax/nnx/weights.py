@@ -1,0 +1,170 @@
+"""Weights of the NNX layer to and from canonical arrays and files."""
+
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+import selfattn_core
+from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.params import state_table
+from selfattn_core.porting.anything import load_any
+from selfattn_core.weights import PathLike
+from selfattn_flax.nnx.layer import SelfAttention2D
+from selfattn_flax.trees import to_numpy, to_tree
+
+Array = NDArray[Any]
+Layer = TypeVar("Layer", bound=SelfAttention2D)
+
+
+def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
+    """The layer's weights, and with spectral norm its state, as new, contiguous numpy arrays by canonical name.
+
+    Args:
+        layer: on any device; bfloat16 is widened to float32, which is exact.
+
+    Returns:
+        Kernels (C_in, C_out), biases (C_out,), gamma (1,); with spectral norm the kernels are the raw ones.
+
+    Example:
+        >>> to_canonical(SelfAttention2D(16, rngs=nnx.Rngs(0)))["query.kernel"].shape
+        (16, 2)
+    """
+    names = parameter_table(layer.config) | state_table(layer.config)
+    return {name: to_numpy(attrgetter(name)(layer)[...]) for name in names}
+
+
+def from_canonical(
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    *,
+    block_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> SelfAttention2D:
+    """A layer with these weights.
+
+    Args:
+        config: which layer.
+        params: arrays by canonical name.
+        block_size: as in `SelfAttention2D`.
+        dtype: of the computation, as in `SelfAttention2D`.
+        param_dtype: of the parameters; by default that of the arrays.
+        precision: as in `SelfAttention2D`.
+
+    Raises:
+        ValueError: if the arrays do not fit the config (lists every problem), or are float64 while JAX has no float64.
+
+    Example:
+        >>> layer = SelfAttention2D(16, rngs=nnx.Rngs(0))
+        >>> twin = from_canonical(layer.config, to_canonical(layer))
+        >>> bool((twin.key.kernel[...] == layer.key.kernel[...]).all())
+        True
+    """
+    return make(
+        SelfAttention2D,
+        config,
+        params,
+        block_size=block_size,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        precision=precision,
+    )
+
+
+def make(
+    kind: type[Layer],
+    config: SelfAttentionConfig,
+    params: Mapping[str, Array],
+    *,
+    block_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> Layer:
+    """What `from_canonical` makes, of a given class."""
+    tree = to_tree(config, params, param_dtype)
+
+    def abstract() -> Layer:
+        return kind.from_config(
+            config,
+            block_size=block_size,
+            dtype=dtype,
+            param_dtype=tree["gamma"].dtype,
+            precision=precision,
+            rngs=nnx.Rngs(0),
+        )
+
+    layer: Layer = nnx.eval_shape(abstract)
+    nnx.update(layer, tree)
+    return layer
+
+
+def load(
+    path: PathLike,
+    *,
+    block: str | None = None,
+    dialect: str | None = None,
+    prefix: str | None = None,
+    settings: Mapping[str, str | bool | float] | None = None,
+    block_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> SelfAttention2D:
+    """A layer from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
+
+    Args:
+        path: a canonical `.safetensors` file, or with `dialect` a checkpoint in any format that `selfattn inspect` reads.
+        block: which layer of a canonical file that holds several.
+        dialect: what another file is, as `selfattn dialects` lists them, or a `.toml` file of your own.
+        prefix: which block of such a file, where it has several.
+        settings: what such a file does not say, for example {"use_scale": False}.
+        block_size: as in `SelfAttention2D`.
+        dtype: of the computation, as in `SelfAttention2D`.
+        param_dtype: of the parameters; by default the file's.
+        precision: as in `SelfAttention2D`.
+
+    Warns:
+        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
+            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
+
+    Raises:
+        FileNotFoundError: if there is no such canonical file.
+        ValueError: if it is not a whole and fitting file of its kind (lists every problem), or holds float64 while JAX
+            has no float64.
+    """
+    config, params = load_any(path, block=block, dialect=dialect, prefix=prefix, settings=settings)
+    return from_canonical(
+        config, params, block_size=block_size, dtype=dtype, param_dtype=param_dtype, precision=precision
+    )
+
+
+def save(layer: SelfAttention2D, path: PathLike, *, overwrite: bool = False, source: str = "") -> None:
+    """Write the layer's weights to a canonical file.
+
+    Args:
+        layer: the layer.
+        path: the `.safetensors` file; its folder must exist.
+        overwrite: whether an existing file may be replaced.
+        source: where the weights came from, for the reader.
+
+    Raises:
+        FileExistsError: if the file exists and `overwrite` is False.
+        OSError: if it cannot be written; an existing file is left as it was.
+        ValueError: if a weight is not finite.
+
+    Example:
+        >>> import tempfile
+        >>> layer = SelfAttention2D(16, rngs=nnx.Rngs(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(layer, f"{folder}/layer.safetensors")
+        ...     load(f"{folder}/layer.safetensors").config == layer.config
+        True
+    """
+    selfattn_core.save(path, layer.config, to_canonical(layer), overwrite=overwrite, source=source)
