@@ -28,7 +28,7 @@ from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.protocol import REGISTRY, resolve
 from selfattn_flax import linen
-from selfattn_flax.conformance import linen_backend, nnx_backend
+from selfattn_flax.conformance.backend import linen_backend, nnx_backend
 
 FLAT = SelfAttentionConfig(11, 3)
 POOLED = SelfAttentionConfig(11, 3, 5, out_projection=True, use_bias=False, kv_pool=2)
@@ -734,7 +734,7 @@ def test_float64_where_the_environment_asks_for_it():
     script = (
         "import numpy as np\n"
         "from selfattn_core import SelfAttentionConfig, init_params\n"
-        "from selfattn_flax.conformance import linen_backend, nnx_backend\n"
+        "from selfattn_flax.conformance.backend import linen_backend, nnx_backend\n"
         "config = SelfAttentionConfig.pooled(16)\n"
         "params = init_params(config, 0, np.float64)\n"
         "for backend in (nnx_backend, linen_backend):\n"

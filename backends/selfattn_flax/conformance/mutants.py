@@ -9,7 +9,8 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig
-from selfattn_flax.conformance import FlaxBackend, Model, nnx_backend
+from selfattn_flax.conformance.backend import FlaxBackend, nnx_backend
+from selfattn_flax.conformance.model import Model
 from selfattn_flax.nnx.layer import SelfAttention2D
 
 __all__ = ["MovesInEvaluation"]

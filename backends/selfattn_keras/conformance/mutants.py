@@ -7,7 +7,7 @@ import keras
 from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig
-from selfattn_keras.conformance import KerasBackend
+from selfattn_keras.conformance.backend import KerasBackend
 from selfattn_keras.conformance.model import Model
 from selfattn_keras.layer import SelfAttention2D, Tensor
 
