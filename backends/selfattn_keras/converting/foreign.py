@@ -22,8 +22,8 @@ from selfattn_core.porting.networks.conversion import (
 )
 from selfattn_core.porting.networks.foreign_layer import ForeignLayerBase, Options, notes_of
 from selfattn_core.porting.translation.folding import to_matrix
-from selfattn_keras.converting.asking import WrongResultError, ask, asked_in, everything_in
-from selfattn_keras.converting.stored import stored
+from selfattn_keras.converting.answers import WrongResultError, ask, asked_in, everything_in
+from selfattn_keras.converting.tensors import stored
 from selfattn_keras.layer import SelfAttention2D
 from selfattn_keras.weights import from_canonical, to_canonical, undrawn, variable
 from selfattn_keras.with_map import SelfAttention2DWithMap
