@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig
-from selfattn_core.params import check_params, widen
+from selfattn_core.arrays import Array, widen
+from selfattn_core.params import check_params
 
 __all__ = ["to_numpy", "to_tree"]
-
-Array = NDArray[Any]
 
 
 def to_numpy(parameter: jax.Array) -> Array:

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import serialization
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.table import DTYPES
 from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_core.params import state_table
@@ -20,8 +19,6 @@ from selfattn_flax.conformance.linen import LINEN
 from selfattn_flax.conformance.model import Kind, Model, filled, in_leaf_order, like, to_array
 from selfattn_flax.conformance.nnx import NNX
 from selfattn_ops.devices.jax import OnDevices
-
-Array = NDArray[Any]
 
 
 class FlaxBackend(OnDevices):

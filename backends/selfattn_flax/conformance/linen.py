@@ -6,15 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig
+from selfattn_core.arrays import Array
 from selfattn_flax.conformance.model import Kind
 from selfattn_flax.linen import SelfAttention2D, from_canonical, to_canonical
 
 __all__ = ["LINEN"]
-
-Array = NDArray[Any]
 
 
 def _build(

@@ -8,14 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.params import widen
+from selfattn_core.arrays import Array, widen
 
 __all__ = ["Kind", "Model", "filled", "in_leaf_order", "like", "to_array"]
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,13 @@ from typing import Any
 
 import jax
 from flax import nnx
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig
+from selfattn_core.arrays import Array
 from selfattn_flax.conformance.model import Kind
 from selfattn_flax.nnx import SelfAttention2D, from_canonical, to_canonical
 
 __all__ = ["NNX"]
-
-Array = NDArray[Any]
 
 
 def _build(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.params import parameter_table
 from selfattn_core.porting.blocks.find import index_of
 from selfattn_core.porting.blocks.match import prefixes
@@ -43,7 +43,6 @@ from selfattn_flax.spectral_norm import NNXSpectralConv
 
 __all__ = ["ForeignLayer", "modes_of"]
 
-Array = NDArray[Any]
 KeyPath = tuple[Any, ...]
 # What `nnx.Variable` sets itself.
 _OF_EVERY_VARIABLE = ("hijax", "ref", "eager_sharding")

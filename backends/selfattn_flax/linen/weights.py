@@ -8,18 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax.typing import DTypeLike
-from numpy.typing import NDArray
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig
+from selfattn_core.arrays import Array
 from selfattn_core.params import check_params, state_table
 from selfattn_core.porting.anything import load_any
 from selfattn_core.weights import PathLike
 from selfattn_flax.linen.layer import SelfAttention2D, config_of
 from selfattn_flax.spectral_norm import converged_state
 from selfattn_flax.trees import to_numpy, to_tree
-
-Array = NDArray[Any]
 
 
 def to_canonical(module: SelfAttention2D, variables: Mapping[str, Any]) -> dict[str, Array]:

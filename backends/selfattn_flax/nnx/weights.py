@@ -2,22 +2,21 @@
 
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
-from numpy.typing import NDArray
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.arrays import Array
 from selfattn_core.params import state_table
 from selfattn_core.porting.anything import load_any
 from selfattn_core.weights import PathLike
 from selfattn_flax.nnx.layer import SelfAttention2D
 from selfattn_flax.trees import to_numpy, to_tree
 
-Array = NDArray[Any]
 Layer = TypeVar("Layer", bound=SelfAttention2D)
 
 

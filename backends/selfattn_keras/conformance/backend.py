@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import keras
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.table import DTYPES
 from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_keras.conformance.model import Model, to_array
 from selfattn_keras.layer import SelfAttention2D, Tensor
 from selfattn_keras.weights import from_canonical, to_canonical, variable
-
-Array = NDArray[Any]
 
 _FRAMEWORK = keras.backend.backend()
 

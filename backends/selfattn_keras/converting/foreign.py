@@ -9,9 +9,9 @@ from typing import Any
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
 
-from selfattn_core.params import parameter_table, projections, widen
+from selfattn_core.arrays import Array, widen
+from selfattn_core.params import parameter_table, projections
 from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.tensors import Entry, Tensors
@@ -30,7 +30,6 @@ from selfattn_keras.with_map import SelfAttention2DWithMap
 
 __all__ = ["ForeignLayer"]
 
-Array = NDArray[Any]
 
 # Positions of an input whose map is still small.
 _MOST_POSITIONS = 1024

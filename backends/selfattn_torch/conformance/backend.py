@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.table import DTYPES
 from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_ops.devices.torch import OnDevices
 from selfattn_torch.conformance.model import Model, like, maps_to_array, to_array
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.weights import from_canonical, to_canonical
-
-Array = NDArray[Any]
 
 
 class TorchBackend(OnDevices):

@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from selfattn_core import parameter_table
+from selfattn_core.arrays import Array
 from selfattn_torch.layer import SelfAttention2d
 
 __all__ = ["Model", "like", "maps_to_array", "to_array"]
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,13 @@
 """A mutant for the kit's own tests: what layers of PyTorch get wrong that numpy cannot show."""
 
 from collections.abc import Mapping
-from typing import Any
-
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig
+from selfattn_core.arrays import Array
 from selfattn_torch.conformance.backend import TorchBackend
 from selfattn_torch.conformance.model import Model
 
 __all__ = ["PlainGamma"]
-
-Array = NDArray[Any]
 
 
 class PlainGamma(TorchBackend):

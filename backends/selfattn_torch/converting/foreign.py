@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from selfattn_core.arrays import Array
 from selfattn_core.params import parameter_table
 from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.errors import PortError
@@ -28,8 +28,6 @@ from selfattn_torch.weights import from_canonical, make, to_canonical
 from selfattn_torch.with_map import SelfAttention2dWithMap
 
 __all__ = ["ForeignLayer"]
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from selfattn_core.arrays import Array
 from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
 
 __all__ = ["detached", "read", "tensors_of"]
-
-Array = NDArray[Any]
 
 
 def tensors_of(module: nn.Module, name: str) -> Tensors:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from selfattn_core.arrays import widen
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.run import Run, chosen_layout, is_claimed
 from selfattn_core.conformance.cases.table import CASES
@@ -37,7 +38,6 @@ from selfattn_core.conformance.protocol import (
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
 from selfattn_core.conformance.verdicts.product_formats import measured
-from selfattn_core.params import widen
 
 __all__ = ["end_with_parent", "main", "malformed"]
 
