@@ -18,7 +18,7 @@ from flax import linen
 
 from benchmarks.problem import Problem, products, row_local
 from benchmarks.step import RefusedError, Step
-from selfattn_core.params import widen
+from selfattn_core.arrays import widen
 from selfattn_ops.devices import jax as devices
 from selfattn_ops.jax import attend
 

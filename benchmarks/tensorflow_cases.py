@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from benchmarks.problem import Problem, products, row_local
 from benchmarks.step import RefusedError, Step
-from selfattn_core.params import widen
+from selfattn_core.arrays import widen
 from selfattn_ops.devices import tensorflow as devices
 from selfattn_ops.tensorflow import attend
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from selfattn_core import spectral_norm
+from selfattn_core.arrays import is_floating, widen
 from selfattn_core.config import SelfAttentionConfig
 
 __all__ = [
@@ -232,22 +233,6 @@ def refresh_spectral_norm(config: SelfAttentionConfig, params: Mapping[str, Any]
         u, v = spectral_norm.converged(kernel)
         vectors |= {f"{name}.u": u.astype(kernel.dtype), f"{name}.v": v.astype(kernel.dtype)}
     return parameters | vectors
-
-
-def is_floating(dtype: DTypeLike) -> bool:
-    """Whether a numpy dtype is one that weights can have; bfloat16 is ml_dtypes', whose kind is not 'f'."""
-    resolved = np.dtype(dtype)
-    return resolved.kind == "f" or resolved.name == "bfloat16"
-
-
-def widen(array: NDArray[Any]) -> NDArray[Any]:
-    """A bfloat16 array as float32, which is exact; any other array as it is.
-
-    Example:
-        >>> widen(np.ones(2, np.float16)).dtype
-        dtype('float16')
-    """
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def check_params(

@@ -76,8 +76,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core import spectral_norm
+from selfattn_core.arrays import is_floating
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.params import check_params, is_floating, parameter_table, projections
+from selfattn_core.params import check_params, parameter_table, projections
 
 __all__ = ["VERSION", "attention_map", "forward", "magnitudes", "power_iteration", "r1", "vjp", "vjp_of_vjp"]
 

@@ -19,9 +19,10 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from selfattn_core.arrays import widen
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.files.writing import write_atomically
-from selfattn_core.params import check_params, parameter_table, state_table, widen
+from selfattn_core.params import check_params, parameter_table, state_table
 from selfattn_core.spectral_norm import unlike_unit_vectors
 
 __all__ = ["configs_of", "load", "save", "save_blocks", "write_atomically"]

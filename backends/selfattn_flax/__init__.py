@@ -6,11 +6,16 @@ from selfattn_core.installed import require
 require("selfattn_flax", ["jax", "flax"], "flax")
 
 from selfattn_flax.converting.conversion import convert  # noqa: E402 - the message above must come first
-from selfattn_flax.maps import attention_grid  # noqa: E402
-from selfattn_flax.nnx import SelfAttention2D  # noqa: E402
-from selfattn_flax.spectral_norm import refresh_spectral_norm  # noqa: E402
-from selfattn_flax.weights import from_canonical, load, save, to_canonical  # noqa: E402
-from selfattn_flax.with_map import SelfAttention2DWithMap  # noqa: E402
+from selfattn_flax.nnx import (  # noqa: E402
+    SelfAttention2D,
+    SelfAttention2DWithMap,
+    attention_grid,
+    from_canonical,
+    load,
+    refresh_spectral_norm,
+    save,
+    to_canonical,
+)
 
 __all__ = [
     "SelfAttention2D",

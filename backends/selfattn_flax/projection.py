@@ -1,4 +1,4 @@
-"""The 1×1 convolutions of the layers, for NNX and for Linen."""
+"""The 1×1 convolutions of the layers, for NNX and for Linen, as products of matrices."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, field
@@ -12,9 +12,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from selfattn_flax.pointwise import pointwise
-
-__all__ = ["KERNEL_INIT", "ZEROS_INIT", "LinenProjection", "NNXProjection", "project"]
+__all__ = ["KERNEL_INIT", "ZEROS_INIT", "LinenProjection", "NNXProjection", "pointwise", "project"]
 
 KERNEL_INIT: Initializer = jax.nn.initializers.glorot_uniform()
 ZEROS_INIT: Initializer = jax.nn.initializers.zeros
@@ -161,3 +159,33 @@ def project(
     # The gradient of what is broadcast is a sum over all positions, and in 16 bits XLA's stands still at a few hundred.
     wide = jnp.promote_types(outputs.dtype, jnp.float32)
     return (outputs.astype(wide) + bias.astype(wide)).astype(outputs.dtype)
+
+
+def pointwise(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """What `jax.lax.conv_general_dilated` gives for a 1×1 window, in a third of the time of its gradient on a CPU.
+
+    All positions are rows of one matrix: with several axes of them XLA's CPU library is slower at the gradient of the
+    kernel.
+
+    Args:
+        inputs: (…, C_in).
+        kernel: (1, 1, C_in, C_out).
+        precision: of the product.
+        out_sharding: of the result, on an explicit mesh.
+
+    Returns:
+        (…, C_out).
+
+    Example:
+        >>> pointwise(jnp.ones((2, 5, 7, 3)), jnp.ones((1, 1, 3, 4)))[0, 0, 0]
+        Array([3., 3., 3., 3.], dtype=float32)
+    """
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    product = jnp.dot(rows, kernel.reshape(kernel.shape[-2:]), precision=precision)
+    return product.reshape((*inputs.shape[:-1], kernel.shape[-1]), out_sharding=out_sharding)

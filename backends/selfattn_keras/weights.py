@@ -7,16 +7,14 @@ from typing import Any
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.params import check_params, projections, state_table, widen
+from selfattn_core.arrays import Array, widen
+from selfattn_core.params import check_params, projections, state_table
 from selfattn_core.porting.anything import load_any
 from selfattn_core.weights import PathLike
 from selfattn_keras.layer import SelfAttention2D, own_copy
-
-Array = NDArray[Any]
 
 
 def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.arrays import Array
 from selfattn_core.params import check_params, projections, state_table
 from selfattn_core.porting.anything import load_any
 from selfattn_core.weights import PathLike
@@ -18,7 +18,6 @@ from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.projection import Projection
 from selfattn_torch.spectral_norm import SpectralConv2d
 
-Array = NDArray[Any]
 Layer = TypeVar("Layer", bound=SelfAttention2d)
 
 

@@ -53,7 +53,7 @@ class Registered:
 
 def _keras(framework: str) -> Registered:
     return Registered(
-        "selfattn_keras.conformance:backend",
+        "selfattn_keras.conformance.backend:backend",
         ("keras", framework),
         f"keras-{framework}",
         {"KERAS_BACKEND": framework},
@@ -64,11 +64,13 @@ def _flax(kind: str) -> Registered:
     # These ask for their precision. Attention has to be in full under this default too, which on a processor rounds
     # operands in float64 alone.
     default = {"JAX_DEFAULT_MATMUL_PRECISION": "BF16_BF16_F32"}
-    return Registered(f"selfattn_flax.conformance:{kind}_backend", ("flax", "jax"), "flax", precision=default)
+    return Registered(
+        f"selfattn_flax.conformance.backend:{kind}_backend", ("flax", "jax"), "flax", precision=default
+    )
 
 
 REGISTRY: Mapping[str, Registered] = {
-    "torch": Registered("selfattn_torch.conformance:backend", ("torch",), "torch"),
+    "torch": Registered("selfattn_torch.conformance.backend:backend", ("torch",), "torch"),
     "keras-tensorflow": _keras("tensorflow"),
     "keras-jax": _keras("jax"),
     "keras-torch": _keras("torch"),

@@ -28,7 +28,7 @@ from selfattn_core.conformance.backends import REGISTRY, resolve
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_flax import linen
-from selfattn_flax.conformance import linen_backend, nnx_backend
+from selfattn_flax.conformance.backend import linen_backend, nnx_backend
 
 FLAT = SelfAttentionConfig(11, 3)
 POOLED = SelfAttentionConfig(11, 3, 5, out_projection=True, use_bias=False, kv_pool=2)
@@ -190,7 +190,7 @@ def test_the_block_size_reaches_the_core(monkeypatch, module):
         return wrapped
 
     for name in ("attend", "attend_with_map"):
-        monkeypatch.setattr(module, name, recording(getattr(module, name)))
+        monkeypatch.setattr(module.layer, name, recording(getattr(module.layer, name)))
     backend = linen_backend if module is linen else nnx_backend
     layer = built(backend, FLAT, designed(FLAT)[0], block_size=5)
     layer(jnp.ones((2, 3, 11)))
@@ -693,7 +693,7 @@ def test_precision_is_that_of_the_projections_and_attention_has_the_highest(back
     assert jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == projections + 2
 
 
-@pytest.mark.parametrize("module", ["nnx", "linen", "weights"])
+@pytest.mark.parametrize("module", ["nnx.layer", "nnx.weights", "linen.layer", "linen.weights"])
 def test_examples(module):
     failed, tried = doctest.testmod(importlib.import_module(f"selfattn_flax.{module}"))
     assert tried
@@ -734,7 +734,7 @@ def test_float64_where_the_environment_asks_for_it():
     script = (
         "import numpy as np\n"
         "from selfattn_core import SelfAttentionConfig, init_params\n"
-        "from selfattn_flax.conformance import linen_backend, nnx_backend\n"
+        "from selfattn_flax.conformance.backend import linen_backend, nnx_backend\n"
         "config = SelfAttentionConfig.pooled(16)\n"
         "params = init_params(config, 0, np.float64)\n"
         "for backend in (nnx_backend, linen_backend):\n"

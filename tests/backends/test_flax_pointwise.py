@@ -11,8 +11,7 @@ from flax import nnx
 
 from selfattn_flax import SelfAttention2D
 from selfattn_flax.linen import SelfAttention2D as LinenSelfAttention2D
-from selfattn_flax.pointwise import pointwise
-from selfattn_flax.projection import LinenProjection, NNXProjection
+from selfattn_flax.projection import LinenProjection, NNXProjection, pointwise
 from selfattn_flax.spectral_norm import LinenSpectralConv, NNXSpectralConv
 
 

@@ -11,7 +11,7 @@ import selfattn_flax
 from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec, spectral_norm
 from selfattn_core.params import fold_spectral_norm, projections, state_table
 from selfattn_flax import linen
-from selfattn_flax.conformance import nnx_backend
+from selfattn_flax.conformance.backend import nnx_backend
 from selfattn_flax.conformance.mutants import MovesInEvaluation
 
 CONFIG = SelfAttentionConfig(11, 3, 5, out_projection=True, kv_pool=2, spectral_norm=True)

@@ -21,7 +21,7 @@ from selfattn_torch import (
     save,
     to_canonical,
 )
-from selfattn_torch.conformance import TorchBackend
+from selfattn_torch.conformance.backend import TorchBackend
 from selfattn_torch.spectral_norm import SpectralConv2d
 
 CONFIG = SelfAttentionConfig(11, 3, 5, out_projection=True, kv_pool=2, spectral_norm=True)

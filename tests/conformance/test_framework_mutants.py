@@ -21,7 +21,7 @@ def statuses(target, cases):
 def test_a_gamma_that_is_no_parameter_of_torch():
     """As in the published f/g/h layer: its output is right, but it is neither trained nor saved."""
     report, status = statuses(
-        "selfattn_torch.conformance:PlainGamma", {"SA-FWD-001", "SA-SAV-001", "SA-VJP-001"}
+        "selfattn_torch.conformance.mutants:PlainGamma", {"SA-FWD-001", "SA-SAV-001", "SA-VJP-001"}
     )
     assert status["SA-FWD-001"] == {"pass"}
     for case in ("SA-SAV-001", "SA-VJP-001"):

@@ -2,7 +2,7 @@
 
 import jax
 
-from selfattn_flax.conformance import FlaxBackend, nnx_backend
+from selfattn_flax.conformance.backend import FlaxBackend, nnx_backend
 
 
 class Strays(FlaxBackend):

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from selfattn_ops import blocks
 from selfattn_ops import jax as ops
+from selfattn_ops.jax import blocks as jax_blocks
 
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
@@ -31,7 +32,7 @@ def main():
     blocks.MINIMUM_ROWS = 8
     for split in (False, True):
         # In 8 rows: all sixteen elements, or less than the eight devices.
-        blocks.SCORE_BUDGET = ops.SCORE_BUDGET = 4 * 8 * 40 * (4 if split else 16)
+        blocks.SCORE_BUDGET = jax_blocks.SCORE_BUDGET = 4 * 8 * 40 * (4 if split else 16)
         for kind in ("Auto", "Explicit"):
             mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType[kind],))
             for axis, specs in (
@@ -53,7 +54,7 @@ def main():
                             "error": max(
                                 float(abs(one - other).max() / abs(other).max()) for one, other in pairs
                             ),
-                            "chunks": ops._plan(operands[0].shape, 40, None)[0],
+                            "chunks": jax_blocks.plan(operands[0].shape, 40, None)[0],
                             "collectives": collections.Counter(re.findall(COLLECTIVES, compiled.as_text())),
                         }
     json.dump(found, sys.stdout)

@@ -74,8 +74,9 @@ def kinds(monkeypatch):
 def test_attend_in_torch_asks_for_the_budget_of_the_device_of_its_tensors(kinds):
     torch = pytest.importorskip("torch")
     from selfattn_ops import torch as ops
+    from selfattn_ops.torch import blocks
 
-    asked = kinds(ops)
+    asked = kinds(blocks)
     for device in ("cpu", "meta"):
         query, key, value = (torch.zeros(shape, device=device, requires_grad=True) for shape in SHAPES)
         ops.attend(query, key, value).sum().backward()
@@ -86,9 +87,10 @@ def test_attend_in_torch_asks_for_the_budget_of_the_device_of_its_tensors(kinds)
 def test_attend_in_jax_asks_for_the_budget_of_the_device_of_its_arrays(kinds, monkeypatch):
     jax = pytest.importorskip("jax")
     from selfattn_ops import jax as ops
+    from selfattn_ops.jax import blocks
 
-    asked = kinds(ops)
-    monkeypatch.setattr(ops, "_kind", lambda _: "gpu")
+    asked = kinds(blocks)
+    monkeypatch.setattr(ops, "device_kind", lambda _: "gpu")
     operands = [jax.numpy.zeros(shape) for shape in SHAPES]
     jax.grad(lambda *given: ops.attend(*given).sum())(*operands)
     assert set(asked) == {"gpu"}
@@ -97,9 +99,10 @@ def test_attend_in_jax_asks_for_the_budget_of_the_device_of_its_arrays(kinds, mo
 def test_attend_in_tensorflow_asks_for_the_budget_of_the_device_of_its_tensors(kinds, monkeypatch):
     tf = pytest.importorskip("tensorflow")
     from selfattn_ops import tensorflow as ops
+    from selfattn_ops.tensorflow import blocks
 
-    asked = kinds(ops)
-    monkeypatch.setattr(ops, "_kind", lambda _: "gpu")
+    asked = kinds(blocks)
+    monkeypatch.setattr(blocks, "device_kind", lambda _: "gpu")
     query, key, value = (tf.zeros(shape) for shape in SHAPES)
     with tf.GradientTape() as tape:
         tape.watch(query)
@@ -112,47 +115,47 @@ def test_attend_in_tensorflow_asks_for_the_budget_of_the_device_of_its_tensors(k
 def test_torch_takes_the_budget_of_its_device(monkeypatch):
     """The walk over the blocks, of tensors that say they are on a card."""
     torch = pytest.importorskip("torch")
-    from selfattn_ops import torch as ops
+    from selfattn_ops.torch import blocks as torch_blocks
 
     asked = []
-    monkeypatch.setattr(ops, "score_budget", lambda *given: asked.append(given) or 4 * 3 * 11)
+    monkeypatch.setattr(torch_blocks, "score_budget", lambda *given: asked.append(given) or 4 * 3 * 11)
     monkeypatch.setattr(blocks, "MINIMUM_ROWS", 1)
     query = torch.zeros(2, 7, 3, dtype=torch.float64)
     key = torch.zeros(2, 11, 3, dtype=torch.float64)
-    assert len(list(ops._blocks(query, key, None, torch.float64))) == 2 * 3
+    assert len(list(torch_blocks.blocks(query, key, None, torch.float64))) == 2 * 3
     assert asked == [("cpu", 2, 7, 11, "float64")]
 
 
 def test_jax_takes_the_budget_of_its_device():
     jax = pytest.importorskip("jax")
-    from selfattn_ops import jax as ops
+    from selfattn_ops.jax.blocks import device_kind, plan
 
     side = 128 * 128
-    assert ops._plan((1, side, 8), side, None) == (1, 128)
-    assert ops._plan((1, side, 8), side, None, "gpu") == (1, 16)
-    assert ops._plan((1, side, 8), side, None, "tpu", "float64") == (1, 32)
-    assert ops._plan((1, side, 8), side, 256, "gpu") == (1, 64)
-    assert ops._kind(jax.numpy.zeros(3)) == "cpu"
+    assert plan((1, side, 8), side, None) == (1, 128)
+    assert plan((1, side, 8), side, None, "gpu") == (1, 16)
+    assert plan((1, side, 8), side, None, "tpu", "float64") == (1, 32)
+    assert plan((1, side, 8), side, 256, "gpu") == (1, 64)
+    assert device_kind(jax.numpy.zeros(3)) == "cpu"
     traced = []
-    jax.jit(lambda x: traced.append(ops._kind(x)) or x)(jax.numpy.zeros(3))
+    jax.jit(lambda x: traced.append(device_kind(x)) or x)(jax.numpy.zeros(3))
     with jax.default_device("gpu"):
-        jax.make_jaxpr(lambda x: traced.append(ops._kind(x)) or x)(1.0)
+        jax.make_jaxpr(lambda x: traced.append(device_kind(x)) or x)(1.0)
     assert traced == ["cpu", "gpu"]
 
 
 def test_tensorflow_takes_the_budget_of_its_device(monkeypatch):
     tf = pytest.importorskip("tensorflow")
-    from selfattn_ops import tensorflow as ops
+    from selfattn_ops.tensorflow.blocks import device_kind, plan
 
     side = 128 * 128
-    assert ops._plan(None, 1, side, side) == (1, 128)
-    assert ops._plan(None, 1, side, side, "gpu") == (1, 1024)
-    assert ops._plan(None, 1, side, side, "gpu", "float64") == (1, 512)
-    assert [int(x) for x in ops._plan(None, tf.constant(1), side, side, "gpu")] == [1, 128]
-    assert ops._kind(tf.zeros(3)) == "cpu"
+    assert plan(None, 1, side, side) == (1, 128)
+    assert plan(None, 1, side, side, "gpu") == (1, 1024)
+    assert plan(None, 1, side, side, "gpu", "float64") == (1, 512)
+    assert [int(x) for x in plan(None, tf.constant(1), side, side, "gpu")] == [1, 128]
+    assert device_kind(tf.zeros(3)) == "cpu"
     on_card = types.SimpleNamespace(device="/job:localhost/replica:0/task:0/device:GPU:1")
-    assert ops._kind(on_card) == "gpu"
+    assert device_kind(on_card) == "gpu"
     in_graph = types.SimpleNamespace(device="")
-    assert ops._kind(in_graph) == "cpu"
+    assert device_kind(in_graph) == "cpu"
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: ["a card"])
-    assert ops._kind(in_graph) == "gpu"
+    assert device_kind(in_graph) == "gpu"

@@ -14,6 +14,9 @@ from jax.test_util import check_grads
 
 import selfattn_ops.jax as ops
 from selfattn_ops.jax import attend, attend_with_map
+from selfattn_ops.jax import blocks as jax_blocks
+from selfattn_ops.jax.blocks import plan
+from selfattn_ops.jax.dense import dense_attention
 
 ROOT = Path(__file__).parents[2]
 HELPER = Path(__file__).with_name("jax_sharded.py")
@@ -318,24 +321,24 @@ class TestBatchSplit:
         # What three elements of 4 rows and 5 keys need, so that 4 rows of seven do not fit.
         monkeypatch.setattr("selfattn_ops.blocks.SCORE_BUDGET", 3 * 4 * 4 * 5)
         monkeypatch.setattr("selfattn_ops.blocks.MINIMUM_ROWS", 4)
-        monkeypatch.setattr(ops, "SCORE_BUDGET", 3 * 4 * 4 * 5)
+        monkeypatch.setattr(jax_blocks, "SCORE_BUDGET", 3 * 4 * 4 * 5)
         ops._attend.clear_cache()
         yield
         ops._attend.clear_cache()
 
     def test_plan(self):
-        assert ops._plan((3, 11, 3), 5, None) == (1, 3)
-        assert ops._plan((7, 11, 3), 5, None) == (3, 3)
-        assert ops._plan((7, 3, 3), 5, None)[1] == 1
-        assert ops._plan((6, 12, 3), 100, None) == (6, 3), "one at a time when even one exceeds the budget"
-        assert ops._plan((7, 11, 3), 5, 2)[0] == 1, "a choice of rows is kept as it is"
+        assert plan((3, 11, 3), 5, None) == (1, 3)
+        assert plan((7, 11, 3), 5, None) == (3, 3)
+        assert plan((7, 3, 3), 5, None)[1] == 1
+        assert plan((6, 12, 3), 100, None) == (6, 3), "one at a time when even one exceeds the budget"
+        assert plan((7, 11, 3), 5, 2)[0] == 1, "a choice of rows is kept as it is"
 
     @pytest.mark.parametrize(
         ("leading", "N", "M"), [((7,), 11, 5), ((2, 4), 11, 5), ((5,), 3, 5), ((2, 2), 8, 31)]
     )
     def test_values(self, leading, N, M):
         arrays = draw((leading, N, M, 2, 6))
-        assert ops._plan(arrays[0].shape, M, None)[0] > 1
+        assert plan(arrays[0].shape, M, None)[0] > 1
         with jax.enable_x64(True):
             got = derivatives(*map(jnp.asarray, arrays))
         assert max(errors(got, wanted(*arrays), np.finfo(np.float64).eps)) < 128
@@ -355,7 +358,7 @@ class TestMemory:
     def single(self, q, k, v):
         """The same blocks with one checkpoint, which the checks below have to refuse."""
         k, v = k.swapaxes(-1, -2), v.swapaxes(-1, -2)
-        body = jax.checkpoint(ops._block, prevent_cse=False)
+        body = jax.checkpoint(dense_attention, prevent_cse=False)
         return jax.lax.map(lambda block: body(block, k, v), q.reshape(-1, self.rows, q.shape[-1]))
 
     def attend(self, q, k, v):

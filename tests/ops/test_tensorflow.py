@@ -14,8 +14,9 @@ import pytest
 import tensorflow as tf
 
 from selfattn_ops import blocks
-from selfattn_ops import tensorflow as ops
-from selfattn_ops.tensorflow import attend, attend_with_map
+from selfattn_ops.tensorflow import attend, attend_with_map, dense, derivatives
+from selfattn_ops.tensorflow import blocks as tensorflow_blocks
+from selfattn_ops.tensorflow.blocks import plan, rows_of_block
 
 # Largest error allowed, in eps of the dtype times the largest magnitude of the answer.
 OUTPUT, GRADIENT, SECOND = 16, 128, 1000
@@ -272,36 +273,37 @@ def test_rows_of_unknown_sizes_are_those_of_known_sizes():
             for rows in SIZES:
                 for keys in SIZES:
                     sizes = (batch, rows, keys)
-                    got = ops._block_rows(block_size, *(tf.constant(size, tf.int64) for size in sizes))
+                    got = rows_of_block(block_size, *(tf.constant(size, tf.int64) for size in sizes))
                     assert int(got) == blocks.block_rows(block_size, *sizes)
-                    plan = ops._plan(block_size, *(tf.constant(size, tf.int64) for size in sizes))
-                    assert [int(x) for x in plan] == list(ops._plan(block_size, *sizes))
+                    planned = plan(block_size, *(tf.constant(size, tf.int64) for size in sizes))
+                    assert [int(x) for x in planned] == list(plan(block_size, *sizes))
 
 
 def test_a_block_of_rows_and_elements_stays_within_the_budget():
     for batch in (1, 2, 7, 300):
         for rows, keys in ((4096, 4096), (64, 64), (1024, 256), (65536, 16384)):
-            elements, block = ops._plan(None, batch, rows, keys)
+            elements, block = plan(None, batch, rows, keys)
             assert 1 <= elements <= batch
             assert 1 <= block <= rows
             smallest = block == blocks.MINIMUM_ROWS and elements == 1
-            assert smallest or 4 * elements * block * keys <= ops.SCORE_BUDGET
+            assert smallest or 4 * elements * block * keys <= blocks.SCORE_BUDGET
 
 
 @pytest.fixture
 def small_budget(monkeypatch):
     """A budget of 2 batch elements of 3 × 7, or 10 rows of a single one; and the sizes of all scores computed."""
-    for module in (blocks, ops):
+    for module in (blocks, tensorflow_blocks):
         monkeypatch.setattr(module, "SCORE_BUDGET", 4 * 70)
         monkeypatch.setattr(module, "MINIMUM_ROWS", 2)
     seen = []
-    scores = ops._scores
+    softmax_scores = dense.softmax_scores
 
     def spied(query, key):
         seen.append((*query.shape[:-1], key.shape[-2]))
-        return scores(query, key)
+        return softmax_scores(query, key)
 
-    monkeypatch.setattr(ops, "_scores", spied)
+    for module in (dense, derivatives):
+        monkeypatch.setattr(module, "softmax_scores", spied)
     # A graph has the budget that it was traced with.
     graph_of.cache_clear()
     yield seen

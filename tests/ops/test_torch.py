@@ -16,7 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import selfattn_ops.torch as ops
 from selfattn_ops import blocks
-from selfattn_ops.torch import attend, attend_with_map
+from selfattn_ops.torch import attend, attend_with_map, compiled, derivatives
+from selfattn_ops.torch.blocks import ready
 from tests.ops.rounded_logits import shift_of_output
 
 Operands = list[torch.Tensor]
@@ -190,14 +191,14 @@ class TestValues:
         operands = draw((5,), (11, 7, 3, 5))
         whole = torch.autograd.grad(dense(*operands).square().sum(), operands)
         walked = []
-        walk = ops._blocks
+        walk = derivatives.blocks
 
         def watched(*args: object) -> object:
             for block in walk(*args):
                 walked.append(block.buffers[0].shape)
                 yield block
 
-        monkeypatch.setattr(ops, "_blocks", watched)
+        monkeypatch.setattr(derivatives, "blocks", watched)
         for elements, budget, shapes in (
             (2, 4 * 2 * 11 * 7, {(2, 11, 7), (1, 11, 7)}),
             (1, 4 * 11 * 7, {(11, 7)}),
@@ -229,7 +230,7 @@ class TestValues:
 
     def test_an_expanded_gradient_is_not_copied_for_every_block(self) -> None:
         operands = draw()
-        grad = ops._ready(torch.ones(1, dtype=torch.float64).expand(2, 11, 5), torch.float64)
+        grad = ready(torch.ones(1, dtype=torch.float64).expand(2, 11, 5), torch.float64)
         assert grad.is_contiguous()
         got = torch.autograd.grad(attend(*operands, block_size=3).sum(), operands)
         want = first_order(*to_numpy(operands), np.ones((2, 11, 5)))
@@ -238,10 +239,10 @@ class TestValues:
 
     def test_views_are_taken_as_they_are(self) -> None:
         for operand in draw(transposed=True):
-            assert ops._ready(operand, torch.float64) is operand
+            assert ready(operand, torch.float64) is operand
         fused = torch.randn(2, 11, 16)
         for part in fused.split([3, 5, 8], dim=-1):
-            assert ops._ready(part, torch.float32) is part
+            assert ready(part, torch.float32) is part
 
 
 class TestDerivatives:
@@ -630,10 +631,12 @@ class TestCompiled:
         operands = draw(sizes=(5, 4, 2, 3), transposed=transposed)
         grad = torch.ones(2, 5, 3, dtype=torch.float64)
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(ops._attend_op, (*operands, 2), test_utils=tests)
-        torch.library.opcheck(ops._attend_backward_op, (*operands, grad, 2), test_utils=tests)
+        torch.library.opcheck(compiled.attend_op, (*operands, 2), test_utils=tests)
+        torch.library.opcheck(compiled.attend_backward_op, (*operands, grad, 2), test_utils=tests)
         detached = [operand.detach() for operand in operands]
-        torch.library.opcheck(ops._attend_second_op, (*detached, grad, *like(detached), 2), test_utils=tests)
+        torch.library.opcheck(
+            compiled.attend_second_op, (*detached, grad, *like(detached), 2), test_utils=tests
+        )
 
 
 class Layer(torch.nn.Module):

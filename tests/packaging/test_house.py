@@ -49,7 +49,52 @@ def test_every_package_is_typed_and_has_an_init(package):
     assert (ROOT / package / "__init__.py").exists()
 
 
-def test_every_adapter_has_the_same_files_and_a_registered_backend():
+LAYER = {"layer", "weights", "maps", "with_map"}
+ADAPTER = {"__init__", "projection", "spectral_norm", "conformance", "converting"}
+CONFORMANCE = {"__init__", "backend", "model", "mutants"}
+CONVERTING = {"__init__", "conversion", "foreign", "obstacles", "tensors"}
+OPS = {"__init__", "blocks", "dense"}
+
+# What every folder of a kind holds, and what one holds beside or without it, each with its reason.
+SHAPES = {
+    "selfattn_torch": ADAPTER
+    | LAYER
+    # Torch calls the layer with whatever it is given, and hands it the state dicts of older versions.
+    | {"inputs", "migrate"},
+    "selfattn_keras": ADAPTER | LAYER,
+    # Two layers: a folder for each, and what they share.
+    "selfattn_flax": ADAPTER | {"nnx", "linen", "functions", "trees"},
+    "selfattn_flax/nnx": {"__init__"} | LAYER,
+    # `convert` knows NNX models; the parts of a Linen module cannot be replaced.
+    "selfattn_flax/linen": {"__init__"} | LAYER - {"with_map"},
+    "selfattn_torch/conformance": CONFORMANCE,
+    # The same functions on each framework that Keras runs on.
+    "selfattn_keras/conformance": CONFORMANCE | {"tensorflow", "jax", "torch"},
+    # The pure functions that JAX compiles, and the two layers as such.
+    "selfattn_flax/conformance": CONFORMANCE | {"functions", "nnx", "linen"},
+    # Torch names the modules of a model, copies them and differentiates by itself.
+    "selfattn_torch/converting": CONVERTING,
+    "selfattn_keras/converting": CONVERTING | {"places", "answers", "copying"},
+    "selfattn_flax/converting": CONVERTING | {"places", "answers"},
+    # Torch and TensorFlow have derivatives of ours; JAX differentiates the blocks itself.
+    "selfattn_ops/torch": OPS | {"derivatives", "autograd", "compiled"},
+    "selfattn_ops/tensorflow": OPS | {"derivatives", "autograd", "sizes"},
+    "selfattn_ops/jax": OPS,
+}
+
+
+def files_of(folder: Path) -> set[str]:
+    """The modules and packages in a folder."""
+    inner = {path.parent.name for path in folder.glob("*/__init__.py")}
+    return {path.stem for path in folder.glob("*.py")} | inner
+
+
+@pytest.mark.parametrize("folder", SHAPES)
+def test_folders_of_a_kind_have_the_same_files(folder):
+    assert files_of(ROOT / "backends" / folder) == SHAPES[folder]
+
+
+def test_every_adapter_has_a_shape_and_a_registered_backend():
     adapters = {Path(package).name for package in PACKAGES} - {
         "selfattn_core",
         "selfattn_ops",
@@ -57,11 +102,8 @@ def test_every_adapter_has_the_same_files_and_a_registered_backend():
     }
     assert {entry.target.partition(".")[0] for entry in REGISTRY.values()} == adapters
     for adapter in adapters:
-        folder = ROOT / "backends" / adapter
-        modules = {path.stem for path in folder.glob("*.py")}
-        modules |= {path.parent.name for path in folder.glob("*/__init__.py")}
-        assert {"__init__", "weights", "maps", "conformance"} < modules
-        assert {"layer"} < modules or {"nnx", "linen"} < modules
+        inner = {f"{adapter}/{name}" for name in ("conformance", "converting")}
+        assert {adapter} | inner <= set(SHAPES)
 
 
 def test_extras():
@@ -145,4 +187,4 @@ def test_who_imports_whom(package):
 
 def test_files_of_the_ops_import_their_own_framework_only():
     for path in (ROOT / "backends" / "selfattn_ops").rglob("*.py"):
-        assert imported(path) & FRAMEWORKS <= {path.stem}
+        assert imported(path) & FRAMEWORKS <= {path.stem, path.parent.name}

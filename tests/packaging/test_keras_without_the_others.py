@@ -37,7 +37,7 @@ want = selfattn_keras.to_canonical(layer)
 for other in (twin, again.layers[-1]):
     assert all((array == want[name]).all() for name, array in selfattn_keras.to_canonical(other).items())
 from selfattn_core.conformance.backends import resolve
-resolve("selfattn_keras.conformance:backend").versions()
+resolve("selfattn_keras.conformance.backend:backend").versions()
 assert not others & set(sys.modules), others & set(sys.modules)
 """
 

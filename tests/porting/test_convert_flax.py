@@ -19,7 +19,7 @@ from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats import open_tensors
 from selfattn_core.porting.networks.conversion import ConversionError
 from selfattn_flax import SelfAttention2D, SelfAttention2DWithMap, convert
-from selfattn_flax.converting.graph import places
+from selfattn_flax.converting.places import places
 
 C, DK, DV = 16, 3, 5
 

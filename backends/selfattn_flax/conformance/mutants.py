@@ -2,19 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import jax
 from flax import nnx
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig
-from selfattn_flax.conformance import FlaxBackend, Model, nnx_backend
-from selfattn_flax.nnx import SelfAttention2D
+from selfattn_core.arrays import Array
+from selfattn_flax.conformance.backend import FlaxBackend, nnx_backend
+from selfattn_flax.conformance.model import Model
+from selfattn_flax.nnx.layer import SelfAttention2D
 
 __all__ = ["MovesInEvaluation"]
-
-Array = NDArray[Any]
 
 
 class MovesInEvaluation(FlaxBackend):

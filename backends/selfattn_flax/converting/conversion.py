@@ -18,9 +18,9 @@ from selfattn_core.porting.networks.conversion import Conversion, check_argument
 from selfattn_core.porting.networks.foreign_layer import Options, convert_all
 from selfattn_flax.converting import obstacles
 from selfattn_flax.converting.foreign import ForeignLayer
-from selfattn_flax.converting.graph import copied, places, put
+from selfattn_flax.converting.places import copied, places, put
 from selfattn_flax.converting.tensors import forms_of
-from selfattn_flax.nnx import SelfAttention2D
+from selfattn_flax.nnx.layer import SelfAttention2D
 
 __all__ = ["Match", "convert"]
 

@@ -1,10 +1,6 @@
 """A foreign attention layer of an NNX model: its tensors, its answers, and the layer of ours that takes its place."""
 
 import inspect
-import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.params import parameter_table
 from selfattn_core.porting.blocks.find import index_of
 from selfattn_core.porting.blocks.match import prefixes
@@ -28,40 +24,28 @@ from selfattn_core.porting.networks.conversion import (
 from selfattn_core.porting.networks.foreign_layer import ForeignLayerBase, Options, notes_of
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.translation.folding import to_matrix
-from selfattn_flax.converting.graph import copied
+from selfattn_flax.converting.answers import (
+    Answers,
+    answered,
+    arithmetic,
+    at_path,
+    dtype_of,
+    probe_of,
+    shown,
+    trained,
+)
+from selfattn_flax.converting.places import copied
 from selfattn_flax.converting.tensors import forms_of, leaves_of, read
-from selfattn_flax.nnx import SelfAttention2D
+from selfattn_flax.nnx.layer import SelfAttention2D
+from selfattn_flax.nnx.weights import make, to_canonical
+from selfattn_flax.nnx.with_map import SelfAttention2DWithMap
 from selfattn_flax.spectral_norm import NNXSpectralConv
-from selfattn_flax.weights import make, to_canonical
-from selfattn_flax.with_map import SelfAttention2DWithMap
 
 __all__ = ["ForeignLayer", "modes_of"]
 
-Array = NDArray[Any]
 KeyPath = tuple[Any, ...]
 # What `nnx.Variable` sets itself.
 _OF_EVERY_VARIABLE = ("hijax", "ref", "eager_sharding")
-
-
-@dataclass
-class _Answers:
-    """What a layer says.
-
-    Args:
-        y: (B, H, W, C).
-        dx: the gradient of x.
-        map: what it returns beside y; None if it returns y alone.
-        gradients: by canonical name, in the layer's own form.
-        sown: names of what it sowed.
-        moved: keys of what it changed in itself.
-    """
-
-    y: Any
-    dx: Any
-    map: Any
-    gradients: Mapping[str, Any]
-    sown: list[str]
-    moved: list[str]
 
 
 class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
@@ -77,7 +61,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         super().__init__(layer, names, options)
         self.leaves = leaves_of(layer)
         self.tensors = forms_of(layer, names[0])[0]
-        self.probe = _probe(layer)
+        self.probe = probe_of(layer)
 
     def _form(self, layer: nnx.Module, dialect: Dialect) -> Tensors:
         """The layer's tensors, in the form that has the keys of the dialect."""
@@ -88,16 +72,16 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         foreign, probed = (
             self._read(self._form(each, dialect), dialect) for each in (self.layer, self.probe)
         )
-        every: list[tuple[Question, _Answers]] = []
+        every: list[tuple[Question, Answers]] = []
 
         def answers(asked: Question) -> tuple[dict[str, Array], dict[str, Array]]:
-            with _arithmetic(asked.x.dtype):
+            with arithmetic(asked.x.dtype):
                 old = self._ask(probed, asked)
                 told = self._told(old, probed, asked)
                 every.append((asked, old))
                 twin = self._made(probed, asked, pair=old.map is not None)
                 paths = {name: _own_path(name) for name in parameter_table(probed.config)}
-                return told, _ours(_answered(twin, asked, paths), probed)
+                return told, _ours(answered(twin, asked, paths), probed)
 
         theirs, ours, failures, places = self._compared(probed, answers)
         asked, old = every[0]
@@ -105,7 +89,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         if len({each.map is None for _, each in every}) > 1:
             failures = (*failures, "it returns (y, A) at some sizes of its input only")
         keep = pair and self.options.returns == "same"
-        with _arithmetic(asked.x.dtype):
+        with arithmetic(asked.x.dtype):
             failure, training = self._in_training(probed, asked, old)
             new, notes = self._dressed(foreign, old, asked.x.shape[1:3], pair=keep)
         if keep and old.map.ndim != 3:
@@ -129,20 +113,20 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         """Our layer with the parameters of the question."""
         return make(_kind(pair), probed.config, asked.params, block_size=self.options.block_size)
 
-    def _ask(self, foreign: Foreign, asked: Question) -> _Answers:
+    def _ask(self, foreign: Foreign, asked: Question) -> Answers:
         """The answers of the probe, of which a copy is asked, since a question may move its state."""
         old = copied(self.probe)
         paths = {name: self._path(foreign, name) for name in parameter_table(foreign.config)}
         shape = asked.x.shape
         try:
-            answers = _answered(old, asked, {name: path for name, path in paths.items() if path})
+            answers = answered(old, asked, {name: path for name, path in paths.items() if path})
         except PortError as error:
             raise PortError(f"{self.where}: {error}") from error
         except Exception as error:
             raise self._does_not_run(shape, f"{type(error).__name__}: {error}") from error
         return answers
 
-    def _in_training(self, foreign: Foreign, asked: Question, rested: _Answers) -> tuple[str, str]:
+    def _in_training(self, foreign: Foreign, asked: Question, rested: Answers) -> tuple[str, str]:
         """What to say of both layers in training mode: a failure and a note, one of them or both "".
 
         Args:
@@ -152,7 +136,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         """
         pair = rested.map is not None
         try:
-            result = _trained(copied(self.probe), asked)
+            result = trained(copied(self.probe), asked)
         except Exception as error:
             return "", (
                 f"it does not run in training mode ({type(error).__name__}: {error}), where the new one does; it was compared in "
@@ -161,19 +145,19 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         y = result[0] if pair and isinstance(result, tuple | list) and len(result) == 2 else result
         if not isinstance(y, jax.Array) or y.shape != rested.y.shape or pair is (y is result):
             return (
-                f"in training mode it returns {_shown(result)}, and in evaluation mode "
-                f"{_shown((rested.y, rested.map) if pair else rested.y)}"
+                f"in training mode it returns {shown(result)}, and in evaluation mode "
+                f"{shown((rested.y, rested.map) if pair else rested.y)}"
             ), ""
-        ours = _trained(self._made(foreign, asked, pair=False), asked)
+        ours = trained(self._made(foreign, asked, pair=False), asked)
         return self._differs_in_training(foreign, asked, read(y), read(ours))
 
-    def _told(self, answers: _Answers, foreign: Foreign, asked: Question) -> dict[str, Array]:
+    def _told(self, answers: Answers, foreign: Foreign, asked: Question) -> dict[str, Array]:
         """The answers of the old layer in the shapes of the definition."""
         found = {"y": read(answers.y), "x": read(answers.dx)}
         if answers.map is not None:
             if not isinstance(answers.map, jax.Array | np.ndarray):
                 raise PortError(
-                    f"{self.where}: returned y and {_shown(answers.map)}; expected y, or y and its map."
+                    f"{self.where}: returned y and {shown(answers.map)}; expected y, or y and its map."
                 )
             found["map"] = self._map(read(answers.map), foreign, asked)
         for name, gradient in answers.gradients.items():
@@ -183,7 +167,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         return found
 
     def _dressed(
-        self, foreign: Foreign, old: _Answers, size: tuple[int, ...], *, pair: bool
+        self, foreign: Foreign, old: Answers, size: tuple[int, ...], *, pair: bool
     ) -> tuple[SelfAttention2D, list[str]]:
         """Our layer with everything of the old one, and what is to say of it."""
         dtype, precision = self._computation(foreign)
@@ -244,7 +228,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         sources = [self._leaf(key) for origin in foreign.origins.values() for key in origin.sources]
         for name, origin in foreign.origins.items():
             path = _own_path(name)
-            owner = _at(new, path[:-1])
+            owner = at_path(new, path[:-1])
             value = getattr(owner, path[-1])[...]
             there = [self._leaf(key) for key in origin.sources]
             like = next((leaf for leaf in there if isinstance(leaf, nnx.Param)), (*there, *sources)[0])
@@ -289,10 +273,10 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         shape = (1, *size, new.config.channels)
         dtypes = ("float32", "bfloat16", "float16")
         try:
-            old = [_dtype_of(self.layer, shape, dtype) for dtype in dtypes]
+            old = [dtype_of(self.layer, shape, dtype) for dtype in dtypes]
         except Exception as error:
             raise self._does_not_run(shape, f"{type(error).__name__}: {error}") from error
-        return old == [_dtype_of(new, shape, dtype) for dtype in dtypes]
+        return old == [dtype_of(new, shape, dtype) for dtype in dtypes]
 
     def _key(self, source: str) -> str:
         """What `leaves_of` calls a tensor of either form."""
@@ -316,103 +300,7 @@ def modes_of(layer: nnx.Module) -> set[bool]:
     return found["use_running_average"] or found["deterministic"]
 
 
-def _answered(layer: nnx.Module, asked: Question, paths: Mapping[str, KeyPath]) -> _Answers:
-    """What a layer says in evaluation mode, on the CPU and in the dtype of the question.
-
-    Args:
-        layer: a copy, which is changed.
-        asked: the question.
-        paths: of its parameters whose gradients are wanted, by canonical name.
-
-    Raises:
-        PortError: if it does not return what a layer returns. Errors of its own pass through.
-    """
-    dtype = asked.x.dtype
-    _at_rest(layer, dtype)
-    graph, state = nnx.split(layer)
-    before = _values(layer)
-    start = {name: _array_at(nnx.merge(graph, state, copy=True), path) for name, path in paths.items()}
-    sown: list[str] = []
-
-    def call(values: Mapping[str, Any], x: jax.Array) -> tuple[Any, Any]:
-        module = nnx.merge(graph, state, copy=True)
-        for name, value in values.items():
-            _set(module, paths[name], value)
-        known = _sown(module)
-        result = module(x)
-        sown.extend(name for name in _sown(module) if name not in known)
-        pair = isinstance(result, tuple | list) and len(result) == 2
-        y = result[0] if pair else result
-        if not isinstance(y, jax.Array) or y.shape != x.shape:
-            raise PortError(
-                f"returned {_shown(result)} for an input {x.shape}; expected y of the same shape, or (y, A)."
-            )
-        return y.astype(dtype), (result[1] if pair else None, _values(module))
-
-    with warnings.catch_warnings():
-        # Of `sow`, outside of `nnx.capture`.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        x = jax.device_put(asked.x, _cpu())
-        y, back, (beside, after) = jax.vjp(call, start, x, has_aux=True)
-    gradients, dx = back(jax.device_put(asked.dy, _cpu()))
-    moved = [key for key, value in before.items() if not np.array_equal(after[key], value)]
-    return _Answers(y, dx, beside, gradients, sown, moved)
-
-
-def _trained(layer: nnx.Module, asked: Question) -> Any:
-    """What a layer returns in training mode, on the CPU and in the dtype of the question.
-
-    Args:
-        layer: a copy, which is changed.
-        asked: the question.
-    """
-    _at_rest(layer, asked.x.dtype)
-    layer.train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return layer(jax.device_put(asked.x, _cpu()))
-
-
-def _probe(layer: nnx.Module) -> nnx.Module:
-    """A copy to ask, on the CPU, in at least float32, in which no parameter is zero.
-
-    A gamma of 0, or a last kernel or a batch norm that begins with zeros, hides whatever else the layer computes.
-    """
-    probe = copied(layer)
-    double = any(value.dtype == np.float64 for value in _values(layer).values())
-    dtype = np.dtype(np.float64 if double else np.float32)
-    generator = np.random.default_rng(0)
-    with _arithmetic(dtype):
-        _at_rest(probe, dtype)
-        for path, leaf in leaves_of(probe).values():
-            value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
-            if _is_floating(value) and not isinstance(leaf, nnx.BatchStat) and not np.any(value):
-                numbers = 0.7 + 0.3 * generator.standard_normal(value.shape)
-                _set(probe, path, jnp.asarray(numbers, dtype))
-    return probe
-
-
-def _at_rest(layer: nnx.Module, dtype: DTypeLike) -> None:
-    """Set a copy to evaluation, to the CPU and to a dtype."""
-    layer.eval()
-    for _, module in nnx.iter_modules(layer):
-        computes = vars(module).get("dtype")
-        if computes is not None and jnp.issubdtype(computes, jnp.floating):
-            module.dtype = dtype
-    nnx.update(layer, jax.tree.map(lambda leaf: _moved(leaf, dtype), nnx.state(layer)))
-
-
-def _values(module: nnx.Module) -> dict[str, Any]:
-    """The floating-point arrays of a module by key."""
-    found = {}
-    for key, (_, leaf) in leaves_of(module).items():
-        value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
-        if _is_floating(value) and not isinstance(leaf, nnx.Intermediate):
-            found[key] = value
-    return found
-
-
-def _ours(answers: _Answers, foreign: Foreign) -> dict[str, Array]:
+def _ours(answers: Answers, foreign: Foreign) -> dict[str, Array]:
     found = {"y": read(answers.y), "x": read(answers.dx)}
     if answers.map is not None:
         found["map"] = read(answers.map)
@@ -425,84 +313,5 @@ def _kind(pair: bool) -> type[SelfAttention2D]:
     return SelfAttention2DWithMap if pair else SelfAttention2D
 
 
-def _arithmetic(dtype: DTypeLike) -> AbstractContextManager[Any]:
-    """In which a question of this dtype is answered as it is asked, whatever the process is set to."""
-    stack = ExitStack()
-    stack.enter_context(jax.default_device(_cpu()))
-    stack.enter_context(jax.default_matmul_precision("highest"))
-    if dtype == np.float64:
-        stack.enter_context(jax.enable_x64(True))
-    return stack
-
-
-def _cpu() -> Any:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError as error:
-        raise PortError(
-            "convert asks layers on the CPU, which JAX has been told to leave out; add cpu to JAX_PLATFORMS, as in "
-            "JAX_PLATFORMS=cuda,cpu"
-        ) from error
-
-
-def _moved(leaf: Any, dtype: DTypeLike) -> Any:
-    if not isinstance(leaf, jax.Array | np.ndarray):
-        return leaf
-    if _is_floating(leaf):
-        leaf = leaf.astype(dtype)
-    return jax.device_put(leaf, _cpu())
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, jax.Array | np.ndarray) and jnp.issubdtype(value.dtype, jnp.floating)
-
-
-def _dtype_of(layer: nnx.Module, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    graph, state = nnx.split(layer)
-
-    def call(state: Any, x: jax.Array) -> Any:
-        module = nnx.merge(graph, state, copy=True)
-        module.eval()
-        result = module(x)
-        return result[0] if isinstance(result, tuple | list) else result
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return jax.eval_shape(call, state, jax.ShapeDtypeStruct(shape, dtype)).dtype
-
-
-def _sown(module: nnx.Module) -> list[str]:
-    return [
-        ".".join(map(str, path))
-        for path, node in nnx.iter_graph(module)
-        if isinstance(node, nnx.Intermediate)
-    ]
-
-
 def _own_path(name: str) -> KeyPath:
     return tuple(name.split("."))
-
-
-def _at(module: nnx.Module, path: KeyPath) -> Any:
-    return next(node for place, node in nnx.iter_graph(module) if place == path)
-
-
-def _array_at(module: nnx.Module, path: KeyPath) -> Any:
-    leaf = _at(module, path)
-    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-
-
-def _set(module: nnx.Module, path: KeyPath, value: Any) -> None:
-    leaf = _at(module, path)
-    if isinstance(leaf, nnx.Variable):
-        leaf.set_value(value)
-    else:
-        setattr(_at(module, path[:-1]), path[-1], value)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, jax.Array | np.ndarray):
-        return f"an array {value.shape}"
-    if isinstance(value, tuple | list):
-        return f"({', '.join(_shown(each) for each in value)})"
-    return f"a {type(value).__name__}"

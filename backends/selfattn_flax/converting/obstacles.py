@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from selfattn_flax.converting.foreign import modes_of
-from selfattn_flax.converting.graph import places, plain_attributes
+from selfattn_flax.converting.places import places, plain_attributes
 
 __all__ = ["of_layer", "of_model", "referring"]
 

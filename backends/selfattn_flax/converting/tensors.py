@@ -7,14 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from numpy.typing import NDArray
 
-from selfattn_core.params import widen
+from selfattn_core.arrays import Array, widen
 from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
 
 __all__ = ["forms_of", "leaves_of", "read"]
 
-Array = NDArray[Any]
 KeyPath = tuple[Any, ...]
 
 

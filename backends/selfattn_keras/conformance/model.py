@@ -6,16 +6,13 @@ from typing import Any, Literal
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import parameter_table
-from selfattn_core.params import widen
+from selfattn_core.arrays import Array, widen
 from selfattn_keras.layer import SelfAttention2D, Tensor
 from selfattn_keras.weights import variable
 
 __all__ = ["Model", "to_array"]
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig
-from selfattn_keras.conformance import KerasBackend
+from selfattn_core.arrays import Array
+from selfattn_keras.conformance.backend import KerasBackend
 from selfattn_keras.conformance.model import Model
 from selfattn_keras.layer import SelfAttention2D, Tensor
 
 __all__ = ["GammaUntracked", "MovesInEvaluation", "ProjectsAnew"]
-
-Array = NDArray[Any]
 
 
 class GammaUntracked(KerasBackend):

@@ -15,11 +15,11 @@ from selfattn_core.porting.dialects.dialect import dialect as dialect_named
 from selfattn_core.porting.networks.conversion import Conversion, check_arguments, no_match, refuse
 from selfattn_core.porting.networks.foreign_layer import Options, convert_all
 from selfattn_keras.converting import obstacles
-from selfattn_keras.converting.asking import everything_in
+from selfattn_keras.converting.answers import everything_in
 from selfattn_keras.converting.copying import copied
 from selfattn_keras.converting.foreign import ForeignLayer
 from selfattn_keras.converting.places import Place, in_place, places, settled
-from selfattn_keras.converting.stored import stored
+from selfattn_keras.converting.tensors import stored
 from selfattn_keras.layer import SelfAttention2D
 
 __all__ = ["Match", "convert"]

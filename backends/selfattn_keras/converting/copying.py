@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from selfattn_core.porting.errors import PortError
-from selfattn_keras.converting.asking import everything_in
+from selfattn_keras.converting.answers import everything_in
 from selfattn_keras.converting.places import children, in_place, is_graph, places, settled
 from selfattn_keras.weights import undrawn
 

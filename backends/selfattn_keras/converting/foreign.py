@@ -9,9 +9,9 @@ from typing import Any
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
 
-from selfattn_core.params import parameter_table, projections, widen
+from selfattn_core.arrays import Array, widen
+from selfattn_core.params import parameter_table, projections
 from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.tensors import Entry, Tensors
@@ -22,15 +22,14 @@ from selfattn_core.porting.networks.conversion import (
 )
 from selfattn_core.porting.networks.foreign_layer import ForeignLayerBase, Options, notes_of
 from selfattn_core.porting.translation.folding import to_matrix
-from selfattn_keras.converting.asking import WrongResultError, ask, asked_in, everything_in
-from selfattn_keras.converting.stored import stored
+from selfattn_keras.converting.answers import WrongResultError, ask, asked_in, everything_in
+from selfattn_keras.converting.tensors import stored
 from selfattn_keras.layer import SelfAttention2D
 from selfattn_keras.weights import from_canonical, to_canonical, undrawn, variable
 from selfattn_keras.with_map import SelfAttention2DWithMap
 
 __all__ = ["ForeignLayer"]
 
-Array = NDArray[Any]
 
 # Positions of an input whose map is still small.
 _MOST_POSITIONS = 1024

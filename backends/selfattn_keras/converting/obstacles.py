@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from selfattn_keras.converting.asking import everything_in
+from selfattn_keras.converting.answers import everything_in
 from selfattn_keras.converting.places import Place, is_graph, places
 
 __all__ = ["in_graphs", "of_callers", "of_layer", "of_model"]

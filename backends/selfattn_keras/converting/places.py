@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from selfattn_keras.converting.asking import everything_in
+from selfattn_keras.converting.answers import everything_in
 
 __all__ = ["Place", "children", "in_place", "is_graph", "places", "settled"]
 

@@ -11,15 +11,14 @@ require("selfattn_ops.devices.jax", ["jax"], "jax")
 import jax  # noqa: E402 - the message above must come first
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
 
+from selfattn_core.arrays import Array  # noqa: E402
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth  # noqa: E402
 from selfattn_ops.devices.hosts import nvidia_driver, processor  # noqa: E402
 from selfattn_ops.devices.placed import OnDevice  # noqa: E402
 
 __all__ = ["OnDevices", "about", "devices", "peak_memory"]
 
-Array = NDArray[Any]
 
 _KINDS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 

@@ -2,22 +2,19 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from selfattn_core.installed import require
 
 require("selfattn_ops.devices.torch", ["torch"], "torch")
 
 import torch  # noqa: E402 - the message above must come first
-from numpy.typing import NDArray  # noqa: E402
 
+from selfattn_core.arrays import Array  # noqa: E402
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth  # noqa: E402
 from selfattn_ops.devices.hosts import nvidia_driver, processor  # noqa: E402
 from selfattn_ops.devices.placed import OnDevice  # noqa: E402
 
 __all__ = ["OnDevices", "about", "devices", "peak_memory"]
-
-Array = NDArray[Any]
 
 
 def devices() -> dict[str, tuple[str, ...]]:

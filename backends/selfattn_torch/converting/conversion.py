@@ -17,7 +17,8 @@ from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.networks.conversion import Conversion, check_arguments, nested, no_match, refuse
 from selfattn_core.porting.networks.foreign_layer import Options, convert_all
 from selfattn_torch.converting import obstacles
-from selfattn_torch.converting.foreign import ForeignLayer, detached, tensors_of
+from selfattn_torch.converting.foreign import ForeignLayer
+from selfattn_torch.converting.tensors import detached, tensors_of
 from selfattn_torch.layer import SelfAttention2d
 
 __all__ = ["Match", "convert"]

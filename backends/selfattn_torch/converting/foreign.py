@@ -2,21 +2,18 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from selfattn_core.arrays import Array
 from selfattn_core.params import parameter_table
 from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
 from selfattn_core.porting.networks.conversion import (
     ConvertedLayer,
     Foreign,
@@ -25,13 +22,12 @@ from selfattn_core.porting.networks.conversion import (
 from selfattn_core.porting.networks.foreign_layer import ForeignLayerBase, Options, notes_of
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.translation.folding import to_matrix
+from selfattn_torch.converting.tensors import detached, read, tensors_of
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.weights import from_canonical, make, to_canonical
 from selfattn_torch.with_map import SelfAttention2dWithMap
 
-__all__ = ["ForeignLayer", "detached", "tensors_of"]
-
-Array = NDArray[Any]
+__all__ = ["ForeignLayer"]
 
 
 @dataclass(frozen=True)
@@ -146,11 +142,11 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
         if pair:
             if not isinstance(result[1], torch.Tensor):
                 raise PortError(f"{self.where}: returned {_shown(result)}; expected y, or y and its map.")
-            found["map"] = self._map(_read(result[1]), foreign, asked)
+            found["map"] = self._map(read(result[1]), foreign, asked)
         for name in parameter_table(foreign.config):
             gradient = getattr(parameters.get(foreign.source(name)), "grad", None)
             if gradient is not None:
-                found[name] = _canonical(_read(gradient), name, foreign.axes.get(name, ""))
+                found[name] = _canonical(read(gradient), name, foreign.axes.get(name, ""))
         moved = [key for key, tensor in old.state_dict().items() if not torch.equal(tensor, before[key])]
         shape = tuple(result[1].shape) if pair else ()
         return _Answers(asked, found, moved, pair, shape)
@@ -192,42 +188,6 @@ def _probe(layer: nn.Module) -> nn.Module:
     return probe
 
 
-def tensors_of(module: nn.Module, name: str) -> Tensors:
-    """What a state dict of the module holds, as a file would."""
-    entries = {}
-    left_out = {}
-    for key, tensor in module.state_dict().items():
-        if isinstance(tensor, torch.Tensor) and not nn.parameter.is_lazy(tensor):
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            entries[key] = Entry(TensorInfo(tuple(tensor.shape), dtype), partial(_read, tensor))
-        else:
-            left_out[key] = f"{key} is a {type(tensor).__name__}"
-    where = f"{name or 'the model'} ({type(module).__name__})"
-    return Tensors(Path(where), "module", entries, left_out=left_out)
-
-
-def _read(tensor: torch.Tensor) -> Array:
-    tensor = tensor.detach().cpu()
-    return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(), order="C")
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in attributes, also inside lists and dictionaries."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple | set):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(each)
-
-
-def detached(module: nn.Module) -> dict[int, Any]:
-    """What `deepcopy` is to take for the weights that an older spectral norm leaves in a module, which torch does not copy."""
-    computed = (
-        tensor for each in module.modules() for tensor in tensors_in(vars(each)) if not tensor.is_leaf
-    )
-    return {id(tensor): tensor.detach().clone() for tensor in computed}
-
-
 def _canonical(gradient: Array, name: str, axes: str) -> Array:
     """A gradient in the canonical form of its parameter."""
     return to_matrix(gradient, axes) if name.endswith("kernel") else gradient.reshape(-1)
@@ -239,10 +199,10 @@ def _answers(twin: SelfAttention2d, asked: Question, *, pair: bool) -> dict[str,
     y.backward(_maps(asked.dy))
     found = {"y": _positions(y), "x": _positions(x.grad)}
     if pair:
-        found["map"] = _read(twin(x, need_weights=True)[1])
+        found["map"] = read(twin(x, need_weights=True)[1])
     for name, parameter in twin.named_parameters():
         canonical = name.replace("weight", "kernel")
-        found[canonical] = _canonical(_read(parameter.grad), canonical, "OIHW")
+        found[canonical] = _canonical(read(parameter.grad), canonical, "OIHW")
     return found
 
 
@@ -252,7 +212,7 @@ def _maps(array: Array) -> torch.Tensor:
 
 def _positions(maps: torch.Tensor | None) -> Array:
     assert maps is not None  # noqa: S101 - it was differentiated by
-    return _read(maps).transpose(0, 2, 3, 1)
+    return read(maps).transpose(0, 2, 3, 1)
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from selfattn_core.arrays import widen
 from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import inputs
@@ -18,7 +19,6 @@ from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
 from selfattn_core.conformance.results import Outcome
 from selfattn_core.conformance.verdicts.outcomes import outcome_of
 from selfattn_core.conformance.verdicts.product_formats import coarsest, measured
-from selfattn_core.params import widen
 
 __all__ = ["ask", "judge_in_process", "malformed"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core.arrays import widen
 from selfattn_core.installed import imported, require
-from selfattn_core.params import widen
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.numbers import bits, stored_bytes
 from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from selfattn_core.arrays import widen
 from selfattn_core.files.writing import check_room, write_atomically, write_folder_atomically
 from selfattn_core.installed import imported, require
-from selfattn_core.params import widen
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats import keras, npz, orbax, torch
 

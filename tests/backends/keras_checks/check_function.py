@@ -12,7 +12,8 @@ from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spe
 from selfattn_core.conformance import REGISTRY
 from selfattn_core.conformance.cases.computations import Ability
 from selfattn_keras import SelfAttention2D, from_canonical
-from selfattn_keras.conformance import Model, backend
+from selfattn_keras.conformance.backend import backend
+from selfattn_keras.conformance.model import Model
 from selfattn_keras.projection import Projection
 
 FRAMEWORK = keras.backend.backend()

@@ -8,7 +8,7 @@ from keras import ops
 from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec, spectral_norm
 from selfattn_core.params import fold_spectral_norm, projections, state_table
 from selfattn_keras import SelfAttention2D, from_canonical, load, refresh_spectral_norm, save, to_canonical
-from selfattn_keras.conformance import backend
+from selfattn_keras.conformance.backend import backend
 from selfattn_keras.conformance.mutants import MovesInEvaluation
 from selfattn_keras.spectral_norm import SpectralConv2D
 from selfattn_keras.weights import variable

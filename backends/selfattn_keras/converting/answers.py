@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_keras.layer import Tensor
 
 __all__ = ["Answer", "WrongResultError", "ask", "asked_in", "everything_in"]
-
-Array = NDArray[Any]
 
 
 class Answer(NamedTuple):

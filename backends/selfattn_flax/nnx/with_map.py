@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from selfattn_flax.nnx import SelfAttention2D
+from selfattn_flax.nnx.layer import SelfAttention2D
 
 __all__ = ["SelfAttention2DWithMap"]
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from selfattn_core import SelfAttentionConfig
-from selfattn_flax.nnx import SelfAttention2D
+from selfattn_flax.functions import unflatten
+from selfattn_flax.nnx.layer import SelfAttention2D
 
 __all__ = ["attention_grid"]
 
@@ -36,9 +36,3 @@ def attention_grid(layer: SelfAttention2D, x: jax.Array) -> jax.Array:
     view = nnx.view(layer, raise_if_not_found=False, use_running_average=True)
     _, sown = nnx.capture(view, nnx.Intermediate)(x, sow_weights=True)
     return unflatten(layer.config, sown["attention_weights"][0], jnp.shape(x))
-
-
-def unflatten(config: SelfAttentionConfig, attention: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A map (…, N, M) as (…, H, W, H', W'), for an input of this shape (…, H, W, C)."""
-    *leading, height, width, _ = shape
-    return attention.reshape(*leading, height, width, *config.key_grid(height, width))

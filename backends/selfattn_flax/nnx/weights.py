@@ -1,23 +1,22 @@
-"""Weights of the NNX layer to and from canonical arrays and files, and the converters that Linen's share."""
+"""Weights of the NNX layer to and from canonical arrays and files."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from operator import attrgetter
+from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx, traverse_util
+from flax import nnx
 from jax.typing import DTypeLike
-from numpy.typing import NDArray
 
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.params import check_params, state_table, widen
+from selfattn_core.arrays import Array
+from selfattn_core.params import state_table
 from selfattn_core.porting.anything import load_any
 from selfattn_core.weights import PathLike
-from selfattn_flax.nnx import SelfAttention2D
+from selfattn_flax.nnx.layer import SelfAttention2D
+from selfattn_flax.trees import to_numpy, to_tree
 
-Array = NDArray[Any]
 Layer = TypeVar("Layer", bound=SelfAttention2D)
 
 
@@ -35,7 +34,7 @@ def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
         (16, 2)
     """
     names = parameter_table(layer.config) | state_table(layer.config)
-    return {name: to_numpy(_parameter(layer, name)[...]) for name in names}
+    return {name: to_numpy(attrgetter(name)(layer)[...]) for name in names}
 
 
 def from_canonical(
@@ -168,49 +167,3 @@ def save(layer: SelfAttention2D, path: PathLike, *, overwrite: bool = False, sou
         True
     """
     selfattn_core.save(path, layer.config, to_canonical(layer), overwrite=overwrite, source=source)
-
-
-def to_numpy(parameter: jax.Array) -> Array:
-    """A parameter as a new, contiguous numpy array, a 1×1 kernel as the matrix that it is."""
-    array = np.asarray(parameter)
-    if array.ndim == 4 and array.shape[:2] == (1, 1):
-        array = array[0, 0]
-    return np.array(widen(array), order="C")
-
-
-def to_tree(
-    config: SelfAttentionConfig, params: Mapping[str, Array], param_dtype: DTypeLike | None
-) -> dict[str, Any]:
-    """Canonical arrays as the tree that NNX has, and Linen too, but for the state, which it keeps apart.
-
-    Args:
-        config: which layer.
-        params: arrays by canonical name.
-        param_dtype: of the parameters; None keeps that of the arrays.
-
-    Returns:
-        {"query": {"kernel": (1, 1, C, Dk), "bias": (Dk,)}, …, "gamma": (1,)}, new arrays; with spectral norm, "u" (Dk,)
-        and "v" (C,) stand beside each kernel.
-
-    Raises:
-        ValueError: if the arrays do not fit the config (lists every problem), or float64 is wanted and JAX has none.
-    """
-    arrays = check_params(config, params)
-    dtype = arrays["gamma"].dtype if param_dtype is None else jnp.dtype(param_dtype)
-    if dtype == np.float64 and not jax.config.jax_enable_x64:
-        raise ValueError(
-            "selfattn_flax: float64 parameters are wanted, but JAX would silently make them float32: pass param_dtype, for "
-            "example param_dtype=jnp.float32, or enable float64 first (JAX_ENABLE_X64=1 in the environment)."
-        )
-    flat = {}
-    for name, array in arrays.items():
-        shaped = array[None, None] if name.endswith("kernel") else array
-        flat[name] = jnp.array(shaped.astype(dtype))
-    return traverse_util.unflatten_dict(flat, sep=".")
-
-
-def _parameter(layer: SelfAttention2D, name: str) -> Any:
-    found: Any = layer
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.params import projections
+from selfattn_flax.functions import pool, residual, rows
 from selfattn_flax.projection import KERNEL_INIT, ZEROS_INIT, NNXProjection
 from selfattn_flax.spectral_norm import NNXSpectralConv
 from selfattn_ops.blocks import check_block_size
@@ -185,22 +186,3 @@ class SelfAttention2D(nnx.Module):
         if self.config.out_projection:
             attended = self.out(attended)  # (…, H, W, C)
         return residual(self.gamma[...], attended, x, self.dtype), attention
-
-
-def rows(maps: jax.Array) -> jax.Array:
-    """(…, H, W, D) to (…, N, D), positions in row-major order."""
-    *leading, height, width, channels = maps.shape
-    return maps.reshape(*leading, height * width, channels)
-
-
-def pool(maps: jax.Array, side: int) -> jax.Array:
-    """Max pooling over side×side windows, floor: (…, H, W, D) to (…, H', W', D)."""
-    return nnx.max_pool(maps, window_shape=(side, side), strides=(side, side)) if side > 1 else maps
-
-
-def residual(gamma: jax.Array, attended: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    """γ·z + x, computed in at least float32 and rounded once."""
-    result = jnp.result_type(gamma, attended, x) if dtype is None else jnp.dtype(dtype)
-    arithmetic = jnp.promote_types(result, jnp.float32)
-    gamma, attended, x = (array.astype(arithmetic) for array in (gamma, attended, x))
-    return (gamma * attended + x).astype(result)

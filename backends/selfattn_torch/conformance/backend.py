@@ -1,53 +1,20 @@
-"""The PyTorch layer as a backend of the conformance kit."""
+"""The PyTorch layer as the kit sees it."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.case import DTYPES
 from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_ops.devices.torch import OnDevices
+from selfattn_torch.conformance.model import Model, like, maps_to_array, to_array
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.weights import from_canonical, to_canonical
-
-Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A layer, and how it is called.
-
-    Args:
-        layer: the layer.
-        call: the layer, or its compiled form.
-        memory_format: that its inputs come in.
-    """
-
-    layer: SelfAttention2d
-    call: Callable[..., Any]
-    memory_format: torch.memory_format
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters."""
-        return self.layer.gamma.dtype
-
-    def given(self, x: Array) -> torch.Tensor:
-        """(B, H, W, C) as the layer takes it."""
-        maps = torch.from_numpy(np.array(x)).to(self.layer.gamma.device, self.dtype).permute(0, 3, 1, 2)
-        return maps.contiguous(memory_format=self.memory_format)
-
-    def inputs(self, x: Array) -> dict[str, torch.Tensor]:
-        """What derivatives are taken by: x, and the parameters by canonical name."""
-        names = parameter_table(self.layer.config)
-        parameters = {name: self.layer.get_parameter(name.replace("kernel", "weight")) for name in names}
-        return {"x": self.given(x).requires_grad_()} | parameters
 
 
 class TorchBackend(OnDevices):
@@ -88,12 +55,12 @@ class TorchBackend(OnDevices):
     def forward(self, model: Model, x: Array) -> Array:
         """The output y."""
         with torch.no_grad():
-            return _maps(self.noted(model.call(model.given(x))))
+            return maps_to_array(self.noted(model.call(model.given(x))))
 
     def attention_map(self, model: Model, x: Array) -> Array:
         """The map A."""
         with torch.no_grad():
-            return _array(self.noted(model.call(model.given(x), need_weights=True)[1]))
+            return to_array(self.noted(model.call(model.given(x), need_weights=True)[1]))
 
     def vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode."""
@@ -123,7 +90,7 @@ class TorchBackend(OnDevices):
         model.layer.train()
         y = model.call(model.given(x))
         model.layer.eval()
-        return {"y": _maps(self.noted(y)), **to_canonical(model.layer)}
+        return {"y": maps_to_array(self.noted(y)), **to_canonical(model.layer)}
 
     def training_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode, in training mode."""
@@ -151,7 +118,7 @@ class TorchBackend(OnDevices):
             y, list(inputs.values()), cotangent, create_graph=True, materialize_grads=True
         )
         terms = [
-            (gradient * _like(gradient, name, cotangents[name])).sum()
+            (gradient * like(gradient, name, cotangents[name])).sum()
             for name, gradient in zip(inputs, first, strict=True)
         ]
         return self._gradients(torch.stack(terms).sum(), {"dy": cotangent} | inputs, None)
@@ -179,10 +146,10 @@ class TorchBackend(OnDevices):
 
         gradient = torch.func.vmap(torch.func.grad(inner, argnums=(0, 1)), in_dims=(0, None, 0))
         by_x, by_parameters = gradient(model.given(x), parameters, model.given(dy))
-        found = {"x": _maps(self.noted(by_x))}
+        found = {"x": maps_to_array(self.noted(by_x))}
         for name in names:
             tensor = by_parameters[name.replace("kernel", "weight")]
-            found[name] = _array(tensor[..., 0, 0].mT if name.endswith("kernel") else tensor)
+            found[name] = to_array(tensor[..., 0, 0].mT if name.endswith("kernel") else tensor)
         return found
 
     def _gradients(
@@ -193,44 +160,10 @@ class TorchBackend(OnDevices):
         for name, gradient in zip(inputs, grads, strict=True):
             self.noted(gradient)
             if name in ("x", "dy"):
-                found[name] = _maps(gradient)
+                found[name] = maps_to_array(gradient)
             else:
-                found[name] = _array(gradient[:, :, 0, 0].mT if name.endswith("kernel") else gradient)
+                found[name] = to_array(gradient[:, :, 0, 0].mT if name.endswith("kernel") else gradient)
         return found
 
 
-class PlainGamma(TorchBackend):
-    """A mutant for the kit's own test: gamma is a tensor and no parameter, so that it is neither trained nor saved."""
-
-    def build(
-        self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
-    ) -> Model:
-        """The layer, with its parameter replaced."""
-        model = super().build(config, params, dtype, layout)
-        gamma = model.layer.gamma.detach()
-        del model.layer.gamma
-        model.layer.gamma = gamma
-        return model
-
-
 backend = TorchBackend()
-
-
-def _array(tensor: torch.Tensor) -> Array:
-    """A new array; bfloat16 is widened."""
-    wide = tensor.detach()
-    wide = wide.float() if wide.dtype == torch.bfloat16 else wide
-    return np.array(wide.cpu().numpy(), order="C")
-
-
-def _maps(maps: torch.Tensor) -> Array:
-    """(B, C, H, W) as (B, H, W, C)."""
-    return _array(maps.permute(0, 2, 3, 1))
-
-
-def _like(tensor: torch.Tensor, name: str, array: Array) -> torch.Tensor:
-    """An array of canonical shape in the shape of the framework's own."""
-    given = torch.from_numpy(np.array(array)).to(tensor.device, tensor.dtype)
-    if name == "x":
-        return given.permute(0, 3, 1, 2)
-    return (given.mT if name.endswith("kernel") else given).reshape(tensor.shape)

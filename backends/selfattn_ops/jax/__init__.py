@@ -1,0 +1,96 @@
+"""Attention without a scale, for JAX: softmax(q kᵀ) v with logits and softmax in at least float32.
+
+Its products are in full precision, whatever JAX's default is: rounded logits move the whole map. For faster products, give
+operands in bfloat16.
+
+Query rows are attended from in blocks, each against all keys, so that no (N, M) array beyond one block exists: not
+in the forward pass, nor in first or second derivatives, forward or reverse. Only query, key and value are kept for
+the derivatives.
+"""
+
+import functools
+import math
+
+from selfattn_core.installed import require
+
+require("selfattn_ops.jax", ["jax"], "jax")
+
+import jax  # noqa: E402 - the message above must come first
+import jax.numpy as jnp  # noqa: E402
+
+from selfattn_ops.blocks import check_block_size, check_operands  # noqa: E402
+from selfattn_ops.jax.blocks import device_kind, in_blocks, join, plan, split  # noqa: E402
+from selfattn_ops.jax.dense import dense_attention, product, scores_of, softmax, transposed  # noqa: E402
+
+__all__ = ["attend", "attend_with_map"]
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, block_size: int | None = None) -> jax.Array:
+    """Softmax over keys of q kᵀ, times v; no 1/sqrt(d).
+
+    Sizes that are symbolic (`jax.export`): with N or M symbolic the rows are one block; a symbolic batch counts as one.
+
+    Args:
+        query: (…, N, Dk).
+        key: (…, M, Dk).
+        value: (…, M, Dv).
+        block_size: query rows at a time, at most; None chooses by size, and splits a large batch too.
+
+    Returns:
+        (…, N, Dv), in the dtype of the operands.
+
+    Raises:
+        ValueError: if the operands do not belong together, or `block_size` is not a positive integer.
+
+    Example:
+        >>> attend(jnp.zeros((1, 6, 2)), jnp.zeros((1, 4, 2)), jnp.ones((1, 4, 3))).shape
+        (1, 6, 3)
+    """
+    operands = _checked(query, key, value)
+    return _attend(*operands, check_block_size(block_size), device_kind(operands[0]))
+
+
+def attend_with_map(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, block_size: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """As `attend`, and the map (…, N, M), whose rows are output positions and sum to 1.
+
+    Example:
+        >>> attend_with_map(jnp.zeros((1, 6, 2)), jnp.zeros((1, 4, 2)), jnp.ones((1, 4, 3)))[1].shape
+        (1, 6, 4)
+    """
+    operands = _checked(query, key, value)
+    check_block_size(block_size)
+    return _attend_with_map(*operands)
+
+
+def _checked(*operands: jax.Array) -> tuple[jax.Array, ...]:
+    arrays = tuple(jnp.asarray(operand) for operand in operands)
+    query, key, value = (array.shape for array in arrays)
+    check_operands(query, key, value, dtypes=[array.dtype for array in arrays])
+    return arrays
+
+
+# Compiled as a whole, or every eager call would build its loop anew and compile it again.
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, block_size: int | None, kind: str
+) -> jax.Array:
+    chunks, blocks = plan(query.shape, key.shape[-2], block_size, kind, str(query.dtype))
+    operands = (query, key, value)
+    batch = math.prod(query.shape[:-2])
+    if chunks > 1:
+        parts = [split(x.reshape(batch, *x.shape[-2:]), 0, chunks) for x in operands]
+        output = jax.lax.map(lambda chunk: in_blocks(chunk, blocks), parts)
+        output = join(output, 0, batch)
+    elif blocks > 1:
+        output = in_blocks(operands, blocks)
+    else:
+        output = dense_attention(query, transposed(key), transposed(value))
+    return output.reshape(*query.shape[:-1], value.shape[-1])
+
+
+@jax.jit
+def _attend_with_map(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    attention = softmax(scores_of(query, transposed(key))).astype(value.dtype)
+    return product(attention, transposed(value)).astype(value.dtype), attention

@@ -1,0 +1,41 @@
+"""The derivatives as gradients that TensorFlow takes instead of its own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from selfattn_ops.tensorflow.derivatives import backward, forward, second
+
+__all__ = ["attend_in_blocks"]
+
+
+def attend_in_blocks(block_size: int | None, *operands: tf.Tensor) -> tf.Tensor:
+    """(B, N, Dk), (B, M, Dk), (B, M, Dv) -> (B, N, Dv), in blocks, with derivatives in blocks.
+
+    Everything differentiated is an argument: TensorFlow drops the gradient of what such a function closes over.
+    identity makes each one a tensor of the graph at hand, which may be that of a derivative or of a branch: the next
+    derivative fails on another's. stop_gradient keeps the tapes from recording, and so from keeping, each block.
+    """
+
+    @tf.custom_gradient
+    def output(*operands: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
+        def gradient(cotangent: tf.Tensor) -> Any:
+            return _gradients(block_size, *operands, cotangent)
+
+        return forward(block_size, *map(tf.stop_gradient, operands)), gradient
+
+    return output(*map(tf.identity, operands))
+
+
+def _gradients(block_size: int | None, *operands: tf.Tensor) -> Any:
+    """The three gradients from (q, k, v, G), with a derivative of their own."""
+
+    @tf.custom_gradient
+    def gradients(*operands: tf.Tensor) -> tuple[Any, Callable[..., Any]]:
+        def gradient(*cotangents: tf.Tensor) -> Any:
+            return second(block_size, *operands, *cotangents)
+
+        return backward(block_size, *map(tf.stop_gradient, operands)), gradient
+
+    return gradients(*map(tf.identity, operands))

@@ -1,0 +1,190 @@
+"""Blocks of batch elements and query rows: how large they are, and the loop over them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from selfattn_ops.blocks import MINIMUM_ROWS, SCORE_BUDGET, block_rows, check_block_size, score_budget
+from selfattn_ops.tensorflow.sizes import Size, largest, shape_of, sizes_of, smallest
+
+__all__ = ["Block", "Parts", "device_kind", "in_blocks", "is_single", "plan", "rows_of_block"]
+
+# What a block returns: results by row, and addends of the sums.
+Parts = tuple[list[Any], list[Any]]
+Block = Callable[[Sequence[Any], Sequence[Any]], Parts]
+
+
+def rows_of_block(
+    block_size: int | None, batch: Size, rows: Size, keys: Size, budget: int | None = None
+) -> Size:
+    """`block_rows`, also of sizes that only the running graph knows."""
+    if all(isinstance(size, int) for size in (batch, rows, keys)):
+        return block_rows(block_size, batch, rows, keys, budget)
+    wanted = check_block_size(block_size)
+    if wanted is None:
+        wanted = largest(MINIMUM_ROWS, SCORE_BUDGET // (4 * largest(batch, 1) * largest(keys, 1)))
+    return largest(1, smallest(rows, wanted))
+
+
+def plan(
+    block_size: int | None,
+    batch: Size,
+    rows: Size,
+    keys: Size,
+    kind: str = "cpu",
+    dtype: str = "float32",
+) -> tuple[Size, Size]:
+    """Batch elements and query rows in a block.
+
+    The rows are those of a single element: many rows of few elements read keys and values less often than few rows of
+    many. Elements fill what is left of the budget.
+    """
+    known = all(isinstance(size, int) for size in (batch, rows, keys))
+    # Sizes that only the running graph knows have the budget of a CPU.
+    budget = score_budget(kind, batch, rows, keys, dtype) if known else SCORE_BUDGET
+    block = rows_of_block(block_size, 1, rows, keys, budget)
+    elements = budget // (4 * block * largest(keys, 1))
+    return largest(1, smallest(batch, elements)), block
+
+
+def device_kind(tensor: tf.Tensor) -> str:
+    """TensorFlow's word for the device that a tensor is on; in a graph, which does not tell, a card if there is one."""
+    if tensor.device:
+        return tensor.device.split(":")[-2].lower()
+    return "gpu" if tf.config.list_physical_devices("GPU") else "cpu"
+
+
+def is_single(block_size: int | None, batch: Size, rows: Size, keys: Size) -> bool | tf.Tensor:
+    """Whether one block is everything: True, False or, of sizes not known yet, a tensor."""
+    elements, block = plan(block_size, batch, rows, keys)
+    covered = [elements >= batch, block >= rows]
+    # Of nothing there is no first block whose result could be joined to others.
+    empty = [batch == 0, rows == 0]
+    if all(one is True for one in covered) or any(one is True for one in empty):
+        return True
+    if any(one is False for one in covered) and all(one is False for one in empty):
+        return False
+    return tf.logical_or(tf.reduce_all(covered), tf.reduce_any(empty))
+
+
+def in_blocks(
+    block_size: int | None,
+    block: Block,
+    by_row: Sequence[tf.Tensor],
+    by_element: Sequence[tf.Tensor],
+    dtypes: Sequence[tf.DType],
+    sums: Sequence[Sequence[Size]] = (),
+) -> list[tf.Tensor]:
+    """Call `block` on batch elements and query rows in turn; join what it returns by row, add up the rest.
+
+    Args:
+        block_size: as in `attend`.
+        block: from parts of `by_row` (b, n, …) and `by_element` (b, M, …) to parts of the results and addends.
+        by_row: (B, N, …).
+        by_element: (B, M, …).
+        dtypes: of the results by row, (B, N, …).
+        sums: shapes of the sums without their batch axis, in the dtype of `by_row`.
+    """
+    batch, rows = sizes_of(by_row[0])[:2]
+    keys = sizes_of(by_element[0])[1]
+    elements, step = plan(block_size, batch, rows, keys, device_kind(by_row[0]), by_row[0].dtype.name)
+    wide = by_row[0].dtype
+
+    def chunk(start: Size, count: Size) -> Parts:
+        mine = [_part(operand, 0, start, count) for operand in by_row]
+        shared = [_part(operand, 0, start, count) for operand in by_element]
+        zeros = [tf.zeros(shape_of([count, *shape]), wide) for shape in sums]
+        results, totals = _sweep(
+            rows,
+            step,
+            1,
+            lambda start, count: block([_part(x, 1, start, count) for x in mine], shared),
+            dtypes,
+            zeros,
+        )
+        return [*results, *totals], []
+
+    def everything() -> list[tf.Tensor]:
+        results, addends = block(by_row, by_element)
+        return [*results, *addends]
+
+    def in_turn() -> list[tf.Tensor]:
+        return _sweep(batch, elements, 0, chunk, [*dtypes, *(wide for _ in sums)], [])[0]
+
+    single = is_single(block_size, batch, rows, keys)
+    # The choice lies inside the derivatives: TensorFlow fails on the second derivative of a tf.cond around them.
+    return in_turn() if single is False else tf.cond(single, everything, in_turn)
+
+
+def _sweep(
+    total: Size,
+    step: Size,
+    axis: int,
+    body: Callable[[Size, Size], Parts],
+    dtypes: Sequence[tf.DType],
+    sums: list[tf.Tensor],
+) -> Parts:
+    """Results of body(start, count) over [0, total), joined along `axis`, and its addends added to `sums`.
+
+    The steps are of equal length, as XLA needs, with the rest after the loop: the loop is one operation of the graph
+    however many steps it takes, and one step without a rest is no loop.
+    """
+    steps, rest = total // step, total % step
+    # Of nothing as well: XLA compiles the loop also where it takes no step.
+    size = smallest(step, total)
+    parts: list[list[tf.Tensor]] = []
+
+    def once(start: Size, count: Size) -> None:
+        results, addends = body(start, count)
+        parts.append(results)
+        sums[:] = [one + other for one, other in zip(sums, addends, strict=True)]
+
+    def again(index: tf.Tensor, arrays: list[tf.TensorArray], totals: list[tf.Tensor]) -> Any:
+        results, addends = body(index * tf.cast(step, tf.int32), size)
+        added = [tf.ensure_shape(one + other, one.shape) for one, other in zip(totals, addends, strict=True)]
+        return (
+            index + 1,
+            [array.write(index, x) for array, x in zip(arrays, results, strict=True)],
+            added,
+        )
+
+    if isinstance(steps, int) and steps == 1:
+        once(0, size)
+    else:
+        turns = tf.cast(steps, tf.int32)
+        arrays = [tf.TensorArray(dtype, size=turns) for dtype in dtypes]
+        _, arrays, sums = tf.while_loop(
+            lambda index, *_: index < turns,
+            again,
+            (tf.constant(0), arrays, sums),
+            # Blocks that run beside one another also lie in memory beside one another.
+            parallel_iterations=1,
+            # XLA needs it to differentiate the loop, which only a third derivative does.
+            maximum_iterations=steps if isinstance(steps, int) else None,
+        )
+        parts.append([_joined(array.stack(), axis) for array in arrays])
+    if not isinstance(rest, int) or rest > 0:
+        once(total - rest, rest)
+    return [
+        tf.concat(pieces, axis) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)
+    ], sums
+
+
+def _joined(stacked: tf.Tensor, axis: int) -> tf.Tensor:
+    """(steps, …, count, …) -> (…, steps·count, …), the steps moved in front of `axis`."""
+    order = [*range(1, axis + 1), 0, *range(axis + 1, stacked.shape.rank)]
+    turned = tf.transpose(stacked, order)
+    sizes = sizes_of(turned)
+    return tf.reshape(turned, shape_of([*sizes[:axis], sizes[axis] * sizes[axis + 1], *sizes[axis + 2 :]]))
+
+
+def _part(tensor: tf.Tensor, axis: int, start: Size, count: Size) -> tf.Tensor:
+    sizes = sizes_of(tensor)
+    if isinstance(count, int) and count == sizes[axis]:
+        return tensor
+    begin: list[Size] = [0] * len(sizes)
+    begin[axis], sizes[axis] = start, count
+    # The converter to LiteRT narrows a constant size to 32 bits and leaves the loop's begin at 64; its runtime then reads
+    # either the one as the other, or refuses the file.
+    return tf.slice(tensor, shape_of(begin, tf.int32), shape_of(sizes, tf.int32))

@@ -1,0 +1,130 @@
+"""Attention without a scale, for PyTorch: softmax(q kᵀ) v in memory linear in N, through second derivatives.
+
+A block of query rows meets all keys at a time, so every block has its exact softmax row, and only q, k, v are
+kept for the derivatives, which compute the scores again.
+"""
+
+from selfattn_core.installed import require
+
+require("selfattn_ops.torch", ["torch"], "torch")
+
+import torch  # noqa: E402 - the message above must come first
+
+from selfattn_ops.blocks import SCORE_BUDGET, check_block_size, check_operands  # noqa: E402
+from selfattn_ops.torch.autograd import attend_in_blocks  # noqa: E402
+from selfattn_ops.torch.compiled import attend_op  # noqa: E402
+from selfattn_ops.torch.dense import dense_attention, is_autocast  # noqa: E402
+
+__all__ = ["attend", "attend_with_map"]
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, block_size: int | None = None
+) -> torch.Tensor:
+    """Softmax over keys of q kᵀ, times v; no 1/sqrt(d).
+
+    Memory is linear in N in the forward pass and in first and second derivatives; third derivatives are exact
+    and take (…, N, M). Forward mode, `torch.func`, `vmap` and batched gradients work. 16-bit operands have their logits, softmax and
+    derivatives in float32. Autocast does not change what is computed: the operands' dtype decides.
+
+    `torch.compile` sees two opaque operators whatever the number of blocks. Standard operators in one block, and
+    so (…, N, M), are what `torch.export` sees, a `torch.func` transform inside a compiled region, and a DTensor
+    (attend from its local shards instead).
+
+    No compiled region can be differentiated twice from outside: torch raises RuntimeError. For a gradient penalty
+    take the inner gradient inside the region, `torch.autograd.grad(..., create_graph=True)`, after setting
+    `torch._dynamo.config.trace_autograd_ops = True` yourself, or leave that step uncompiled.
+
+    Args:
+        query: (…, N, Dk).
+        key: (…, M, Dk).
+        value: (…, M, Dv).
+        block_size: query rows at a time; None chooses by size.
+
+    Returns:
+        (…, N, Dv), in the dtype of the operands.
+
+    Raises:
+        ValueError: if the operands do not belong together, or `block_size` is not a positive integer.
+
+    Example:
+        >>> attend(torch.zeros(1, 6, 2), torch.zeros(1, 4, 2), torch.ones(1, 4, 3)).shape
+        torch.Size([1, 6, 3])
+    """
+    block_size = _check(query, key, value, block_size)
+    compiling = torch.compiler.is_compiling()
+    if _must_be_plain(query, compiling=compiling) or (not compiling and _is_small(query, key, block_size)):
+        return dense_attention(query, key, value)[0]
+    operands = _flat(query), _flat(key), _flat(value)
+    out = attend_op(*operands, block_size) if compiling else attend_in_blocks(*operands, block_size)
+    return out if query.dim() == 3 else out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def attend_with_map(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, block_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `attend`, and the map (…, N, M), whose rows are output positions and sum to 1.
+
+    Asking for the map is asking for its memory: both outputs are differentiable, any number of times, and
+    `block_size` is checked but changes nothing.
+
+    Example:
+        >>> attend_with_map(torch.zeros(1, 6, 2), torch.zeros(1, 4, 2), torch.ones(1, 4, 3))[1].sum(-1)
+        tensor([[1., 1., 1., 1., 1., 1.]])
+    """
+    _check(query, key, value, block_size)
+    return dense_attention(query, key, value)
+
+
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int | None) -> int | None:
+    # The shared check writes its message first; under torch.compile that would pin every dynamic size.
+    agree = (
+        query.dim() == key.dim() == value.dim() >= 2
+        and query.shape[-1] == key.shape[-1]
+        and key.shape[:-1] == value.shape[:-1]
+        and query.shape[:-2] == key.shape[:-2]
+        and query.dtype == key.dtype == value.dtype
+        and query.device == key.device == value.device
+    )
+    if not agree:
+        operands = (query, key, value)
+        check_operands(
+            *(tuple(operand.shape) for operand in operands),
+            dtypes=[operand.dtype for operand in operands],
+            devices=[operand.device for operand in operands],
+        )
+    return None if block_size is None else check_block_size(block_size)
+
+
+def _must_be_plain(query: torch.Tensor, *, compiling: bool) -> bool:
+    """Whether only standard operators will do: in an exported graph, in a compiled transform, for a DTensor."""
+    if not compiling:
+        # A DTensor has no rule for writing into a buffer, and a block of rows would be gathered from its shards.
+        return torch.jit.is_tracing() or hasattr(type(query), "__tensor_flatten__")
+    # Of the operators for torch.compile, forward mode would take the tangent to be zero and say nothing.
+    return (
+        torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()  # noqa: SLF001
+        or torch.autograd.forward_ad._current_level >= 0  # noqa: SLF001
+    )
+
+
+def _is_small(query: torch.Tensor, key: torch.Tensor, block_size: int | None) -> bool:
+    """Whether the dense computation, in operators of torch's own, is no more than one block."""
+    rows, keys = query.shape[-2], key.shape[-2]
+    if query.numel() == 0 or keys == 0:
+        return True
+    return (
+        (block_size is None or block_size >= rows)
+        and 4 * (query.numel() // query.shape[-1]) * keys <= SCORE_BUDGET
+        # Under autocast torch's own backward would run in the dtype of autocast, and under vmap there are
+        # more scores than the shapes tell.
+        and not is_autocast(query)
+        and not torch._C._are_functorch_transforms_active()  # noqa: SLF001
+    )
+
+
+def _flat(operand: torch.Tensor) -> torch.Tensor:
+    if operand.dim() == 3:
+        return operand
+    return operand.flatten(0, -3) if operand.dim() > 3 else operand.unsqueeze(0)

@@ -1,0 +1,188 @@
+"""The derivatives as `torch.autograd.Function`s, for eager mode, `torch.func` and forward mode."""
+
+from typing import Any
+
+import torch
+
+from selfattn_ops.torch.dense import dense_second, dense_tangent, pushed
+from selfattn_ops.torch.derivatives import backward, forward, second, tangent
+
+__all__ = ["attend_in_blocks"]
+
+
+def attend_in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int | None
+) -> torch.Tensor:
+    """(B, N, Dk), (B, M, Dk), (B, M, Dv) to (B, N, Dv)."""
+    return _Attend.apply(query, key, value, block_size)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int | None
+    ) -> torch.Tensor:
+        return forward(query, key, value, block_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG004
+        _keep(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *_applied(_AttendBackward, *ctx.saved_tensors, grad, ctx.block_size), None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: torch.Tensor) -> torch.Tensor:
+        return _AttendTangent.apply(*ctx.saved_tensors, *dots[:3], ctx.block_size)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _folded(_Attend, info, in_dims, inputs)
+
+
+class _AttendBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grad: torch.Tensor,
+        block_size: int | None,
+    ) -> tuple[torch.Tensor, ...]:
+        return backward(query, key, value, grad, block_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG004
+        _keep(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *dots: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *_applied(_AttendSecond, *ctx.saved_tensors, *dots, None, ctx.block_size), None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _AttendSecond.apply(*ctx.saved_tensors, *dots[:4], ctx.block_size)[:3]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _folded(_AttendBackward, info, in_dims, inputs)
+
+
+class _AttendTangent(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_dot: torch.Tensor,
+        key_dot: torch.Tensor,
+        value_dot: torch.Tensor,
+        block_size: int | None,
+    ) -> torch.Tensor:
+        return tangent(query, key, value, query_dot, key_dot, value_dot, block_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG004
+        _keep(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, *dots = ctx.saved_tensors
+        to_operands = _applied(_AttendSecond, q, k, v, grad, *dots, None, ctx.block_size)[:3]
+        return *to_operands, *_applied(_AttendBackward, q, k, v, grad, ctx.block_size), None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: torch.Tensor) -> torch.Tensor:
+        return pushed(dense_tangent, ctx.saved_tensors, dots[:6])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _folded(_AttendTangent, info, in_dims, inputs)
+
+
+class _AttendSecond(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grad: torch.Tensor,
+        query_dot: torch.Tensor,
+        key_dot: torch.Tensor,
+        value_dot: torch.Tensor,
+        grad_dot: torch.Tensor | None,
+        block_size: int | None,
+    ) -> tuple[torch.Tensor, ...]:
+        return second(query, key, value, grad, query_dot, key_dot, value_dot, grad_dot, block_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG004
+        _keep(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *operands, grad_dot = ctx.saved_tensors
+        given = operands if grad_dot is None else [*operands, grad_dot]
+        _, pull = torch.func.vjp(dense_second, *given)
+        gradients = pull(cotangents)
+        return *gradients, *(None,) * (9 - len(gradients))
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        count = 7 if ctx.saved_tensors[-1] is None else 8
+        return pushed(dense_second, ctx.saved_tensors[:count], dots[:count])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _folded(_AttendSecond, info, in_dims, inputs)
+
+
+def _applied(function: Any, *inputs: Any) -> Any:
+    """`function.apply` from within a derivative, which may be one of a batch.
+
+    `torch.autograd.grad(is_grads_batched=True)` batches gradients in a way of its own, older than `torch.func`, of
+    which `apply` does not know: the batch is taken off here, and put on again.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1  # noqa: SLF001
+    torch._C._vmapmode_decrement_nesting()  # noqa: SLF001
+    if level == 0:
+        return function.apply(*inputs)
+    *tensors, block_size = inputs
+    bare = [
+        # A tensor without the batch is expanded to the size given, 1, and so to that of the others below.
+        None if tensor is None else torch._remove_batch_dim(tensor, level, 1, 0)  # noqa: SLF001
+        for tensor in tensors
+    ]
+    size = max(tensor.shape[0] for tensor in bare if tensor is not None)
+    folded = [
+        tensor if tensor is None else tensor.expand(size, *tensor.shape[1:]).flatten(0, 1) for tensor in bare
+    ]
+    return tuple(
+        torch._add_batch_dim(output.unflatten(0, (size, -1)), 0, level)  # noqa: SLF001
+        for output in function.apply(*folded, block_size)
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    *tensors, ctx.block_size = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def _folded(
+    function: Any, info: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """`function` over a batch in which the axis of vmap comes first."""
+    size = info.batch_size
+    *tensors, block_size = inputs
+    folded = [
+        tensor
+        if tensor is None
+        else (tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)).flatten(0, 1)
+        for tensor, axis in zip(tensors, in_dims, strict=False)
+    ]
+    outputs = function.apply(*folded, block_size)
+    if isinstance(outputs, tuple):
+        return tuple(output.unflatten(0, (size, -1)) for output in outputs), (0,) * len(outputs)
+    return outputs.unflatten(0, (size, -1)), 0

@@ -1,0 +1,1 @@
+"""The PyTorch layer as a backend of the conformance kit."""
