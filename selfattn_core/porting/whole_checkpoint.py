@@ -23,7 +23,7 @@ from selfattn_core.params import KV_POOL
 from selfattn_core.porting.blocks.bystanders import optimiser_keys
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.safetensors import DTYPES
-from selfattn_core.porting.formats.torch import METADATA, names_of
+from selfattn_core.porting.formats.torch import add_metadata, names_of
 from selfattn_core.porting.formats.untrusted.file import Source
 
 __all__ = ["WHOLE", "Renamed", "write_whole"]
@@ -53,7 +53,7 @@ class Renamed:
 def write_whole(
     source: Path,
     target: Path,
-    container: str,
+    format: str,
     blocks: list[Renamed],
     metadata: Mapping[str, str],
     *,
@@ -64,7 +64,7 @@ def write_whole(
     Args:
         source: a checkpoint that has been opened.
         target: where to.
-        container: of both, one of `WHOLE`.
+        format: of both, one of `WHOLE`.
         blocks: what changes.
         metadata: of the port, put where the format has a place for it.
         overwrite: whether an existing target may be replaced.
@@ -75,7 +75,7 @@ def write_whole(
     """
     content: Iterator[bytes] = (
         iter([_torch(source, blocks, metadata)])
-        if container == "torch"
+        if format == "torch"
         else _safetensors(source, blocks, metadata)
     )
     try:
@@ -115,7 +115,7 @@ def _torch(source: Path, blocks: list[Renamed], metadata: Mapping[str, str]) -> 
         else:
             _at(root, keys[:-1])[keys[-1]] = state
     if isinstance(root, OrderedDict) and hasattr(root, "_metadata"):
-        root._metadata[METADATA] = dict(metadata)  # noqa: SLF001
+        add_metadata(root, metadata)
     content = io.BytesIO()
     torch.save(root, content)
     return content.getvalue()

@@ -6,17 +6,20 @@ Source: the format as described in the README of huggingface/safetensors.
 """
 
 import json
+import struct
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.formats.numbers import stored_bytes
-from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
+from selfattn_core.porting.formats.format import Format
+from selfattn_core.porting.formats.numbers import contiguous, stored_bytes
+from selfattn_core.porting.formats.tensors import Array, Entry, TensorInfo, Tensors
 from selfattn_core.porting.formats.untrusted.file import Source
 from selfattn_core.porting.formats.untrusted.limits import MAX_HEADER, checked_shape
 
-__all__ = ["DTYPES", "open_safetensors"]
+__all__ = ["DTYPES", "FORMATS", "open_safetensors"]
 
 DTYPES = {
     "BOOL": "bool",
@@ -41,6 +44,21 @@ DTYPES = {
     "F6_E2M3": "float6_e2m3fn",
     "F6_E3M2": "float6_e3m2fn",
     "F4": "float4_e2m1fn",
+}
+
+_CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
 
 
@@ -152,3 +170,37 @@ def _gaps(places: list[tuple[int, int, str]], size: int) -> list[str]:
     elif place < size:
         problems.append(f"{size - place} bytes behind the last tensor belong to none")
     return problems
+
+
+def _content(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The file in pieces: length of the header, header, then every tensor's bytes, which two passes over them make.
+
+    Source: the format's specification, github.com/huggingface/safetensors.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    place = 0
+    for name in tensors:
+        made = contiguous(tensors[name])
+        if made.dtype.name not in _CODES:
+            raise PortError(f"{name}: {made.dtype} has no place in .safetensors; it has {', '.join(_CODES)}.")
+        offsets = [place, place + made.nbytes]
+        header[name] = {"dtype": _CODES[made.dtype.name], "shape": made.shape, "data_offsets": offsets}
+        place = offsets[1]
+        # Or it would be held while the next one is made.
+        del made
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in tensors:
+        made = contiguous(tensors[name])
+        if made.nbytes != header[name]["data_offsets"][1] - header[name]["data_offsets"][0]:
+            raise PortError(f"{name}: has changed while it was written; nothing was written.")
+        yield made.data if made.nbytes else b""
+        del made
+
+
+def _begins(start: bytes) -> bool:
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**40
+
+
+FORMATS = (Format("safetensors", open_safetensors, ".safetensors", begins=_begins, file=_content),)

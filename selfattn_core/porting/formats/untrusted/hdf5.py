@@ -20,7 +20,7 @@ from selfattn_core.porting.formats.tensors import TensorInfo
 from selfattn_core.porting.formats.untrusted.file import Source
 from selfattn_core.porting.formats.untrusted.limits import MAX_DEPTH, MAX_TENSORS, checked_shape
 
-__all__ = ["Dataset", "Hdf5"]
+__all__ = ["SIGNATURE", "Dataset", "Hdf5"]
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _UNDEFINED = 2**64 - 1
