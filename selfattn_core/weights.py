@@ -6,21 +6,20 @@ raw ones, and the state is there too: `query.u`, `query.v` and so on. The metada
 absent option has its default, or, in a file of several blocks, a JSON object of such objects by block name.
 """
 
+import io
 import json
 import os
-import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from numpy.typing import NDArray
 
 from selfattn_core.arrays import widen
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.files.safetensors import SafetensorsError, read_all, read_header, read_tensor, whole_file
 from selfattn_core.files.writing import write_atomically
 from selfattn_core.params import check_params, parameter_table, state_table
 from selfattn_core.spectral_norm import unlike_unit_vectors
@@ -152,15 +151,14 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no ordinary file"
         raise ValueError(f"{path}: is {what}; expected a canonical .safetensors file.")
-    try:
-        handle = safetensors.safe_open(path, framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path}: cannot be read as .safetensors, it is truncated or another format ({error})."
-        ) from error
-    with handle as file:
-        metadata = file.metadata() or {}
-        names = list(file.keys())
+    with path.open("rb") as file:
+        try:
+            header = read_header(file)
+        except SafetensorsError as error:
+            raise ValueError(
+                f"{path}: cannot be read as .safetensors, it is truncated or another format ({error})."
+            ) from error
+        metadata, names = header.metadata, list(header.tensors)
         if metadata.get("format") != FORMAT:
             raise ValueError(
                 f"{path}: is not a selfattn file: its metadata says format={metadata.get('format')!r}, expected {FORMAT!r}; "
@@ -174,19 +172,18 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
         shapes = {row.name: row.shape for row in table.values()}
         problems = []
         params: dict[str, Array] = {}
-        for key in names:
+        for key, row in header.tensors.items():
             owner = max((b for b in configs if not b or key.startswith(f"{b}.")), key=len, default=None)
             if owner is None:
                 problems.append(f"unexpected: {key} belongs to no block of the file")
             if owner != name:
                 continue
-            view = file.get_slice(key)
-            canonical, dtype, shape = key.removeprefix(prefix), view.get_dtype(), tuple(view.get_shape())
+            canonical, dtype, shape = key.removeprefix(prefix), row.code, row.shape
             if dtype not in _READABLE:
                 problems.append(f"wrong dtype: {key} is {dtype}, should be one of {', '.join(_READABLE)}")
             fits = shapes.get(canonical) == shape or (canonical == "gamma" and np.prod(shape) == 1)
             if dtype in _READABLE and fits:
-                params[canonical] = _bfloat16(path, key, shape) if dtype == "BF16" else file.get_tensor(key)
+                params[canonical] = read_tensor(file, row)
             else:
                 # Reported, not read: a header may promise any size.
                 params[canonical] = np.broadcast_to(np.zeros((), _READABLE.get(dtype, np.float32)), shape)
@@ -216,32 +213,18 @@ def _warn_of_averages(path: Path, state: Mapping[str, Array]) -> None:
 
 
 def _tensors(params: Mapping[str, Array], prefix: str) -> dict[str, Array]:
-    """What goes to the file. safetensors 0.8 writes the memory of non-contiguous arrays in the wrong order."""
-    return {f"{prefix}{name}": np.ascontiguousarray(widen(array)) for name, array in params.items()}
-
-
-def _bfloat16(path: Path, key: str, shape: tuple[int, ...]) -> Array:
-    """A bfloat16 tensor as float32, without ml_dtypes, which numpy's reader would need.
-
-    The header has been checked by safetensors before.
-    """
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        begin, end = json.loads(file.read(length))[key]["data_offsets"]
-        file.seek(8 + length + begin)
-        halves = np.frombuffer(file.read(end - begin), "<u2")
-    return (halves.astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    return {f"{prefix}{name}": widen(array) for name, array in params.items()}
 
 
 def _write(path: Path, tensors: dict[str, Array], config: str, overwrite: bool, source: str) -> None:
     metadata = {"format": FORMAT, "version": VERSION, "config": config, "source": source}
-    content = safetensors.numpy.save(tensors, metadata=metadata)
-    back = safetensors.numpy.load(content)
+    content = whole_file(tensors, metadata)
+    _, back = read_all(io.BytesIO(content))
     if any(
         back[name].tobytes() != array.tobytes() or back[name].dtype != array.dtype
         for name, array in tensors.items()
     ):
-        raise RuntimeError("safetensors did not store the arrays as they are; nothing was written.")
+        raise RuntimeError("the arrays were not stored as they are; nothing was written.")
     write_atomically(path, content, overwrite=overwrite)
 
 

@@ -26,9 +26,9 @@ LEAST_GAMMA = 0.1
 def main() -> int:
     """Run the example; returns the exit code."""
     arguments = _arguments()
-    if missing := missing_modules(["torch", "sklearn", "tqdm", "matplotlib"]):
+    if missing := missing_modules(["torch", "safetensors", "sklearn", "tqdm", "matplotlib"]):
         print(
-            f"This example needs {', '.join(missing)}: pip install 'selfattn[torch,viz]' scikit-learn tqdm",
+            f"This example needs {', '.join(missing)}: pip install 'selfattn[torch,viz]' safetensors scikit-learn tqdm",
             file=sys.stderr,
         )
         return MISSING

@@ -77,7 +77,7 @@ def missing(error: ModuleNotFoundError, extra: str) -> int:
         error: of the import.
         extra: of selfattn, which brings the framework.
     """
-    command = f"pip install 'selfattn[{extra},viz]' scikit-learn tqdm"
+    command = f"pip install 'selfattn[{extra},viz]' safetensors scikit-learn tqdm"
     print(f"This example needs {error.name}: {command}", file=sys.stderr)
     return MISSING
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.files.features import check_is_file, read_features
+from selfattn_core.files.safetensors import SafetensorsError, read_header
 from selfattn_core.installed import require
 from selfattn_core.maps import MapStatistics, position_of, row_statistics
 from selfattn_core.query_rows import attention_rows, relative_change
@@ -185,9 +185,9 @@ def _layer(path: Path, block: str | None) -> tuple[SelfAttentionConfig, dict[str
 
 def _is_canonical(path: Path) -> bool:
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except safetensors.SafetensorError:
+        with path.open("rb") as file:
+            return read_header(file).metadata.get("format") == FORMAT
+    except SafetensorsError:
         return False
 
 

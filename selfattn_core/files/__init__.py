@@ -1,1 +1,1 @@
-"""Files that users hand over and files that they ask for: read to a limit, written whole or not at all."""
+"""Files on disk: input files are read up to a limit, output files are written whole or not at all."""

@@ -1,4 +1,4 @@
-"""The input of an attention layer for one image, from a file of numpy's whose promises are checked before they cost memory."""
+"""Reading the feature map of one image from an `.npy` or `.npz` file, whose header is checked before memory is allocated."""
 
 import math
 import os

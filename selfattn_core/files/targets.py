@@ -1,4 +1,4 @@
-"""Files that a command's results go to: looked at before the work is done, and written after it."""
+"""The targets of a command's reports: checked before the work begins, written after it."""
 
 import os
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Small text files that a user hands over, read to a limit: a wrong name must not fill the memory or be waited for."""
+"""Reading a small text file up to a limit, so that a wrong name cannot fill the memory."""
 
 from pathlib import Path
 

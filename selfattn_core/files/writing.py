@@ -1,11 +1,14 @@
-"""How a file or a folder comes to be: whole or not at all, and what is no file is written into.
+"""Writing a file or a folder atomically: the target appears whole or not at all.
 
-What is written stands first in a hidden folder beside the target, `.NAME.<digits>.tmp`, and moves to its place in one
-step. A process that is killed leaves that folder behind; the next one that writes the same target removes it. Whether
-somebody still writes into such a folder is told by a lock, which ends with the process that holds it.
+The content is first written to a hidden folder beside the target, `.NAME.<digits>.tmp`, and then moved to its place in one
+step. A process that is killed leaves that folder behind, and the next process that writes the same target removes it. A
+lock, which ends with the process that holds it, shows whether another process still writes into such a folder.
 
-A device, a pipe and a descriptor of this process (`/dev/stdout`, or what a shell's process substitution names) cannot
-be replaced. The content goes into them.
+A device, a pipe or a descriptor of this process (`/dev/stdout`, or what a shell's process substitution names) cannot be
+replaced. The content is written into it.
+
+Why not a library: atomicwrites is no longer maintained, and it replaces single files only: no folders, no pipes or devices,
+and it does not remove what killed processes left.
 """
 
 import ctypes

@@ -82,5 +82,5 @@ def _check_canonical(path: Path) -> None:
         else "its keys fit none of them; `selfattn inspect` says why"
     )
     raise ValueError(
-        f"{path}: is not a selfattn file, but a checkpoint of another kind ({tensors.container}): say with dialect= which: {fits}."
+        f"{path}: is not a selfattn file, but a checkpoint of another kind ({tensors.format}): say with dialect= which: {fits}."
     )

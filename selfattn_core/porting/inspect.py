@@ -66,7 +66,7 @@ class InspectReport:
 
     Args:
         path: of the file.
-        format: its container.
+        format: of the file.
         metadata: what it says of itself.
         tensors: shape and dtype by key.
         parameters: numbers in all of them.
@@ -171,7 +171,7 @@ def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> In
         unknown = all(fit.verdict == "almost" for block in blocks for fit in block.fits)
         return InspectReport(
             str(path),
-            tensors.container,
+            tensors.format,
             dict(tensors.metadata),
             {key: (info.shape, info.dtype) for key, info in tensors.items()},
             sum(math.prod(info.shape) for info in tensors.values()),

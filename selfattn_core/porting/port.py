@@ -198,7 +198,7 @@ class _Port:
             raise PortError(
                 f"{self.to.name} cannot be written: {self.to.reason}. Instead: {self.to.instead}."
             )
-        self.container = _container(target, self.to)
+        self.format = _format(target, self.to)
         if not options.overwrite and target.exists():
             raise PortError(
                 f"{target}: exists already and was left as it is; to replace it, pass --force (in Python overwrite=True)."
@@ -234,10 +234,10 @@ class _Port:
             checks = [*self._check_source(chosen, blocks), *trips]
             report = PortReport(
                 str(self.source),
-                tensors.container,
+                tensors.format,
                 f"{chosen.name}: {chosen.title}",
                 str(self.target),
-                self.container,
+                self.format,
                 f"{self.to.name}: {self.to.title}",
                 len(tensors) - _used(blocks, tensors) - len(optimiser_keys(tensors)),
                 tuple(_block_report(block) for block in blocks),
@@ -296,10 +296,10 @@ class _Port:
         return [check_output("source's own output", block.config, block.imported.params, x, y)]
 
     def _check_whole_fits(self, tensors: Tensors) -> None:
-        if tensors.container not in WHOLE or self.container != tensors.container or self.source.is_dir():
+        if tensors.format not in WHOLE or self.format != tensors.format or self.source.is_dir():
             raise PortError(
                 f"{self.target}: --whole writes a file of torch or .safetensors in the source's own format, and {self.source} is "
-                f"{tensors.container}; port its blocks without --whole."
+                f"{tensors.format}; port its blocks without --whole."
             )
         if separator(self.to) != "." or self.to.name == "canonical":
             raise PortError(
@@ -418,7 +418,7 @@ class _Port:
             if report:
                 metadata["port"] = json.dumps(report.to_dict(), ensure_ascii=False)
             renamed = [_renamed(block, sums) for block in blocks]
-            write_whole(self.source, path, self.container, renamed, metadata, overwrite=overwrite)
+            write_whole(self.source, path, self.format, renamed, metadata, overwrite=overwrite)
             return
         if self.to.name == "canonical":
             configs = {block.name: block.config.to_dict() for block in blocks}
@@ -426,7 +426,7 @@ class _Port:
             metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(whole), **metadata}
         if report:
             metadata["port"] = json.dumps(report.to_dict(), ensure_ascii=False)
-        write_tensors(path, tensors, container=self.container, metadata=metadata, overwrite=overwrite)
+        write_tensors(path, tensors, format=self.format, metadata=metadata, overwrite=overwrite)
 
 
 def _keys_of(block: _Block) -> set[str]:
@@ -499,28 +499,28 @@ _SUFFIXES = {
 }
 
 
-def _container(target: Path, to: Dialect) -> str:
+def _format(target: Path, to: Dialect) -> str:
     """The format that the target's name asks for."""
-    container = _SUFFIXES.get(target.suffix, "" if target.suffix else "orbax")
+    format = _SUFFIXES.get(target.suffix, "" if target.suffix else "orbax")
     if target.suffix == ".orbax":
-        container = "orbax"
-    if not container:
+        format = "orbax"
+    if not format:
         raise PortError(
             f"{target}: {target.suffix} cannot be written; expected {', '.join(_SUFFIXES)}, or a folder without suffix for Orbax."
         )
-    owner = {"keras": "Keras", "orbax": "Orbax", "msgpack": "Flax"}.get(container)
+    owner = {"keras": "Keras", "orbax": "Orbax", "msgpack": "Flax"}.get(format)
     if owner and separator(to) != "/":
-        better = "keras" if container == "keras" else "flax"
+        better = "keras" if format == "keras" else "flax"
         raise PortError(
             f"{target}: a file of {owner} has no keys like those of {to.name}; say "
             f"--to {better}, or name a .safetensors file."
         )
-    if container != "safetensors" and to.name == "canonical":
-        other = "; for a state dict of ours say --to torch" if container == "torch" else ""
+    if format != "safetensors" and to.name == "canonical":
+        other = "; for a state dict of ours say --to torch" if format == "torch" else ""
         raise PortError(
             f"{target}: the canonical form is a .safetensors file, and nothing would load another; name one{other}."
         )
-    return container
+    return format
 
 
 def _source_dialect(tensors: Tensors, name: str | None) -> Dialect:

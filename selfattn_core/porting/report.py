@@ -82,10 +82,10 @@ class PortReport:
 
     Args:
         source: the file.
-        source_format: its container.
+        source_format: its format.
         source_dialect: what it was read as.
         target: the file.
-        target_format: its container.
+        target_format: its format.
         target_dialect: what it was written as.
         tensors_elsewhere: how many tensors of the source belong to no ported block.
         blocks: what was ported.

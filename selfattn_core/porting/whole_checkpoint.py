@@ -7,7 +7,6 @@ nothing but tensors and settings: nested dictionaries, dtypes, shared tensors an
 
 import io
 import json
-import struct
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core.files.safetensors import CODES, header_bytes
 from selfattn_core.files.writing import write_atomically
 from selfattn_core.installed import imported, require
 from selfattn_core.params import KV_POOL
 from selfattn_core.porting.blocks.bystanders import optimiser_keys
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.formats.safetensors import DTYPES
-from selfattn_core.porting.formats.torch import METADATA, names_of
+from selfattn_core.porting.formats.torch import add_metadata, names_of
 from selfattn_core.porting.formats.untrusted.file import Source
 
 __all__ = ["WHOLE", "Renamed", "write_whole"]
@@ -53,7 +52,7 @@ class Renamed:
 def write_whole(
     source: Path,
     target: Path,
-    container: str,
+    format: str,
     blocks: list[Renamed],
     metadata: Mapping[str, str],
     *,
@@ -64,7 +63,7 @@ def write_whole(
     Args:
         source: a checkpoint that has been opened.
         target: where to.
-        container: of both, one of `WHOLE`.
+        format: of both, one of `WHOLE`.
         blocks: what changes.
         metadata: of the port, put where the format has a place for it.
         overwrite: whether an existing target may be replaced.
@@ -75,7 +74,7 @@ def write_whole(
     """
     content: Iterator[bytes] = (
         iter([_torch(source, blocks, metadata)])
-        if container == "torch"
+        if format == "torch"
         else _safetensors(source, blocks, metadata)
     )
     try:
@@ -115,7 +114,7 @@ def _torch(source: Path, blocks: list[Renamed], metadata: Mapping[str, str]) -> 
         else:
             _at(root, keys[:-1])[keys[-1]] = state
     if isinstance(root, OrderedDict) and hasattr(root, "_metadata"):
-        root._metadata[METADATA] = dict(metadata)  # noqa: SLF001
+        add_metadata(root, metadata)
     content = io.BytesIO()
     torch.save(root, content)
     return content.getvalue()
@@ -187,7 +186,6 @@ def _safetensors(source: Path, blocks: list[Renamed], metadata: Mapping[str, str
         own = header.pop("__metadata__", None) or {}
         passed_over = optimiser_keys(header)
         gone = {name: block for block in blocks for name in block.gone}
-        codes = {name: code for code, name in DTYPES.items()}
         rows: dict[str, Any] = {"__metadata__": own | dict(metadata)}
         sources: list[tuple[int, int] | Array] = []
         place = 0
@@ -207,15 +205,13 @@ def _safetensors(source: Path, blocks: list[Renamed], metadata: Mapping[str, str
                 array = np.array(block.tensors[name], order="C")
                 offsets = [place, place + array.nbytes]
                 rows[block.prefix + name] = {
-                    "dtype": codes[array.dtype.name],
+                    "dtype": CODES[array.dtype.name],
                     "shape": list(array.shape),
                     "data_offsets": offsets,
                 }
                 sources.append(array)
                 place = offsets[1]
-        text = json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        yield struct.pack("<Q", len(text)) + text
+        yield header_bytes(rows)
         for piece in sources:
             yield piece.tobytes() if isinstance(piece, np.ndarray) else file.bytes_at(*piece)
     finally:

@@ -156,7 +156,7 @@ def one(reader: str, sample: Path, folder: Path, seed: int, number: int) -> str:
     else:
         target.write_bytes(change(sample.read_bytes(), generator))
     try:
-        with open_tensors(target, layout=reader) as tensors:
+        with open_tensors(target, format=reader) as tensors:
             for key in tensors:
                 tensors.read(key)
         return "read"
@@ -180,7 +180,7 @@ def loop(reader: str, sample: Path, seed: int, first: int, last: int, pipe: Conn
     with tempfile.TemporaryDirectory(dir=_memory_folder()) as name:
         folder = Path(name)
         prepare(sample, folder)
-        with open_tensors(_target(sample, folder), layout=reader) as tensors:
+        with open_tensors(_target(sample, folder), format=reader) as tensors:
             for key in tensors:
                 tensors.read(key)
         before = _peak()

@@ -1,6 +1,7 @@
 """`selfattn port`, `inspect` and `dialects` as a user runs them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_what_is_not_installed_is_exit_code_3(run, tmp_path, monkeypatch):
             "selfattn_core.porting needs torch, which is not installed: pip install 'selfattn[torch]'"
         )
 
-    monkeypatch.setitem(write._BYTES, "torch", absent)
+    monkeypatch.setitem(write._FORMATS, "torch", replace(write._FORMATS["torch"], file=absent))
     done = run("port", path.name, "o.pt", "--from", "heykeetae", "--to", "torch")
     assert done.exit_code == 3
     assert "pip install 'selfattn[torch]'" in done.output

@@ -20,9 +20,9 @@ def tensors():
     return {name: value.astype("f4") for name, value in ORIGINALS["heykeetae, plain"]().tensors.items()}
 
 
-def same(path, tensors, container):
+def same(path, tensors, format):
     with open_tensors(path) as opened:
-        assert opened.container == container
+        assert opened.format == format
         assert set(opened) == set(tensors)
         for name, value in tensors.items():
             got = opened.read(name)

@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -449,7 +450,7 @@ def test_a_canonical_file_that_contradicts_itself_is_refused(tmp_path):
         write_tensors(
             tmp_path / "a.safetensors",
             selfattn_core.init_params(config, 0),
-            container="safetensors",
+            format="safetensors",
             metadata=metadata,
             overwrite=True,
         )
@@ -672,12 +673,12 @@ def test_a_target_that_comes_back_changed_fails(tmp_path, monkeypatch):
     from selfattn_core.porting.formats import write
 
     path, _ = written(tmp_path, "heykeetae, plain")
-    right = write._npz
+    right = write._FORMATS["npz"]
 
     def wrong(tensors, metadata):
-        return right(tensors | {"gamma": tensors["gamma"] + 1}, metadata)
+        return right.file({**tensors, "gamma": tensors["gamma"] + 1}, metadata)
 
-    monkeypatch.setitem(write._BYTES, "npz", wrong)
+    monkeypatch.setitem(write._FORMATS, "npz", replace(right, file=wrong))
     report = failed_report(path, tmp_path / "o.npz", dialect="heykeetae", to="heykeetae")
     assert outcomes(report)["round trip"] == "failed"
     assert not (tmp_path / "o.npz").exists()

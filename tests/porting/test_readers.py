@@ -40,7 +40,7 @@ def assert_same(got, want):
 
 
 @pytest.mark.parametrize(
-    ("name", "container"),
+    ("name", "format"),
     [
         ("plain.safetensors", "safetensors"),
         ("plain.npz", "npz"),
@@ -48,10 +48,10 @@ def assert_same(got, want):
         ("legacy.pth", "torch"),
     ],
 )
-def test_flat_formats(samples, name, container):
+def test_flat_formats(samples, name, format):
     assert_same(contents(samples / name), WANT)
     with open_tensors(samples / name) as opened:
-        assert opened.container == container
+        assert opened.format == format
         assert opened["key.weight"].dtype == "float32"
 
 
@@ -60,8 +60,19 @@ def test_the_content_and_not_the_name_says_the_format(samples, tmp_path):
         other = tmp_path / "weights.ckpt"
         other.write_bytes((samples / name).read_bytes())
         assert_same(contents(other), WANT)
-    with pytest.raises(PortError, match="unknown format 'zip'; known are safetensors, npz"):
-        open_tensors(other, layout="zip")
+    with pytest.raises(PortError, match="unknown format 'zip'; known are safetensors, "):
+        open_tensors(other, format="zip")
+
+
+def test_a_length_that_looks_like_json(samples, tmp_path):
+    """The length of a header of 0x7B20 bytes begins as JSON does, with a space and a brace."""
+    content = (samples / "plain.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].ljust(0x7B20)
+    (tmp_path / "long.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + content[8 + length :]
+    )
+    assert_same(contents(tmp_path / "long.safetensors"), WANT)
 
 
 def test_flax(samples):

@@ -144,7 +144,7 @@ def test_two_files_of_keras_with_one_variable(tmp_path):
     from selfattn_core.porting import write_tensors
 
     for name in ("a", "b"):
-        write_tensors(tmp_path / f"{name}.weights.h5", {"attn/gamma": np.ones(1)}, container="keras")
+        write_tensors(tmp_path / f"{name}.weights.h5", {"attn/gamma": np.ones(1)}, format="keras")
     files = ["a.weights.h5", "b.weights.h5"]
     (tmp_path / "w.weights.json").write_text(
         json.dumps({"weight_map": {"/attn/vars": files}}), encoding="utf-8"

@@ -63,7 +63,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         drawn = {key: self.values[places[id(each)]] for key, each in self.variables.items()}
         self.probe = Tensors(
             self.tensors.path,
-            self.tensors.container,
+            self.tensors.format,
             {
                 key: Entry(
                     self.tensors[key], drawn[key].copy if key in drawn else partial(self.tensors.read, key)

@@ -15,6 +15,7 @@ docs/golden-vectors.md describes the files.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,6 @@ from typing import Any
 
 import click
 import numpy as np
-import safetensors.numpy
 from numpy.typing import NDArray
 
 from selfattn_core import spec
@@ -36,6 +36,7 @@ from selfattn_core.conformance.reference import FusedLayer, LayerReference, Refe
 from selfattn_core.conformance.release.decimals import fifty_digits, to_decimals, to_floats, to_singles
 from selfattn_core.conformance.verdicts.expected import expectations
 from selfattn_core.conformance.verdicts.tolerance import FACTOR
+from selfattn_core.files.safetensors import SafetensorsError, read_all, whole_file
 from selfattn_core.files.writing import write_atomically
 
 __all__ = ["EDITION", "FORMAT", "SUMS", "differences", "golden_cases", "vector", "write"]
@@ -121,10 +122,7 @@ def vector(case: Case) -> bytes:
         "factor": FACTOR,
         "tolerances": {name: {"floor": each.floor, "cap": each.cap} for name, each in expected.items()},
     }
-    contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
-    # One entry: the order of several is not fixed.
-    content = safetensors.numpy.save(contiguous, {"golden": json.dumps(description, ensure_ascii=True)})
-    return bytes(content)
+    return whole_file(tensors, {"golden": json.dumps(description, ensure_ascii=True)})
 
 
 def write(folder: Path) -> list[str]:
@@ -220,11 +218,11 @@ def _refusal(path: Path, content: bytes) -> str:
     """Why a file that is there may not be replaced by this content; empty if it may."""
     try:
         version, edition, arrays = _opened(path)
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         return f"cannot be read ({error}): delete it if it is to be written again"
     if version < spec.VERSION:
         return ""
-    if names := _differing(arrays, safetensors.numpy.load(content)):
+    if names := _differing(arrays, read_all(io.BytesIO(content))[1]):
         return (
             f"{', '.join(names)} would be different, and version {version} is what the function has: "
             "raise VERSION in selfattn_core/spec.py if the function is meant to be another one"
@@ -239,19 +237,19 @@ def _refusal(path: Path, content: bytes) -> str:
 
 def _opened(path: Path) -> tuple[int, int, dict[str, Array]]:
     """Version, edition and arrays of a file."""
-    arrays = safetensors.numpy.load_file(path)
-    with safetensors.safe_open(path, "numpy") as file:
-        description = json.loads(file.metadata()["golden"])
+    with path.open("rb") as file:
+        metadata, arrays = read_all(file)
+    description = json.loads(metadata["golden"])
     # Files of the first edition do not say so.
     return int(description["version"]), int(description.get("edition", 1)), arrays
 
 
 def _difference(there: bytes, computed: bytes) -> str:
     try:
-        old = safetensors.numpy.load(there)
-    except safetensors.SafetensorError as error:
+        _, old = read_all(io.BytesIO(there))
+    except SafetensorsError as error:
         return f"cannot be read: {error}"
-    names = _differing(old, safetensors.numpy.load(computed))
+    names = _differing(old, read_all(io.BytesIO(computed))[1])
     return f"{', '.join(names) or 'the description'} would be different"
 
 

@@ -7,28 +7,32 @@ are listed by their class and a counter, and bear their own name as an attribute
 Source: keras/src/saving/saving_lib.py and legacy/saving/legacy_h5_format.py for the layout.
 """
 
+import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
+from selfattn_core.installed import imported, require
 from selfattn_core.params import KV_POOL
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.formats.tensors import Entry, Tensors
+from selfattn_core.porting.formats.format import Format
+from selfattn_core.porting.formats.numbers import contiguous
+from selfattn_core.porting.formats.tensors import Array, Entry, Tensors
 from selfattn_core.porting.formats.untrusted.file import Source
-from selfattn_core.porting.formats.untrusted.hdf5 import Dataset, Hdf5
+from selfattn_core.porting.formats.untrusted.hdf5 import SIGNATURE, Dataset, Hdf5
 from selfattn_core.porting.formats.untrusted.limits import MAX_DEPTH
 from selfattn_core.porting.formats.untrusted.zip import Archive
 
-__all__ = ["CONTINUED", "open_h5", "open_keras", "open_shards"]
+__all__ = ["FORMATS", "open_h5", "open_keras", "open_shards"]
 
 # Between the name of an attribute that is too long for one and the number of the piece.
-CONTINUED = " continued "
+_CONTINUED = " continued "
 Keys = tuple[str, ...]
 
 _WEIGHTS = "model.weights.h5"
@@ -43,6 +47,11 @@ _VARIABLES = {
     "embedding": ("embeddings",),
     "spectral_normalization": ("vector_u",),
 }
+
+# The number or name under which Keras stores a variable, by its name here.
+_ORDER = {"kernel": "0", "bias": "1", "gamma": "0", "u": "u", "v": "v"}
+# Characters of a piece of an attribute, of which one can take four bytes.
+_ATTRIBUTE = 15_000
 
 
 def open_h5(path: Path) -> Tensors:
@@ -238,7 +247,7 @@ def _attributes(texts: dict[str, str]) -> dict[str, str]:
     """The texts among the attributes of the file, where our own writer keeps its metadata, long ones in pieces."""
     joined: dict[str, str] = {}
     for name in sorted(set(texts) - _CONFIGS, key=lambda name: (len(name), name)):
-        key = name.partition(CONTINUED)[0]
+        key = name.partition(_CONTINUED)[0]
         joined[key] = joined.get(key, "") + texts[name]
     return joined
 
@@ -297,3 +306,37 @@ def _roles(layer: str, shapes: list[tuple[int, ...]], children: set[str]) -> lis
     if [len(shape) for shape in shapes[1:]] in ([], [1]) and shapes and len(shapes[0]) > 1:
         return ["kernel", "bias"][: len(shapes)]
     return [""] * len(shapes)
+
+
+def _content(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    require("selfattn_core.porting", ["h5py"], "keras")
+    h5py = imported("h5py")
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        for name, array in tensors.items():
+            layer, _, variable = name.rpartition("/")
+            number = variable if variable.isdecimal() else _ORDER.get(variable)
+            if number is None:
+                raise PortError(
+                    f"{name}: Keras stores variables by number, and which one {variable!r} has is not known; expected "
+                    f"{', '.join(_ORDER)} or vars/<number>."
+                )
+            group = layer.removesuffix("vars").removesuffix("/")
+            file[f"{group}/vars/{number}".lstrip("/")] = contiguous(array)
+        for key, value in metadata.items():
+            # An attribute holds 64 KiB at most.
+            for start in range(0, max(1, len(value)), _ATTRIBUTE):
+                piece = f"{key}{_CONTINUED}{start // _ATTRIBUTE}" if start else key
+                file.attrs[piece] = value[start : start + _ATTRIBUTE]
+    return content.getvalue()
+
+
+def _is_archive(names: Collection[str]) -> bool:
+    return "config.json" in names or any(name.endswith(".h5") for name in names)
+
+
+FORMATS = (
+    # What is written is the `.weights.h5` that a model loads, for only Keras can write its description.
+    Format("keras", open_keras, ".keras", is_archive=_is_archive, file=_content),
+    Format("h5", open_h5, ".h5", begins=lambda start: start.startswith(SIGNATURE)),
+)

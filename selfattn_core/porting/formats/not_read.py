@@ -9,6 +9,10 @@ _SAVEZ = "numpy.savez"
 
 # The first bytes, or a question to them; what the file is, and what to do.
 _SIGNS: tuple[tuple[bytes | Callable[[bytes], bool], str], ...] = (
+    (
+        lambda start: start[257:262] == b"ustar",
+        "is a tar archive; unpack it, or, if torch before 0.1.10 wrote it, load it there and save it again",
+    ),
     (b"\x1f\x8b", "is compressed with gzip; unpack it with gunzip, or with tar xzf if it is a .tar.gz"),
     (b"BZh", "is compressed with bzip2; unpack it with bunzip2"),
     (b"\xfd7zXZ\0", "is compressed with xz; unpack it with unxz"),

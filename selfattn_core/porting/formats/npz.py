@@ -1,22 +1,27 @@
 """`.npz`: a zip archive of numpy arrays; those that are no numbers are left out, and none is unpickled."""
 
+import io
 import json
+import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.formats.format import Format
 from selfattn_core.porting.formats.npy import LONGEST_HEADER, dtype_name, npy_header
-from selfattn_core.porting.formats.numbers import read_array, stored_bytes
-from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
+from selfattn_core.porting.formats.numbers import contiguous, read_array, stored_bytes
+from selfattn_core.porting.formats.tensors import Array, Entry, TensorInfo, Tensors
 from selfattn_core.porting.formats.untrusted.file import Source
 from selfattn_core.porting.formats.untrusted.zip import Archive, Member
 
-__all__ = ["METADATA", "open_npz"]
+__all__ = ["FORMATS", "open_npz"]
 
 # A member that numpy lists too, and gives as bytes.
-METADATA = "__metadata__.json"
+_METADATA = "__metadata__.json"
 
 
 def open_npz(path: Path) -> Tensors:
@@ -95,12 +100,31 @@ def _entry(archive: Archive, name: str) -> Entry:
 
 
 def _metadata(archive: Archive) -> dict[str, str]:
-    if METADATA not in archive.members:
+    if _METADATA not in archive.members:
         return {}
     try:
-        content = json.loads(archive.read(METADATA))
+        content = json.loads(archive.read(_METADATA))
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
-        raise PortError(f"{archive.source.path}: {METADATA} is not a JSON object of strings.")
+        raise PortError(f"{archive.source.path}: {_METADATA} is not a JSON object of strings.")
     return content
+
+
+def _content(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, array in tensors.items():
+            # A fixed date, so that equal tensors are equal files.
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                npy_format.write_array(member, contiguous(array), allow_pickle=False)
+        if metadata:
+            archive.writestr(zipfile.ZipInfo(_METADATA), json.dumps(dict(metadata)))
+    return content.getvalue()
+
+
+def _is_archive(names: Collection[str]) -> bool:
+    return not names or any(name.endswith(".npy") for name in names)
+
+
+FORMATS = (Format("npz", open_npz, ".npz", is_archive=_is_archive, file=_content),)

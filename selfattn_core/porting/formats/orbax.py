@@ -4,20 +4,25 @@ Source: orbax/checkpoint/_src/metadata/tree.py and serialization/tensorstore_uti
 """
 
 import json
+import logging
 import math
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core.arrays import widen
+from selfattn_core.files.writing import check_room
 from selfattn_core.installed import imported, require
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.formats.numbers import bits, stored_bytes
-from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
+from selfattn_core.porting.formats.format import Format
+from selfattn_core.porting.formats.msgpack import nested
+from selfattn_core.porting.formats.numbers import bits, contiguous, stored_bytes
+from selfattn_core.porting.formats.tensors import Array, Entry, TensorInfo, Tensors
 from selfattn_core.porting.formats.untrusted.file import Source
 from selfattn_core.porting.formats.untrusted.limits import (
     MAX_DEPTH,
@@ -27,14 +32,18 @@ from selfattn_core.porting.formats.untrusted.limits import (
     checked_shape,
 )
 
-__all__ = ["METADATA", "is_orbax", "open_orbax", "steps_in"]
+__all__ = ["FORMATS", "is_orbax", "open_orbax", "steps_in"]
 
 # Where our own writer keeps its metadata, in what Orbax keeps for its users.
-METADATA = "selfattn"
+_METADATA = "selfattn"
 _TREE = "_METADATA"
 _MANIFEST = "manifest.ocdbt"
 _MAX_HEADER = 32 * 2**20
 _ARRAYS = {"jax.Array", "np.ndarray", "scalar"}
+_TIMEOUT = 60
+# Bytes beside the arrays, which are written once by each process and once together.
+_ROOM = 2**18
+_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 _CACHE = {"cache_pool": {"total_bytes_limit": 2**24}}
 
 
@@ -116,9 +125,6 @@ def open_orbax(path: Path) -> Tensors:
     if not entries:
         raise PortError(f"{path}: holds no arrays.")
     return Tensors(path, "orbax", entries, _metadata(folder))
-
-
-_TIMEOUT = 60
 
 
 def _items(folder: Path) -> list[Path]:
@@ -240,9 +246,9 @@ def _entry(path: Path, name: str, store: Any, size: int) -> Entry:
     if grown > max(SMALL, MAX_EXPANSION * size):
         raise PortError(f"{name}: {dtype} {info.shape} would need {grown} bytes; the whole folder has {size}")
 
-    def read() -> NDArray[Any]:
+    def read() -> Array:
         try:
-            array: NDArray[Any] = np.asarray(store.read().result(timeout=_TIMEOUT + grown / 2**20))
+            array: Array = np.asarray(store.read().result(timeout=_TIMEOUT + grown / 2**20))
         except (ValueError, OSError, RuntimeError, TimeoutError) as error:
             raise PortError(f"{path}: {name} is damaged or missing ({_first_line(error)}).") from None
         return widen(array) if array.dtype.kind != "V" else array.astype(np.float32)
@@ -254,10 +260,60 @@ def _metadata(folder: Path) -> dict[str, str]:
     for place in (folder / "_CHECKPOINT_METADATA", folder.parent / "_CHECKPOINT_METADATA"):
         if place.is_file() and not place.is_symlink():
             custom = _json(place).get("custom_metadata")
-            own = custom.get(METADATA) if isinstance(custom, dict) else None
+            own = custom.get(_METADATA) if isinstance(custom, dict) else None
             return {str(key): str(value) for key, value in own.items()} if isinstance(own, dict) else {}
     return {}
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).split(" [source locations", maxsplit=1)[0].split("\n", 1)[0][:300]
+
+
+def _fill(place: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+    require("selfattn_core.porting", ["orbax"], "flax")
+    checkpoint = imported("orbax.checkpoint")
+    arrays = {name: contiguous(array) for name, array in tensors.items()}
+    # Not StandardCheckpointer, whose threads (orbax-checkpoint 0.12.8) wait for ever where the first file cannot be made.
+    with (
+        _unlogged("absl"),
+        checkpoint.Checkpointer(checkpoint.StandardCheckpointHandler()) as checkpointer,
+    ):
+        # Its threads show tracebacks of their own where the disk fills up under them.
+        check_room(place.parent, 2 * sum(array.nbytes for array in arrays.values()) + _ROOM)
+        try:
+            checkpointer.save(
+                place,
+                args=checkpoint.args.StandardSave(nested(arrays)),
+                custom_metadata={_METADATA: dict(metadata)},
+            )
+        except (ValueError, RuntimeError) as error:
+            # How TensorStore reports what the system refused.
+            number = _SYSTEM_ERROR.search(str(error))
+            words = os.strerror(int(number[1])) if number else str(error).split("\n", 1)[0]
+            raise OSError(words) from error
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Without the tracebacks that a library logs of what it raises as well."""
+    logger = logging.getLogger(name)
+
+    def nothing(_: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(nothing)
+
+
+FORMATS = (
+    Format(
+        "orbax",
+        open_orbax,
+        "a checkpoint of Orbax",
+        is_at=lambda path: path.is_dir() and is_orbax(path),
+        fill=_fill,
+    ),
+)

@@ -1,47 +1,15 @@
-"""`.safetensors`: a JSON header, checked here before anything is allocated, and the tensors behind it.
+"""`.safetensors` among the formats of checkpoints; `selfattn_core.files.safetensors` knows the format itself."""
 
-Read without the safetensors library, whose numpy side has no bfloat16 and no 8-bit floats without ml_dtypes.
-
-Source: the format as described in the README of huggingface/safetensors.
-"""
-
-import json
-from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+from selfattn_core.files.safetensors import DTYPES, SafetensorsError, pieces, read_header
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.formats.numbers import stored_bytes
-from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
+from selfattn_core.porting.formats.format import Format
+from selfattn_core.porting.formats.tensors import Array, Entry, TensorInfo, Tensors
 from selfattn_core.porting.formats.untrusted.file import Source
-from selfattn_core.porting.formats.untrusted.limits import MAX_HEADER, checked_shape
 
-__all__ = ["DTYPES", "open_safetensors"]
-
-DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F6_E2M3": "float6_e2m3fn",
-    "F6_E3M2": "float6_e3m2fn",
-    "F4": "float4_e2m1fn",
-}
+__all__ = ["FORMATS", "open_safetensors"]
 
 
 def open_safetensors(path: Path) -> Tensors:
@@ -56,99 +24,30 @@ def open_safetensors(path: Path) -> Tensors:
     """
     source = Source(path)
     try:
-        return _open(source)
+        header = read_header(source.file)
+        entries = {}
+        for key, row in header.tensors.items():
+            info = TensorInfo(row.shape, DTYPES[row.code])
+            entries[key] = Entry(info, lambda k=key, p=row.place, i=info: source.array_at(k, p, i))  # type: ignore[misc]
+        return Tensors(path, "safetensors", entries, header.metadata, source.close)
+    except SafetensorsError as error:
+        source.close()
+        raise PortError(f"{path}: {error}") from None
     except BaseException:
         source.close()
         raise
 
 
-def _open(source: Source) -> Tensors:
-    path = source.path
-    if source.size < 8:
-        raise PortError(
-            f"{path}: has {source.size} bytes; a .safetensors file has at least 8: it is truncated."
-        )
-    length = int.from_bytes(source.bytes_at(0, 8), "little")
-    if length > source.size - 8:
-        raise PortError(
-            f"{path}: is truncated or no .safetensors file: its header should have {length} bytes, "
-            f"the file has {source.size}."
-        )
-    if length > MAX_HEADER:
-        raise PortError(f"{path}: has a header of {length} bytes; at most {MAX_HEADER} are read.")
-    header = _parse(path, source.bytes_at(8, length))
-    # MLX writes null where there is none.
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise PortError(f"{path}: its __metadata__ is not a JSON object of strings.")
-    start, end = 8 + length, source.size
-    entries, places, problems = {}, [], []
-    for key, row in header.items():
-        try:
-            info, begin, stop = _row(key, row)
-        except PortError as error:
-            problems.append(str(error))
-            continue
-        places.append((begin, stop, key))
-        offset = start + begin
-        entries[key] = Entry(info, lambda k=key, o=offset, i=info: source.array_at(k, o, i))  # type: ignore[misc]
-    problems += _gaps(sorted(places), end - start) if not problems else []
-    if problems:
-        raise PortError(f"{path}: its header is wrong:\n" + "\n".join(f"  {line}" for line in problems[:50]))
-    return Tensors(path, "safetensors", entries, metadata, source.close)
-
-
-def _parse(path: Path, content: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1][:10]
-            raise PortError(
-                f"{path}: holds a key twice: {', '.join(twice)}; which one is meant cannot be known."
-            )
-        return result
-
+def _content(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """In pieces, since the tensors may be made when they are asked for, and together not fit into memory."""
     try:
-        header = json.loads(content, object_pairs_hook=unique)
-    except PortError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise PortError(f"{path}: is no .safetensors file: its header is not JSON ({error}).") from None
-    if not isinstance(header, dict):
-        raise PortError(f"{path}: is no .safetensors file: its header is not a JSON object.")
-    return header
+        yield from pieces(tensors, metadata)
+    except SafetensorsError as error:
+        raise PortError(str(error)) from None
 
 
-def _row(key: str, row: object) -> tuple[TensorInfo, int, int]:
-    if not isinstance(row, dict) or not {"dtype", "shape", "data_offsets"} <= set(row):
-        raise PortError(f"{key}: expected dtype, shape and data_offsets; got {str(row)[:100]}")
-    if row["dtype"] not in DTYPES:
-        raise PortError(f"{key}: unknown dtype {str(row['dtype'])[:40]!r}; known are {', '.join(DTYPES)}")
-    if not isinstance(row["shape"], list):
-        raise PortError(f"{key}: the shape is {str(row['shape'])[:100]}, not a list")
-    info = TensorInfo(checked_shape(key, row["shape"]), DTYPES[row["dtype"]])
-    offsets = row["data_offsets"]
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(place) is int for place in offsets):
-        raise PortError(f"{key}: data_offsets are {str(offsets)[:100]}, not two integers")
-    begin, stop = offsets
-    if stop - begin != stored_bytes(info) or begin < 0:
-        raise PortError(
-            f"{key}: {info.dtype} {info.shape} needs {stored_bytes(info)} bytes, data_offsets {begin} to {stop} are {stop - begin}"
-        )
-    return info, begin, stop
+def _begins(start: bytes) -> bool:
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**40
 
 
-def _gaps(places: list[tuple[int, int, str]], size: int) -> list[str]:
-    """Tensors must follow one another without overlap or gap and fill the file, as the format demands."""
-    problems, place = [], 0
-    for begin, stop, key in places:
-        if begin != place:
-            problems.append(
-                f"{key}: begins at byte {begin} of the data, the tensor before it ends at {place}"
-            )
-        place = max(place, stop)
-    if place > size:
-        problems.append(f"the file is truncated: {place} bytes of data are promised, {size} are there")
-    elif place < size:
-        problems.append(f"{size - place} bytes behind the last tensor belong to none")
-    return problems
+FORMATS = (Format("safetensors", open_safetensors, ".safetensors", begins=_begins, file=_content),)

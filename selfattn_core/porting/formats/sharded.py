@@ -17,7 +17,7 @@ from selfattn_core.porting.formats.tensors import Entry, Tensors
 from selfattn_core.porting.formats.untrusted.file import Source
 from selfattn_core.porting.formats.untrusted.limits import MAX_HEADER, MAX_TENSORS
 
-__all__ = ["index_in", "of_several", "open_index"]
+__all__ = ["index_in", "looks_like_index", "of_several", "open_index"]
 
 # Files that are open at the same time; systems allow 1024.
 _MOST_FILES = 500
@@ -44,6 +44,16 @@ def index_in(folder: Path) -> Path | None:
     if len(found) > 1:
         raise PortError(f"{folder}: holds {len(found)} indices, name one: {', '.join(map(str, found[:10]))}.")
     return found[0] if found else None
+
+
+def looks_like_index(start: bytes) -> bool:
+    """Whether a file that begins with these bytes could be an index.
+
+    Example:
+        >>> looks_like_index(b'  {"weight_map": {}}')
+        True
+    """
+    return start.lstrip()[:1] == b"{"
 
 
 def of_several(path: Path) -> str:
@@ -99,7 +109,7 @@ def open_index(path: Path, opened: Callable[[Path], Tensors]) -> Tensors:
             raise PortError(f"{path}: does not fit its files:\n" + "\n".join(f"  {p}" for p in problems[:50]))
         first = files[names[0]]
         metadata = {"files": str(len(names))}
-        return Tensors(path, first.container, entries, metadata, stack.pop_all().close)
+        return Tensors(path, first.format, entries, metadata, stack.pop_all().close)
 
 
 def _weight_map(path: Path) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.formats.format import Format
 from selfattn_core.porting.formats.numbers import read_array, stored_bytes
 from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
 from selfattn_core.porting.formats.untrusted.crc32c import crc32c, masked
@@ -21,7 +22,7 @@ from selfattn_core.porting.formats.untrusted.limits import MAX_HEADER, MAX_TENSO
 from selfattn_core.porting.formats.untrusted.object_graph import names_of
 from selfattn_core.porting.formats.untrusted.protobuf import message, number, varint
 
-__all__ = ["checkpoint_prefix", "open_tensorflow"]
+__all__ = ["FORMATS", "checkpoint_prefix", "open_tensorflow"]
 
 _MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 _FOOTER = 48
@@ -286,3 +287,13 @@ def _block(path: Path, content: bytes, offset: int, size: int) -> Iterator[tuple
         place += fresh
         yield key, block[place : place + length]
         place += length
+
+
+FORMATS = (
+    Format(
+        "tensorflow",
+        open_tensorflow,
+        "a checkpoint of TensorFlow",
+        is_at=lambda path: checkpoint_prefix(path) is not None,
+    ),
+)

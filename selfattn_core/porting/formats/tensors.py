@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from selfattn_core.porting.errors import PortError
 
-__all__ = ["Entry", "TensorInfo", "Tensors"]
+__all__ = ["Array", "Entry", "TensorInfo", "Tensors"]
 
 Array = NDArray[Any]
 
@@ -50,7 +50,7 @@ class Tensors(Mapping[str, TensorInfo]):
 
     Args:
         path: of the file or folder, for messages.
-        container: the format: "safetensors", "npz", "torch", "keras", "msgpack", "orbax" or "tensorflow".
+        format: one of "safetensors", "npz", "torch", "keras", "msgpack", "orbax" or "tensorflow".
         entries: the tensors in the order of the file.
         metadata: what else the file says of itself.
         close: called once at the end.
@@ -68,7 +68,7 @@ class Tensors(Mapping[str, TensorInfo]):
     def __init__(
         self,
         path: Path,
-        container: str,
+        format: str,
         entries: Mapping[str, Entry],
         metadata: Mapping[str, str] | None = None,
         close: Callable[[], object] = lambda: None,
@@ -76,7 +76,7 @@ class Tensors(Mapping[str, TensorInfo]):
         pools: Mapping[str, int] | None = None,
     ) -> None:
         self.path = path
-        self.container = container
+        self.format = format
         self.metadata = dict(metadata or {})
         self.left_out = dict(left_out or {})
         self.pools = dict(pools or {})

@@ -6,19 +6,22 @@ that `torch.load(weights_only=True)` refuses is refused here too, with the names
 Source: torch/serialization.py for the two formats.
 """
 
+import collections
+import io
 import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.installed import imported, require
 from selfattn_core.params import KV_POOL
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.formats.numbers import bits, read_array, stored_bytes
-from selfattn_core.porting.formats.tensors import Entry, TensorInfo, Tensors
+from selfattn_core.porting.formats.format import Format
+from selfattn_core.porting.formats.numbers import bits, contiguous, read_array, stored_bytes
+from selfattn_core.porting.formats.tensors import Array, Entry, TensorInfo, Tensors
 from selfattn_core.porting.formats.untrusted import numpy_pickle
 from selfattn_core.porting.formats.untrusted.file import Source
 from selfattn_core.porting.formats.untrusted.limits import MAX_DEPTH, MAX_TENSORS, SMALL, checked_shape
@@ -26,14 +29,13 @@ from selfattn_core.porting.formats.untrusted.numpy_pickle import NumpyArray
 from selfattn_core.porting.formats.untrusted.torch_pickle import Storage, Tensor, Unpickled, unpickle
 from selfattn_core.porting.formats.untrusted.zip import Archive, Member
 
-__all__ = ["METADATA", "names_of", "open_torch", "open_torch_legacy"]
+__all__ = ["FORMATS", "add_metadata", "names_of", "open_torch", "open_torch_legacy"]
 
 # Where our own writer keeps its metadata: beside torch's versions of modules, which no key of a state dict names.
-METADATA = "selfattn metadata"
+_METADATA = "selfattn metadata"
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
-Array = NDArray[Any]
 # Gives the numbers [first, last) of a storage.
 Fetch = Callable[[int, int], Array]
 
@@ -157,7 +159,7 @@ def _arrays(path: Path, content: Unpickled, close: Callable[[], object]) -> Tens
         raise PortError(
             f"{path}: is a pickle, but no checkpoint of torch, and holds no arrays; nothing in it was executed."
         )
-    return _tensors(path, content, storage, close, container="pickle")
+    return _tensors(path, content, storage, close, format="pickle")
 
 
 def _tensors(
@@ -166,7 +168,7 @@ def _tensors(
     storage: Callable[[str, str, int], Fetch],
     close: Callable[[], object],
     *,
-    container: str = "torch",
+    format: str = "torch",
 ) -> Tensors:
     found = list(_walk(path, content.value, (), 0))
     if not found:
@@ -194,10 +196,10 @@ def _tensors(
     if problems:
         raise PortError(f"{path}: tensors cannot be read:\n" + "\n".join(f"  {p}" for p in problems[:50]))
     for _, state in content.states:
-        own = state.get("_metadata", {}).get(METADATA) if isinstance(state, dict) else None
+        own = state.get("_metadata", {}).get(_METADATA) if isinstance(state, dict) else None
         if isinstance(own, dict):
             metadata |= {str(key): str(value) for key, value in own.items()}
-    return Tensors(path, container, entries, metadata, close, left_out, _pools(content, found, names))
+    return Tensors(path, format, entries, metadata, close, left_out, _pools(content, found, names))
 
 
 def _pools(
@@ -388,3 +390,51 @@ def _legacy_storage(source: Source, place: tuple[int, int] | None, key: str, dty
         return read_array(f"{source.path}: storage {key}", info, source.read_into)
 
     return fetch
+
+
+def _content(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    require("selfattn_core.porting", ["torch"], "torch")
+    # By name, for this package imports no framework: the library is that of the format.
+    framework = imported("torch")
+    state: Any = collections.OrderedDict(
+        (name, framework.from_numpy(contiguous(array))) for name, array in tensors.items()
+    )
+    if metadata:
+        state._metadata = {"": {}}  # noqa: SLF001 - where torch keeps the like
+        add_metadata(state, metadata)
+    content = io.BytesIO()
+    framework.save(state, content)
+    return content.getvalue()
+
+
+def add_metadata(state: Any, metadata: Mapping[str, str]) -> None:
+    """Keep metadata in a state dict of torch, where `open_tensors` finds them.
+
+    Args:
+        state: a state dict with torch's versions of modules.
+        metadata: to keep.
+
+    Example:
+        >>> state = collections.OrderedDict()
+        >>> state._metadata = {"": {}}
+        >>> add_metadata(state, {"source": "mine"})
+        >>> state._metadata
+        {'': {}, 'selfattn metadata': {'source': 'mine'}}
+    """
+    state._metadata[_METADATA] = dict(metadata)  # noqa: SLF001 - where torch keeps the like
+
+
+def _is_archive(names: Collection[str]) -> bool:
+    return any(name.rpartition("/")[2] == "data.pkl" for name in names)
+
+
+def _begins(start: bytes) -> bool:
+    """Every pickle since protocol 2 begins so, and torch has never written an older one."""
+    return len(start) > 1 and start[0] == 0x80 and start[1] <= 5
+
+
+FORMATS = (
+    Format("torch", open_torch, "PyTorch", is_archive=_is_archive, file=_content),
+    Format("torch-legacy", open_torch_legacy, begins=_begins),
+    Format("pickle", open_torch_legacy),
+)

@@ -185,7 +185,7 @@ if FRAMEWORK == "torch":
         "torch": [("tf_saved_model", "torch_xla"), ("litert", "litert-torch")],
     }[FRAMEWORK],
 )
-def test_what_keras_does_not_export_from_here(format, message, tmp_path):  # noqa: A002 - Keras' word
+def test_what_keras_does_not_export_from_here(format, message, tmp_path):
     suffix = {"torch": ".pt2", "litert": ".tflite"}.get(format, "")
     model = model_of(FLAT, "channels_last", scores=False)
     x = np.ones((2, 3, 4, 11), "float32")
