@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .PHONY: help demo test check format conform calibrate golden golden-check bench device-check docs fuzz test-slow test-processors test-loss test-peers test-exports test-newest wheel clean
-help:  ## what the targets do
+help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]' --group dev
 	touch $@
 
-demo: $(INSTALLED)  ## train in PyTorch on real images, run in Keras and Flax, compare
+demo: $(INSTALLED)  ## train a layer in PyTorch on real images, and run it in Keras and Flax
 	$(BIN)/python -m examples.digits
 
 # Two processes, a file of tests in one of them; the files of the slow folder come first. Libraries that each took a thread
@@ -29,56 +29,56 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 test test-slow: export OPENBLAS_NUM_THREADS ?= 1
 test test-slow: export MKL_NUM_THREADS ?= 1
 test test-slow: export TF_NUM_INTRAOP_THREADS ?= 1
-test: check  ## check, then the tests
+test: check  ## run check, then the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
-test-slow: $(INSTALLED)  ## the tests that take long for what they add to the others
+test-slow: $(INSTALLED)  ## run the slow tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
-check: $(INSTALLED)  ## format, lint, types
+check: $(INSTALLED)  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(INSTALLED)  ## rewrite the sources in the project's format
+format: $(INSTALLED)  ## format the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-conform: $(INSTALLED)  ## all backends against the numpy specification
+conform: $(INSTALLED)  ## compare all backends with the numpy definition
 	$(BIN)/selfattn conform
 
-golden: $(INSTALLED)  ## write the golden vectors that are not there yet
+golden: $(INSTALLED)  ## write the missing golden vectors
 	$(BIN)/python -m selfattn_core.conformance.release.golden golden-vectors
 
-golden-check: $(INSTALLED)  ## compute all golden vectors again, compare every bit
+golden-check: $(INSTALLED)  ## compute all golden vectors again, and compare every bit
 	$(BIN)/python -m selfattn_core.conformance.release.golden golden-vectors --check
 
-calibrate: $(INSTALLED)  ## how near right backends come to the limits, over 200 seeds: half an hour
+calibrate: $(INSTALLED)  ## measure how near correct backends come to the limits, over 200 seeds (half an hour)
 	$(BIN)/python -m selfattn_core.conformance.release.calibrate
 
 # DEVICE is a word of the frameworks' own, as in cuda:1; FRAMEWORKS is torch,jax,tensorflow or some of them.
-bench: $(INSTALLED)  ## time and memory, written to benchmarks/results; with DEVICE=cuda on that device
+bench: $(INSTALLED)  ## measure time and memory into benchmarks/results, with DEVICE=cuda on that device
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks.bench $(if $(DEVICE),--device $(DEVICE)) $(if $(FRAMEWORKS),--framework $(FRAMEWORKS))
 
 # With whatever is installed where PYTHON is, as on a borrowed machine; .venv has frameworks for the CPU.
-device-check:  ## conformance, times and a short training on DEVICE, within 8 minutes; into build/device-check
+device-check:  ## run conformance, times and a short training on DEVICE into build/device-check, within 8 minutes
 	PYTHONPATH=$(CURDIR):$(CURDIR)/backends $(PYTHON) -m benchmarks.device_check --device $(or $(DEVICE),cuda) $(if $(SMALL),--small)
 
-fuzz: $(INSTALLED)  ## 20,000 damaged files for each reader of checkpoints
+fuzz: $(INSTALLED)  ## try 20,000 damaged files on each reader of checkpoints
 	KERAS_BACKEND=tensorflow $(BIN)/python -m tests.porting.fuzz
 
 docs: $(INSTALLED)  ## build the site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-test-processors: $(INSTALLED)  ## every test under other instruction sets and numbers of threads
+test-processors: $(INSTALLED)  ## run every test under other instruction sets and numbers of threads
 	$(BIN)/python -m tests.processors
 
-test-loss: $(INSTALLED)  ## kill commands, fill disks, write where it is forbidden: twenty minutes
+test-loss: $(INSTALLED)  ## kill commands, fill disks, and write where it is forbidden (twenty minutes)
 	$(BIN)/python -m tests.files.loss
 
 # An environment of its own: packages of others must not change ours. Their own warnings are not ours to mend.
-test-peers:  ## port and convert real layers and networks of published packages
+test-peers:  ## port and convert layers and networks of published packages
 	test -d .venv-peers || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	.venv-peers/bin/python -m pip install --quiet -c constraints.txt -r tests/peers/libraries.txt
@@ -88,14 +88,14 @@ test-peers:  ## port and convert real layers and networks of published packages
 # An environment of its own: exporters and runtimes are many, large, and choose versions of what they share.
 test-exports: export OMP_NUM_THREADS ?= 1
 test-exports: export TF_NUM_INTRAOP_THREADS ?= 1
-test-exports:  ## every exporter and runtime against the numpy specification; written to docs/exports.md: an hour
+test-exports:  ## compare every exporter and runtime with the numpy definition, into docs/exports.md (an hour)
 	test -d .venv-exports || $(PYTHON) -m venv .venv-exports
 	.venv-exports/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	.venv-exports/bin/python -m pip install --quiet -c constraints.txt -e '.[all]' --group test --group exports
 	.venv-exports/bin/python -m tests.exports
 
 # Without constraints.txt. TORCH_INDEX may name an index that has builds of torch for the CPU.
-test-newest:  ## the newest releases of the frameworks against the numpy specification; written to docs/versions.md
+test-newest:  ## compare the newest releases of the frameworks with the numpy definition, into docs/versions.md
 	test -d .venv-newest || $(NEWEST) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	.venv-newest/bin/python -m tests.packaging.newest $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))

@@ -1,8 +1,8 @@
-"""The name of the distribution is no package; whoever imports it is told which ones there are."""
+"""The name of the distribution, which is not a package: importing it names the packages to import."""
 
 raise ImportError(
-    "selfattn is what pip installs, and nothing to import. The layer is in selfattn_torch, selfattn_keras and "
-    "selfattn_flax; attention on arrays in selfattn_ops; the definition in numpy, files, porting and conformance in "
-    "selfattn_core. The command is `selfattn`, or `python -m selfattn_core`.",
+    "pip installs selfattn under other names: import selfattn_torch, selfattn_keras or selfattn_flax for the layer, "
+    "selfattn_ops for attention on arrays, and selfattn_core for the definition in numpy, files, porting and "
+    "conformance. The command is `selfattn`, or `python -m selfattn_core`.",
     name="selfattn",
 )

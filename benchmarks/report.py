@@ -21,14 +21,14 @@ _LEVELS = {
 _STEPS = {"forward": "forward", "train": "forward and backward", "r1": "R1 step"}
 
 _TIME_NOTE = (
-    "Median of interleaved repeats, in brackets the fastest and the slowest, then the ratio to ours. Every answer was "
-    "compared with float64 before it was timed. *matmul* and *matmul-blocks* are no attention: they are the products of the "
-    "step and nothing else, of whole arrays and of blocks of query rows, and the faster of the two is as fast as this "
-    "framework's matmul lets anyone be (for the derivatives: the products of the formula, without recomputation)."
+    "Each cell is the median of interleaved repeats, with the fastest and the slowest in brackets, then the ratio to ours. "
+    "Every answer was compared with float64 before it was timed. *matmul* and *matmul-blocks* are not attention. They "
+    "compute only the products of the step, of whole arrays and of query blocks. For derivatives these are the products of "
+    "the formula, without recomputation. The faster of the two is the limit that this framework's matmul sets."
 )
 _MEMORY_NOTE = (
-    "A process each; outputs count. Beside the peak, the seconds that this one call took, which was the first one at "
-    "this size (compiled before, where there is something to compile)."
+    "Each cell was measured in its own process, and includes the outputs. The seconds are those of this one call, the first "
+    "one at this size. Where there is something to compile, it was compiled before."
 )
 
 # Okabe and Ito's colours, told apart by the colour-blind, and a marker each for those who print in grey.
@@ -74,11 +74,11 @@ def _header(results: Results) -> Iterator[str]:
     yield (
         f"{about['cpu']}, {about['cores']} cores, {about['memory_bytes'] / 2**30:.0f} GiB, {about['system']} "
         f"{about['architecture']}, Python {about['python']}. {_place(about)}float32, one sample (B = 1), Dk = C/8. "
-        "Written by `make bench`; do not edit."
+        "`make bench` writes this page: do not edit it."
     )
     if results["mode"] not in ("full", "device"):
         yield ""
-        yield f"**A {results['mode']} run: its numbers are for a look, not for the record.**"
+        yield f"**A {results['mode']} run: do not quote its numbers.**"
     yield ""
     yield from _table(
         ("framework", "date", "commit", "versions", "threads", "load before", "took"),
@@ -108,9 +108,9 @@ def _targets(results: Results) -> list[str]:
     rows = [(row, *(cells.get(name, "") for name in frameworks)) for row, cells in found.items()]
     return [
         (
-            "Measured, and in brackets what was to be reached. Beside a missed speed stands the rate that ours has on the "
-            "products of the step, as a share of the rate of the framework's own matmul on them, the faster of *matmul* and "
-            "*matmul-blocks* below: near 1, this machine and framework have no more to give."
+            "Each cell is the measurement, with the target in brackets. For each missed target of speed, the cell also gives "
+            "the layer's rate on the products of the step, relative to the rate of the framework's own matmul, the faster of "
+            "*matmul* and *matmul-blocks* below. A value near 1 means that this machine and framework have no more to give."
         ),
         "",
         *_table(("", *frameworks), rows),

@@ -1,4 +1,4 @@
-"""A griffe extension: what its parser does not know of the sources."""
+"""A griffe extension for two conventions of the sources that its parser does not know."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ from griffe import Attribute, Class, Extension, Function, Object, Parameter, Par
 
 
 class Sources(Extension):
-    """Shows examples as code, and the fields of a Linen module as the arguments that they are."""
+    """Shows examples as code, and the fields of a Linen module as its arguments."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Name the section of examples as griffe does."""

@@ -1,4 +1,4 @@
-"""What pages take from elsewhere when the site is built: the command's help, the dialects, the measurements."""
+"""The generated parts of pages: the command's help, the dialects, the measurements."""
 
 import inspect
 import re
@@ -45,14 +45,14 @@ def command_help() -> str:
 
 
 def dialect_schema() -> str:
-    """All fields of a dialect file, as the module that reads them lists them."""
+    """All fields of a dialect file, from the docstring of the module that reads them."""
     text = inspect.getdoc(schema) or ""
     return text[text.index("```toml") : text.rindex("```") + 3]
 
 
 def dialect_table() -> str:
-    """Every dialect, those that are refused with the reason."""
-    lines = ["| dialect | whose | query, key, value, out | what to know |", "|---|---|---|---|"]
+    """The table of dialects, with the reason for each that is refused."""
+    lines = ["| dialect | implementation | query, key, value, out | notes |", "|---|---|---|---|"]
     for name in dialect_names():
         known = dialect(name)
         roles = known.variants[0].roles
@@ -71,7 +71,7 @@ def measurements() -> str:
     """The committed measurements, with their headings one level down."""
     pages = sorted(_RESULTS.glob("*.md"))
     if not pages:
-        return "No measurements are kept in this checkout: run `make bench`."
+        return "This checkout has no measurements. `make bench` makes them."
     text = "\n\n".join(page.read_text(encoding="utf-8") for page in pages)
     text = re.sub(r"^(#+ )", r"##\1", text, flags=re.M)
     return re.sub(r"\]\(([^)/]+\.(?:svg|png))\)", r"](results/\1)", text)

@@ -38,7 +38,7 @@ def test_the_committed_calibration_has_no_false_alarm():
 
 
 def test_the_page_says_what_was_measured():
-    page = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "tolerances.md").read_text(encoding="utf-8")
     measured = json.loads(RESULT.read_text(encoding="utf-8"))["backends"].values()
     worst = max(each["floors"] for found in measured for each in found["worst"].values())
     (runs,) = {found["runs"] for found in measured}
