@@ -3,7 +3,7 @@
 Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3.
 """
 
-from typing import Any, Literal, NoReturn, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
 import torch
 from torch import nn
@@ -186,6 +186,17 @@ class SelfAttention2d(nn.Module):
         if not need_weights:
             return y
         return y, (attention if x.dim() == 4 else attention.squeeze(0))
+
+    if TYPE_CHECKING:
+        # torch declares that the call of every module returns Any. pyright keeps that for `__call__ = forward`.
+        @overload
+        def __call__(self, x: torch.Tensor, need_weights: Literal[False] = False) -> torch.Tensor: ...
+        @overload
+        def __call__(
+            self, x: torch.Tensor, need_weights: Literal[True]
+        ) -> tuple[torch.Tensor, torch.Tensor]: ...
+        def __call__(self, x: torch.Tensor, need_weights: bool = False) -> Any:
+            """Call the layer with its hooks; see `forward`."""
 
     def _pool(self, maps: torch.Tensor) -> torch.Tensor:
         side = self.config.kv_pool
