@@ -41,36 +41,52 @@ _ops = _core()
 
 @keras.saving.register_keras_serializable(package="selfattn")
 class SelfAttention2D(keras.layers.Layer):
-    """Self-attention over the positions of a feature map, with a residual gain that starts at zero.
+    """Self-attention over the positions of a feature map.
 
     ```
     A = softmax(query(x) · key(x)ᵀ)        y = gamma · out(A · value(x)) + x
     ```
 
-    Unlike `keras.layers.MultiHeadAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value
-    differ. The children `query`, `key`, `value` (and `out`) are 1×1 `Conv2D` (`selfattn_keras.projection.Projection`);
-    the paper's f is `key` and its g is `query`, much PyTorch code has them the other way round, and the paper's h is
-    `value`. They are channels-last in both data formats, and have the same weights in both. With `spectral_norm` they are
-    `selfattn_keras.spectral_norm.SpectralConv2D`, which apply their raw kernel over its spectral norm.
+    The softmax runs over the keys. gamma starts at zero, so a new layer returns
+    its input. Unlike `keras.layers.MultiHeadAttention` there is no 1/sqrt(d)
+    scale, and queries and keys can have another width than values.
 
     | array | shape |
     |---|---|
-    | x, y | (B, H, W, C), or (B, C, H, W) if `data_format` is "channels_first" |
-    | A | (B, N, M): row = output position h·W + w, column = attended position, rows sum to 1; in both formats |
+    | x, y | (B, H, W, C), or (B, C, H, W) with "channels_first" |
+    | A | (B, N, M) in both data formats |
+
+    N = H·W, and M is the number of keys: N, or fewer with `kv_pool`. Row h·W+w
+    of A belongs to one output position, its columns to the positions that it
+    attends to, and it sums to 1.
+
+    The children `query`, `key`, `value` and, with `out_projection`, `out` are
+    1×1 `Conv2D` (`selfattn_keras.projection.Projection`). They are
+    channels-last in both data formats and have the same weights in both. In the
+    paper f is `key`, g is `query` and h is `value`; much PyTorch code calls the
+    query f and the key g. With `spectral_norm` the children are
+    `selfattn_keras.spectral_norm.SpectralConv2D`, which divide their raw kernel
+    by its spectral norm.
 
     Args:
         qk_channels: Dk, by default C // 8.
         value_channels: Dv, by default C.
-        out_projection: whether `out` takes A v from Dv back to C channels; needed where Dv differs from C.
+        out_projection: whether `out` maps A · value(x) from Dv back to C
+            channels. Required if Dv differs from C.
         use_bias: whether the projections have biases.
-        kv_pool: side of the max-pooling window over key and value; 1 is none.
-        spectral_norm: whether the kernels are divided by their spectral norms. A call with `training=True` improves the
-            estimate of the norms by one power iteration; any other call changes nothing.
-        block_size: query positions attended from at a time; None chooses by size. Changes memory, not the result.
-        data_format: "channels_last" or "channels_first"; by default that of the Keras configuration.
-        kernel_initializer: of the projections. Every projection has its own copy, and where there is a seed, its own
-            seed derived from that one: query and key never start equal.
-        bias_initializer: of the projections, likewise.
+        kv_pool: size of the max-pooling window over key and value; 1 means no
+            pooling.
+        spectral_norm: whether each kernel is divided by its spectral norm. A
+            call with `training=True` improves the estimate of the norm by one
+            power iteration; any other call changes nothing.
+        block_size: how many query positions are computed at a time; None
+            chooses by size. Changes memory, not the result.
+        data_format: "channels_last" or "channels_first"; by default that of the
+            Keras configuration.
+        kernel_initializer: of the projections. Each projection has its own
+            copy. If the initializer has a seed, each copy has a seed derived
+            from it, so query and key never start equal.
+        bias_initializer: of the projections, copied in the same way.
         gamma_initializer: of the residual gain.
         kernel_regularizer: of the projections, a copy each.
         bias_regularizer: of the projections, a copy each.
@@ -78,10 +94,12 @@ class SelfAttention2D(keras.layers.Layer):
         kernel_constraint: of the projections, a copy each.
         bias_constraint: of the projections, a copy each.
         gamma_constraint: of the residual gain.
-        **kwargs: `name`, `dtype`, `trainable` and the other arguments of `keras.layers.Layer`.
+        **kwargs: `name`, `dtype`, `trainable` and the other arguments of
+            `keras.layers.Layer`.
 
     Raises:
-        ValueError: if the options do not make a layer, or (when built or called) the input's shape does not fit.
+        ValueError: if the options do not make a layer, or (when built or
+            called) the input's shape does not fit.
         TypeError: if the input is not floating-point.
 
     Example:

@@ -3,7 +3,7 @@
 Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3.
 """
 
-from typing import Any, Literal, NoReturn, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
 import torch
 from torch import nn
@@ -19,44 +19,60 @@ from selfattn_torch.spectral_norm import SpectralConv2d
 
 
 class SelfAttention2d(nn.Module):
-    """Self-attention over the positions of a feature map, with a residual gain that starts at zero.
+    """Self-attention over the positions of a feature map.
 
     ```
     A = softmax(query(x) · key(x)ᵀ)        y = gamma · out(A · value(x)) + x
     ```
 
-    Unlike `nn.MultiheadAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value differ. The
-    children `query`, `key`, `value` (and `out`) are plain 1×1 `nn.Conv2d`; the paper's f is `key` and its g is
-    `query`, much PyTorch code has them the other way round, and the paper's h is `value`. With `spectral_norm` they are
-    `selfattn_torch.spectral_norm.SpectralConv2d`, which apply their raw weight over its spectral norm.
-
-    One `torch.compile(fullgraph=True, dynamic=True)` serves all sizes; a gradient penalty then takes its inner gradient
-    inside the compiled region, as `selfattn_ops.torch.attend` says. An exported layer has the map if it was exported
-    with `need_weights=True`. Under FSDP2 a penalty belongs in the `forward` of the one module that is sharded.
+    The softmax runs over the keys. gamma starts at zero, so a new layer returns
+    its input. Unlike `nn.MultiheadAttention` there is no 1/sqrt(d) scale, and
+    queries and keys can have another width than values.
 
     | array | shape |
     |---|---|
     | x, y | (B, C, H, W) or (C, H, W) |
-    | A | (B, N, M) or (N, M): row = output position h·W + w, column = attended position, rows sum to 1 |
+    | A | (B, N, M) or (N, M) |
+
+    N = H·W, and M is the number of keys: N, or fewer with `kv_pool`. Row h·W+w
+    of A belongs to one output position, its columns to the positions that it
+    attends to, and it sums to 1.
+
+    The children `query`, `key`, `value` and, with `out_projection`, `out` are
+    plain 1×1 `nn.Conv2d`. In the paper f is `key`, g is `query` and h is
+    `value`; much PyTorch code calls the query f and the key g. With
+    `spectral_norm` the children are
+    `selfattn_torch.spectral_norm.SpectralConv2d`, which divide their raw weight
+    by its spectral norm.
+
+    The page "Features" of the documentation explains how the layer works with
+    `torch.compile`, exporters and FSDP2.
 
     Args:
         in_channels: C.
         qk_channels: Dk, by default C // 8.
         value_channels: Dv, by default C.
-        out_projection: whether `out` takes A v from Dv back to C channels; needed where Dv differs from C.
+        out_projection: whether `out` maps A · value(x) from Dv back to C
+            channels. Required if Dv differs from C.
         bias: whether the projections have biases.
-        kv_pool: side of the max-pooling window over key and value; 1 is none.
-        spectral_norm: whether the kernels are divided by their spectral norms. A forward pass in training mode improves
-            the estimate of the norms by one power iteration; one in evaluation mode changes nothing.
-            Checkpointed, each forward pass needs its backward pass before the next: see `SpectralConv2d`.
-        block_size: query positions attended from at a time; None chooses by size. Changes memory, not the result.
+        kv_pool: size of the max-pooling window over key and value; 1 means no
+            pooling.
+        spectral_norm: whether each kernel is divided by its spectral norm. A
+            forward pass in training mode improves the estimate of the norm by
+            one power iteration; a pass in evaluation mode changes nothing. With
+            activation checkpointing, run the backward pass of each forward pass
+            before the next forward pass: see `SpectralConv2d`.
+        block_size: how many query positions are computed at a time; None
+            chooses by size. Changes memory, not the result.
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
-        ValueError: if the options do not make a layer, or (when called) the input's shape does not fit.
-        TypeError: if the input is no tensor, or not floating-point.
-        NotImplementedError: from `torch.jit.script`, which the layer does not support.
+        ValueError: if the options do not make a layer, or (when called) the
+            input's shape does not fit.
+        TypeError: if the input is not a tensor or not floating-point.
+        NotImplementedError: from `torch.jit.script`, which the layer does not
+            support.
 
     Example:
         >>> layer = SelfAttention2d(64)
@@ -170,6 +186,17 @@ class SelfAttention2d(nn.Module):
         if not need_weights:
             return y
         return y, (attention if x.dim() == 4 else attention.squeeze(0))
+
+    if TYPE_CHECKING:
+        # torch declares that the call of every module returns Any. pyright keeps that for `__call__ = forward`.
+        @overload
+        def __call__(self, x: torch.Tensor, need_weights: Literal[False] = False) -> torch.Tensor: ...
+        @overload
+        def __call__(
+            self, x: torch.Tensor, need_weights: Literal[True]
+        ) -> tuple[torch.Tensor, torch.Tensor]: ...
+        def __call__(self, x: torch.Tensor, need_weights: bool = False) -> Any:
+            """Call the layer with its hooks; see `forward`."""
 
     def _pool(self, maps: torch.Tensor) -> torch.Tensor:
         side = self.config.kv_pool

@@ -1,4 +1,4 @@
-"""What `selfattn attend` does: from files of weights, features and an image to a picture of the attention map."""
+"""The `attend` command: from files of weights, features and an image to a picture of the attention map."""
 
 import math
 import warnings
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
 from selfattn_core.config import SelfAttentionConfig
-from selfattn_core.files.features import check_is_file, read_features
 from selfattn_core.files.safetensors import SafetensorsError, read_header
 from selfattn_core.installed import require
 from selfattn_core.maps import MapStatistics, position_of, row_statistics
 from selfattn_core.query_rows import attention_rows, relative_change
 from selfattn_core.weights import FORMAT, load
 
-__all__ = ["LARGEST_IMAGE", "WHOLE", "Attended", "attend_files", "read_image"]
+__all__ = ["LARGEST_IMAGE", "WHOLE", "Attended", "attend", "attend_files", "read_image"]
 
 Array = NDArray[Any]
 
@@ -28,6 +28,133 @@ LARGEST_IMAGE = 2**24
 WHOLE = 2**24
 """Weights of the largest map of which every row is computed for the layer's change, one from 64×64 positions to as many
 keys: a tenth of a second. Of a larger one it is as many rows as have so many weights together."""
+
+
+class _Point(click.ParamType[tuple[int, int]]):
+    """`y,x`, two whole numbers."""
+
+    name = "y,x"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        try:
+            y, x = (int(part) for part in parts)
+        except ValueError:
+            self.fail(f"got {value!r}; expected y,x in pixels of the image, for example 12,40.", param, ctx)
+        return y, x
+
+
+@click.command()
+@click.argument("weights", type=click.Path(path_type=Path))
+@click.argument("features", type=click.Path(path_type=Path))
+@click.option(
+    "--image",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The picture from which the features were computed.",
+)
+@click.option(
+    "--at",
+    "points",
+    metavar="Y,X",
+    required=True,
+    multiple=True,
+    type=_Point(),
+    help="A pixel of the image to attend from; y counts downwards. One to six of them.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The picture to write, as .png, .pdf, .svg and more.",
+)
+@click.option("--block", metavar="NAME", help="Which layer, if WEIGHTS has several.")
+@click.option("--array", metavar="NAME", help="Which array, if FEATURES has several.")
+@click.option(
+    "--sample", metavar="N", type=click.IntRange(min=0), help="Which sample, if FEATURES has several."
+)
+@click.option(
+    "--layout",
+    default="channels_last",
+    show_default=True,
+    type=click.Choice(["channels_last", "channels_first"]),
+    help="Axis order of FEATURES.",
+)
+@click.option("--title", metavar="TEXT", default="", help="Title above the picture.")
+@click.option("--force", is_flag=True, help="Replace the picture if it exists.")
+def attend(
+    weights: Path,
+    features: Path,
+    image: Path,
+    points: tuple[tuple[int, int], ...],
+    out: Path,
+    block: str | None,
+    array: str | None,
+    sample: int | None,
+    layout: str,
+    title: str,
+    force: bool,
+) -> None:
+    """Draw what points of an image attend to.
+
+    WEIGHTS is a canonical file. FEATURES is an .npy or .npz file with the input of that layer for the image, with or
+    without a batch axis. The numpy definition computes the map.
+    """
+    from selfattn_core.files.targets import target_problems
+    from selfattn_core.viz import COLOURS, format_of, rows_figure, save_figure
+
+    inputs = {"WEIGHTS": weights, "FEATURES": features, "--image": image}
+    if problems := target_problems(
+        {"out": str(out)}, keep={role: path for role, path in inputs.items() if path.is_file()}
+    ):
+        raise click.UsageError(f"{'; '.join(problems)}.")
+    if len(points) > len(COLOURS):
+        raise click.UsageError(
+            f"--at: got {len(points)} points; expected 1 to {len(COLOURS)}, as there are that many colours."
+        )
+    if out.exists() and not force:
+        raise click.UsageError(
+            f"--out {out}: exists already and was left as it is; pass --force to replace it."
+        )
+    try:
+        format_of(out)
+        found = attend_files(
+            weights, features, image, points, block=block, array=array, sample=sample, layout=layout
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            figure = rows_figure(
+                found.image,
+                found.rows,
+                points,
+                grid_size=found.grid_size,
+                kv_pool=found.config.kv_pool,
+                gamma=found.gamma,
+                title=title,
+            )
+            save_figure(figure, out, overwrite=force)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    for warning in caught:
+        click.echo(f"warning: {warning.message}", err=True)
+    height, width = found.grid_size
+    about, of = "", ""
+    if found.changed < height * width:
+        about, of = "about ", f", from {found.changed} of {height * width} positions"
+    click.echo(
+        f"gamma {found.gamma:+.4g}: the layer changes its input by {about}{found.change:.1%} (root mean square{of})."
+    )
+    for number, ((y, x), position) in enumerate(zip(points, found.positions, strict=True)):
+        click.echo(
+            f"{number + 1}: pixel {y},{x} is position {position[0]},{position[1]} of {height}×{width}; it attends to "
+            f"{found.statistics.effective_size[number]:.1f} keys, at a mean distance of "
+            f"{found.statistics.mean_distance[number]:.1f} positions."
+        )
+    click.echo(f"written: {out}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +215,8 @@ def attend_files(
         OSError: if a file cannot be read.
         ValueError: if a file cannot be used, files do not fit each other or memory, or a point is outside the image.
     """
+    from selfattn_core.files.features import read_features
+
     config, params = _layer(weights, block)
     pixels = read_image(image)
     outside = [(y, x) for y, x in points if not (0 <= y < pixels.shape[0] and 0 <= x < pixels.shape[1])]
@@ -142,6 +271,8 @@ def read_image(path: Path) -> Array:
     require("selfattn attend", ["matplotlib", "PIL"], "viz")
     from PIL import Image, UnidentifiedImageError
 
+    from selfattn_core.files.features import check_is_file
+
     check_is_file(path)
     refused = f"at most {LARGEST_IMAGE} pixels are decoded: scale it down, the map is no finer for it."
     try:
@@ -169,6 +300,8 @@ def read_image(path: Path) -> Array:
 
 def _layer(path: Path, block: str | None) -> tuple[SelfAttentionConfig, dict[str, Array]]:
     """What `load` gives; its errors in the words of the command."""
+    from selfattn_core.files.features import check_is_file
+
     check_is_file(path)
     try:
         return load(path, block=block)

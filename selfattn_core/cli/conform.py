@@ -1,18 +1,16 @@
-"""What `selfattn conform` does: run, show, write the reports that were asked for, and say by the exit code how it went."""
+"""The `conform` command: run, show, write reports, and set the exit code."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
+from selfattn_core.cli import completion
 from selfattn_core.cli.exit_codes import BAD_INPUT, CHECK_FAILED, MISSING
-from selfattn_core.conformance.backends import REGISTRY, is_target
-from selfattn_core.conformance.cases.families import Level
-from selfattn_core.conformance.execution.runner import run_backends, unknown_device
-from selfattn_core.conformance.mutants.selftest import self_test
-from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, difference, show
+from selfattn_core.cli.parameters import report_option
 from selfattn_core.files.targets import (
     STANDARD_OUTPUT,
     report_target,
@@ -22,44 +20,105 @@ from selfattn_core.files.targets import (
 )
 from selfattn_core.files.text import read_text
 
-__all__ = ["FORMS", "conform", "tell_difference"]
-
-FORMS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "json": lambda data: json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-    "junit": as_junit,
-    "markdown": as_markdown,
-    "html": as_html,
-}
-"""The forms that a report is written in, by option."""
+__all__ = ["conform", "forms"]
 
 
+@click.command()
+@click.argument("names", metavar="[BACKEND]...", nargs=-1, shell_complete=completion.backends)
+@click.option(
+    "--seed",
+    metavar="N",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Seed of the random inputs.",
+)
+@click.option(
+    "--level",
+    default="deploy",
+    show_default=True,
+    type=click.Choice(["core", "training", "gan", "deploy"]),
+    help="Highest level to check; each level includes those before it.",
+)
+@click.option(
+    "--device",
+    "devices",
+    metavar="DEVICE",
+    multiple=True,
+    help="Device to run on, as the framework names it: cpu, cuda, cuda:1, mps, xpu, gpu, tpu. Default: the CPU.",
+)
+@click.option(
+    "--self-test",
+    is_flag=True,
+    help="Also run the cases on deliberately broken implementations; without BACKEND, run only those.",
+)
+@report_option("json", "Write all verdicts as JSON; - means standard output.")
+@report_option("html", "Write the report as an HTML page.")
+@report_option("junit", "Write JUnit XML for a CI service.")
+@report_option("markdown", "Write Markdown for a pull request.")
+@click.option(
+    "--diff",
+    nargs=2,
+    metavar="OLD NEW",
+    type=click.Path(path_type=Path),
+    help="Compare two JSON reports instead of running; exit 1 on a regression.",
+)
 def conform(
+    names: tuple[str, ...],
+    seed: int,
+    level: Literal["core", "training", "gan", "deploy"],
+    devices: tuple[str, ...],
+    self_test: bool,
+    json_file: str | None,
+    html_file: str | None,
+    junit_file: str | None,
+    markdown_file: str | None,
+    diff: tuple[Path, Path] | None,
+) -> None:
+    """Check backends against the numpy definition.
+
+    BACKEND is a name that `selfattn backends` lists, or module:object for a backend of your own. Without BACKEND, all
+    are checked. Errors are multiples of the noise floor.
+
+    Exit code 1: a check failed. 2: a name is no backend, or no device of the framework. 3: a framework or the device is
+    missing.
+    """
+    files = {"json": json_file, "html": html_file, "junit": junit_file, "markdown": markdown_file}
+    targets = {form: target for form, target in files.items() if target is not None}
+    if diff:
+        if names or targets or self_test or devices:
+            raise click.UsageError("--diff runs nothing: give it two files, and no backend or other report.")
+        sys.exit(_tell_difference(*diff))
+    sys.exit(_run(names, seed=seed, level=level, with_self_test=self_test, targets=targets, devices=devices))
+
+
+def forms() -> Mapping[str, Callable[[Mapping[str, Any]], str]]:
+    """The forms in which a report can be written, by option."""
+    from selfattn_core.conformance.report import as_html, as_junit, as_markdown
+
+    return {
+        "json": lambda data: json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "junit": as_junit,
+        "markdown": as_markdown,
+        "html": as_html,
+    }
+
+
+def _run(
     names: Sequence[str],
     *,
     seed: int,
-    level: Level,
+    level: Literal["core", "training", "gan", "deploy"],
     with_self_test: bool,
     targets: Mapping[str, str],
-    devices: Sequence[str] = (),
+    devices: Sequence[str],
 ) -> int:
-    """Check backends, planted bugs, or both.
+    """The exit code of a run. A usage error is raised before anything runs."""
+    from selfattn_core.conformance.backends import REGISTRY, is_target
+    from selfattn_core.conformance.execution.runner import run_backends
+    from selfattn_core.conformance.mutants.selftest import self_test
+    from selfattn_core.conformance.report import as_data, show
 
-    Args:
-        names: of backends; none means all that ship with the library, or none if the planted bugs are asked for.
-        seed: of the inputs.
-        level: how far to go.
-        with_self_test: whether to run the planted bugs.
-        targets: form to file; "-" is standard output.
-        devices: one to compute on; none is the CPU.
-
-    Returns:
-        The exit code: 2 if a name turns out to be no backend, or the device none of its devices, or else 1 if something
-        failed, or else 3 if something is not installed or the device is not there, or else 0.
-
-    Raises:
-        click.UsageError: if a name or a target is wrong, before anything is run.
-        OSError: if a report could not be written after all; the others are.
-    """
     problems = [
         f"unknown backend {name}; known are {', '.join(REGISTRY)}, or module:object for your own"
         for name in names
@@ -85,7 +144,8 @@ def conform(
     kills = [kill for kill in kills if not kill.unasked]
     data = as_data(reports, seed=seed, level=level, kills=kills, device=device)
     show(data, error_stream=STANDARD_OUTPUT in targets.values())
-    write_reports(targets, lambda form: FORMS[form](data))
+    write = forms()
+    write_reports(targets, lambda form: write[form](data))
     failed = any(not (report.passed or report.missing or report.absent) for report in reports)
     if any(report.refused for report in reports):
         return BAD_INPUT
@@ -99,6 +159,8 @@ def _device_problems(names: Sequence[str], devices: Sequence[str]) -> list[str]:
         return [f"--device: got {' and '.join(devices)}; expected one device a run"]
     if devices and not names:
         return [f"--device {devices[0]}: broken implementations are numpy's, which has none; name a BACKEND"]
+    from selfattn_core.conformance.execution.runner import unknown_device
+
     found: dict[str, list[str]] = {}
     for name in names if devices else ():
         if problem := unknown_device(name, devices[0]):
@@ -106,20 +168,10 @@ def _device_problems(names: Sequence[str], devices: Sequence[str]) -> list[str]:
     return [f"{', '.join(of)}: {problem}" for problem, of in found.items()]
 
 
-def tell_difference(old: Path, new: Path) -> int:
-    """Print what changed between two JSON reports.
+def _tell_difference(old: Path, new: Path) -> int:
+    """Print what changed between two JSON reports; the exit code is 1 if something is worse."""
+    from selfattn_core.conformance.report import difference
 
-    Args:
-        old: the earlier one.
-        new: the later one.
-
-    Returns:
-        1 if something is worse, or else 0.
-
-    Raises:
-        click.UsageError: if one of them is no report.
-        OSError: if one of them cannot be read.
-    """
     try:
         found = difference(_read(old), _read(new))
     except ValueError as error:

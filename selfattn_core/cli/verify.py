@@ -1,4 +1,4 @@
-"""The `verify` command; not in its package, which takes a while to import and which `selfattn --help` does not need."""
+"""The `verify` command."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import click
 
 from selfattn_core.cli import completion
 from selfattn_core.cli.exit_codes import CHECK_FAILED
-from selfattn_core.cli.port import given_settings
+from selfattn_core.cli.parameters import given_settings, report_option
 from selfattn_core.files.targets import (
     STANDARD_OUTPUT,
     report_target,
@@ -46,51 +46,58 @@ class _Size(click.ParamType[tuple[int, int]]):
     "dialect",
     metavar="DIALECT|FILE.toml",
     shell_complete=completion.portable_dialects,
-    help="What WEIGHTS is, unless canonical; `selfattn dialects` lists them.",
+    help="Dialect of WEIGHTS; `selfattn dialects` lists them. Not needed for a canonical file.",
 )
-@click.option("--prefix", help="Which block of WEIGHTS, a whole network.")
-@click.option("--block", help="Which layer of WEIGHTS, a canonical file with several.")
+@click.option("--prefix", metavar="PREFIX", help="Which block, if WEIGHTS is a whole network.")
 @click.option(
-    "--set", "settings", metavar="NAME=VALUE", multiple=True, help="What WEIGHTS does not say, as for port."
+    "--block", metavar="NAME", help="Which layer, if WEIGHTS is a canonical file with several layers."
 )
-@click.option("--container", metavar="NAME", help="Format of ARTIFACT, where its suffix does not say so.")
-@click.option("--runtime", metavar="NAME", help="What runs it, where there are several.")
-@click.option("--input", "input_name", metavar="NAME", help="The input, or where a part of a network begins.")
-@click.option("--output", "output_name", metavar="NAME", help="The output y, or where it ends.")
-@click.option("--map", "map_name", metavar="NAME", help="The attention map among the outputs.")
+@click.option(
+    "--set",
+    "settings",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="A setting that WEIGHTS does not store, as for `selfattn port`. Can be repeated.",
+)
+@click.option(
+    "--container", metavar="NAME", help="Format of ARTIFACT. Needed only if the suffix does not determine it."
+)
+@click.option("--runtime", metavar="NAME", help="Runtime for ARTIFACT. Needed only if there are several.")
+@click.option(
+    "--input", "input_name", metavar="NAME", help="Name of the input, or where part of a network starts."
+)
+@click.option("--output", "output_name", metavar="NAME", help="Name of the output y, or where the part ends.")
+@click.option("--map", "map_name", metavar="NAME", help="Name of the output that is the attention map.")
 @click.option(
     "--layout",
     type=click.Choice(["channels_last", "channels_first"]),
-    help="Of ARTIFACT, where its shapes do not say so.",
+    help="Axis order of ARTIFACT. Needed only if its shapes do not determine it.",
 )
-@click.option("--size", type=_Size(), help="Positions of the map, where sizes are open; by default several.")
+@click.option(
+    "--size",
+    type=_Size(),
+    help="Height and width of the input in positions, if ARTIFACT accepts any. Default: several sizes.",
+)
 @click.option(
     "--precision",
     type=click.Choice(["float64", "float32", "float16", "bfloat16", "int8"]),
-    help="What the answers are held to; by default what ARTIFACT stores.",
+    help="Precision that sets the tolerance. Default: the precision that ARTIFACT stores.",
 )
 @click.option(
     "--features",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help=".npy or .npz with a map of your own, asked instead of the designed inputs.",
+    help="Use your own feature map as the input, from an .npy or .npz file.",
 )
-@click.option("--array", help="Which array of the file of --features, where there are several.")
+@click.option("--array", metavar="NAME", help="Which array, if the file of --features has several.")
 @click.option(
     "--sample",
+    metavar="N",
     type=click.IntRange(min=0),
-    help="Which sample of the file of --features, where there are several.",
+    help="Which sample, if the file of --features has several.",
 )
-@click.option(
-    "--json",
-    "json_file",
-    metavar="FILE",
-    shell_complete=completion.files,
-    help="Write the report as JSON; - is standard output.",
-)
-@click.option(
-    "--html", "html_file", metavar="FILE", shell_complete=completion.files, help="Write a page to read."
-)
+@report_option("json", "Write the report as JSON; - means standard output.")
+@report_option("html", "Write the report as an HTML page.")
 def verify(
     artifact: str,
     weights: Path,
@@ -112,12 +119,13 @@ def verify(
     json_file: str | None,
     html_file: str | None,
 ) -> None:
-    """Does an exported file still compute the function of its weights?
+    """Check an exported file against its weights.
 
-    ARTIFACT is a file of the layer, or module:function. It is run in its own runtime, in a process of its own, and compared
-    with the numpy definition at WEIGHTS. Some formats hold code, which runs: verify what you would run anyway.
+    ARTIFACT is an exported file of the layer, or module:function. It runs in its own runtime and in a separate process.
+    Its answers are compared with the numpy definition at WEIGHTS. Some formats contain code, and that code runs: verify
+    only files that you would run anyway.
 
-    Exit code 1 means that it computes something else, 2 that it cannot be asked, 3 that its runtime is not installed.
+    Exit code 1: the file computes another function. 2: it cannot be checked. 3: its runtime is not installed.
     """
     from selfattn_core.verifying import verify as run
 

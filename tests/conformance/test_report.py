@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from selfattn_core.cli import main
-from selfattn_core.cli.conform import FORMS
+from selfattn_core.cli.conform import forms
 from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.table import CASES, all_runs
 from selfattn_core.conformance.mutants import MUTANTS
@@ -152,7 +152,7 @@ def test_the_table(data):
     assert "2 of 3 mutants caught." in table
 
 
-@pytest.mark.parametrize("form", [*FORMS.values(), as_table], ids=[*FORMS, "table"])
+@pytest.mark.parametrize("form", [*forms().values(), as_table], ids=[*forms(), "table"])
 def test_what_a_backend_says_spoils_no_form(data, form):
     text = form(data)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\ud800-\udfff]", text)

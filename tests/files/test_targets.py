@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from selfattn_core import verifying
-from selfattn_core.cli import conform as conform_command
 from selfattn_core.cli import main
+from selfattn_core.conformance.execution import runner
 from selfattn_core.conformance.results import BackendReport
 from selfattn_core.conformance.verdicts.tolerance import Verdict
 from selfattn_core.verifying import Finding, VerifyReport
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     make_inputs(tmp_path)
     reports = [BackendReport("torch", missing=("torch",), extra="torch")]
-    monkeypatch.setattr(conform_command, "run_backends", lambda *_, **__: reports)
+    monkeypatch.setattr(runner, "run_backends", lambda *_, **__: reports)
     report = VerifyReport(
         artifact="numpy:copy",
         weights="new.safetensors",

@@ -26,46 +26,64 @@ from selfattn_ops.jax import attend, attend_with_map
 
 
 class SelfAttention2D(nn.Module):
-    """Self-attention over the positions of a feature map, with a residual gain that starts at zero.
+    """Self-attention over the positions of a feature map.
 
     ```
     A = softmax(query(x) · key(x)ᵀ)        y = gamma · out(A · value(x)) + x
     ```
 
-    Unlike `nn.MultiHeadDotProductAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value
-    differ. The children `query`, `key`, `value` (and `out`) are 1×1 `nn.Conv`; the paper's f is `key` and its g
-    is `query`, much PyTorch code has them the other way round, and the paper's h is `value`. The parameters are the
-    tree of `selfattn_flax.SelfAttention2D`. With `spectral_norm` the children are
-    `selfattn_flax.spectral_norm.LinenSpectralConv`, which apply their raw kernel over its spectral norm.
+    The softmax runs over the keys. gamma starts at zero, so a new layer returns
+    its input. Unlike `nn.MultiHeadDotProductAttention` there is no 1/sqrt(d)
+    scale, and queries and keys can have another width than values.
 
     | array | shape |
     |---|---|
     | x, y | (…, H, W, C), any number of leading axes |
-    | A | (…, N, M): row = output position h·W + w, column = attended position, rows sum to 1 |
+    | A | (…, N, M) |
+
+    N = H·W, and M is the number of keys: N, or fewer with `kv_pool`. Row h·W+w
+    of A belongs to one output position, its columns to the positions that it
+    attends to, and it sums to 1.
+
+    The children `query`, `key`, `value` and, with `out_projection`, `out` are
+    1×1 `nn.Conv`. In the paper f is `key`, g is `query` and h is `value`; much
+    PyTorch code calls the query f and the key g. With `spectral_norm` the
+    children are `selfattn_flax.spectral_norm.LinenSpectralConv`, which divide
+    their raw kernel by its spectral norm. The parameters have the same tree as
+    those of `selfattn_flax.SelfAttention2D`.
 
     Args:
         qk_channels: Dk, by default C // 8.
         value_channels: Dv, by default C.
-        out_projection: whether `out` takes A v from Dv back to C channels; needed where Dv differs from C.
+        out_projection: whether `out` maps A · value(x) from Dv back to C
+            channels. Required if Dv differs from C.
         use_bias: whether the projections have biases.
-        kv_pool: side of the max-pooling window over key and value; 1 is none.
-        spectral_norm: whether the kernels are divided by their spectral norms. The collection "batch_stats" then holds
-            the estimate of the norms, and `use_running_average` must be given, as for `nn.BatchNorm`: False, with
-            `mutable=["batch_stats"]`, improves the estimate by one power iteration; True changes nothing.
-        block_size: query positions attended from at a time; None chooses by size. Changes memory, not the result.
-        dtype: of the computation and of y; by default promoted from x and the parameters. Whatever it is, the softmax
-            and the residual are computed in at least float32.
+        kv_pool: size of the max-pooling window over key and value; 1 means no
+            pooling.
+        spectral_norm: whether each kernel is divided by its spectral norm. The
+            collection "batch_stats" then holds the estimate of the norms, and
+            `use_running_average` must be given, as for `nn.BatchNorm`: False,
+            with `mutable=["batch_stats"]`, improves the estimate by one power
+            iteration; True changes nothing.
+        block_size: how many query positions are computed at a time; None
+            chooses by size. Changes memory, not the result.
+        dtype: of the computation and of y; by default promoted from x and the
+            parameters. The softmax and the residual are always computed in at
+            least float32.
         param_dtype: of the parameters.
-        precision: of the projections; attention itself is always computed in full, also under a lower
+        precision: of the projections. The attention itself is always computed
+            in full precision, even under a lower
             `jax_default_matmul_precision`.
-        kernel_init: of the kernels.
-        bias_init: of the biases.
-        gamma_init: of gamma.
-        use_running_average: with `spectral_norm`, whether the layer is in evaluation (True) or in training (False);
-            here, or when it is called.
+        kernel_init: initialiser of the kernels.
+        bias_init: initialiser of the biases.
+        gamma_init: initialiser of gamma.
+        use_running_average: with `spectral_norm`, whether the layer is in
+            evaluation (True) or in training (False). Give it here, or when the
+            layer is called.
 
     Raises:
-        ValueError: if the options do not make a layer, or (when called) the input's shape does not fit.
+        ValueError: if the options do not make a layer, or (when called) the
+            input's shape does not fit.
         TypeError: if the input is not floating-point.
 
     Example:
@@ -74,7 +92,9 @@ class SelfAttention2D(nn.Module):
         >>> variables = layer.init(jax.random.key(0), x)
         >>> bool((layer.apply(variables, x) == x).all())  # gamma is 0 at first
         True
-        >>> y, sown = layer.apply(variables, x, sow_weights=True, mutable=["intermediates"])
+        >>> y, sown = layer.apply(
+        ...     variables, x, sow_weights=True, mutable=["intermediates"]
+        ... )
         >>> sown["intermediates"]["attention_weights"][0].shape
         (2, 35, 35)
     """

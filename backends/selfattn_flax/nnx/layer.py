@@ -22,45 +22,62 @@ from selfattn_ops.jax import attend, attend_with_map
 
 
 class SelfAttention2D(nnx.Module):
-    """Self-attention over the positions of a feature map, with a residual gain that starts at zero.
+    """Self-attention over the positions of a feature map.
 
     ```
     A = softmax(query(x) · key(x)ᵀ)        y = gamma · out(A · value(x)) + x
     ```
 
-    Unlike `nnx.MultiHeadAttention` there is no 1/sqrt(d) scale, and the widths of query/key and of value differ. The
-    children `query`, `key`, `value` (and `out`) are 1×1 `nnx.Conv`; the paper's f is `key` and its g is
-    `query`, much PyTorch code has them the other way round, and the paper's h is `value`. With `spectral_norm` they are
-    `selfattn_flax.spectral_norm.NNXSpectralConv`, which apply their raw kernel over its spectral norm.
+    The softmax runs over the keys. gamma starts at zero, so a new layer returns
+    its input. Unlike `nnx.MultiHeadAttention` there is no 1/sqrt(d) scale, and
+    queries and keys can have another width than values.
 
     | array | shape |
     |---|---|
     | x, y | (…, H, W, C), any number of leading axes |
-    | A | (…, N, M): row = output position h·W + w, column = attended position, rows sum to 1 |
+    | A | (…, N, M) |
+
+    N = H·W, and M is the number of keys: N, or fewer with `kv_pool`. Row h·W+w
+    of A belongs to one output position, its columns to the positions that it
+    attends to, and it sums to 1.
+
+    The children `query`, `key`, `value` and, with `out_projection`, `out` are
+    1×1 `nnx.Conv`. In the paper f is `key`, g is `query` and h is `value`; much
+    PyTorch code calls the query f and the key g. With `spectral_norm` the
+    children are `selfattn_flax.spectral_norm.NNXSpectralConv`, which divide
+    their raw kernel by its spectral norm.
 
     Args:
         in_features: C.
         qk_channels: Dk, by default C // 8.
         value_channels: Dv, by default C.
-        out_projection: whether `out` takes A v from Dv back to C channels; needed where Dv differs from C.
+        out_projection: whether `out` maps A · value(x) from Dv back to C
+            channels. Required if Dv differs from C.
         use_bias: whether the projections have biases.
-        kv_pool: side of the max-pooling window over key and value; 1 is none.
-        spectral_norm: whether the kernels are divided by their spectral norms. A call in training mode improves the
-            estimate of the norms by one power iteration, which is kept in `nnx.BatchStat` variables; one in evaluation
-            mode changes nothing. As with `nnx.BatchNorm`, a new layer is in training mode: see `train` and `eval`.
-        block_size: query positions attended from at a time; None chooses by size. Changes memory, not the result.
-        dtype: of the computation and of y; by default promoted from x and the parameters. Whatever it is, the softmax
-            and the residual are computed in at least float32.
+        kv_pool: size of the max-pooling window over key and value; 1 means no
+            pooling.
+        spectral_norm: whether each kernel is divided by its spectral norm. A
+            call in training mode improves the estimate of the norm, kept in
+            `nnx.BatchStat` variables, by one power iteration; a call in
+            evaluation mode changes nothing. As with `nnx.BatchNorm`, a new
+            layer is in training mode: see `train` and `eval`.
+        block_size: how many query positions are computed at a time; None
+            chooses by size. Changes memory, not the result.
+        dtype: of the computation and of y; by default promoted from x and the
+            parameters. The softmax and the residual are always computed in at
+            least float32.
         param_dtype: of the parameters.
-        precision: of the projections; attention itself is always computed in full, also under a lower
+        precision: of the projections. The attention itself is always computed
+            in full precision, even under a lower
             `jax_default_matmul_precision`.
-        kernel_init: of the kernels.
-        bias_init: of the biases.
-        gamma_init: of gamma.
-        rngs: where the initial parameters come from.
+        kernel_init: initialiser of the kernels.
+        bias_init: initialiser of the biases.
+        gamma_init: initialiser of gamma.
+        rngs: source of the initial parameters.
 
     Raises:
-        ValueError: if the options do not make a layer, or (when called) the input's shape does not fit.
+        ValueError: if the options do not make a layer, or (when called) the
+            input's shape does not fit.
         TypeError: if the input is not floating-point.
 
     Example:
