@@ -24,25 +24,11 @@ from jax import export
 
 import selfattn_flax
 from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec
-from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
 from selfattn_core.conformance.protocol import REGISTRY, resolve
+from selfattn_core.conformance.verdicts.tolerance import EPS
 from selfattn_flax import linen
 from selfattn_flax.conformance import linen_backend, nnx_backend
-
-FLAT = SelfAttentionConfig(11, 3)
-POOLED = SelfAttentionConfig(11, 3, 5, out_projection=True, use_bias=False, kv_pool=2)
-CONFIGS = {
-    "flat": FLAT,
-    "flat without biases": dataclasses.replace(FLAT, use_bias=False),
-    "out projection": SelfAttentionConfig(11, 3, 5, out_projection=True),
-    "pooled": POOLED,
-    "pooled with biases": dataclasses.replace(POOLED, use_bias=True),
-    "pooled by 3": dataclasses.replace(POOLED, kv_pool=3, use_bias=True),
-    "pooled without out projection": SelfAttentionConfig(11, 3, kv_pool=2),
-}
-SHAPE = (2, 7, 9)
-EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
+from tests.support import CONFIGS, FLAT, GRADIENT, OUTPUT, POOLED, assert_near, designed, wide
 
 
 @pytest.fixture(params=CONFIGS, ids=str)
@@ -66,32 +52,13 @@ def dtype(request):
         yield request.param
 
 
-def designed(config, seed=0, shape=SHAPE, dtype="float32", gamma=0.7):
-    """Parameters, x and dy on which no term of the function vanishes; B, H, W, C, Dk, Dv, N and M all differ."""
-    given = inputs(Case("flax", "r1", "", config, shape, gamma=gamma), dtype, seed)
-    params = {name: array.astype(dtype) for name, array in given.params.items()}
-    return params, given.x.astype(dtype), given.dy.astype(dtype)
-
-
-def wide(arrays):
-    """The same values in float64, for the specification."""
-    return {name: array.astype(np.float64) for name, array in arrays.items()}
-
-
-def assert_near(got, want, tolerance, scale=None):
-    scale = np.abs(want).max(initial=1e-300) if scale is None else scale
-    assert got.shape == want.shape
-    assert np.isfinite(got).all()
-    assert np.abs(got - want).max(initial=0) <= tolerance * scale
-
-
-def assert_gradients_near(got, want, tolerance):
+def assert_gradients_near(got, want, ulps, dtype="float32"):
     assert list(got) == list(want)
     largest = max(np.abs(array).max(initial=1e-300) for array in want.values())
     for name, array in want.items():
         # Gradients of zero (the key bias') and of one sum that cancels (gamma's) have the noise of the others.
         cancels = name == "gamma" or np.abs(array).max(initial=0) < 1e-9 * largest
-        assert_near(got[name], array, tolerance, largest if cancels else None)
+        assert_near(got[name], array, ulps, dtype, scale=largest if cancels else None)
 
 
 def built(backend, config, params, **options):
@@ -115,21 +82,21 @@ def test_the_registry_finds_both():
     assert set(nnx_backend.versions()) == {"flax", "jax", "jaxlib"}
 
 
-def assert_is_the_specification(backend, config, dtype, shape=SHAPE):
-    params, x, dy = designed(config, shape=shape, dtype=dtype)
-    args = config, wide(params), x.astype(np.float64)
+def assert_is_the_specification(backend, config, dtype, shape=(2, 7, 9)):
+    params, x, dy = designed(config, dtype, shape)
+    args = config, wide(params), wide(x)
     model = backend.build(config, params, dtype, "channels_last")
     y, A = backend.forward(model, x), backend.attention_map(model, x)
     assert y.dtype == A.dtype == dtype
-    assert_near(y, spec.forward(*args), 16 * EPS[dtype])
-    assert_near(A, spec.attention_map(*args), 16 * EPS[dtype])
+    assert_near(y, spec.forward(*args), OUTPUT, dtype)
+    assert_near(A, spec.attention_map(*args), OUTPUT, dtype)
     got = backend.vjp(model, x, dy)
     assert {array.dtype.name for array in got.values()} == {dtype}
-    assert_gradients_near(got, spec.vjp(*args, dy.astype(np.float64)), 128 * EPS[dtype])
+    assert_gradients_near(got, spec.vjp(*args, wide(dy)), GRADIENT, dtype)
     value, got = backend.r1(model, x, dy)
-    want_value, want = spec.r1(*args, dy.astype(np.float64))
-    assert abs(value - want_value) <= 128 * EPS[dtype] * want_value
-    assert_gradients_near(got, want, 128 * EPS[dtype])
+    want_value, want = spec.r1(*args, wide(dy))
+    assert abs(value - want_value) <= GRADIENT * EPS[dtype] * want_value
+    assert_gradients_near(got, want, GRADIENT, dtype)
 
 
 def test_values_and_derivatives_are_the_specifications(backend, dtype):
@@ -152,9 +119,9 @@ def test_equal_values_in_a_pooling_window_have_the_specifications_winner(backend
     x = np.rint(x / 2)
     assert sum(len(np.unique(window)) < window.size for window in x[:, :2, :2].reshape(2, -1)) == 2
     model = backend.build(config, params, "float32", "channels_last")
-    args = config, wide(params), x.astype(np.float64), w.astype(np.float64)
-    assert_gradients_near(backend.vjp(model, x, w), spec.vjp(*args), 128 * EPS["float32"])
-    assert_gradients_near(backend.r1(model, x, w)[1], spec.r1(*args)[1], 128 * EPS["float32"])
+    args = config, wide(params), wide(x), wide(w)
+    assert_gradients_near(backend.vjp(model, x, w), spec.vjp(*args), GRADIENT)
+    assert_gradients_near(backend.r1(model, x, w)[1], spec.r1(*args)[1], GRADIENT)
 
 
 @pytest.mark.parametrize("leading", [(), (2, 3), (2, 0, 3)])
@@ -162,8 +129,8 @@ def test_any_number_of_leading_axes(backend, typical, leading):
     params, flat, _ = designed(typical, shape=(math.prod(leading), 7, 9))
     x = flat.reshape(*leading, 7, 9, typical.channels)
     layer = built(backend, typical, params)
-    want = spec.forward(typical, wide(params), flat.astype(np.float64)).reshape(x.shape)
-    assert_near(np.asarray(layer(x)), want, 16 * EPS["float32"])
+    want = spec.forward(typical, wide(params), wide(flat)).reshape(x.shape)
+    assert_near(layer(x), want, OUTPUT)
     model = backend.build(typical, params, "float32", "channels_last")
     A = backend.attention_map(model, x)
     height, width = typical.key_grid(7, 9)
@@ -204,8 +171,8 @@ def test_the_block_size_reaches_the_core(monkeypatch, module):
 @pytest.mark.parametrize("block_size", [1, 5, 63, 1000])
 def test_the_block_size_changes_nothing(backend, block_size):
     params, x, _ = designed(FLAT)
-    want = spec.forward(FLAT, wide(params), x.astype(np.float64))
-    assert_near(np.asarray(built(backend, FLAT, params, block_size=block_size)(x)), want, 16 * EPS["float32"])
+    want = spec.forward(FLAT, wide(params), wide(x))
+    assert_near(built(backend, FLAT, params, block_size=block_size)(x), want, OUTPUT)
 
 
 @pytest.mark.parametrize(
@@ -231,8 +198,7 @@ def test_the_dtype_is_promoted_unless_given(backend, given, param_dtype, dtype, 
     assert y.dtype == result
     params = {name: np.asarray(jnp.asarray(value, param_dtype), np.float64) for name, value in params.items()}
     want = spec.forward(config, params, np.asarray(x, np.float64))
-    eps = {"bfloat16": 2.0**-7, "float16": 2.0**-10}.get(result, 2.0**-23)
-    assert_near(np.asarray(y, np.float64), want, 16 * eps)
+    assert_near(y, want, OUTPUT, result)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -262,7 +228,7 @@ def test_the_residual_is_computed_in_float32_and_rounded_once(backend):
 
 
 def test_logits_beyond_the_range_of_float16_are_finite(backend):
-    params, x, _ = designed(FLAT, dtype="float16")
+    params, x, _ = designed(FLAT, "float16")
     params |= {name: params[name] * np.float16(200) for name in ("query.kernel", "key.kernel")}
     y = built(backend, FLAT, params)(x)
     assert y.dtype == jnp.float16
@@ -542,21 +508,21 @@ def test_jit_at_several_sizes(backend, jit):
         y = compiled(x) if backend is linen_backend else compiled(layer, x)
         batch = x.reshape(-1, *x.shape[-3:]).astype(np.float64)
         want = spec.forward(FLAT, wide(params), batch).reshape(x.shape)
-        assert_near(np.asarray(y), want, 16 * EPS["float32"])
+        assert_near(y, want, OUTPUT)
 
 
 def test_vmap_over_the_batch_and_over_layers(backend, typical):
     params, x, _ = designed(typical)
     model = backend.build(typical, params, "float32", "channels_last")
     other = backend.build(typical, designed(typical, seed=1)[0], "float32", "channels_last")
-    want = spec.forward(typical, wide(params), x.astype(np.float64))
+    want = spec.forward(typical, wide(params), wide(x))
     apply = function(backend, model)
     mapped = jax.vmap(apply, (None, 0))(model.tree, x)
-    assert_near(np.asarray(mapped), want, 16 * EPS["float32"])
+    assert_near(mapped, want, OUTPUT)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), model.tree, other.tree)
     both = jax.vmap(apply, (0, None))(stacked, x)
-    assert_near(np.asarray(both[0]), want, 16 * EPS["float32"])
-    assert_near(np.asarray(both[1]), backend.forward(other, x), 16 * EPS["float32"])
+    assert_near(both[0], want, OUTPUT)
+    assert_near(both[1], backend.forward(other, x), OUTPUT)
 
 
 def test_derivatives_under_jit_and_forward_over_reverse(backend, typical):
@@ -566,11 +532,11 @@ def test_derivatives_under_jit_and_forward_over_reverse(backend, typical):
     def penalty(x):
         return jnp.sum(jax.grad(lambda x: jnp.sum(w * function(backend, model)(model.tree, x)))(x) ** 2)
 
-    want = spec.r1(typical, wide(params), x.astype(np.float64), w.astype(np.float64))[1]["x"]
-    assert_near(np.asarray(jax.jit(jax.grad(penalty))(x)), want, 128 * EPS["float32"])
+    want = spec.r1(typical, wide(params), wide(x), wide(w))[1]["x"]
+    assert_near(np.asarray(jax.jit(jax.grad(penalty))(x)), want, GRADIENT)
     direction = designed(typical, seed=2, shape=(1, 4, 6))[1]
     slope = jax.jit(lambda x, direction: jax.jvp(penalty, (x,), (direction,))[1])(x, direction)
-    assert abs(slope - (want * direction).sum()) < 128 * EPS["float32"] * np.abs(want * direction).sum()
+    assert abs(slope - (want * direction).sum()) < GRADIENT * EPS["float32"] * np.abs(want * direction).sum()
 
 
 def test_nnx_transforms():
@@ -581,9 +547,9 @@ def test_nnx_transforms():
     again = nnx.grad(nnx.remat(lambda m, x: m(x).sum()))(layer, x)
     assert jax.tree.structure(gradients) == jax.tree.structure(nnx.state(layer, nnx.Param))
     for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(gradients), strict=True):
-        assert_near(np.asarray(got), np.asarray(want), 128 * EPS["float32"], np.abs(gradients.gamma).max())
+        assert_near(got, np.asarray(want), GRADIENT, scale=np.abs(gradients.gamma).max())
     plain = jax.grad(lambda state: nnx.merge(nnx.graphdef(layer), state)(x).sum())(nnx.state(layer))
-    assert_near(np.asarray(plain["gamma"][...]), np.asarray(gradients["gamma"][...]), 128 * EPS["float32"])
+    assert_near(plain["gamma"][...], np.asarray(gradients["gamma"][...]), GRADIENT)
     abstract = nnx.eval_shape(lambda: selfattn_flax.SelfAttention2D(11, 3, rngs=nnx.Rngs(0)))
     assert nnx.eval_shape(lambda m, x: m(x), abstract, x).shape == y.shape
     nnx.update(abstract, nnx.state(layer))
@@ -679,7 +645,7 @@ def test_export_with_a_symbolic_batch(backend, typical):
     exported = export.export(jax.jit(layer))(spec_of_x)
     for size in (1, 2):
         y = np.asarray(exported.call(x[:size]))
-        assert_near(y, spec.forward(typical, wide(params), x[:size].astype(np.float64)), 16 * EPS["float32"])
+        assert_near(y, spec.forward(typical, wide(params), wide(x[:size])), OUTPUT)
 
 
 @pytest.mark.parametrize(("precision", "projections"), [(None, 0), ("default", 0), ("highest", 4)])

@@ -1,6 +1,5 @@
 """Weights of the two Flax layers: canonical arrays and files, names on disk, and Flax's own checkpoints."""
 
-import dataclasses
 from functools import partial
 
 import flax.serialization
@@ -13,17 +12,10 @@ from flax import nnx, traverse_util
 
 import selfattn_core
 import selfattn_flax
-from selfattn_core import SelfAttentionConfig, init_params, parameter_table
+from selfattn_core import SelfAttentionConfig, init_params
 from selfattn_flax import linen
-
-FLAT = SelfAttentionConfig(11, 3)
-POOLED = SelfAttentionConfig(11, 3, 5, out_projection=True, use_bias=False, kv_pool=2)
-CONFIGS = {
-    "flat": FLAT,
-    "flat without biases": dataclasses.replace(FLAT, use_bias=False),
-    "out projection": SelfAttentionConfig(11, 3, 5, out_projection=True),
-    "pooled": POOLED,
-}
+from tests import support
+from tests.support import CONFIGS, FLAT, POOLED, assert_same
 
 
 class Nnx:
@@ -81,36 +73,23 @@ def flavour(request):
     return request.param
 
 
-@pytest.fixture(params=CONFIGS, ids=str)
+@pytest.fixture(params=["flat", "flat without biases", "out projection", "pooled"])
 def config(request) -> SelfAttentionConfig:
     return CONFIGS[request.param]
 
 
-def designed(config, dtype="float32"):
-    generator = np.random.default_rng(7)
-    return {
-        name: generator.standard_normal(row.shape).astype(dtype)
-        for name, row in parameter_table(config).items()
-    }
-
-
-def assert_same(got, want):
-    assert list(got) == list(want)
-    for name, array in want.items():
-        assert type(got[name]) is np.ndarray
-        assert got[name].dtype == array.dtype
-        assert got[name].shape == array.shape
-        assert got[name].tobytes() == array.tobytes(), name
+def weights(config, dtype="float32"):
+    return support.designed(config, dtype)[0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_canonical_arrays_come_back_bit_for_bit(flavour, config, dtype):
-    params = designed(config, dtype)
+    params = weights(config, dtype)
     assert_same(flavour.to_canonical(flavour.from_canonical(config, params)), params)
 
 
 def test_float64_arrays_come_back_bit_for_bit(flavour, config):
-    params = designed(config, "float64")
+    params = weights(config, "float64")
     with jax.enable_x64(True):
         layer = flavour.from_canonical(config, params)
         assert {leaf.dtype.name for leaf in jax.tree.leaves(flavour.params(layer))} == {"float64"}
@@ -118,7 +97,7 @@ def test_float64_arrays_come_back_bit_for_bit(flavour, config):
 
 
 def test_exported_arrays_are_new_contiguous_and_writable(flavour):
-    layer = flavour.from_canonical(FLAT, designed(FLAT))
+    layer = flavour.from_canonical(FLAT, weights(FLAT))
     first, second = flavour.to_canonical(layer), flavour.to_canonical(layer)
     for name, array in first.items():
         assert array.flags.c_contiguous
@@ -129,7 +108,7 @@ def test_exported_arrays_are_new_contiguous_and_writable(flavour):
 
 
 def test_arrays_given_may_be_changed_later(flavour):
-    params = designed(FLAT)
+    params = weights(FLAT)
     layer = flavour.from_canonical(FLAT, params)
     before = flavour.to_canonical(layer)
     for array in params.values():
@@ -138,7 +117,7 @@ def test_arrays_given_may_be_changed_later(flavour):
 
 
 def test_arrays_in_any_memory_order_and_gamma_of_any_shape(flavour):
-    params = designed(FLAT)
+    params = weights(FLAT)
     strided = {name: np.asfortranarray(np.repeat(array, 2, axis=0))[::2] for name, array in params.items()}
     strided["gamma"] = params["gamma"].reshape(())
     assert_same(flavour.to_canonical(flavour.from_canonical(FLAT, strided)), params)
@@ -146,14 +125,14 @@ def test_arrays_in_any_memory_order_and_gamma_of_any_shape(flavour):
 
 @pytest.mark.parametrize("param_dtype", [jnp.float16, "float32", np.dtype("float32")])
 def test_the_dtype_is_that_of_the_arrays_unless_told(flavour, param_dtype):
-    params = designed(FLAT, "float64")
+    params = weights(FLAT, "float64")
     layer = flavour.from_canonical(FLAT, params, param_dtype=param_dtype)
     want = {name: array.astype(param_dtype) for name, array in params.items()}
     assert_same(flavour.to_canonical(layer), want)
 
 
 def test_bfloat16_is_widened_to_float32(flavour):
-    params = {name: array.astype(jnp.bfloat16) for name, array in designed(FLAT).items()}
+    params = {name: array.astype(jnp.bfloat16) for name, array in weights(FLAT).items()}
     layer = flavour.from_canonical(FLAT, params)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(flavour.params(layer))} == {"bfloat16"}
     want = {name: array.astype(np.float32) for name, array in params.items()}
@@ -163,14 +142,14 @@ def test_bfloat16_is_widened_to_float32(flavour):
 
 
 def test_options_of_the_layer_are_passed_on(flavour):
-    layer = flavour.from_canonical(FLAT, designed(FLAT), block_size=3, dtype=jnp.bfloat16)
+    layer = flavour.from_canonical(FLAT, weights(FLAT), block_size=3, dtype=jnp.bfloat16)
     assert (layer if flavour is Nnx else layer[0]).block_size == 3
     assert flavour.apply(layer, jnp.ones((3, 5, 11))).dtype == jnp.bfloat16
     assert flavour.config(layer) == FLAT
 
 
 def test_parameters_that_do_not_fit_are_all_reported(flavour):
-    params = designed(FLAT)
+    params = weights(FLAT)
     del params["key.bias"]
     params |= {"kye.bias": np.zeros(3, np.float32), "query.kernel": np.zeros((3, 11), np.float32)}
     params["value.bias"][2] = np.nan
@@ -186,7 +165,7 @@ def test_parameters_that_do_not_fit_are_all_reported(flavour):
 
 
 def test_files_come_back_bit_for_bit(flavour, config, tmp_path):
-    params = designed(config)
+    params = weights(config)
     path = tmp_path / "layer.safetensors"
     flavour.save(flavour.from_canonical(config, params), path, source="a test")
     read, arrays = selfattn_core.load(path)
@@ -201,7 +180,7 @@ def test_files_come_back_bit_for_bit(flavour, config, tmp_path):
 
 
 def test_the_two_exchange_files(config, tmp_path):
-    params = designed(config)
+    params = weights(config)
     selfattn_flax.save(selfattn_flax.from_canonical(config, params), tmp_path / "a.safetensors")
     linen.save(*linen.load(tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
     back = selfattn_flax.load(tmp_path / "b.safetensors")
@@ -210,7 +189,7 @@ def test_the_two_exchange_files(config, tmp_path):
 
 def test_a_block_of_a_file_of_several(flavour, tmp_path):
     path = tmp_path / "gan.safetensors"
-    blocks = {"generator": (FLAT, designed(FLAT)), "discriminator": (POOLED, designed(POOLED))}
+    blocks = {"generator": (FLAT, weights(FLAT)), "discriminator": (POOLED, weights(POOLED))}
     selfattn_core.save_blocks(path, blocks)
     layer = flavour.load(path, block="discriminator")
     assert flavour.config(layer) == POOLED
@@ -221,7 +200,7 @@ def test_a_block_of_a_file_of_several(flavour, tmp_path):
 
 def test_a_file_is_not_replaced_unless_told(flavour, tmp_path):
     path = tmp_path / "layer.safetensors"
-    layer = flavour.from_canonical(FLAT, designed(FLAT))
+    layer = flavour.from_canonical(FLAT, weights(FLAT))
     flavour.save(layer, path)
     before = path.read_bytes()
     other = flavour.from_canonical(FLAT, init_params(FLAT, 0))
@@ -236,11 +215,11 @@ def test_files_that_are_not_right_are_refused(flavour, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         flavour.load(tmp_path / "absent.safetensors")
     path = tmp_path / "layer.safetensors"
-    flavour.save(flavour.from_canonical(FLAT, designed(FLAT)), path)
+    flavour.save(flavour.from_canonical(FLAT, weights(FLAT)), path)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ValueError, match="truncated or another format"):
         flavour.load(path)
-    layer = flavour.from_canonical(FLAT, designed(FLAT))
+    layer = flavour.from_canonical(FLAT, weights(FLAT))
     params = flavour.params(layer)
     params["value"]["kernel"] = params["value"]["kernel"].at[0, 0, 3, 2].set(jnp.inf)
     if flavour is Nnx:
@@ -252,13 +231,13 @@ def test_files_that_are_not_right_are_refused(flavour, tmp_path):
 
 def test_a_float64_file_says_what_to_do_where_jax_has_no_float64(flavour, tmp_path):
     path = tmp_path / "layer.safetensors"
-    selfattn_core.save(path, FLAT, designed(FLAT, "float64"))
+    selfattn_core.save(path, FLAT, weights(FLAT, "float64"))
     with pytest.raises(
         ValueError, match=r"float64 parameters are wanted.*pass param_dtype.*JAX_ENABLE_X64=1"
     ):
         flavour.load(path)
     with pytest.raises(ValueError, match="float64 parameters are wanted"):
-        flavour.from_canonical(FLAT, designed(FLAT), param_dtype="float64")
+        flavour.from_canonical(FLAT, weights(FLAT), param_dtype="float64")
     layer = flavour.load(path, param_dtype=jnp.float32)
     assert flavour.to_canonical(layer)["gamma"].dtype == np.float32
 
@@ -279,7 +258,7 @@ def test_names_on_disk():
     shapes = [(1,), (3,), (1, 1, 11, 3), (11,), (1, 1, 5, 11), (3,), (1, 1, 11, 3), (5,), (1, 1, 11, 5)]
     config = CONFIGS["out projection"]
     for flavour in (Nnx, Linen):
-        tree = flavour.params(flavour.from_canonical(config, designed(config)))
+        tree = flavour.params(flavour.from_canonical(config, weights(config)))
         flat = traverse_util.flatten_dict(tree, sep="/")
         assert sorted(flat) == names
         assert [flat[name].shape for name in names] == shapes
@@ -295,7 +274,7 @@ def test_a_loaded_nnx_layer_is_a_layer_like_any_other():
 
 
 def test_variables_of_something_else_are_refused():
-    module, variables = linen.from_canonical(FLAT, designed(FLAT))
+    module, variables = linen.from_canonical(FLAT, weights(FLAT))
     with pytest.raises(ValueError, match=r"got variables params with the parameters attention.gamma, .*"):
         linen.to_canonical(module, {"params": {"attention": variables["params"]}})
     with pytest.raises(ValueError, match="with the parameters none; expected"):
@@ -312,14 +291,14 @@ def test_variables_of_something_else_are_refused():
 
 
 def test_linen_variables_may_have_other_collections_and_be_frozen():
-    module, variables = linen.from_canonical(FLAT, designed(FLAT))
+    module, variables = linen.from_canonical(FLAT, weights(FLAT))
     more = flax.core.freeze(variables | {"batch_stats": {"mean": jnp.zeros(3)}})
-    assert_same(linen.to_canonical(module, more), designed(FLAT))
+    assert_same(linen.to_canonical(module, more), weights(FLAT))
 
 
 def test_orbax_checkpoints(flavour, config, tmp_path):
-    layer = flavour.from_canonical(config, designed(config))
-    blank = flavour.from_canonical(config, {n: 0 * a for n, a in designed(config).items()})
+    layer = flavour.from_canonical(config, weights(config))
+    blank = flavour.from_canonical(config, {n: 0 * a for n, a in weights(config).items()})
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         if flavour is Nnx:
             checkpointer.save(tmp_path / "layer", nnx.state(layer))
@@ -329,18 +308,18 @@ def test_orbax_checkpoints(flavour, config, tmp_path):
             checkpointer.save(tmp_path / "layer", layer[1])
             checkpointer.wait_until_finished()
             blank = blank[0], checkpointer.restore(tmp_path / "layer", blank[1])
-    assert_same(flavour.to_canonical(blank), designed(config))
+    assert_same(flavour.to_canonical(blank), weights(config))
 
 
 def test_msgpack_checkpoints():
-    module, variables = linen.from_canonical(FLAT, designed(FLAT))
+    module, variables = linen.from_canonical(FLAT, weights(FLAT))
     data = flax.serialization.to_bytes(variables)
     back = flax.serialization.from_bytes(jax.tree.map(jnp.zeros_like, variables), data)
-    assert_same(linen.to_canonical(module, back), designed(FLAT))
+    assert_same(linen.to_canonical(module, back), weights(FLAT))
 
 
 def test_weights_that_were_trained_under_jit_are_exported(flavour):
-    layer = flavour.from_canonical(FLAT, designed(FLAT))
+    layer = flavour.from_canonical(FLAT, weights(FLAT))
     x = jnp.ones((3, 5, 11)).at[0].set(2)
     if flavour is Nnx:
 
@@ -356,6 +335,6 @@ def test_weights_that_were_trained_under_jit_are_exported(flavour):
         layer = module, jax.tree.map(lambda p, g: p - g, variables, gradients)
     after = flavour.to_canonical(layer)
     assert all(np.isfinite(array).all() for array in after.values())
-    assert not np.array_equal(after["value.kernel"], designed(FLAT)["value.kernel"])
+    assert not np.array_equal(after["value.kernel"], weights(FLAT)["value.kernel"])
     twin = flavour.from_canonical(FLAT, after)
     assert (flavour.apply(twin, x) == partial(flavour.apply, layer)(x)).all()

@@ -8,35 +8,19 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 
 import selfattn_flax
-from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec, spectral_norm
+from selfattn_core import SelfAttentionConfig, parameter_table, spec, spectral_norm
 from selfattn_core.params import fold_spectral_norm, projections, state_table
 from selfattn_flax import linen
 from selfattn_flax.conformance import nnx_backend
 from selfattn_flax.conformance.mutants import MovesInEvaluation
+from tests.support import NORMALISED, assert_near, designed, wide
 
-CONFIG = SelfAttentionConfig(11, 3, 5, out_projection=True, kv_pool=2, spectral_norm=True)
-EPS = float(np.finfo(np.float32).eps)
-
-
-def designed(dtype="float32", config=CONFIG):
-    """Canonical parameters with a state that is far from converged, and x (B, H, W, C)."""
-    generator = np.random.default_rng(2)
-    params = {name: generator.standard_normal(row.shape) for name, row in init_params(config, seed=0).items()}
-    params = {name: array.astype(dtype) for name, array in spec.power_iteration(config, params).items()}
-    return params, generator.standard_normal((2, 5, 7, config.channels)).astype(dtype)
-
-
-def wide(arrays):
-    return {name: array.astype(np.float64) for name, array in arrays.items()}
-
-
-def assert_near(got, want, ulps=256):
-    assert got.shape == want.shape
-    assert np.abs(np.float64(got) - want).max() <= ulps * EPS * np.abs(want).max()
+# Ulps that a function of the layer may be off: the norms of the kernels add theirs.
+OUTPUT = 256
 
 
 def assert_state(got, want):
-    for name in state_table(CONFIG):
+    for name in state_table(NORMALISED):
         assert_near(got[name], want[name], 32)
 
 
@@ -45,59 +29,59 @@ def flat(tree):
 
 
 def test_nnx_moves_the_state_in_training_mode_only():
-    params, x = designed()
-    layer = selfattn_flax.from_canonical(CONFIG, params)
-    moved = spec.power_iteration(CONFIG, wide(params))
-    want = spec.forward(CONFIG, moved, np.float64(x))
-    assert_near(layer(x), want)
+    params, x, _ = designed(NORMALISED)
+    layer = selfattn_flax.from_canonical(NORMALISED, params)
+    moved = spec.power_iteration(NORMALISED, wide(params))
+    want = spec.forward(NORMALISED, moved, wide(x))
+    assert_near(layer(x), want, OUTPUT)
     assert_state(selfattn_flax.to_canonical(layer), moved)
     kept = selfattn_flax.to_canonical(layer)
     layer.eval()
-    assert_near(layer(x), want)
-    assert_near(nnx.view(layer, use_running_average=True)(x), want)
+    assert_near(layer(x), want, OUTPUT)
+    assert_near(nnx.view(layer, use_running_average=True)(x), want, OUTPUT)
     _, sown = nnx.capture(layer, nnx.Intermediate)(x, sow_weights=True)
-    A = spec.attention_map(CONFIG, moved, np.float64(x))
-    assert_near(sown["attention_weights"][0], A)
-    assert_near(selfattn_flax.attention_grid(layer, x).reshape(A.shape), A)
+    A = spec.attention_map(NORMALISED, moved, wide(x))
+    assert_near(sown["attention_weights"][0], A, OUTPUT)
+    assert_near(selfattn_flax.attention_grid(layer, x).reshape(A.shape), A, OUTPUT)
     assert all(np.array_equal(selfattn_flax.to_canonical(layer)[name], kept[name]) for name in kept)
     layer.train()
     nnx.jit(lambda layer, x: layer(x))(layer, x)
-    assert_state(selfattn_flax.to_canonical(layer), spec.power_iteration(CONFIG, moved))
+    assert_state(selfattn_flax.to_canonical(layer), spec.power_iteration(NORMALISED, moved))
     np.testing.assert_array_equal(layer.query.kernel[...][0, 0], params["query.kernel"])
 
 
 def test_the_grid_of_nnx_is_that_of_evaluation_and_leaves_state_and_mode():
-    params, x = designed()
-    layer = selfattn_flax.from_canonical(CONFIG, params)
+    params, x, _ = designed(NORMALISED)
+    layer = selfattn_flax.from_canonical(NORMALISED, params)
     layer.key.use_running_average = True
-    A = spec.attention_map(CONFIG, wide(params), np.float64(x))
-    assert_near(selfattn_flax.attention_grid(layer, x).reshape(A.shape), A)
+    A = spec.attention_map(NORMALISED, wide(params), wide(x))
+    assert_near(selfattn_flax.attention_grid(layer, x).reshape(A.shape), A, OUTPUT)
     assert all(np.array_equal(selfattn_flax.to_canonical(layer)[name], params[name]) for name in params)
     assert not layer.query.use_running_average
     assert layer.key.use_running_average
 
 
 def test_linen_moves_the_state_when_told():
-    params, x = designed()
-    module, variables = linen.from_canonical(CONFIG, params)
+    params, x, _ = designed(NORMALISED)
+    module, variables = linen.from_canonical(NORMALISED, params)
     exact = wide(params)
-    want = spec.forward(CONFIG, exact, np.float64(x))
-    assert_near(module.apply(variables, x, use_running_average=True), want)
-    A = spec.attention_map(CONFIG, exact, np.float64(x))
-    assert_near(linen.attention_grid(module, variables, x).reshape(A.shape), A)
+    want = spec.forward(NORMALISED, exact, wide(x))
+    assert_near(module.apply(variables, x, use_running_average=True), want, OUTPUT)
+    A = spec.attention_map(NORMALISED, exact, wide(x))
+    assert_near(linen.attention_grid(module, variables, x).reshape(A.shape), A, OUTPUT)
     y, changed = jax.jit(
         lambda variables, x: module.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
     )(variables, x)
-    moved = spec.power_iteration(CONFIG, exact)
-    assert_near(y, spec.forward(CONFIG, moved, np.float64(x)))
+    moved = spec.power_iteration(NORMALISED, exact)
+    assert_near(y, spec.forward(NORMALISED, moved, wide(x)), OUTPUT)
     assert list(changed) == ["batch_stats"]
     assert_state(linen.to_canonical(module, variables | changed), moved)
     assert all(np.array_equal(linen.to_canonical(module, variables)[name], params[name]) for name in params)
 
 
 def test_linen_must_be_told_and_must_be_able_to_write():
-    params, x = designed()
-    module, variables = linen.from_canonical(CONFIG, params)
+    params, x, _ = designed(NORMALISED)
+    module, variables = linen.from_canonical(NORMALISED, params)
     with pytest.raises(
         ValueError, match='"use_running_average" must be passed to the constructor or at call'
     ):
@@ -109,9 +93,9 @@ def test_linen_must_be_told_and_must_be_able_to_write():
 
 
 def test_the_two_have_the_same_trees():
-    params, x = designed()
-    layer = selfattn_flax.from_canonical(CONFIG, params)
-    _, variables = linen.from_canonical(CONFIG, params)
+    params, x, _ = designed(NORMALISED)
+    layer = selfattn_flax.from_canonical(NORMALISED, params)
+    _, variables = linen.from_canonical(NORMALISED, params)
     trained, state, rest = nnx.state(layer, nnx.Param, nnx.BatchStat, ...)
     assert not nnx.to_pure_dict(rest)
     for mine, theirs in ((trained, variables["params"]), (state, variables["batch_stats"])):
@@ -119,13 +103,13 @@ def test_the_two_have_the_same_trees():
         assert {name: array.shape for name, array in mine.items()} == {
             name: array.shape for name, array in flat(theirs).items()
         }
-    assert set(flat(variables["batch_stats"])) == set(state_table(CONFIG))
-    fresh = linen.SelfAttention2D.from_config(CONFIG)
+    assert set(flat(variables["batch_stats"])) == set(state_table(NORMALISED))
+    fresh = linen.SelfAttention2D.from_config(NORMALISED)
     initial = fresh.init(jax.random.key(0), x, use_running_average=False)
     assert jax.tree.map(jnp.shape, initial) == jax.tree.map(jnp.shape, variables)
     in_evaluation = fresh.init(jax.random.key(0), x, use_running_average=True)
     assert jax.tree.all(jax.tree.map(np.array_equal, initial, in_evaluation)), "initialising is no step"
-    assert fresh.bind(initial).config == CONFIG
+    assert fresh.bind(initial).config == NORMALISED
     nnx.update(layer, initial["params"])
     nnx.update(layer, initial["batch_stats"])
     layer.eval()
@@ -153,24 +137,24 @@ def test_a_new_layer_has_been_warmed_up(kind):
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_canonical_arrays_and_files_carry_the_state(tmp_path, kind, dtype):
-    params, _ = designed(dtype)
+    params, *_ = designed(NORMALISED, dtype)
     path = tmp_path / "layer.safetensors"
     if kind == "nnx":
-        selfattn_flax.save(selfattn_flax.from_canonical(CONFIG, params), path)
+        selfattn_flax.save(selfattn_flax.from_canonical(NORMALISED, params), path)
         layer = selfattn_flax.load(path)
         got = selfattn_flax.to_canonical(layer)
-        assert layer.config == CONFIG
+        assert layer.config == NORMALISED
     else:
-        linen.save(*linen.from_canonical(CONFIG, params), path)
+        linen.save(*linen.from_canonical(NORMALISED, params), path)
         module, variables = linen.load(path)
         got = linen.to_canonical(module, variables)
-        assert module.bind(variables).config == CONFIG
+        assert module.bind(variables).config == NORMALISED
     assert list(got) == list(params)
     assert all(got[name].tobytes() == array.tobytes() for name, array in params.items())
 
 
 def test_linen_variables_without_their_state_are_refused():
-    module, variables = linen.from_canonical(CONFIG, designed()[0])
+    module, variables = linen.from_canonical(NORMALISED, designed(NORMALISED)[0])
     with pytest.raises(ValueError, match=r"missing: query\.u \(3,\)"):
         linen.to_canonical(module, {"params": variables["params"]})
 
@@ -228,8 +212,8 @@ def test_training_follows_the_specification(training_run, follow, dtype):
 
 
 def test_no_gradient_reaches_the_state():
-    params, x = designed()
-    module, variables = linen.from_canonical(CONFIG, params)
+    params, x, _ = designed(NORMALISED)
+    module, variables = linen.from_canonical(NORMALISED, params)
 
     def total(variables):
         y, _ = module.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
@@ -238,17 +222,19 @@ def test_no_gradient_reaches_the_state():
     gradients = jax.grad(total)(variables)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients["batch_stats"]))
     kernels = flat(gradients["params"])
-    for name in projections(CONFIG):
+    for name in projections(NORMALISED):
         gradient, kernel = kernels[f"{name}.kernel"][0, 0], params[f"{name}.kernel"]
-        assert abs(np.sum(gradient * kernel)) < 100 * EPS * np.sum(np.abs(gradient * kernel))
+        assert abs(np.sum(gradient * kernel)) < 100 * np.finfo(np.float32).eps * np.sum(
+            np.abs(gradient * kernel)
+        )
 
 
 def test_rematerialisation_moves_the_state_once():
-    params, x = designed()
-    exact = spec.power_iteration(CONFIG, wide(params))
-    want = spec.vjp(CONFIG, exact, np.float64(x), np.ones_like(x, np.float64))
-    module, variables = linen.from_canonical(CONFIG, params)
-    rematerialised = nn.remat(linen.SelfAttention2D).from_config(CONFIG, use_running_average=False)
+    params, x, _ = designed(NORMALISED)
+    exact = spec.power_iteration(NORMALISED, wide(params))
+    want = spec.vjp(NORMALISED, exact, wide(x), np.ones_like(x, np.float64))
+    module, variables = linen.from_canonical(NORMALISED, params)
+    rematerialised = nn.remat(linen.SelfAttention2D).from_config(NORMALISED, use_running_average=False)
 
     def total(params):
         given = variables | {"params": params}
@@ -259,31 +245,31 @@ def test_rematerialisation_moves_the_state_once():
     assert_state(linen.to_canonical(module, variables | moved), exact)
     assert_near(gradients["value"]["kernel"][0, 0], want["value.kernel"], 2048)
 
-    layer = selfattn_flax.from_canonical(CONFIG, params)
+    layer = selfattn_flax.from_canonical(NORMALISED, params)
     nnx.grad(nnx.remat(lambda layer, x: jnp.sum(layer(x))))(layer, jnp.asarray(x))
     assert_state(selfattn_flax.to_canonical(layer), exact)
 
 
 def test_a_child_is_the_projection_that_the_layer_applies():
-    params, x = designed()
-    layer = selfattn_flax.from_canonical(CONFIG, params)
+    params, x, _ = designed(NORMALISED)
+    layer = selfattn_flax.from_canonical(NORMALISED, params)
     layer.eval()
-    _, folded = fold_spectral_norm(CONFIG, params)
+    _, folded = fold_spectral_norm(NORMALISED, params)
     assert_near(layer.value(x), x @ folded["value.kernel"] + folded["value.bias"], 64)
 
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_mixed_precision_keeps_the_norm_in_float32(kind):
-    params, x = designed()
+    params, x, _ = designed(NORMALISED)
     if kind == "nnx":
-        layer = selfattn_flax.from_canonical(CONFIG, params, dtype=jnp.bfloat16)
+        layer = selfattn_flax.from_canonical(NORMALISED, params, dtype=jnp.bfloat16)
         y, got = layer(x), selfattn_flax.to_canonical(layer)
     else:
-        module, variables = linen.from_canonical(CONFIG, params, dtype=jnp.bfloat16)
+        module, variables = linen.from_canonical(NORMALISED, params, dtype=jnp.bfloat16)
         y, moved = module.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
         got = linen.to_canonical(module, variables | moved)
     assert y.dtype == jnp.bfloat16
-    assert_state(got, spec.power_iteration(CONFIG, wide(params)))
+    assert_state(got, spec.power_iteration(NORMALISED, wide(params)))
 
 
 def test_the_option_is_checked():
@@ -291,15 +277,15 @@ def test_the_option_is_checked():
         linen.SelfAttention2D(spectral_norm=1)
     with pytest.raises(ValueError, match="spectral_norm=1 must be True or False"):
         selfattn_flax.SelfAttention2D(16, spectral_norm=1, rngs=nnx.Rngs(0))
-    assert set(parameter_table(CONFIG)).isdisjoint(state_table(CONFIG))
+    assert set(parameter_table(NORMALISED)).isdisjoint(state_table(NORMALISED))
 
 
 @pytest.mark.parametrize("call", ["forward", "vjp"])
 def test_the_kit_sees_the_state_that_a_call_moves(call):
     """By its own backend, of a layer that moves what an evaluation should leave alone."""
-    params, x = designed()
+    params, x, _ = designed(NORMALISED)
     for backend, moves in ((MovesInEvaluation(), True), (nnx_backend, False)):
-        model = backend.build(CONFIG, params, "float32", "channels_last")
+        model = backend.build(NORMALISED, params, "float32", "channels_last")
         getattr(backend, call)(model, *((x,) if call == "forward" else (x, x)))
         assert (backend.params(model)["query.u"] != params["query.u"]).any() == moves
 
@@ -307,20 +293,23 @@ def test_the_kit_sees_the_state_that_a_call_moves(call):
 def shares(params):
     return [
         spectral_norm.share(*(params[f"{name}.{part}"] for part in ("kernel", "u", "v")))
-        for name in projections(CONFIG)
+        for name in projections(NORMALISED)
     ]
 
 
 def test_kernels_from_outside_are_refreshed():
-    params, _ = designed()
+    params, *_ = designed(NORMALISED)
     params = {
-        name: array[::-1].copy() if name in state_table(CONFIG) else array for name, array in params.items()
+        name: array[::-1].copy() if name in state_table(NORMALISED) else array
+        for name, array in params.items()
     }
-    layer = nnx.Sequential(nnx.Linear(4, 11, rngs=nnx.Rngs(0)), selfattn_flax.from_canonical(CONFIG, params))
+    layer = nnx.Sequential(
+        nnx.Linear(4, 11, rngs=nnx.Rngs(0)), selfattn_flax.from_canonical(NORMALISED, params)
+    )
     assert min(shares(selfattn_flax.to_canonical(layer.layers[1]))) < 0.9
     selfattn_flax.refresh_spectral_norm(layer)
     np.testing.assert_allclose(shares(selfattn_flax.to_canonical(layer.layers[1])), 1, rtol=1e-6)
-    module, variables = linen.from_canonical(CONFIG, params)
+    module, variables = linen.from_canonical(NORMALISED, params)
     inside = {
         collection: {"inner": tree, "other": {"u": jnp.ones(2)}} for collection, tree in variables.items()
     }

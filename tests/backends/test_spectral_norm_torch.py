@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from selfattn_core import SelfAttentionConfig, spec, spectral_norm
+from selfattn_core import spec, spectral_norm
 from selfattn_core.params import fold_spectral_norm, init_params, projections, state_table
 from selfattn_torch import (
     SelfAttention2d,
@@ -23,29 +23,16 @@ from selfattn_torch import (
 )
 from selfattn_torch.conformance import TorchBackend
 from selfattn_torch.spectral_norm import SpectralConv2d
+from tests.backends.torch.layers import channels_first, channels_last
+from tests.support import NORMALISED, designed
 
-CONFIG = SelfAttentionConfig(11, 3, 5, out_projection=True, kv_pool=2, spectral_norm=True)
 BACKEND = TorchBackend()
 
 
-def designed(dtype="float64", config=CONFIG):
-    """Canonical parameters with a state that is far from converged, x and w (B, H, W, C)."""
-    generator = np.random.default_rng(2)
-    rows = init_params(config, seed=0)
-    params = {name: generator.standard_normal(array.shape) for name, array in rows.items()}
-    params = {name: array.astype(dtype) for name, array in spec.power_iteration(config, params).items()}
-    x, w = (generator.standard_normal((2, 5, 7, config.channels)).astype(dtype) for _ in range(2))
-    return params, x, w
-
-
-def layer_and_maps(dtype="float64", config=CONFIG):
-    params, x, w = designed(dtype, config)
+def layer_and_maps(dtype="float64", config=NORMALISED):
+    params, x, w = designed(config, dtype)
     layer = from_canonical(config, params)
-    return layer, *(torch.from_numpy(maps).permute(0, 3, 1, 2).contiguous() for maps in (x, w))
-
-
-def to_numpy(maps):
-    return maps.detach().permute(0, 2, 3, 1).numpy()
+    return layer, channels_first(x), channels_first(w)
 
 
 def assert_state(layer, want, rtol=1e-12):
@@ -66,11 +53,11 @@ def gradients(layer):
 
 
 def test_the_grid_is_that_of_evaluation_and_leaves_state_and_mode():
-    params, x, _ = designed()
+    params, x, _ = designed(NORMALISED, "float64")
     layer, maps, _ = layer_and_maps()
     layer.train()
     layer.key.eval()
-    A = spec.attention_map(CONFIG, params, x)
+    A = spec.attention_map(NORMALISED, params, x)
     np.testing.assert_allclose(attention_grid(layer, maps).detach().reshape(A.shape), A, atol=1e-12)
     with pytest.raises(ValueError, match="SelfAttention2d"):
         attention_grid(layer, maps[:, :3])
@@ -81,38 +68,42 @@ def test_the_grid_is_that_of_evaluation_and_leaves_state_and_mode():
 
 
 def test_a_training_pass_moves_the_state_once_and_an_evaluation_pass_does_not():
-    params, x, _ = designed()
+    params, x, _ = designed(NORMALISED, "float64")
     layer, maps, _ = layer_and_maps()
-    moved = spec.power_iteration(CONFIG, params)
-    np.testing.assert_allclose(to_numpy(layer(maps)), spec.forward(CONFIG, moved, x), rtol=1e-11, atol=1e-12)
+    moved = spec.power_iteration(NORMALISED, params)
+    np.testing.assert_allclose(
+        channels_last(layer(maps)), spec.forward(NORMALISED, moved, x), rtol=1e-11, atol=1e-12
+    )
     assert_state(layer, moved)
     with torch.no_grad():
         layer(maps)
-    twice = spec.power_iteration(CONFIG, moved)
+    twice = spec.power_iteration(NORMALISED, moved)
     assert_state(layer, twice)
     before = copy.deepcopy(layer.state_dict())
     layer.eval()
-    np.testing.assert_allclose(to_numpy(layer(maps)), spec.forward(CONFIG, twice, x), rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(
+        channels_last(layer(maps)), spec.forward(NORMALISED, twice, x), rtol=1e-11, atol=1e-12
+    )
     _, attention = layer(maps, need_weights=True)
-    np.testing.assert_allclose(attention.detach(), spec.attention_map(CONFIG, twice, x), rtol=1e-11)
+    np.testing.assert_allclose(attention.detach(), spec.attention_map(NORMALISED, twice, x), rtol=1e-11)
     assert layer.query.weight.shape == (3, 11, 1, 1)
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
     np.testing.assert_array_equal(layer.query.weight.detach()[:, :, 0, 0].T, params["query.kernel"])
 
 
 def test_a_step_with_a_penalty_moves_the_state_once_and_has_the_specifications_gradients():
-    params, x, w = designed()
+    params, x, w = designed(NORMALISED, "float64")
     layer, maps, weights = layer_and_maps()
     maps.requires_grad_()
     y = layer(maps)
     (dx,) = torch.autograd.grad(y, maps, weights, create_graph=True)
     penalty = dx.square().sum()
     penalty.backward()
-    params = spec.power_iteration(CONFIG, params)
+    params = spec.power_iteration(NORMALISED, params)
     assert_state(layer, params)
-    value, want = spec.r1(CONFIG, params, x, w)
+    value, want = spec.r1(NORMALISED, params, x, w)
     np.testing.assert_allclose(penalty.item(), value, rtol=1e-11)
-    np.testing.assert_allclose(to_numpy(maps.grad), want.pop("x"), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(channels_last(maps.grad), want.pop("x"), rtol=1e-9, atol=1e-9)
     for name, gradient in gradients(layer).items():
         np.testing.assert_allclose(
             gradient, want[name], rtol=1e-9, atol=1e-9 * np.abs(want["query.kernel"]).max()
@@ -140,7 +131,7 @@ def test_it_is_the_parametrization_of_pytorch():
     """Output and gradients of three training steps against the layer whose convolutions PyTorch normalises."""
     layer, maps, weights = layer_and_maps()
     plain = from_canonical(*_without(layer))
-    for name in projections(CONFIG):
+    for name in projections(NORMALISED):
         ours, theirs = getattr(layer, name), parametrizations.spectral_norm(getattr(plain, name))
         theirs.parametrizations.weight[0]._u.copy_(ours.u)
         theirs.parametrizations.weight[0]._v.copy_(ours.v)
@@ -150,7 +141,7 @@ def test_it_is_the_parametrization_of_pytorch():
         for model, y in ((layer, ours), (plain, theirs)):
             model.zero_grad()
             y.backward(weights)
-        for name in projections(CONFIG):
+        for name in projections(NORMALISED):
             weight, original = (
                 getattr(layer, name).weight,
                 getattr(plain, name).parametrizations.weight.original,
@@ -223,7 +214,7 @@ def test_the_state_dict_is_frozen():
         "out.v": (5,),
     }
     layer = layer_and_maps()[0]
-    assert {name for name, _ in layer.named_buffers()} == set(state_table(CONFIG))
+    assert {name for name, _ in layer.named_buffers()} == set(state_table(NORMALISED))
     assert not any(buffer.requires_grad for buffer in layer.buffers())
 
 
@@ -231,7 +222,7 @@ def test_the_state_dict_is_frozen():
 def test_state_dicts_of_both_spectral_norms_of_pytorch_load(normalise):
     """Also with a prefix, as part of a model; what the source computes in evaluation is what the layer computes."""
     source = nn.ModuleDict({"attention": from_canonical(*_without(layer_and_maps()[0]))})
-    for name in projections(CONFIG):
+    for name in projections(NORMALISED):
         normalise(getattr(source["attention"], name))
     _, maps, _ = layer_and_maps()
     source["attention"](maps)
@@ -294,17 +285,17 @@ def test_copies_have_the_state_and_a_life_of_their_own(tmp_path):
         assert not torch.equal(twin.query.u, layer.query.u)
         twin.load_state_dict(layer.state_dict())
     torch.save(layer.state_dict(), tmp_path / "layer.pt")
-    fresh = SelfAttention2d.from_config(CONFIG, dtype=torch.float64)
+    fresh = SelfAttention2d.from_config(NORMALISED, dtype=torch.float64)
     fresh.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
     assert torch.equal(fresh.eval()(maps), layer.eval()(maps))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
 def test_canonical_arrays_and_files_carry_the_state(tmp_path, dtype):
-    params, *_ = designed(dtype)
-    save(from_canonical(CONFIG, params), tmp_path / "layer.safetensors")
+    params, *_ = designed(NORMALISED, dtype)
+    save(from_canonical(NORMALISED, params), tmp_path / "layer.safetensors")
     layer = load(tmp_path / "layer.safetensors")
-    assert layer.config == CONFIG
+    assert layer.config == NORMALISED
     got = to_canonical(layer)
     assert list(got) == list(params)
     assert all(got[name].tobytes() == array.tobytes() for name, array in params.items())
@@ -313,7 +304,7 @@ def test_canonical_arrays_and_files_carry_the_state(tmp_path, dtype):
 def test_a_child_is_the_projection_that_the_layer_applies():
     layer, maps, _ = layer_and_maps()
     layer.eval()
-    config, folded = fold_spectral_norm(CONFIG, to_canonical(layer))
+    config, folded = fold_spectral_norm(NORMALISED, to_canonical(layer))
     want = from_canonical(config, folded).query(maps)
     torch.testing.assert_close(layer.query(maps), want, rtol=1e-12, atol=1e-12)
     seen = []
@@ -354,7 +345,7 @@ def test_functional_transforms():
         layer.zero_grad()
         layer(maps[index : index + 1]).square().sum().backward()
         torch.testing.assert_close(per_sample["query.weight"][index], layer.query.weight.grad)
-    others = [layer, from_canonical(CONFIG, init_params(CONFIG, 3, np.float64)).eval()]
+    others = [layer, from_canonical(NORMALISED, init_params(NORMALISED, 3, np.float64)).eval()]
     stacked = torch.func.stack_module_state(others)
     ensemble = torch.func.vmap(
         lambda params, buffers: torch.func.functional_call(layer, (params, buffers), (maps,))
@@ -391,11 +382,11 @@ def test_a_sixteen_bit_layer_rounds_where_it_stores(dtype):
     layer, maps, _ = layer_and_maps("float32")
     layer.to(dtype)
     rounded = {name: array.astype(np.float32) for name, array in to_canonical(layer).items()}
-    want = spec.power_iteration(CONFIG, rounded)
+    want = spec.power_iteration(NORMALISED, rounded)
     assert layer(maps.to(dtype)).dtype == dtype
     # One rounding of numbers below 1; arithmetic in 16 bits would add its own.
     half_ulp = torch.finfo(dtype).eps / 4
-    for name in state_table(CONFIG):
+    for name in state_table(NORMALISED):
         got = to_canonical(layer)[name].astype(np.float32)
         np.testing.assert_allclose(got, want[name], rtol=0, atol=1.01 * half_ulp)
 
@@ -403,7 +394,7 @@ def test_a_sixteen_bit_layer_rounds_where_it_stores(dtype):
 def test_the_options_are_the_cores():
     with pytest.raises(ValueError, match="spectral_norm=1 must be True or False"):
         SelfAttention2d(16, spectral_norm=1)
-    assert SelfAttention2d.from_config(CONFIG).config == CONFIG
+    assert SelfAttention2d.from_config(NORMALISED).config == NORMALISED
 
 
 def shares(layer):
@@ -416,7 +407,7 @@ def shares(layer):
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_weights_that_are_drawn_from_outside_and_refreshed(dtype):
-    layer = SelfAttention2d.from_config(CONFIG, dtype=getattr(torch, dtype))
+    layer = SelfAttention2d.from_config(NORMALISED, dtype=getattr(torch, dtype))
     model = nn.Sequential(nn.Conv2d(3, 11, 1), layer)
     model.apply(lambda module: nn.init.normal_(module.weight, 0, 0.02) if hasattr(module, "weight") else None)
     assert min(shares(layer)) < 0.9
@@ -432,9 +423,9 @@ def test_a_state_dict_without_vectors_is_loaded_with_those_of_its_weights(assign
         return  # torch itself loads nothing then
     source = layer_and_maps()[0]
     partial = {name: value for name, value in source.state_dict().items() if not name.endswith((".u", ".v"))}
-    layer = SelfAttention2d.from_config(CONFIG, dtype=torch.float64, device=device)
+    layer = SelfAttention2d.from_config(NORMALISED, dtype=torch.float64, device=device)
     answer = layer.load_state_dict(partial, strict=False, assign=assign)
-    assert set(answer.missing_keys) == set(state_table(CONFIG))
+    assert set(answer.missing_keys) == set(state_table(NORMALISED))
     np.testing.assert_allclose(shares(layer), 1, rtol=16 * np.finfo(float).eps)
     # One that has no weights either leaves the state as it is.
     before = copy.deepcopy(layer.state_dict())
@@ -447,7 +438,7 @@ def test_a_state_dict_without_vectors_is_loaded_with_those_of_its_weights(assign
 def test_a_weight_of_zeros_trains_and_leaves_zero(dtype, run):
     _, maps, weights = layer_and_maps("float32")
     kind = getattr(torch, dtype)
-    layer = SelfAttention2d.from_config(CONFIG, dtype=kind)
+    layer = SelfAttention2d.from_config(NORMALISED, dtype=kind)
     for parameter in layer.parameters():
         nn.init.zeros_(parameter) if parameter.dim() > 1 else nn.init.constant_(parameter, 0.5)
     layer.query.reset_state()

@@ -16,17 +16,11 @@ from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.params import glorot_limit
 from selfattn_torch import SelfAttention2d, from_canonical, load, save, to_canonical
+from tests.backends.torch.layers import layer_of_case
 
 POOLED = SelfAttentionConfig.pooled(16)
 LAYERS = [case for case in CASES if case.family == "params"]
-
-
-def designed(config=None, dtype="float32"):
-    """A layer with weights on which no term vanishes, and an input (B, C, H, W)."""
-    case = next(case for case in LAYERS if case.config == config) if config else LAYERS[0]
-    given = inputs(case, dtype)
-    layer = from_canonical(case.config, given.params)
-    return layer, torch.from_numpy(given.x).permute(0, 3, 1, 2).contiguous(), given
+POOLED_CASE = next(case for case in LAYERS if case.config == POOLED)
 
 
 def test_a_fresh_layer_is_the_identity():
@@ -74,7 +68,8 @@ def test_the_state_dict_is_frozen():
 
 
 def test_the_weights_choice_is_the_map_and_does_not_change_the_output():
-    layer, x, given = designed(POOLED, "float64")
+    layer, x, _ = layer_of_case(POOLED_CASE, "float64")
+    given = inputs(POOLED_CASE, "float64")
     y, attention = layer(x, need_weights=True)
     assert attention.shape == (2, 35, 6)
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, 35, dtype=torch.float64))
@@ -85,7 +80,7 @@ def test_the_weights_choice_is_the_map_and_does_not_change_the_output():
 
 
 def test_unbatched_input():
-    layer, x, _ = designed()
+    layer, x, _ = layer_of_case(LAYERS[0])
     y, attention = layer(x[0], need_weights=True)
     batched, maps = layer(x[:1], need_weights=True)
     assert torch.equal(y, batched[0])
@@ -93,7 +88,7 @@ def test_unbatched_input():
 
 
 def test_channels_last_memory_is_kept():
-    layer, x, _ = designed()
+    layer, x, _ = layer_of_case(LAYERS[0])
     y = layer(x.to(memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, layer(x))
@@ -162,7 +157,8 @@ def test_other_bad_input():
 
 
 def test_block_size_changes_nothing_but_memory():
-    layer, x, given = designed()
+    layer, x, _ = layer_of_case(LAYERS[0])
+    given = inputs(LAYERS[0], "float32")
     small = from_canonical(layer.config, given.params, block_size=3)
     torch.testing.assert_close(small(x), layer(x))
     assert "block_size=3" in repr(small)
@@ -201,7 +197,7 @@ def test_sixteen_bits_are_within_the_noise_of_the_spec(case, dtype):
 
 
 def test_autocast_keeps_the_residual_in_the_dtype_of_the_input():
-    layer, x, _ = designed()
+    layer, x, _ = layer_of_case(LAYERS[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, attention = layer(x, need_weights=True)
     assert y.dtype == torch.float32
@@ -225,7 +221,7 @@ def test_deferred_creation():
 
 
 def test_copies_and_native_files():
-    layer, x, _ = designed(POOLED)
+    layer, x, _ = layer_of_case(POOLED_CASE)
     want = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), want)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), want)  # noqa: S301 - our own bytes
@@ -256,7 +252,8 @@ def test_canonical_round_trip_is_exact(case, dtype, tmp_path):
 
 
 def test_canonical_arrays_are_copies():
-    layer, _, given = designed()
+    given = inputs(LAYERS[0], "float32")
+    layer = from_canonical(LAYERS[0].config, given.params)
     arrays = to_canonical(layer)
     arrays["gamma"][0] = 9
     given.params["query.bias"][0] = 9
@@ -299,11 +296,11 @@ def test_loading_says_what_is_wrong(tmp_path):
 
 
 def test_a_file_of_blocks(tmp_path):
-    layer, _, given = designed(POOLED)
-    selfattn_core.save_blocks(
-        tmp_path / "gan.safetensors", {"g": (POOLED, given.params), "d": (POOLED, given.params)}
+    params = inputs(POOLED_CASE, "float32").params
+    selfattn_core.save_blocks(tmp_path / "gan.safetensors", dict.fromkeys("gd", (POOLED, params)))
+    assert torch.equal(
+        load(tmp_path / "gan.safetensors", block="d").out.weight, from_canonical(POOLED, params).out.weight
     )
-    assert torch.equal(load(tmp_path / "gan.safetensors", block="d").out.weight, layer.out.weight)
 
 
 def test_training_moves_gamma_first():

@@ -8,18 +8,15 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from selfattn_core import SelfAttentionConfig
-from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import CASES
-from selfattn_torch import SelfAttention2d, from_canonical
+from selfattn_torch import SelfAttention2d
 from selfattn_torch.projection import project
+from tests.backends.torch.layers import layer_of_case
 
-CASE = next(case for case in CASES if case.family == "params" and case.config.kv_pool == 1)
-
-
-def designed(config=CASE.config):
-    case = next(case for case in CASES if case.family == "params" and case.config == config)
-    given = inputs(case, "float64")
-    return from_canonical(config, given.params), torch.from_numpy(given.x).permute(0, 3, 1, 2).contiguous()
+FLAT, POOLED = (
+    next(case for case in CASES if case.family == "params" and case.config == config)
+    for config in (SelfAttentionConfig(24), SelfAttentionConfig.pooled(16))
+)
 
 
 class Doubled(nn.Module):
@@ -47,10 +44,10 @@ def count(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("config", [CASE.config, SelfAttentionConfig.pooled(16)], ids=["flat", "pooled"])
+@pytest.mark.parametrize("case", [FLAT, POOLED], ids=["flat", "pooled"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_one_product_gives_what_the_children_give(monkeypatch, config, layout):
-    layer, x = designed(config)
+def test_one_product_gives_what_the_children_give(monkeypatch, case, layout):
+    layer, x, _ = layer_of_case(case, "float64")
     x = x.contiguous(memory_format=layout).requires_grad_()
     children = layer.query, layer.key, layer.value
     want = [child(x) for child in children]
@@ -133,7 +130,7 @@ CHANGES = [change for name, change in globals().items() if name.startswith("chan
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.removeprefix("change_by_"))
 def test_a_child_that_is_not_plain_is_called(change):
-    layer, x = designed()
+    layer, x, _ = layer_of_case(FLAT, "float64")
     # The function without any fusing: the layer's own children, called.
     change(layer)
     layer.eval()
@@ -154,7 +151,7 @@ def test_a_child_that_is_not_plain_is_called(change):
     ],
 )
 def test_hooks_see_their_calls(register):
-    layer, x = designed()
+    layer, x, _ = layer_of_case(FLAT, "float64")
     seen = []
     getattr(layer.value, register)(lambda *_: seen.append(register))
     layer(x.requires_grad_()).sum().backward()
@@ -162,7 +159,7 @@ def test_hooks_see_their_calls(register):
 
 
 def test_a_hook_on_all_modules_sees_the_children():
-    layer, x = designed()
+    layer, x, _ = layer_of_case(FLAT, "float64")
     seen = []
     handle = register_module_forward_hook(lambda module, *_: seen.append(module))
     try:
@@ -173,7 +170,7 @@ def test_a_hook_on_all_modules_sees_the_children():
 
 
 def test_replaced_weights_are_used():
-    layer, x = designed()
+    layer, x, _ = layer_of_case(FLAT, "float64")
     state = {name: 2 * value for name, value in layer.state_dict().items()}
     changed = copy.deepcopy(layer)
     changed.load_state_dict(state)

@@ -2,26 +2,19 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from jax import export
 
 import selfattn_flax
-from selfattn_core import SelfAttentionConfig, spec
-from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import Case
+from selfattn_core import spec
 from selfattn_flax import linen
+from tests.support import CONFIGS, OUTPUT, assert_near, designed, wide
 
-EPS = float(np.finfo("float32").eps)
-CONFIGS = {
-    "flat": SelfAttentionConfig(11, 3),
-    "pooled": SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=2),
-}
 SIZES = [(3, 7, 9), (2, 5, 4), (1, 6, 8)]
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=["flat", "pooled with biases"])
 def config(request):
     return CONFIGS[request.param]
 
@@ -29,7 +22,7 @@ def config(request):
 @pytest.fixture(params=["nnx", "linen"])
 def calls(request, config):
     """Functions of x: y, and (y, A)."""
-    params = drawn(config).params
+    params, *_ = designed(config, shape=SIZES[0])
     if request.param == "nnx":
         layer = selfattn_flax.from_canonical(config, params)
         graph, state = nnx.split(layer)
@@ -48,10 +41,6 @@ def calls(request, config):
     return lambda x: module.apply(variables, x), sown
 
 
-def drawn(config):
-    return inputs(Case("export", "forward", "", config, SIZES[0]), "float32")
-
-
 def exported(function, config, vjp_order=0):
     """Written and read back, with every size but that of the channels left open."""
     sizes = export.symbolic_shape("b, h, w", constraints=["h >= 2", "w >= 2"])
@@ -62,31 +51,28 @@ def exported(function, config, vjp_order=0):
 
 def test_output_and_map_at_sizes_that_were_left_open(calls, config):
     program = exported(calls[1], config)
-    given = drawn(config)
-    params = {name: np.float64(array) for name, array in given.params.items()}
+    params, whole, _ = designed(config, shape=SIZES[0])
     for batch, height, width in SIZES:
-        x = given.x[:batch, :height, :width]
+        x = whole[:batch, :height, :width]
         y, A = program.call(x)
         for got, want in (
-            (y, spec.forward(config, params, np.float64(x))),
-            (A, spec.attention_map(config, params, np.float64(x))),
+            (y, spec.forward(config, wide(params), wide(x))),
+            (A, spec.attention_map(config, wide(params), wide(x))),
         ):
-            assert got.shape == want.shape
-            assert np.abs(np.asarray(got) - want).max() <= 16 * EPS * np.abs(want).max()
+            assert_near(got, want, OUTPUT)
 
 
 def test_gradient_penalty_of_an_exported_layer(calls, config):
     program = exported(calls[0], config, vjp_order=2)
-    given = drawn(config)
-    x, w = given.x[:2, :5, :4], given.dy[:2, :5, :4]
+    params, *maps = designed(config, shape=SIZES[0])
+    x, w = (each[:2, :5, :4] for each in maps)
 
     def penalty(x):
         return jnp.sum(jax.grad(lambda x: jnp.sum(w * program.call(x)))(x) ** 2)
 
     got = jax.jit(jax.grad(penalty))(x)
-    params = {name: np.float64(array) for name, array in given.params.items()}
-    want = spec.r1(config, params, np.float64(x), np.float64(w))[1]["x"]
-    assert np.abs(np.asarray(got) - want).max() <= 512 * EPS * np.abs(want).max()
+    want = spec.r1(config, wide(params), wide(x), wide(w))[1]["x"]
+    assert_near(got, want, 512)
 
 
 def test_sizes_that_were_not_promised_are_refused(calls, config):
@@ -98,4 +84,4 @@ def test_sizes_that_were_not_promised_are_refused(calls, config):
 def test_an_export_without_the_map_refuses_to_give_it(calls, config):
     program = exported(calls[0], config)
     with pytest.raises(ValueError, match="sow_weights"):
-        program.call(drawn(config).x, sow_weights=True)
+        program.call(jnp.ones((*SIZES[0], config.channels)), sow_weights=True)

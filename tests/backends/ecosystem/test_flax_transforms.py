@@ -20,6 +20,7 @@ from selfattn_core import SelfAttentionConfig, spec
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import Case
 from selfattn_flax import linen
+from tests.support import assert_near
 
 CONFIG = SelfAttentionConfig(8, 2, 5, out_projection=True, kv_pool=2)
 EPS = float(np.finfo("float32").eps)
@@ -60,14 +61,6 @@ def linen_layer(given, config=CONFIG):
 @pytest.fixture(params=[nnx_layer, linen_layer], ids=["nnx", "linen"])
 def make(request):
     return request.param
-
-
-def assert_near(got, want, ulp, scale=None):
-    want = np.asarray(want)
-    assert np.shape(got) == want.shape
-    assert np.abs(np.asarray(got) - want).max() <= ulp * EPS * (
-        np.abs(want).max() if scale is None else scale
-    )
 
 
 def exact(given):

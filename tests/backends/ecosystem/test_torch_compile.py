@@ -13,11 +13,10 @@ from torch.export import Dim
 
 from selfattn_core import spec
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.verdicts.tolerance import expect, judge
-from selfattn_torch import SelfAttention2d, from_canonical
+from selfattn_torch import SelfAttention2d
+from tests.backends.torch.layers import CASE, channels_last, layer_of_case
 
-CASE = {case.id: case for case in CASES}
 BOTH = pytest.mark.parametrize("layer_of", ["001", "006"], ids=["flat", "pooled"])
 SIZES = ((2, 5, 7), (3, 8, 4), (4, 9, 11))
 DYNAMIC = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
@@ -33,17 +32,6 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def designed(name, dtype="float32"):
-    case = CASE[name]
-    given = inputs(case, dtype)
-    layer = from_canonical(case.config, given.params).eval()
-    return layer, channels_first(given.x), channels_first(given.dy), case
-
-
-def channels_first(array):
-    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
-
-
 def maps_of(size, channels, seed=1):
     batch, height, width = size
     generator = torch.Generator().manual_seed(seed)
@@ -57,7 +45,7 @@ def assert_close(got, want):
 
 @BOTH
 def test_one_compilation_serves_every_size_forward_and_backward(layer_of):
-    layer, x, _, _ = designed(f"SA-VJP-{layer_of}")
+    layer, x, _ = layer_of_case(CASE[f"SA-VJP-{layer_of}"])
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     for size in SIZES:
@@ -74,7 +62,7 @@ def test_one_compilation_serves_every_size_forward_and_backward(layer_of):
 
 @BOTH
 def test_sizes_found_to_vary_are_compiled_for_once(layer_of):
-    layer, x, _, _ = designed(f"SA-FWD-{layer_of}")
+    layer, x, _ = layer_of_case(CASE[f"SA-FWD-{layer_of}"])
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for size in SIZES:
@@ -85,7 +73,8 @@ def test_sizes_found_to_vary_are_compiled_for_once(layer_of):
 
 @BOTH
 def test_the_map_and_unbatched_input_compile_too(layer_of):
-    layer, x, _, case = designed(f"SA-MAP-{layer_of}")
+    case = CASE[f"SA-MAP-{layer_of}"]
+    layer, x, _ = layer_of_case(case)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     y, attention = compiled(x, need_weights=True)
     verdict = judge("map", attention.detach().numpy(), expect(case, "float32")["map"], "float32")
@@ -94,7 +83,7 @@ def test_the_map_and_unbatched_input_compile_too(layer_of):
 
 
 def test_a_compiled_layer_refuses_what_does_not_fit():
-    layer, x, _, _ = designed("SA-FWD-001")
+    layer, x, _ = layer_of_case(CASE["SA-FWD-001"])
     compiled = torch.compile(layer, backend="aot_eager")
     with pytest.raises(ValueError, match="its 23 channels should be 24"):
         compiled(x[:, :23])
@@ -102,7 +91,8 @@ def test_a_compiled_layer_refuses_what_does_not_fit():
 
 @BOTH
 def test_the_penalty_inside_a_compiled_step(layer_of):
-    layer, x, w, case = designed(f"SA-GAN-{layer_of}", "float64")
+    case = CASE[f"SA-GAN-{layer_of}"]
+    layer, x, w = layer_of_case(case, "float64")
 
     def step(x):
         (slope,) = torch.autograd.grad((layer(x) * w).sum(), x, create_graph=True)
@@ -122,7 +112,7 @@ def test_the_penalty_inside_a_compiled_step(layer_of):
 
 
 def test_a_penalty_around_a_compiled_layer_raises():
-    layer, x, _, _ = designed("SA-GAN-001")
+    layer, x, _ = layer_of_case(CASE["SA-GAN-001"])
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x.requires_grad_()
     (slope,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
@@ -137,7 +127,7 @@ def exported(layer, x, **keywords):
 
 @BOTH
 def test_an_exported_layer_is_saved_loaded_and_equal_at_any_size(layer_of):
-    layer, x, _, _ = designed(f"SA-FWD-{layer_of}")
+    layer, x, _ = layer_of_case(CASE[f"SA-FWD-{layer_of}"])
     buffer = io.BytesIO()
     torch.export.save(exported(layer, x), buffer)
     buffer.seek(0)
@@ -157,7 +147,7 @@ def test_an_exported_layer_is_saved_loaded_and_equal_at_any_size(layer_of):
 
 @BOTH
 def test_the_map_is_exported_if_it_is_asked_for_then(layer_of):
-    layer, x, _, _ = designed(f"SA-FWD-{layer_of}")
+    layer, x, _ = layer_of_case(CASE[f"SA-FWD-{layer_of}"])
     twin = exported(layer, x, need_weights=True).module()
     maps = maps_of(SIZES[1], x.shape[1])
     for got, want in zip(twin(maps, need_weights=True), layer(maps, need_weights=True), strict=True):
@@ -165,7 +155,7 @@ def test_the_map_is_exported_if_it_is_asked_for_then(layer_of):
 
 
 def test_the_map_of_a_layer_exported_without_it_is_refused():
-    layer, x, _, _ = designed("SA-FWD-001")
+    layer, x, _ = layer_of_case(CASE["SA-FWD-001"])
     twin = exported(layer, x).module()
     with pytest.raises(ValueError, match="need_weights"):
         twin(x, need_weights=True)
@@ -176,7 +166,7 @@ def test_the_map_of_a_layer_exported_without_it_is_refused():
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @BOTH
 def test_a_traced_layer_is_equal_at_any_size(layer_of):
-    layer, x, _, _ = designed(f"SA-FWD-{layer_of}")
+    layer, x, _ = layer_of_case(CASE[f"SA-FWD-{layer_of}"])
     traced = torch.jit.trace(layer, (x,))
     for size in SIZES:
         maps = maps_of(size, x.shape[1])
@@ -186,7 +176,7 @@ def test_a_traced_layer_is_equal_at_any_size(layer_of):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @BOTH
 def test_scripting_is_refused_and_a_traced_layer_stands_in_a_scripted_module(layer_of):
-    layer, x, _, _ = designed(f"SA-FWD-{layer_of}")
+    layer, x, _ = layer_of_case(CASE[f"SA-FWD-{layer_of}"])
     for module in (layer, nn.Sequential(nn.Identity(), layer)):
         with pytest.raises(NotImplementedError, match=r"torch\.jit\.script.* torch\.jit\.trace\(layer, x\)"):
             torch.jit.script(module)
@@ -204,7 +194,7 @@ class Whole(torch.fx.Tracer):
 
 
 def test_fx_traces_around_the_layer_and_not_through_it():
-    layer, x, _, _ = designed("SA-FWD-006")
+    layer, x, _ = layer_of_case(CASE["SA-FWD-006"])
     network = nn.Sequential(nn.Conv2d(x.shape[1], x.shape[1], 1), layer)
     with pytest.raises(torch.fx.proxy.TraceError, match=r"leaf of your tracer.* torch\.export"):
         torch.fx.symbolic_trace(network)
@@ -215,7 +205,8 @@ def test_fx_traces_around_the_layer_and_not_through_it():
 
 @BOTH
 def test_onnx_runtime_gives_the_same_at_any_size(layer_of, tmp_path):
-    layer, x, _, case = designed(f"SA-FWD-{layer_of}")
+    case = CASE[f"SA-FWD-{layer_of}"]
+    layer, x, _ = layer_of_case(case)
     program = torch.onnx.export(layer, (x,), dynamo=True, dynamic_shapes={"x": DYNAMIC}, verbose=False)
     program.save(tmp_path / "layer.onnx")
     assert {node.domain for node in program.model.graph} == {""}
@@ -228,7 +219,7 @@ def test_onnx_runtime_gives_the_same_at_any_size(layer_of, tmp_path):
     for size in SIZES[1:]:
         maps = maps_of(size, x.shape[1])
         (y,) = session.run(None, {name: maps.numpy()})
-        want = spec.forward(case.config, params, maps.double().permute(0, 2, 3, 1).numpy())
+        want = spec.forward(case.config, params, channels_last(maps.double()))
         error = np.abs(y.transpose(0, 2, 3, 1) - want).max()
         assert error <= 16 * np.finfo("float32").eps * np.abs(want).max()
 
@@ -237,7 +228,8 @@ def test_onnx_runtime_gives_the_same_at_any_size(layer_of, tmp_path):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @BOTH
 def test_onnx_by_the_older_exporter_which_traces(layer_of, tmp_path):
-    layer, x, _, case = designed(f"SA-FWD-{layer_of}")
+    case = CASE[f"SA-FWD-{layer_of}"]
+    layer, x, _ = layer_of_case(case)
     axes = dict(enumerate("bchw"))
     torch.onnx.export(
         layer, (x,), tmp_path / "layer.onnx", dynamo=False, input_names=["x"], dynamic_axes={"x": axes}
@@ -249,7 +241,7 @@ def test_onnx_by_the_older_exporter_which_traces(layer_of, tmp_path):
 
 
 def test_an_exported_layer_has_operators_that_converters_know():
-    layer, x, _, _ = designed("SA-FWD-006")
+    layer, x, _ = layer_of_case(CASE["SA-FWD-006"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(layer, (x,))
@@ -261,7 +253,7 @@ def test_an_exported_layer_has_operators_that_converters_know():
 
 
 def test_onnx_with_the_map(tmp_path):
-    layer, x, _, _ = designed("SA-FWD-006")
+    layer, x, _ = layer_of_case(CASE["SA-FWD-006"])
     torch.onnx.export(
         layer,
         (x,),

@@ -8,24 +8,16 @@ from torch import nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 from selfattn_core import SelfAttentionConfig
-from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import CASES
-from selfattn_torch import SelfAttention2d, from_canonical
+from selfattn_torch import SelfAttention2d
+from tests.backends.torch.layers import CASE, layer_of_case
 
-FLAT, POOLED = (next(case for case in CASES if case.id == name) for name in ("SA-FWD-001", "SA-FWD-006"))
+FLAT, POOLED = CASE["SA-FWD-001"], CASE["SA-FWD-006"]
 BOTH = pytest.mark.parametrize("case", [FLAT, POOLED], ids=["flat", "pooled"])
 # In one block the layer is torch's own operators; with a block size it is our derivatives.
 BLOCKS = pytest.mark.parametrize("block_size", [None, 4])
 
 # torch's own forward mode compiles its decompositions on first use.
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script")
-
-
-def designed(case, block_size=None):
-    """A float64 layer on which no term vanishes, and its input (B, C, H, W)."""
-    given = inputs(case, "float64")
-    layer = from_canonical(case.config, given.params, block_size=block_size)
-    return layer, torch.from_numpy(given.x).permute(0, 3, 1, 2)
 
 
 def assert_close(got, want):
@@ -61,7 +53,7 @@ def test_gradcheck_and_gradgradcheck(config, size, block_size):
 @BOTH
 @BLOCKS
 def test_vmap_over_samples_and_over_inputs(case, block_size):
-    layer, x = designed(case, block_size)
+    layer, x, _ = layer_of_case(case, "float64", block_size=block_size)
     assert_close(vmap(layer)(x), layer(x))
     stacked = torch.stack([x, -x, x.flip(0)])
     assert_close(vmap(layer)(stacked), torch.stack([layer(maps) for maps in stacked]))
@@ -74,7 +66,7 @@ def test_vmap_over_samples_and_over_inputs(case, block_size):
 @BOTH
 @BLOCKS
 def test_gradients_of_every_sample(case, block_size):
-    layer, x = designed(case, block_size)
+    layer, x, _ = layer_of_case(case, "float64", block_size=block_size)
     parameters = dict(layer.named_parameters())
     targets = x.flip(3)
 
@@ -91,7 +83,7 @@ def test_gradients_of_every_sample(case, block_size):
 @BOTH
 @BLOCKS
 def test_the_penalty_of_every_sample(case, block_size):
-    layer, x = designed(case, block_size)
+    layer, x, _ = layer_of_case(case, "float64", block_size=block_size)
 
     def penalty(sample):
         return grad(lambda maps: layer(maps).sin().sum())(sample).square().sum()
@@ -108,12 +100,12 @@ def test_the_penalty_of_every_sample(case, block_size):
 @BOTH
 @BLOCKS
 def test_an_ensemble(case, block_size):
-    layers = [designed(case, block_size)[0] for _ in range(3)]
+    layers = [layer_of_case(case, "float64", block_size=block_size)[0] for _ in range(3)]
     for scale, layer in enumerate(layers, 1):
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.mul_(0.4 * scale)
-    _, x = designed(case)
+    _, x, _ = layer_of_case(case, "float64")
     parameters, buffers = stack_module_state(layers)
     skeleton = copy.deepcopy(layers[0]).to("meta")
     run = vmap(
@@ -131,7 +123,7 @@ def test_an_ensemble(case, block_size):
 @BOTH
 @BLOCKS
 def test_tangents(case, block_size):
-    layer, x = designed(case, block_size)
+    layer, x, _ = layer_of_case(case, "float64", block_size=block_size)
     direction = x.flip(2)
     _, tangent = jvp(layer, (x,), (direction,))
     cotangent = x.flip(3)
@@ -153,7 +145,7 @@ def test_tangents(case, block_size):
 @forward_mode
 @BLOCKS
 def test_jacobians(block_size):
-    layer, x = designed(POOLED, block_size)
+    layer, x, _ = layer_of_case(POOLED, "float64", block_size=block_size)
     sample = x[0, :, :2, :3].contiguous()
     assert_close(jacfwd(layer)(sample), jacrev(layer)(sample))
 
@@ -161,7 +153,7 @@ def test_jacobians(block_size):
 @BOTH
 @BLOCKS
 def test_batched_gradients(case, block_size):
-    layer, x = designed(case, block_size)
+    layer, x, _ = layer_of_case(case, "float64", block_size=block_size)
     x = x.clone().requires_grad_()
     sources = [x, *layer.parameters()]
     cotangents = torch.stack([x.detach().flip(3), x.detach().flip(2), -x.detach()])

@@ -14,25 +14,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfattn_core import SelfAttentionConfig, parameter_table
-from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.verdicts.tolerance import expect, judge
 from selfattn_core.params import KV_POOL, glorot_limit, projections
-from selfattn_torch import SelfAttention2d, from_canonical, to_canonical
+from selfattn_torch import SelfAttention2d, to_canonical
+from tests.backends.torch.layers import CASE, channels_last, layer_of_case
 
-FLAT, POOLED = (next(case for case in CASES if case.id == name) for name in ("SA-FWD-001", "SA-FWD-006"))
+FLAT, POOLED = CASE["SA-FWD-001"], CASE["SA-FWD-006"]
 BOTH = pytest.mark.parametrize("case", [FLAT, POOLED], ids=["flat", "pooled"])
-
-
-def designed(case, dtype="float32"):
-    """A layer on which no term vanishes, and its input (B, C, H, W)."""
-    given = inputs(case, dtype)
-    return from_canonical(case.config, given.params), torch.from_numpy(given.x).permute(0, 3, 1, 2)
 
 
 def assert_right(case, y):
     """That y (B, C, H, W) is what the spec gives for the input of the case."""
-    verdict = judge("y", y.detach().permute(0, 2, 3, 1).numpy(), expect(case, "float32")["y"], "float32")
+    verdict = judge("y", channels_last(y), expect(case, "float32")["y"], "float32")
     assert verdict.passed, verdict.message
 
 
@@ -47,7 +40,7 @@ def test_the_signature_is_frozen():
 
 @BOTH
 def test_repr_is_a_call_that_makes_the_layer(case):
-    layer, _ = designed(case)
+    layer, *_ = layer_of_case(case)
     arguments = repr(layer).splitlines()[1].strip()
     again = eval(f"SelfAttention2d({arguments})")  # noqa: S307 - our own repr
     assert again.config == case.config
@@ -85,7 +78,7 @@ def test_a_model_from_the_meta_device_starts_as_the_table_says():
 
 
 def test_loading_by_assignment_into_a_meta_layer():
-    layer, x = designed(POOLED)
+    layer, x, _ = layer_of_case(POOLED)
     state = layer.state_dict()
     empty = SelfAttention2d.from_config(POOLED.config, device="meta")
     empty.load_state_dict(state | {"gamma": state["gamma"].reshape(())}, assign=True)
@@ -131,7 +124,7 @@ def test_the_version_of_the_state_dict_is_frozen():
 
 @BOTH
 def test_copies_keep_the_migration(case):
-    layer, x = designed(case)
+    layer, x, _ = layer_of_case(case)
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
@@ -148,7 +141,7 @@ def test_copies_keep_the_migration(case):
 
 @BOTH
 def test_channels_last_stays_and_is_not_made(case):
-    layer, x = designed(case)
+    layer, x, _ = layer_of_case(case)
     for maps, memory_format in (
         (x.contiguous(memory_format=torch.channels_last), torch.channels_last),
         (x.contiguous(), torch.contiguous_format),
@@ -162,7 +155,7 @@ def test_channels_last_stays_and_is_not_made(case):
 
 @BOTH
 def test_an_empty_batch_has_empty_results_and_gradients_of_zero(case):
-    layer, x = designed(case)
+    layer, x, _ = layer_of_case(case)
     empty = x[:0].clone().requires_grad_()
     y, attention = layer(empty, need_weights=True)
     assert y.shape == empty.shape
@@ -175,7 +168,7 @@ def test_an_empty_batch_has_empty_results_and_gradients_of_zero(case):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(case, dtype):
-    layer, x = designed(case)
+    layer, x, _ = layer_of_case(case)
     exact = layer(x)
     with torch.autocast("cpu", dtype=dtype):
         y, attention = layer(x, need_weights=True)
@@ -199,7 +192,7 @@ def test_autocast(case, dtype):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_training_under_autocast(case, dtype):
-    layer, x = designed(case)
+    layer, x, _ = layer_of_case(case)
     x.requires_grad_()
 
     def step():
@@ -218,7 +211,7 @@ def test_training_under_autocast(case, dtype):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_module_of_another_dtype_trains(case, dtype):
-    layer, x = designed(case)
+    layer, x, _ = layer_of_case(case)
     layer.to(dtype)
     maps = x.to(dtype).requires_grad_()
     layer(maps).square().mean().backward()
@@ -261,7 +254,7 @@ class Functions(TorchFunctionMode):
 @BOTH
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_no_fused_attention_kernel_is_called(case, block_size):
-    layer, x = designed(case)
+    layer, x, _ = layer_of_case(case)
     layer.block_size = block_size
     x.requires_grad_()
     with Operators() as operators, Functions() as functions:
@@ -296,30 +289,30 @@ class LowRank(nn.Module):
     ("case", "name"), [(case, name) for case in (FLAT, POOLED) for name in projections(case.config)]
 )
 def test_children_are_called_so_that_they_can_be_hooked_and_replaced(case, name):
-    layer, x = designed(case)
+    layer, x, _ = layer_of_case(case)
     layer.requires_grad_(False)
     wrapped = LowRank(layer.get_submodule(name))
     setattr(layer, name, wrapped)
-    merged, _ = designed(case)
+    merged, *_ = layer_of_case(case)
     with torch.no_grad():
         product = torch.einsum("orij,rcij->ocij", wrapped.up.weight, wrapped.down.weight)
         merged.get_submodule(name).weight += product
     y = layer(x)
-    assert not torch.allclose(y, designed(case)[0](x), atol=1e-4)
+    assert not torch.allclose(y, layer_of_case(case)[0](x), atol=1e-4)
     torch.testing.assert_close(y, merged(x), rtol=1e-4, atol=1e-5)
     y.square().sum().backward()
     assert wrapped.up.weight.grad.any()
     with pytest.raises(ValueError, match=f"of which {name} is a LowRank; expected plain convolutions"):
         to_canonical(layer)
 
-    hooked, _ = designed(case)
+    hooked, *_ = layer_of_case(case)
     hooked.get_submodule(name).register_forward_hook(lambda *given: given[-1] * 0)
-    assert not torch.allclose(hooked(x), designed(case)[0](x), atol=1e-4)
+    assert not torch.allclose(hooked(x), layer_of_case(case)[0](x), atol=1e-4)
 
 
 @BOTH
 def test_spectral_norm_from_outside(case):
-    layer, x = designed(case)
+    layer, x, _ = layer_of_case(case)
     names = [name for name, _ in layer.named_children()]
     kernels = {name: layer.get_submodule(name).weight.detach().clone() for name in names}
     for name in names:
@@ -329,7 +322,7 @@ def test_spectral_norm_from_outside(case):
     (slope,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
     slope.square().sum().backward()
     layer.eval()
-    plain, _ = designed(case)
+    plain, *_ = layer_of_case(case)
     with torch.no_grad():
         for name in names:
             child = layer.get_submodule(name)
@@ -350,20 +343,20 @@ def test_spectral_norm_from_outside(case):
 
 @pytest.mark.filterwarnings("ignore:.*torch.nn.utils.spectral_norm.*:FutureWarning")
 def test_a_weight_that_a_hook_computes_is_not_exported():
-    layer, _ = designed(FLAT)
+    layer, *_ = layer_of_case(FLAT)
     nn.utils.spectral_norm(layer.key)
     with pytest.raises(ValueError, match="the weight of key is computed by a hook"):
         to_canonical(layer)
 
 
 def test_a_plain_convolution_in_place_of_a_child_is_exported():
-    layer, _ = designed(FLAT)
+    layer, *_ = layer_of_case(FLAT)
     layer.key = nn.Conv2d(24, 3, 1)
     assert np.array_equal(to_canonical(layer)["key.bias"], layer.key.bias.detach())
 
 
 def test_in_a_sequential_the_output_is_a_tensor():
-    layer, x = designed(FLAT)
+    layer, x, _ = layer_of_case(FLAT)
     model = nn.Sequential(layer, nn.ReLU())
     assert torch.equal(model(x), layer(x).relu())
 

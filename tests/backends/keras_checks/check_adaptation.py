@@ -8,14 +8,11 @@ from selfattn_core import SelfAttentionConfig, spec
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import Case
 from selfattn_keras import SelfAttention2D, from_canonical, to_canonical
+from tests.support import to_numpy
 
 CONFIG = SelfAttentionConfig(11, 3, 6, out_projection=True)
 EPS = float(np.finfo("float32").eps)
 GIVEN = inputs(Case("adaptation", "forward", "", CONFIG, (2, 5, 7)), "float32")
-
-
-def to_numpy(tensor):
-    return np.asarray(keras.ops.convert_to_numpy(tensor))
 
 
 def specified(params, x=GIVEN.x):

@@ -14,38 +14,12 @@ from selfattn_core.conformance.cases.table import Ability
 from selfattn_keras import SelfAttention2D, from_canonical
 from selfattn_keras.conformance import Model, backend
 from selfattn_keras.projection import Projection
+from tests.support import CONFIGS, FLAT, GRADIENT, OUTPUT, POOLED, designed, to_numpy, wide
 
 FRAMEWORK = keras.backend.backend()
-FLAT = SelfAttentionConfig(11, 3)
-POOLED = SelfAttentionConfig(11, 3, 5, out_projection=True, use_bias=False, kv_pool=2)
-CONFIGS = {
-    "flat": FLAT,
-    # As many value channels as the map is wide: Keras then takes a channels-first bias on TensorFlow for the wrong axis.
-    "out projection": SelfAttentionConfig(11, 3, 7, out_projection=True),
-    "pooled with biases": dataclasses.replace(POOLED, use_bias=True),
-}
 LAYOUTS = ["channels_last", "channels_first"]
-# In units of eps·max|want|.
-OUTPUT, GRADIENT = 16, 128
-
-
-def designed(config, seed=0, shape=(2, 5, 7), dtype="float64", gamma=0.7):
-    """x, dy and parameters on which no term of the function vanishes."""
-    generator = np.random.default_rng(seed)
-    x, dy = (generator.standard_normal((*shape, config.channels)).astype(dtype) for _ in range(2))
-    params = {name: generator.standard_normal(row.shape) for name, row in parameter_table(config).items()}
-    params = {
-        name: value / np.sqrt(len(value)) if value.ndim == 2 else value for name, value in params.items()
-    }
-    params["gamma"] = np.array([gamma])
-    return {name: value.astype(dtype) for name, value in params.items()}, x, dy
-
-
-def wide(params, *arrays):
-    """The same values in float64, for the specification."""
-    return {name: np.float64(value) for name, value in params.items()}, *(
-        np.float64(array) for array in arrays
-    )
+# As many value channels as the map is wide: Keras then takes a channels-first bias on TensorFlow for the wrong axis.
+LAYERS = CONFIGS | {"out projection": SelfAttentionConfig(11, 3, 9, out_projection=True)}
 
 
 def error(got, want, eps, scale=None):
@@ -74,10 +48,10 @@ def test_backend_is_what_the_kit_expects():
 @pytest.mark.parametrize(("dtype", "layout"), [("float32", LAYOUTS[1]), ("float64", LAYOUTS[0])])
 def test_forward_map_and_derivatives(dtype, layout):
     """Of one layer, in this process; tests/conformance compares every kind of layer and shape."""
-    config = CONFIGS["pooled with biases"]
+    config = LAYERS["pooled with biases"]
     eps = np.finfo(dtype).eps
-    params, x, dy = designed(config, dtype=dtype)
-    exact, wide_x, wide_dy = wide(params, x, dy)
+    params, x, dy = designed(config, dtype)
+    exact, wide_x, wide_dy = map(wide, (params, x, dy))
     model = backend.build(config, params, dtype, layout)
     y, A = backend.forward(model, x), backend.attention_map(model, x)
     assert y.dtype == A.dtype == dtype
@@ -93,8 +67,8 @@ def test_forward_map_and_derivatives(dtype, layout):
 
 
 def test_block_size_changes_nothing_but_rounding():
-    params, x, dy = designed(FLAT, dtype="float32")
-    exact, wide_x, wide_dy = wide(params, x, dy)
+    params, x, dy = designed(FLAT)
+    exact, wide_x, wide_dy = map(wide, (params, x, dy))
     model = Model(from_canonical(FLAT, params, block_size=8, data_format="channels_last"))
     eps = np.finfo("float32").eps
     assert error(backend.forward(model, x), spec.forward(FLAT, exact, wide_x), eps) <= OUTPUT
@@ -119,7 +93,7 @@ def test_block_size_reaches_the_core(monkeypatch):
 
 
 def test_both_formats_give_the_same_map_and_output():
-    params, x, _ = designed(POOLED, dtype="float32")
+    params, x, _ = designed(POOLED, shape=(2, 5, 7))
     last, first = (from_canonical(POOLED, params, data_format=layout) for layout in LAYOUTS)
     y, A = last(x, return_attention_scores=True)
     y_first, A_first = first(x.transpose(0, 3, 1, 2), return_attention_scores=True)
@@ -128,14 +102,10 @@ def test_both_formats_give_the_same_map_and_output():
     np.testing.assert_array_equal(to_numpy(y_first).transpose(0, 2, 3, 1), to_numpy(y))
 
 
-def to_numpy(tensor):
-    return np.asarray(keras.ops.convert_to_numpy(tensor))
-
-
 @pytest.mark.parametrize(("name", "layout"), [("flat", LAYOUTS[0]), ("pooled with biases", LAYOUTS[1])])
 def test_gamma_zero_is_the_identity_bit_for_bit(name, layout):
-    config = CONFIGS[name]
-    params, x, _ = designed(config, dtype="float32", gamma=0)
+    config = LAYERS[name]
+    params, x, _ = designed(config, gamma=0)
     model = backend.build(config, params, "float32", layout)
     assert backend.forward(model, x).tobytes() == x.tobytes()
 
@@ -143,7 +113,7 @@ def test_gamma_zero_is_the_identity_bit_for_bit(name, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_pooled_window_with_nan_gives_nan_and_other_samples_stay(layout):
     # A NaN in the value alone, which no softmax can spread: only pooling decides.
-    params, x, _ = designed(POOLED, dtype="float32")
+    params, x, _ = designed(POOLED)
     x[0, 1, 2, 4] = np.nan
     for name in ("query.kernel", "key.kernel"):
         params[name][4] = 0
@@ -156,7 +126,7 @@ def test_a_pooled_window_with_nan_gives_nan_and_other_samples_stay(layout):
 
 def test_pool_ties_go_to_the_first_winner():
     # Small integers, so that keys and values are exact: many windows hold their largest several times.
-    params, x, dy = designed(POOLED, dtype="float64")
+    params, x, dy = designed(POOLED, "float64", shape=(2, 5, 7))
     generator = np.random.default_rng(1)
     x = generator.integers(-1, 2, x.shape).astype("float64")
     for name in ("key.kernel", "value.kernel"):
@@ -173,7 +143,7 @@ def test_pool_ties_go_to_the_first_winner():
 def test_keras_multi_head_attention_reproduces_the_flat_layer():
     """One head without its scale, which sqrt(key_dim) in the query takes back."""
     config = SelfAttentionConfig(24)
-    params, x, _ = designed(config, dtype="float32")
+    params, x, _ = designed(config, shape=(2, 5, 7))
     theirs = keras.layers.MultiHeadAttention(num_heads=1, key_dim=3, value_dim=24, flash_attention=False)
     rows = x.reshape(2, 35, 24)
     theirs.build(rows.shape, rows.shape)
@@ -231,8 +201,8 @@ def mended_twin(params, x):
 
 
 def test_the_published_tensorflow_twin_is_another_function():
-    params, x, _ = designed(FLAT, dtype="float32")
-    exact, wide_x = wide(params, x)
+    params, x, _ = designed(FLAT)
+    exact, wide_x = map(wide, (params, x))
     want = spec.forward(FLAT, exact, wide_x)
     eps = np.finfo("float32").eps
     layer = from_canonical(FLAT, params, data_format="channels_last")
@@ -259,7 +229,7 @@ def test_the_published_tensorflow_twin_is_another_function():
 )
 def test_sixteen_bits(policy, layout):
     compute = policy.removeprefix("mixed_")
-    params, x, _ = designed(POOLED, dtype="float32")
+    params, x, _ = designed(POOLED)
     layer = from_canonical(POOLED, params, data_format=layout, dtype=policy)
     assert {variable.dtype for variable in layer.variables} == {
         "float32" if policy.startswith("mixed") else compute
@@ -270,15 +240,15 @@ def test_sixteen_bits(policy, layout):
     y = np.float64(to_numpy(y))
     y = y if layout == "channels_last" else y.transpose(0, 2, 3, 1)
     eps = {"bfloat16": 2.0**-7, "float16": 2.0**-10}[compute]
-    assert error(y, spec.forward(POOLED, *wide(params, x)), eps) <= 4
+    assert error(y, spec.forward(POOLED, *map(wide, (params, x))), eps) <= 4
 
 
 @pytest.mark.parametrize("spectral_norm", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_gradient_of_a_bias_is_a_sum_that_does_not_stand_still(dtype, spectral_norm):
     # What is added up in bfloat16, one by one, ends at 256.
-    config = dataclasses.replace(CONFIGS["out projection"], spectral_norm=spectral_norm)
-    params, x, dy = designed(config, shape=(256, 4, 4), dtype="float32", gamma=1.0)
+    config = dataclasses.replace(LAYERS["out projection"], spectral_norm=spectral_norm)
+    params, x, dy = designed(config, shape=(256, 4, 4), gamma=1.0)
     if spectral_norm:
         params = init_params(config, seed=0) | params
     gradients = backend.vjp(backend.build(config, params, dtype, "channels_last"), x, np.ones_like(dy))
@@ -421,8 +391,8 @@ if FRAMEWORK == "tensorflow":
     def test_penalty_inside_a_function_of_unknown_sizes(name, compiled, layout):
         import tensorflow as tf
 
-        config = CONFIGS[name]
-        params, x, w = designed(config, dtype="float32")
+        config = LAYERS[name]
+        params, x, w = designed(config)
         model = backend.build(config, params, "float32", layout).layer
         shape = [None, None, None, 11] if layout == "channels_last" else [None, 11, None, None]
         variables = [model.gamma.value, model.value.kernel.value]
@@ -439,7 +409,7 @@ if FRAMEWORK == "tensorflow":
 
         native = (lambda a: a) if layout == "channels_last" else (lambda a: a.transpose(0, 3, 1, 2).copy())
         value, dx, gamma, kernel = penalty(native(x), native(w))
-        want_value, want = spec.r1(config, *wide(params, x, w))
+        want_value, want = spec.r1(config, *map(wide, (params, x, w)))
         eps = np.finfo("float32").eps
         dx = dx.numpy() if layout == "channels_last" else dx.numpy().transpose(0, 2, 3, 1)
         assert abs(float(value) - want_value) <= GRADIENT * eps * want_value
@@ -449,10 +419,10 @@ if FRAMEWORK == "tensorflow":
 
     @pytest.mark.parametrize("compiled", [False, True], ids=["graph", "XLA"])
     def test_an_empty_batch_whose_size_was_unknown(compiled):
-        config = CONFIGS["pooled with biases"]
+        config = LAYERS["pooled with biases"]
         import tensorflow as tf
 
-        layer = from_canonical(config, designed(config, dtype="float32")[0], data_format=LAYOUTS[0])
+        layer = from_canonical(config, designed(config)[0], data_format=LAYOUTS[0])
 
         @tf.function(jit_compile=compiled, input_signature=[tf.TensorSpec([None, 5, 7, 11])])
         def run(x):
@@ -473,7 +443,7 @@ if FRAMEWORK == "tensorflow":
     def test_a_map_smaller_than_a_window_whose_size_was_unknown(layout):
         import tensorflow as tf
 
-        layer = from_canonical(POOLED, designed(POOLED, dtype="float32")[0], data_format=layout)
+        layer = from_canonical(POOLED, designed(POOLED)[0], data_format=layout)
         shape, native = (
             ([None, None, None, 11], (0, 1, 2, 3))
             if layout == "channels_last"
@@ -491,7 +461,7 @@ if FRAMEWORK == "jax":
     def test_penalty_under_jit():
         import jax
 
-        params, x, w = designed(POOLED, dtype="float32")
+        params, x, w = designed(POOLED)
         model = backend.build(POOLED, params, "float32", "channels_first").layer
 
         def native(maps):
@@ -503,7 +473,7 @@ if FRAMEWORK == "jax":
             return (dx * dx).sum()
 
         value, dx = jax.value_and_grad(penalty)(native(x))
-        want_value, want = spec.r1(POOLED, *wide(params, x, w))
+        want_value, want = spec.r1(POOLED, *map(wide, (params, x, w)))
         eps = np.finfo("float32").eps
         assert abs(float(value) - want_value) <= GRADIENT * eps * want_value
         assert error(np.asarray(dx).transpose(0, 2, 3, 1), want["x"], eps) <= GRADIENT

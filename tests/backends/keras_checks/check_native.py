@@ -10,14 +10,10 @@ import pytest
 import selfattn_keras
 from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec
 from selfattn_keras import SelfAttention2D, from_canonical, to_canonical
+from tests.support import POOLED, to_numpy
 
 FRAMEWORK = keras.backend.backend()
-POOLED = SelfAttentionConfig(11, 3, 5, out_projection=True, use_bias=False, kv_pool=2)
 EPS = float(np.finfo("float32").eps)
-
-
-def to_numpy(tensor):
-    return np.asarray(keras.ops.convert_to_numpy(tensor))
 
 
 def moved(config, seed=0):

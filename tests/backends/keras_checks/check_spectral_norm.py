@@ -5,76 +5,61 @@ import numpy as np
 import pytest
 from keras import ops
 
-from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec, spectral_norm
+from selfattn_core import SelfAttentionConfig, parameter_table, spec, spectral_norm
 from selfattn_core.params import fold_spectral_norm, projections, state_table
 from selfattn_keras import SelfAttention2D, from_canonical, load, refresh_spectral_norm, save, to_canonical
 from selfattn_keras.conformance import backend
 from selfattn_keras.conformance.mutants import MovesInEvaluation
 from selfattn_keras.spectral_norm import SpectralConv2D
 from selfattn_keras.weights import variable
+from tests.support import NORMALISED, assert_near, designed, to_numpy, wide
 
 FRAMEWORK = keras.backend.backend()
-CONFIG = SelfAttentionConfig(11, 3, 5, out_projection=True, kv_pool=2, spectral_norm=True)
 # float64 exists in JAX only where the process asked for it, which this one has not.
 DTYPE = "float32" if FRAMEWORK == "jax" else "float64"
 EPS = float(np.finfo(DTYPE).eps)
-
-
-def designed(dtype=DTYPE, config=CONFIG):
-    """Canonical parameters with a state that is far from converged, and x (B, H, W, C)."""
-    generator = np.random.default_rng(2)
-    params = {name: generator.standard_normal(row.shape) for name, row in init_params(config, seed=0).items()}
-    params = {name: array.astype(dtype) for name, array in spec.power_iteration(config, params).items()}
-    return params, generator.standard_normal((2, 5, 7, config.channels)).astype(dtype)
-
-
-def wide(arrays):
-    return {name: array.astype(np.float64) for name, array in arrays.items()}
-
-
-def assert_near(got, want, ulps=256):
-    assert got.shape == want.shape
-    assert np.abs(np.float64(got) - want).max() <= ulps * EPS * np.abs(want).max()
+# Ulps that a function of the layer may be off: the norms of the kernels add theirs.
+OUTPUT = 256
 
 
 def assert_state(layer, want):
     got = to_canonical(layer)
     for name in state_table(layer.config):
-        assert_near(got[name], want[name], 32)
+        assert_near(got[name], want[name], 32, DTYPE)
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_a_training_call_moves_the_state_once_and_others_do_not(data_format):
-    params, x = designed()
-    layer = from_canonical(CONFIG, params, data_format=data_format)
+    params, x, _ = designed(NORMALISED, DTYPE)
+    layer = from_canonical(NORMALISED, params, data_format=data_format)
     maps = x if data_format == "channels_last" else x.transpose(0, 3, 1, 2)
 
     def forward(**mode):
-        y = ops.convert_to_numpy(layer(maps, **mode))
+        y = to_numpy(layer(maps, **mode))
         return y if data_format == "channels_last" else y.transpose(0, 2, 3, 1)
 
-    exact, wide_x = wide(params), np.float64(x)
+    exact, wide_x = wide(params), wide(x)
     for mode in ({}, {"training": False}):
-        assert_near(forward(**mode), spec.forward(CONFIG, exact, wide_x))
+        assert_near(forward(**mode), spec.forward(NORMALISED, exact, wide_x), OUTPUT, DTYPE)
         assert all(np.array_equal(to_canonical(layer)[name], array) for name, array in params.items())
-    moved = spec.power_iteration(CONFIG, exact)
-    assert_near(forward(training=True), spec.forward(CONFIG, moved, wide_x))
+    moved = spec.power_iteration(NORMALISED, exact)
+    assert_near(forward(training=True), spec.forward(NORMALISED, moved, wide_x), OUTPUT, DTYPE)
     assert_state(layer, moved)
     _, attention = layer(maps, return_attention_scores=True)
-    assert_near(ops.convert_to_numpy(attention), spec.attention_map(CONFIG, moved, wide_x))
+    assert_near(to_numpy(attention), spec.attention_map(NORMALISED, moved, wide_x), OUTPUT, DTYPE)
     assert_state(layer, moved)
     np.testing.assert_array_equal(to_canonical(layer)["query.kernel"], params["query.kernel"])
 
 
 def test_the_state_is_saved_but_not_trained():
-    layer = from_canonical(CONFIG, designed()[0])
+    layer = from_canonical(NORMALISED, designed(NORMALISED, DTYPE)[0])
     assert {each.path.removeprefix(layer.name + "/") for each in layer.non_trainable_variables} == {
-        name.replace(".", "/") for name in state_table(CONFIG)
+        name.replace(".", "/") for name in state_table(NORMALISED)
     }
     assert {each.path.removeprefix(layer.name + "/") for each in layer.trainable_variables} == {
-        name.replace(".", "/") for name in parameter_table(CONFIG)
+        name.replace(".", "/") for name in parameter_table(NORMALISED)
     }
-    assert all(isinstance(getattr(layer, name), SpectralConv2D) for name in projections(CONFIG))
+    assert all(isinstance(getattr(layer, name), SpectralConv2D) for name in projections(NORMALISED))
 
 
 def _steps(layer, run):
@@ -207,10 +192,10 @@ def test_native_files_carry_the_state(tmp_path, suffix):
 
 @pytest.mark.parametrize("dtype", sorted({DTYPE, "float32", "float16"}))
 def test_canonical_arrays_and_files_carry_the_state(tmp_path, dtype):
-    params, _ = designed(dtype)
-    save(from_canonical(CONFIG, params), tmp_path / "layer.safetensors")
+    params, *_ = designed(NORMALISED, dtype)
+    save(from_canonical(NORMALISED, params), tmp_path / "layer.safetensors")
     layer = load(tmp_path / "layer.safetensors")
-    assert layer.config == CONFIG
+    assert layer.config == NORMALISED
     assert layer.get_config()["spectral_norm"] is True
     got = to_canonical(layer)
     assert list(got) == list(params)
@@ -235,25 +220,22 @@ def test_a_new_layer_has_been_warmed_up():
 
 
 def test_a_child_is_the_projection_that_the_layer_applies():
-    params, x = designed()
-    layer = from_canonical(CONFIG, params)
-    _, folded = fold_spectral_norm(CONFIG, params)
-    assert_near(ops.convert_to_numpy(layer.value(x)), x @ folded["value.kernel"] + folded["value.bias"], 64)
+    params, x, _ = designed(NORMALISED, DTYPE)
+    layer = from_canonical(NORMALISED, params)
+    _, folded = fold_spectral_norm(NORMALISED, params)
+    assert_near(to_numpy(layer.value(x)), x @ folded["value.kernel"] + folded["value.bias"], 64, DTYPE)
 
 
 def test_mixed_precision_keeps_the_norm_in_float32():
-    params, x = designed("float32")
-    layer = from_canonical(CONFIG, params, dtype="mixed_bfloat16")
+    params, x, _ = designed(NORMALISED)
+    layer = from_canonical(NORMALISED, params, dtype="mixed_bfloat16")
     y = layer(x, training=True)
     assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
-    moved = spec.power_iteration(CONFIG, wide(params))
-    for name in state_table(CONFIG):
+    moved = spec.power_iteration(NORMALISED, wide(params))
+    for name in state_table(NORMALISED):
         np.testing.assert_allclose(to_canonical(layer)[name], moved[name], atol=1e-5)
-    want = spec.forward(CONFIG, moved, np.float64(x))
-    assert (
-        np.abs(np.float64(ops.convert_to_numpy(ops.cast(y, "float32"))) - want).max()
-        < 0.05 * np.abs(want).max()
-    )
+    want = spec.forward(NORMALISED, moved, wide(x))
+    assert np.abs(np.float64(to_numpy(ops.cast(y, "float32"))) - want).max() < 0.05 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("outer", ["train", "eval"])
@@ -261,8 +243,8 @@ def test_other_calls_before_the_gradient_do_not_disturb_it(outer):
     """On torch and TensorFlow, whose variables change in place."""
     if FRAMEWORK == "jax":
         pytest.skip("arrays of JAX do not change")
-    params, x = designed()
-    layer, twin = from_canonical(CONFIG, params), from_canonical(CONFIG, params)
+    params, x, _ = designed(NORMALISED, DTYPE)
+    layer, twin = from_canonical(NORMALISED, params), from_canonical(NORMALISED, params)
 
     def gradient(layer, between):
         kernel = variable(layer, "query.kernel")
@@ -286,7 +268,7 @@ def test_other_calls_before_the_gradient_do_not_disturb_it(outer):
 
 
 def test_rematerialisation_moves_the_state_once_or_is_refused():
-    params, x = designed("float32", SelfAttentionConfig(11, 3, spectral_norm=True))
+    params, x, _ = designed(SelfAttentionConfig(11, 3, spectral_norm=True), shape=(2, 5, 7))
     with keras.RematScope(mode="full"):
         layer = from_canonical(SelfAttentionConfig(11, 3, spectral_norm=True), params)
         model = keras.Sequential([keras.Input((5, 7, 11)), layer, keras.layers.GlobalAveragePooling2D()])
@@ -312,9 +294,9 @@ def test_the_option_is_checked_and_kept():
 @pytest.mark.parametrize("call", ["forward", "vjp"])
 def test_the_kit_sees_the_state_that_a_call_moves(call):
     """By its own backend, of a layer that moves what an evaluation should leave alone."""
-    params, x = designed()
+    params, x, _ = designed(NORMALISED, DTYPE)
     for kit, moves in ((MovesInEvaluation(), True), (backend, False)):
-        model = kit.build(CONFIG, params, DTYPE, "channels_last")
+        model = kit.build(NORMALISED, params, DTYPE, "channels_last")
         getattr(kit, call)(model, *((x,) if call == "forward" else (x, x)))
         assert (kit.params(model)["query.u"] != params["query.u"]).any() == moves
 
@@ -328,8 +310,8 @@ def shares(layer):
 
 
 def test_kernels_from_outside_are_refreshed():
-    layer = from_canonical(CONFIG, designed()[0])
-    layer.query.kernel.assign(5 * ops.convert_to_numpy(layer.query.kernel)[..., ::-1, :])
+    layer = from_canonical(NORMALISED, designed(NORMALISED, DTYPE)[0])
+    layer.query.kernel.assign(5 * to_numpy(layer.query.kernel)[..., ::-1, :])
     assert min(shares(layer)) < 0.9
     refresh_spectral_norm(layer)
     np.testing.assert_allclose(shares(layer), 1, rtol=16 * EPS)

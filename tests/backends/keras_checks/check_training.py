@@ -7,12 +7,9 @@ import numpy as np
 
 from selfattn_core import SelfAttentionConfig
 from selfattn_keras import SelfAttention2D, to_canonical
+from tests.support import to_numpy
 
 FRAMEWORK = keras.backend.backend()
-
-
-def to_numpy(tensor):
-    return np.asarray(keras.ops.convert_to_numpy(tensor))
 
 
 def data():

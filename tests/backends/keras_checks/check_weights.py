@@ -9,19 +9,15 @@ import numpy as np
 import pytest
 
 import selfattn_core
-from selfattn_core import SelfAttentionConfig, parameter_table
+from selfattn_core import parameter_table
 from selfattn_keras import SelfAttention2D, from_canonical, load, save, to_canonical
+from tests.support import CONFIGS, assert_same, to_numpy
 
-CONFIGS = {
-    "flat": SelfAttentionConfig(11, 3),
-    "pooled": SelfAttentionConfig(11, 3, 5, out_projection=True, use_bias=False, kv_pool=2),
-    "out projection": SelfAttentionConfig(11, 3, 7, out_projection=True),
-}
 # Whether float64 does not exist here: in JAX, unless the process has asked for it.
 NARROW = keras.backend.standardize_dtype(keras.ops.convert_to_tensor(np.zeros(1)).dtype) != "float64"
 
 
-@pytest.fixture(params=CONFIGS, ids=str)
+@pytest.fixture(params=["flat", "pooled", "out projection"])
 def config(request):
     return CONFIGS[request.param]
 
@@ -30,14 +26,6 @@ def values(config, dtype="float32", seed=0):
     generator = np.random.default_rng(seed)
     table = parameter_table(config)
     return {name: generator.standard_normal(row.shape).astype(dtype) for name, row in table.items()}
-
-
-def assert_same(got, want):
-    assert list(got) == list(want)
-    for name, array in want.items():
-        assert got[name].dtype == array.dtype, name
-        assert got[name].shape == array.shape, name
-        assert got[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
@@ -134,10 +122,6 @@ def test_loading_draws_nothing_from_any_random_state(config, tmp_path):
     got = to_numpy(keras.random.normal((4,))), np.random.random(), random.random()  # noqa: NPY002, S311
     np.testing.assert_array_equal(got[0], want[0])
     assert got[1:] == want[1:]
-
-
-def to_numpy(tensor):
-    return np.asarray(keras.ops.convert_to_numpy(tensor))
 
 
 def test_loaded_layers_keep_the_family_initializers(config):

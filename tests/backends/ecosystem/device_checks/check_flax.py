@@ -16,6 +16,7 @@ from selfattn_core import SelfAttentionConfig, spec
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import Case
 from selfattn_flax import linen
+from tests.support import assert_near
 
 CONFIG = SelfAttentionConfig(12, 4, 6, out_projection=True, kv_pool=2)
 GIVEN = inputs(Case("devices", "r1", "", CONFIG, (16, 5, 7)), "float32")
@@ -32,11 +33,6 @@ def test_there_are_eight_devices():
 @pytest.fixture(params=["Auto", "Explicit"])
 def kind(request):
     return AxisType[request.param]
-
-
-def assert_near(got, want, ulp):
-    assert got.shape == want.shape
-    assert np.abs(np.asarray(got) - want).max() <= ulp * EPS * np.abs(want).max()
 
 
 def flavours():
