@@ -310,7 +310,7 @@ def test_names_on_disk(tmp_path):
 
 def test_float64_policy_is_float64_throughout():
     if FRAMEWORK == "jax":
-        pytest.skip("this process has no 64 bits; check_function.py runs where it has")
+        pytest.skip("this process has no 64 bits; test_layer.py runs where it has")
     layer = SelfAttention2D.from_spec(POOLED, dtype="float64", data_format="channels_last")
     y, A = layer(np.ones((1, 4, 4, 11)), return_attention_scores=True)
     assert {variable.dtype for variable in layer.variables} == {"float64"}

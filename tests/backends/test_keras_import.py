@@ -1,4 +1,4 @@
-"""Runs the checks of `keras_checks` on each Keras backend, in processes of their own: Keras fixes its backend at import."""
+"""What `import selfattn_keras` needs, says and changes on each Keras backend."""
 
 import os
 import subprocess
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CHECKS = Path(__file__).parent / "keras_checks"
 
 
 def python(*arguments, **environment):
@@ -24,26 +23,6 @@ def python(*arguments, **environment):
         timeout=900,
         check=False,
     )
-
-
-# In JAX float64 exists only where the process asked for it, which users mostly have not: both are checked.
-@pytest.mark.parametrize(
-    ("backend", "files", "environment"),
-    [
-        pytest.param("tensorflow", "check_*.py", {}, id="tensorflow"),
-        pytest.param("jax", "check_[!f]*.py", {}, id="jax"),
-        pytest.param(
-            "jax", "check_[fw]*.py", {"JAX_ENABLE_X64": "1"}, id="jax with 64 bits", marks=pytest.mark.slow
-        ),
-        pytest.param("torch", "check_*.py", {}, id="torch"),
-    ],
-)
-def test_layer(backend, files, environment):
-    paths = [str(path) for path in sorted(CHECKS.glob(files))]
-    assert paths
-    done = python("-m", "pytest", "-q", *paths, KERAS_BACKEND=backend, **environment)
-    print(done.stdout)  # noqa: T201 - pytest shows it where the test fails, and with -rP the skips of each process
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
 
 
 # As if the module were not on the disk; None in sys.modules would make of it one that is there and no package.

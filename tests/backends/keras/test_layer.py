@@ -382,98 +382,100 @@ def test_config_exists_once_the_layer_is_built():
     assert layer.config == FLAT
 
 
-if FRAMEWORK == "tensorflow":
+@pytest.mark.skipif(FRAMEWORK != "tensorflow", reason="on TensorFlow alone")
+@pytest.mark.parametrize("compiled", [False, True], ids=["graph", "XLA"])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("out projection", LAYOUTS[1]), ("pooled with biases", LAYOUTS[0])]
+)
+def test_penalty_inside_a_function_of_unknown_sizes(name, compiled, layout):
+    import tensorflow as tf
 
-    @pytest.mark.parametrize("compiled", [False, True], ids=["graph", "XLA"])
-    @pytest.mark.parametrize(
-        ("name", "layout"), [("out projection", LAYOUTS[1]), ("pooled with biases", LAYOUTS[0])]
+    config = LAYERS[name]
+    params, x, w = designed(config)
+    model = backend.build(config, params, "float32", layout).layer
+    shape = [None, None, None, 11] if layout == "channels_last" else [None, 11, None, None]
+    variables = [model.gamma.value, model.value.kernel.value]
+
+    @tf.function(jit_compile=compiled, input_signature=[tf.TensorSpec(shape)] * 2)
+    def penalty(x, w):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y = model(x)
+            value = tf.reduce_sum(tf.square(inner.gradient(y, x, w)))
+        return value, *outer.gradient(value, [x, *variables])
+
+    native = (lambda a: a) if layout == "channels_last" else (lambda a: a.transpose(0, 3, 1, 2).copy())
+    value, dx, gamma, kernel = penalty(native(x), native(w))
+    want_value, want = spec.r1(config, *map(wide, (params, x, w)))
+    eps = np.finfo("float32").eps
+    dx = dx.numpy() if layout == "channels_last" else dx.numpy().transpose(0, 2, 3, 1)
+    assert abs(float(value) - want_value) <= GRADIENT * eps * want_value
+    assert error(dx, want["x"], eps) <= GRADIENT
+    assert error(gamma.numpy(), want["gamma"], eps) <= GRADIENT
+    assert error(kernel.numpy()[0, 0], want["value.kernel"], eps) <= GRADIENT
+
+
+@pytest.mark.skipif(FRAMEWORK != "tensorflow", reason="on TensorFlow alone")
+@pytest.mark.parametrize("compiled", [False, True], ids=["graph", "XLA"])
+def test_an_empty_batch_whose_size_was_unknown(compiled):
+    config = LAYERS["pooled with biases"]
+    import tensorflow as tf
+
+    layer = from_canonical(config, designed(config)[0], data_format=LAYOUTS[0])
+
+    @tf.function(jit_compile=compiled, input_signature=[tf.TensorSpec([None, 5, 7, 11])])
+    def run(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, A = layer(x, return_attention_scores=True)
+        return y, A, tape.gradient(y, [x, *(weight.value for weight in layer.trainable_weights)])
+
+    y, A, gradients = run(np.zeros((0, 5, 7, 11), "float32"))
+    assert (y.shape, A.shape) == ((0, 5, 7, 11), (0, 35, 6))
+    assert gradients[0].shape == (0, 5, 7, 11)
+    assert not any(gradient.numpy().any() for gradient in gradients)
+    # The same graph, of one sample: nothing is added then.
+    x = np.random.default_rng(0).standard_normal((1, 5, 7, 11)).astype("float32")
+    np.testing.assert_allclose(run(x)[0], layer(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(FRAMEWORK != "tensorflow", reason="on TensorFlow alone")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_map_smaller_than_a_window_whose_size_was_unknown(layout):
+    import tensorflow as tf
+
+    layer = from_canonical(POOLED, designed(POOLED)[0], data_format=layout)
+    shape, native = (
+        ([None, None, None, 11], (0, 1, 2, 3))
+        if layout == "channels_last"
+        else ([None, 11, None, None], (0, 3, 1, 2))
     )
-    def test_penalty_inside_a_function_of_unknown_sizes(name, compiled, layout):
-        import tensorflow as tf
-
-        config = LAYERS[name]
-        params, x, w = designed(config)
-        model = backend.build(config, params, "float32", layout).layer
-        shape = [None, None, None, 11] if layout == "channels_last" else [None, 11, None, None]
-        variables = [model.gamma.value, model.value.kernel.value]
-
-        @tf.function(jit_compile=compiled, input_signature=[tf.TensorSpec(shape)] * 2)
-        def penalty(x, w):
-            with tf.GradientTape() as outer:
-                outer.watch(x)
-                with tf.GradientTape() as inner:
-                    inner.watch(x)
-                    y = model(x)
-                value = tf.reduce_sum(tf.square(inner.gradient(y, x, w)))
-            return value, *outer.gradient(value, [x, *variables])
-
-        native = (lambda a: a) if layout == "channels_last" else (lambda a: a.transpose(0, 3, 1, 2).copy())
-        value, dx, gamma, kernel = penalty(native(x), native(w))
-        want_value, want = spec.r1(config, *map(wide, (params, x, w)))
-        eps = np.finfo("float32").eps
-        dx = dx.numpy() if layout == "channels_last" else dx.numpy().transpose(0, 2, 3, 1)
-        assert abs(float(value) - want_value) <= GRADIENT * eps * want_value
-        assert error(dx, want["x"], eps) <= GRADIENT
-        assert error(gamma.numpy(), want["gamma"], eps) <= GRADIENT
-        assert error(kernel.numpy()[0, 0], want["value.kernel"], eps) <= GRADIENT
-
-    @pytest.mark.parametrize("compiled", [False, True], ids=["graph", "XLA"])
-    def test_an_empty_batch_whose_size_was_unknown(compiled):
-        config = LAYERS["pooled with biases"]
-        import tensorflow as tf
-
-        layer = from_canonical(config, designed(config)[0], data_format=LAYOUTS[0])
-
-        @tf.function(jit_compile=compiled, input_signature=[tf.TensorSpec([None, 5, 7, 11])])
-        def run(x):
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                y, A = layer(x, return_attention_scores=True)
-            return y, A, tape.gradient(y, [x, *(weight.value for weight in layer.trainable_weights)])
-
-        y, A, gradients = run(np.zeros((0, 5, 7, 11), "float32"))
-        assert (y.shape, A.shape) == ((0, 5, 7, 11), (0, 35, 6))
-        assert gradients[0].shape == (0, 5, 7, 11)
-        assert not any(gradient.numpy().any() for gradient in gradients)
-        # The same graph, of one sample: nothing is added then.
-        x = np.random.default_rng(0).standard_normal((1, 5, 7, 11)).astype("float32")
-        np.testing.assert_allclose(run(x)[0], layer(x), rtol=1e-5, atol=1e-6)
-
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_a_map_smaller_than_a_window_whose_size_was_unknown(layout):
-        import tensorflow as tf
-
-        layer = from_canonical(POOLED, designed(POOLED)[0], data_format=layout)
-        shape, native = (
-            ([None, None, None, 11], (0, 1, 2, 3))
-            if layout == "channels_last"
-            else ([None, 11, None, None], (0, 3, 1, 2))
-        )
-        run = tf.function(layer, input_signature=[tf.TensorSpec(shape)])
-        for height, width in ((1, 5), (5, 1)):
-            with pytest.raises(tf.errors.InvalidArgumentError, match=r"smaller than one 2×2 pooling window"):
-                run(np.zeros((2, height, width, 11), "float32").transpose(native))
-        assert run(np.zeros((2, 2, 3, 11), "float32").transpose(native)).shape[0] == 2
+    run = tf.function(layer, input_signature=[tf.TensorSpec(shape)])
+    for height, width in ((1, 5), (5, 1)):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"smaller than one 2×2 pooling window"):
+            run(np.zeros((2, height, width, 11), "float32").transpose(native))
+    assert run(np.zeros((2, 2, 3, 11), "float32").transpose(native)).shape[0] == 2
 
 
-if FRAMEWORK == "jax":
+@pytest.mark.skipif(FRAMEWORK != "jax", reason="on JAX alone")
+def test_penalty_under_jit():
+    import jax
 
-    def test_penalty_under_jit():
-        import jax
+    params, x, w = designed(POOLED)
+    model = backend.build(POOLED, params, "float32", "channels_first").layer
 
-        params, x, w = designed(POOLED)
-        model = backend.build(POOLED, params, "float32", "channels_first").layer
+    def native(maps):
+        return maps.transpose(0, 3, 1, 2)
 
-        def native(maps):
-            return maps.transpose(0, 3, 1, 2)
+    @jax.jit
+    def penalty(x):
+        dx = jax.grad(lambda x: (native(w) * model(x)).sum())(x)
+        return (dx * dx).sum()
 
-        @jax.jit
-        def penalty(x):
-            dx = jax.grad(lambda x: (native(w) * model(x)).sum())(x)
-            return (dx * dx).sum()
-
-        value, dx = jax.value_and_grad(penalty)(native(x))
-        want_value, want = spec.r1(POOLED, *map(wide, (params, x, w)))
-        eps = np.finfo("float32").eps
-        assert abs(float(value) - want_value) <= GRADIENT * eps * want_value
-        assert error(np.asarray(dx).transpose(0, 2, 3, 1), want["x"], eps) <= GRADIENT
+    value, dx = jax.value_and_grad(penalty)(native(x))
+    want_value, want = spec.r1(POOLED, *map(wide, (params, x, w)))
+    eps = np.finfo("float32").eps
+    assert abs(float(value) - want_value) <= GRADIENT * eps * want_value
+    assert error(np.asarray(dx).transpose(0, 2, 3, 1), want["x"], eps) <= GRADIENT

@@ -9,7 +9,7 @@ from keras import layers, ops
 
 from selfattn_core.porting.networks.conversion import ConversionError
 from selfattn_keras import SelfAttention2D, SelfAttention2DWithMap, convert
-from tests.porting.keras_checks.foreign import (
+from tests.porting.keras.foreign import (
     DENSE,
     EPS,
     FRAMEWORK,

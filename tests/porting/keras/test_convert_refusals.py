@@ -7,7 +7,7 @@ from keras import layers, ops
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.networks.conversion import ConversionError
 from selfattn_keras import convert
-from tests.porting.keras_checks.foreign import (
+from tests.porting.keras.foreign import (
     Block,
     Book,
     Flat,
