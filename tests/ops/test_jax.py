@@ -16,7 +16,7 @@ import selfattn_ops.jax as ops
 from selfattn_ops.jax import attend, attend_with_map
 
 ROOT = Path(__file__).parents[2]
-HELPER = Path(__file__).with_name("jax_sharded.py")
+HELPER = Path(__file__).parent / "programs" / "jax_sharded.py"
 
 # (leading, N, M, Dk, Dv), all different; N is prime or ragged in most blocks.
 SIZES = (

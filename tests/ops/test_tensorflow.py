@@ -388,7 +388,7 @@ def test_xla_holds_no_array_of_all_scores():
 def test_memory_is_linear_at_both_orders(mode):
     """`inside`: a tf.function of the forward alone, the tapes around it."""
     small, large = 2048, 8192
-    script = Path(__file__).with_name("tensorflow_memory.py")
+    script = Path(__file__).parent / "programs" / "tensorflow_memory.py"
     run = subprocess.run(
         [sys.executable, str(script), mode, str(small), str(large)],
         env={

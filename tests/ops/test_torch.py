@@ -673,7 +673,13 @@ class TestMemory:
     @staticmethod
     def peak(case: str, positions: int, order: int) -> int:
         done = subprocess.run(
-            [sys.executable, Path(__file__).with_name("torch_memory.py"), case, str(positions), str(order)],
+            [
+                sys.executable,
+                Path(__file__).parent / "programs" / "torch_memory.py",
+                case,
+                str(positions),
+                str(order),
+            ],
             capture_output=True,
             text=True,
             check=False,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("torch_distributed.py")
+SCRIPT = Path(__file__).parent / "programs" / "distributed.py"
 
 
 @pytest.fixture(scope="module")
