@@ -4,8 +4,6 @@ float64 is switched on by a context, so that the other tests of the process see 
 """
 
 import dataclasses
-import doctest
-import importlib
 import math
 import os
 import subprocess
@@ -657,13 +655,6 @@ def test_precision_is_that_of_the_projections_and_attention_has_the_highest(back
         jaxpr = str(jax.make_jaxpr(layer)(x))
     assert jaxpr.count("dot_general[") == 6
     assert jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == projections + 2
-
-
-@pytest.mark.parametrize("module", ["nnx", "linen", "weights"])
-def test_examples(module):
-    failed, tried = doctest.testmod(importlib.import_module(f"selfattn_flax.{module}"))
-    assert tried
-    assert not failed
 
 
 def test_importing_and_using_changes_no_setting_of_jax():

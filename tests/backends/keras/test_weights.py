@@ -1,7 +1,5 @@
 """Weights of the Keras layer to and from canonical arrays and files, bit for bit."""
 
-import doctest
-import importlib
 import random
 
 import keras
@@ -162,11 +160,3 @@ def test_layers_that_are_not_built_have_no_weights(tmp_path):
     for action in (lambda: to_canonical(SelfAttention2D()), lambda: save(SelfAttention2D(), tmp_path / "a")):
         with pytest.raises(ValueError, match="config exists once the layer is built"):
             action()
-
-
-@pytest.mark.parametrize("module", ["layer", "weights", "conformance"])
-def test_examples(module):
-    found = importlib.import_module(f"selfattn_keras.{module}")
-    result = doctest.testmod(found)
-    assert result.failed == 0
-    assert result.attempted > 0 or module == "conformance"
