@@ -23,8 +23,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## train a layer in PyTorch on real images, and run it in Keras and Flax
 	$(BIN)/python -m examples.digits
 
-# Two processes, a file of tests in one of them; the files of the slow folder come first. Libraries that each took a thread
-# per core would wait for one another: on two cores the suite took a third longer.
+# Two workers, which share out the files of tests, and processes of Keras as a whole (tests/processes.py). Files go in the
+# order of their names, so that the slow ones, in tests/backends, come first. Libraries that each took a thread per core
+# would wait for one another: on two cores the suite took a third longer.
 test test-slow: export OMP_NUM_THREADS ?= 1
 test test-slow: export OPENBLAS_NUM_THREADS ?= 1
 test test-slow: export MKL_NUM_THREADS ?= 1

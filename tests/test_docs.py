@@ -3,7 +3,6 @@
 Blocks are run each with names of its own, those of one framework in one process.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -17,41 +16,24 @@ from selfattn_core.cli import main
 from selfattn_core.conformance.cases.families import FAMILIES, LEVELS, through
 from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.protocol import METHODS
+from tests.documents import blocks_of, failures
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for folder in ("docs", "examples") for path in (ROOT / folder).rglob("*.md"))
 
-FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.M | re.S)
 # The title of a block that needs more than the project's own packages: `make test-exports` runs it.
 ELSEWHERE = 'title="pip install'
 IMPORTS = {"torch": "torch", "keras": "keras", "flax": "flax", "jax": "flax", "tensorflow": "keras"}
 
-RUNNER = """
-import json, os, sys, tempfile, traceback
-failures = {}
-for place, code in json.load(sys.stdin):
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            exec(compile(code, place, "exec"), {"__name__": "__main__"})
-        except BaseException:
-            failures[place] = traceback.format_exc()
-        os.chdir(tempfile.gettempdir())
-sys.stderr.flush()
-print("\\n" + json.dumps(failures))
-"""
-
 
 def fenced(language: str, *, elsewhere: bool = False) -> list[tuple[str, str]]:
     """Place and text of every block in a language, which is run here or elsewhere."""
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for match in FENCE.finditer(text):
-            if match[1] == language and (ELSEWHERE in match[2]) == elsewhere:
-                line = text.count("\n", 0, match.start()) + 2
-                found.append((f"{page.relative_to(ROOT)}:{line}", match[3]))
-    return found
+    return [
+        (f"{page.relative_to(ROOT)}:{block.line}", block.code)
+        for page in PAGES
+        for block in blocks_of(page)
+        if block.language == language and (ELSEWHERE in block.title) == elsewhere
+    ]
 
 
 def framework(code: str) -> str:
@@ -65,19 +47,6 @@ GROUPS = {
     name: [block for block in BLOCKS if framework(block[1]) == name]
     for name in map(framework, dict(BLOCKS).values())
 }
-
-
-def failures(blocks: list[tuple[str, str]], **environment: str) -> dict[str, str]:
-    result = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps(blocks),
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -1,30 +1,17 @@
 """The code blocks of the README are run as a reader would run them, one process a block."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import click
 import pytest
 
 from selfattn_core.cli import main
+from tests.documents import blocks_of, failures
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python ?([^\n]*)\n(.*?)^```$", README, re.M | re.S)
-
-
-def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+BLOCKS = [(block.title, block.code) for block in blocks_of(ROOT / "README.md") if block.language == "python"]
 
 
 @pytest.mark.parametrize(
@@ -35,18 +22,15 @@ def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProc
         pytest.param("torch", marks=pytest.mark.slow),
     ],
 )
-def test_the_keras_block(tmp_path, backend):
-    (code,) = [code for label, code in BLOCKS if label == "keras"]
-    result = run(code, tmp_path, KERAS_BACKEND=backend)
-    assert result.returncode == 0, result.stderr
+def test_the_keras_block(backend):
+    assert not failures([block for block in BLOCKS if block[0] == "keras"], KERAS_BACKEND=backend)
 
 
 @pytest.mark.parametrize(
     ("label", "code"), [block for block in BLOCKS if block[0] != "keras"], ids=lambda text: text[:11]
 )
-def test_the_other_blocks(tmp_path, label, code):
-    result = run(code, tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_the_other_blocks(label, code):
+    assert not failures([(label, code)])
 
 
 def test_every_framework_has_a_block():

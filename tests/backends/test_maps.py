@@ -1,4 +1,4 @@
-"""The grid of the map, in the adapters that share a process; Keras' is checked in `keras_checks/check_maps.py`."""
+"""The grid of the map, in the adapters that share a process; Keras' is checked in `keras/test_maps.py`."""
 
 import jax.numpy as jnp
 import numpy as np

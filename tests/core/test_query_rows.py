@@ -10,7 +10,7 @@ from selfattn_core.params import state_table
 from selfattn_core.query_rows import attention_rows, relative_change
 
 EPS = np.finfo(np.float64).eps
-CONFIGS = {
+LAYERS = {
     "flat": SelfAttentionConfig(10, 3),
     "pooled": SelfAttentionConfig(10, 3, 4, out_projection=True, kv_pool=2),
     "pooled, no out projection": SelfAttentionConfig(10, 3, kv_pool=2),
@@ -49,9 +49,9 @@ def blocks(request, monkeypatch):
     monkeypatch.setattr(query_rows, "_KEYS", request.param[1])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_rows_and_their_statistics_are_those_of_the_whole_map(name):
-    config = CONFIGS[name]
+    config = LAYERS[name]
     params, x = drawn(config)
     grid = maps.unflatten(spec.attention_map(config, params, x[None])[0], H, W, kv_pool=config.kv_pool)
     whole = maps.map_statistics(grid, kv_pool=config.kv_pool)
@@ -74,9 +74,9 @@ def test_rows_and_their_statistics_are_those_of_the_whole_map(name):
         assert statistics.effective_size[index] == pytest.approx(np.exp(statistics.entropy[index]))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_the_change_is_that_of_the_definition(name, blocks):
-    config = CONFIGS[name]
+    config = LAYERS[name]
     params, x = drawn(config)
     change = spec.forward(config, params, x[None])[0] - x
     error = bound(config, params, x) + 8 * config.channels * H * W * EPS
@@ -100,10 +100,10 @@ def test_large_logits_in_rising_order_neither_overflow_nor_vanish(blocks):
     assert relative_change(config, params, x) == pytest.approx(want, rel=64 * EPS)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_no_whole_map_is_made(name):
     """A map has N·M numbers; what is held is a block, and so many numbers as the features have, a few times."""
-    config = CONFIGS[name]
+    config = LAYERS[name]
     params, x = drawn(config, 95, 101)
     whole = x[..., 0].size * np.prod(config.key_grid(95, 101)) * x.itemsize
     block = query_rows._QUERIES * query_rows._KEYS * x.itemsize

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from selfattn_core import SelfAttentionConfig, init_params, load, save, save_blocks, weights
 from selfattn_core.params import parameter_table, refresh_spectral_norm, state_table
+from tests.support import assert_same
 
 CONFIG = SelfAttentionConfig(11, 3, 5, out_projection=True, kv_pool=2)
 
@@ -32,15 +33,13 @@ def random_params(config=CONFIG, dtype=np.float32, seed=0):
     return params
 
 
-def assert_same(got, want):
-    assert list(got) == list(want)
-    for name, array in want.items():
-        assert got[name].dtype == array.dtype
-        assert got[name].shape == array.shape
-        assert got[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
-        assert got[name].flags.c_contiguous
-        assert got[name].flags.owndata
-        assert got[name].flags.writeable
+def assert_loaded(got, want):
+    """Bit for bit, in arrays of their own."""
+    assert_same(got, want)
+    for array in got.values():
+        assert array.flags.c_contiguous
+        assert array.flags.owndata
+        assert array.flags.writeable
 
 
 def rewrite(path: Path, change_tensors=None, **metadata) -> Path:
@@ -61,7 +60,7 @@ def test_round_trip_is_exact(tmp_path, dtype):
     save(tmp_path / "layer.safetensors", CONFIG, params, source="a test")
     config, back = load(tmp_path / "layer.safetensors")
     assert config == CONFIG
-    assert_same(back, params)
+    assert_loaded(back, params)
 
 
 @settings(max_examples=25, derandomize=True, deadline=None)
@@ -74,7 +73,7 @@ def test_every_config_round_trips(tmp_path_factory, channels, qk, out, bias, poo
     save(path, config, random_params(config))
     back = load(path)
     assert back[0] == config
-    assert_same(back[1], random_params(config))
+    assert_loaded(back[1], random_params(config))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +89,7 @@ def test_every_config_round_trips(tmp_path_factory, channels, qk, out, bias, poo
 def test_non_contiguous_arrays_are_stored_as_they_read(tmp_path, view):
     params = random_params()
     save(tmp_path / "layer.safetensors", CONFIG, {name: view(array) for name, array in params.items()})
-    assert_same(load(tmp_path / "layer.safetensors")[1], params)
+    assert_loaded(load(tmp_path / "layer.safetensors")[1], params)
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -98,7 +97,7 @@ def test_either_byte_order_is_stored_as_it_reads(tmp_path, order):
     params = random_params()
     given = {name: array.astype(array.dtype.newbyteorder(order)) for name, array in params.items()}
     save(tmp_path / "layer.safetensors", CONFIG, given)
-    assert_same(load(tmp_path / "layer.safetensors")[1], params)
+    assert_loaded(load(tmp_path / "layer.safetensors")[1], params)
 
 
 def test_bfloat16_is_widened_exactly(tmp_path):
@@ -107,9 +106,9 @@ def test_bfloat16_is_widened_exactly(tmp_path):
     params = random_params(dtype=ml_dtypes.bfloat16)
     wide = {name: array.astype(np.float32) for name, array in params.items()}
     save(tmp_path / "layer.safetensors", CONFIG, params)
-    assert_same(load(tmp_path / "layer.safetensors")[1], wide)
+    assert_loaded(load(tmp_path / "layer.safetensors")[1], wide)
     path = rewrite(tmp_path / "narrow.safetensors", lambda tensors: tensors.update(params))
-    assert_same(load(path)[1], wide)
+    assert_loaded(load(path)[1], wide)
 
 
 def test_the_file_is_as_documented(tmp_path):
@@ -130,7 +129,7 @@ def test_spectral_norm_stores_raw_kernels_and_state(tmp_path):
     for name, (wanted, params) in blocks.items():
         found, back = load(path, block=name)
         assert found == wanted
-        assert_same(back, params)
+        assert_loaded(back, params)
     assert {name: back.shape for name, back in load(path, block="d")[1].items() if name[-2:] in (".u", ".v")} == {
         "query.u": (3,), "query.v": (11,), "key.u": (3,), "key.v": (11,),
         "value.u": (5,), "value.v": (11,), "out.u": (11,), "out.v": (5,),
@@ -159,20 +158,20 @@ def test_averages_of_states_are_loaded_and_said(tmp_path, dtype):
     )
     with pytest.warns(UserWarning, match=rf"averaged.safetensors: .*[(]{shown}[)].*refresh_spectral_norm"):
         back = load(tmp_path / "averaged.safetensors")[1]
-    assert_same(back, params)
+    assert_loaded(back, params)
     fresh = refresh_spectral_norm(config, params)
     save(tmp_path / "fresh.safetensors", config, fresh)
-    assert_same(load(tmp_path / "fresh.safetensors")[1], fresh)
+    assert_loaded(load(tmp_path / "fresh.safetensors")[1], fresh)
 
 
 def test_gamma_of_any_one_element_shape(tmp_path):
     for shape in ((), (1, 1, 1, 1)):
         params = random_params()
         rewrite(tmp_path / "layer.safetensors", lambda t, s=shape: t.update(gamma=t["gamma"].reshape(s)))
-        assert_same(load(tmp_path / "layer.safetensors")[1], params)
+        assert_loaded(load(tmp_path / "layer.safetensors")[1], params)
         scalar = params | {"gamma": params["gamma"].reshape(shape)}
         save(tmp_path / "again.safetensors", CONFIG, scalar, overwrite=True)
-        assert_same(load(tmp_path / "again.safetensors")[1], params)
+        assert_loaded(load(tmp_path / "again.safetensors")[1], params)
 
 
 def test_blocks(tmp_path):
@@ -186,7 +185,7 @@ def test_blocks(tmp_path):
     for name, (config, params) in blocks.items():
         back = load(path, block=name)
         assert back[0] == config
-        assert_same(back[1], params)
+        assert_loaded(back[1], params)
     with pytest.raises(
         ValueError, match=r"holds 2 blocks, pass block= one of: generator\.attention, generator"
     ):
@@ -291,7 +290,7 @@ def test_an_existing_target_needs_overwrite(tmp_path):
         save(path, CONFIG, random_params())
     assert path.read_bytes() == b"precious"
     save(path, CONFIG, random_params(), overwrite=True)
-    assert_same(load(path)[1], random_params())
+    assert_loaded(load(path)[1], random_params())
     assert [p.name for p in tmp_path.iterdir()] == ["layer.safetensors"]
 
 
@@ -317,7 +316,7 @@ def test_a_symbolic_link_stays_one(tmp_path):
     save(link, CONFIG, random_params())
     save(link, CONFIG, random_params(seed=1), overwrite=True)
     assert link.is_symlink()
-    assert_same(load(tmp_path / "real" / "layer.safetensors")[1], random_params(seed=1))
+    assert_loaded(load(tmp_path / "real" / "layer.safetensors")[1], random_params(seed=1))
 
 
 def test_parameters_that_do_not_fit_are_not_written(tmp_path):
@@ -349,7 +348,7 @@ except OSError:
     raise SystemExit(7)
 """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 7
-    assert_same(load(path)[1], random_params())
+    assert_loaded(load(path)[1], random_params())
     assert [p.name for p in tmp_path.iterdir()] == ["layer.safetensors"]
 
 
@@ -370,7 +369,7 @@ save({str(path)!r}, config, init_params(config, seed=0), overwrite=True)
         assert process.stdout.readline() == "writing\n"
         time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    assert_same(load(path)[1], random_params())
+    assert_loaded(load(path)[1], random_params())
 
 
 def test_a_file_of_the_first_version_still_loads():
@@ -379,4 +378,4 @@ def test_a_file_of_the_first_version_still_loads():
     assert config == SelfAttentionConfig(9, 2, 3, out_projection=True, kv_pool=2)
     want = init_params(config, seed=20)
     want |= {name: array + np.float32(0.25) for name, array in want.items() if array.ndim == 1}
-    assert_same(params, want)
+    assert_loaded(params, want)

@@ -21,7 +21,7 @@ def one(name, runtime, form, folder):
     return exporter
 
 
-# A loop that counts in 64 bits is read wrongly, in silence; `keras_checks/check_export.py` would see it too.
+# A loop that counts in 64 bits is read wrongly, in silence; `tests/backends/keras/test_export.py` would see it too.
 @pytest.mark.slow
 def test_litert_in_blocks_is_right(tmp_path):
     one("keras_tensorflow_litert", "tensorflow-lite", Form("pooled", blocks=True), tmp_path)

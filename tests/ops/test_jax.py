@@ -19,7 +19,7 @@ from selfattn_ops.jax.blocks import plan
 from selfattn_ops.jax.dense import dense_attention
 
 ROOT = Path(__file__).parents[2]
-HELPER = Path(__file__).with_name("jax_sharded.py")
+HELPER = Path(__file__).parent / "programs" / "jax_sharded.py"
 
 # (leading, N, M, Dk, Dv), all different; N is prime or ragged in most blocks.
 SIZES = (

@@ -17,9 +17,12 @@ from selfattn_ops import blocks
 from selfattn_ops.tensorflow import attend, attend_with_map, dense, derivatives
 from selfattn_ops.tensorflow import blocks as tensorflow_blocks
 from selfattn_ops.tensorflow.blocks import plan, rows_of_block
+from tests.support import GRADIENT, OUTPUT, assert_near
 
 # Largest error allowed, in eps of the dtype times the largest magnitude of the answer.
-OUTPUT, GRADIENT, SECOND = 16, 128, 1000
+SECOND = 1000
+# The same of two right answers in float64 that add up in different orders, at most 1e-10.
+ROUNDINGS = 450_000
 
 # Both at once take longest to compile, and go through the code of each.
 BOTH = pytest.param("xla, unknown sizes", marks=pytest.mark.slow)
@@ -46,7 +49,7 @@ def operands(leading, rows, keys, dtype=tf.float64, seed=1, scale=1.5):
     return [tf.constant(scale * rng.normal(size=(*leading, *shape)), dtype) for shape in shapes]
 
 
-def wide(tensors):
+def in_float64(tensors):
     return [tf.cast(tensor, tf.float64).numpy() for tensor in tensors]
 
 
@@ -128,17 +131,9 @@ def graph_of(function, signature, compiled):
     )
 
 
-def assert_near(got, want, limit, eps):
-    for index, pair in enumerate(zip(got, want, strict=True)):
-        one, other = (np.asarray(x, dtype=np.float64) for x in pair)
-        assert one.shape == other.shape
-        assert np.isfinite(other).all()
-        error = np.abs(one - other).max(initial=0) / max(np.abs(other).max(initial=0), 1e-300)
-        assert error <= limit * eps, f"result {index}: error of {error / eps:.1f} eps, limit {limit}"
-
-
-def eps_of(dtype):
-    return {tf.float64: 2.0**-52, tf.float32: 2.0**-23, tf.float16: 2.0**-10, tf.bfloat16: 2.0**-7}[dtype]
+def assert_each_near(got, want, ulps, dtype):
+    for one, other in zip(got, want, strict=True):
+        assert_near(one, other, ulps, dtype.name)
 
 
 def cases(layouts):
@@ -152,10 +147,10 @@ def test_output_and_gradients_of_all_operands(mode, leading, rows, keys, block_s
     for dtype in (tf.float32,) if "xla" in mode else (tf.float32, tf.float64):
         given = operands(leading, rows, keys, dtype)
         output, *gradients = in_mode(first(attend, block_size), mode, given)(*given)
-        want = dense_first(*wide(given))
+        want = dense_first(*in_float64(given))
         assert output.dtype == dtype
-        assert_near(wide([output]), want[:1], OUTPUT, eps_of(dtype))
-        assert_near(wide(gradients), want[1:], GRADIENT, eps_of(dtype))
+        assert_each_near(in_float64([output]), want[:1], OUTPUT, dtype)
+        assert_each_near(in_float64(gradients), want[1:], GRADIENT, dtype)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +161,7 @@ def test_second_derivatives_of_all_operands(mode, leading, rows, keys, block_siz
         given = operands(leading, rows, keys, dtype)
         got = in_mode(second(attend, block_size), mode, given)(*given)
         want = second(plain, None)(*(tf.cast(x, tf.float64) for x in given))
-        assert_near(wide(got), wide(want), SECOND, eps_of(dtype))
+        assert_each_near(in_float64(got), in_float64(want), SECOND, dtype)
 
 
 def test_derivatives_against_finite_differences():
@@ -185,13 +180,13 @@ def test_derivatives_against_finite_differences():
 def test_third_derivatives(mode):
     given = operands((2,), 9, 4)
     got = in_mode(third(attend, 4), mode, given)(*given)
-    assert_near(wide(got), wide(third(plain, None)(*given)), 1e-10, 1.0)
+    assert_each_near(in_float64(got), in_float64(third(plain, None)(*given)), ROUNDINGS, tf.float64)
 
 
 def test_what_is_closed_over_keeps_its_gradient():
     query, key, value, g = operands((2,), 13, 7)
     variables = [tf.Variable(x) for x in (query, key, value)]
-    want = dense_first(*wide((query, key, value, g)))
+    want = dense_first(*in_float64((query, key, value, g)))
 
     def run():
         with tf.GradientTape() as tape:
@@ -199,7 +194,7 @@ def test_what_is_closed_over_keeps_its_gradient():
         return tape.gradient(output, variables, output_gradients=g)
 
     for each in (run, tf.function(run)):
-        assert_near(wide(each()), want[1:], GRADIENT, eps_of(tf.float64))
+        assert_each_near(in_float64(each()), want[1:], GRADIENT, tf.float64)
 
 
 def branch(function):
@@ -247,7 +242,7 @@ def test_second_derivatives_within_other_graphs(around, mode):
     query, key, value, g = operands((2,), 13, 7, scale=0.7)
     given = [query, key, value, g[..., :QK_WIDTH] if around is loop else g]
     got = in_mode(second(around(attend), 4), mode, given)(*given)
-    assert_near(wide(got), wide(second(around(plain), None)(*given)), 1e-10, 1.0)
+    assert_each_near(in_float64(got), in_float64(second(around(plain), None)(*given)), ROUNDINGS, tf.float64)
 
 
 def test_forward_mode_and_jacobian():
@@ -261,7 +256,7 @@ def test_forward_mode_and_jacobian():
                 tape.watch(primal)
                 again = function(query, key, value, block_size=4)
             answers.append([accumulator.jvp(output), tape.jacobian(again, primal)])
-        assert_near(*map(wide, answers), 1e-10, 1.0)
+        assert_each_near(*map(in_float64, answers), ROUNDINGS, tf.float64)
 
 
 SIZES = [0, 1, 2, 127, 128, 129, 1000, 4096, 65536]
@@ -317,9 +312,9 @@ def small_budget(monkeypatch):
 def test_the_batch_is_split_where_rows_are_not_enough(small_budget, mode, leading, rows, shapes):
     given = operands(leading, rows, 7)
     got = in_mode(first(attend, None), mode, given)(*given)
-    assert_near(wide(got), dense_first(*wide(given)), GRADIENT, eps_of(tf.float64))
+    assert_each_near(in_float64(got), dense_first(*in_float64(given)), GRADIENT, tf.float64)
     got = in_mode(second(attend, None), mode, given)(*given)
-    assert_near(wide(got), wide(second(plain, None)(*given)), SECOND, eps_of(tf.float64))
+    assert_each_near(in_float64(got), in_float64(second(plain, None)(*given)), SECOND, tf.float64)
     if "unknown" not in mode:
         assert set(small_budget) == shapes
 
@@ -395,7 +390,7 @@ def test_xla_holds_no_array_of_all_scores():
 def test_memory_is_linear_at_both_orders(mode):
     """`inside`: a tf.function of the forward alone, the tapes around it."""
     small, large = 2048, 8192
-    script = Path(__file__).with_name("tensorflow_memory.py")
+    script = Path(__file__).parent / "programs" / "tensorflow_memory.py"
     run = subprocess.run(
         [sys.executable, str(script), mode, str(small), str(large)],
         env={
@@ -432,12 +427,12 @@ def test_sixteen_bits(mode, dtype, block_size):
     given = [query, key, *others]
     output, *gradients = in_mode(first(attend, block_size), mode, given)(*given)
     assert {x.dtype for x in (output, *gradients)} == {dtype}
-    want = dense_first(*wide(given))
-    assert_near(wide([output]), want[:1], 1.5, eps_of(dtype))
-    assert_near(wide(gradients), want[1:], 4, eps_of(dtype))
+    want = dense_first(*in_float64(given))
+    assert_each_near(in_float64([output]), want[:1], 1.5, dtype)
+    assert_each_near(in_float64(gradients), want[1:], 4, dtype)
     got = in_mode(second(attend, block_size), mode, given)(*given)
     want = second(plain, None)(*(tf.cast(x, tf.float64) for x in given))
-    assert_near(wide(got), wide(want), 32, eps_of(dtype))
+    assert_each_near(in_float64(got), in_float64(want), 32, dtype)
 
 
 def extreme(dtype, size):
@@ -455,9 +450,9 @@ def test_large_logits(mode, block_size, dtype, size):
     query, key, value = extreme(dtype, size)
     given = [query * 8 if dtype == tf.float16 else query, key, value, tf.ones((5, 3), dtype)]
     output, *gradients = in_mode(first(attend, block_size), mode, given)(*given)
-    want = dense_first(*wide(given))
-    assert_near(wide([output]), want[:1], 1.0, eps_of(dtype))
-    for got, exact in zip(wide(gradients), want[1:], strict=True):
+    want = dense_first(*in_float64(given))
+    assert_each_near(in_float64([output]), want[:1], 1.0, dtype)
+    for got, exact in zip(in_float64(gradients), want[1:], strict=True):
         # Half precision has no number for a gradient beyond its largest.
         assert (np.isfinite(got) | (np.abs(exact) > dtype.max)).all()
 
@@ -467,7 +462,7 @@ def test_large_logits(mode, block_size, dtype, size):
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_nan_stays_where_it_belongs(mode, block_size, poison):
     clean = operands((3,), 13, 7)
-    want = dense_first(*wide(clean))
+    want = dense_first(*in_float64(clean))
     for index in range(4):
         given = [x.numpy() for x in clean]
         given[index][1, 2, 0] = poison
@@ -477,7 +472,7 @@ def test_nan_stays_where_it_belongs(mode, block_size, poison):
         for got, reference, untouched in zip(
             in_mode(first(attend, block_size), mode, given)(*given), dense, want, strict=True
         ):
-            assert_near([got.numpy()[::2]], [untouched[::2]], GRADIENT, eps_of(tf.float64))
+            assert_each_near([got.numpy()[::2]], [untouched[::2]], GRADIENT, tf.float64)
             bad, expected = ~np.isfinite(got.numpy()[1]), ~np.isfinite(reference[1])
             np.testing.assert_array_equal(bad, expected)
 
@@ -489,26 +484,26 @@ def test_nothing_to_attend_from(mode, leading, rows):
     output, *gradients = in_mode(first(attend, 4), mode, given)(*given)
     assert output.shape == (*leading, rows, VALUE_WIDTH)
     assert [x.shape for x in gradients] == [x.shape for x in given[:3]]
-    assert all(np.isfinite(x).all() for x in wide(gradients))
+    assert all(np.isfinite(x).all() for x in in_float64(gradients))
 
 
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_the_map(block_size):
     given = operands((2,), 13, 7)
     output, attention = attend_with_map(*given[:3], block_size=block_size)
-    query, key, value, g = wide(given)
-    assert_near(
+    query, key, value, g = in_float64(given)
+    assert_each_near(
         [attention.numpy(), output.numpy()],
         [dense_map(query, key), dense_map(query, key) @ value],
         OUTPUT,
-        2.0**-52,
+        tf.float64,
     )
 
     def function(*given, block_size):
         return attend_with_map(*given, block_size=block_size)[0]
 
     got = first(function, block_size)(*given)
-    assert_near(wide(got), dense_first(query, key, value, g), GRADIENT, 2.0**-52)
+    assert_each_near(in_float64(got), dense_first(query, key, value, g), GRADIENT, tf.float64)
     assert attend_with_map(*operands((2,), 13, 7, tf.bfloat16)[:3])[1].dtype == tf.bfloat16
 
 
@@ -522,8 +517,8 @@ def test_saved_and_loaded_with_unknown_sizes(tmp_path):
     loaded = tf.saved_model.load(str(tmp_path))
     for leading, rows in (((2,), 13), ((3,), 3)):
         given = operands(leading, rows, 7, tf.float32)
-        assert_near(
-            wide([loaded.attend(*given[:3])]), dense_first(*wide(given))[:1], OUTPUT, eps_of(tf.float32)
+        assert_each_near(
+            in_float64([loaded.attend(*given[:3])]), dense_first(*in_float64(given))[:1], OUTPUT, tf.float32
         )
 
 

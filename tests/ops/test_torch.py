@@ -60,7 +60,7 @@ def like(tensors: Operands, seed: int = 1) -> Operands:
     return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in tensors]
 
 
-def to_numpy(tensors: Operands | tuple[torch.Tensor, ...]) -> list[np.ndarray]:
+def in_float64(tensors: Operands | tuple[torch.Tensor, ...]) -> list[np.ndarray]:
     return [tensor.detach().to(torch.float64).numpy() for tensor in tensors]
 
 
@@ -114,7 +114,8 @@ def errors(
     """Largest error of each in eps of `dtype` times the largest wanted magnitude."""
     eps = torch.finfo(dtype).eps
     return [
-        float(np.abs(g - w).max() / (eps * np.abs(w).max())) for g, w in zip(to_numpy(got), want, strict=True)
+        float(np.abs(g - w).max() / (eps * np.abs(w).max()))
+        for g, w in zip(in_float64(got), want, strict=True)
     ]
 
 
@@ -149,7 +150,7 @@ class TestValues:
         self, dtype: torch.dtype, lead: tuple[int, ...], block_size: int | None, transposed: bool
     ) -> None:
         operands = draw(lead, dtype=dtype, transposed=transposed)
-        q, k, v = to_numpy(operands)
+        q, k, v = in_float64(operands)
         got = attend(*operands, block_size=block_size)
         assert got.shape == (*lead, 11, 5)
         assert got.dtype == dtype
@@ -167,11 +168,11 @@ class TestValues:
         grads = torch.autograd.grad(
             attend(*operands, block_size=block_size), operands, weight, create_graph=True
         )
-        arrays, g = to_numpy(operands), weight.detach().to(torch.float64).numpy()
+        arrays, g = in_float64(operands), weight.detach().to(torch.float64).numpy()
         assert max(errors(grads, first_order(*arrays, g), dtype)) < 128
         dots = like(operands, seed=2)
         seconds = torch.autograd.grad(grads, [*operands, weight], dots)
-        assert max(errors(seconds, second_order(arrays, g, to_numpy(dots)), dtype)) < 128
+        assert max(errors(seconds, second_order(arrays, g, in_float64(dots)), dtype)) < 128
 
     def test_float32_noise_at_the_size_of_a_layer(self) -> None:
         # Logits of about 20. The caps are hard ones; that of the second order is 8 × what was measured.
@@ -179,13 +180,13 @@ class TestValues:
         (weight,) = like([operands[2].new_empty(2, 1024, 64)])
         weight.requires_grad_()
         out = attend(*operands, block_size=300)
-        arrays, g = to_numpy(operands), weight.detach().double().numpy()
+        arrays, g = in_float64(operands), weight.detach().double().numpy()
         assert max(errors([out], [attention_map(*arrays[:2]) @ arrays[2]], torch.float32)) < 16
         grads = torch.autograd.grad(out, operands, weight, create_graph=True)
         assert max(errors(grads, first_order(*arrays, g), torch.float32)) < 128
         dots = like(operands, seed=2)
         seconds = torch.autograd.grad(grads, [*operands, weight], dots)
-        assert max(errors(seconds, second_order(arrays, g, to_numpy(dots)), torch.float32)) < 1000
+        assert max(errors(seconds, second_order(arrays, g, in_float64(dots)), torch.float32)) < 1000
 
     def test_a_batch_that_exceeds_the_budget_is_split(self, monkeypatch: pytest.MonkeyPatch) -> None:
         operands = draw((5,), (11, 7, 3, 5))
@@ -209,7 +210,7 @@ class TestValues:
                 monkeypatch.setattr(module, "SCORE_BUDGET", budget)
             got = torch.autograd.grad(attend(*operands).square().sum(), operands)
             assert set(walked) == shapes, elements
-            assert max(errors(got, to_numpy(whole), torch.float64)) < 16
+            assert max(errors(got, in_float64(whole), torch.float64)) < 16
 
     @pytest.mark.parametrize("sizes", [(1, 5, 2, 3), (5, 1, 2, 3), (5, 3, 1, 1), (1, 1, 1, 1)])
     @pytest.mark.parametrize("block_size", [None, 4])
@@ -233,7 +234,7 @@ class TestValues:
         grad = ready(torch.ones(1, dtype=torch.float64).expand(2, 11, 5), torch.float64)
         assert grad.is_contiguous()
         got = torch.autograd.grad(attend(*operands, block_size=3).sum(), operands)
-        want = first_order(*to_numpy(operands), np.ones((2, 11, 5)))
+        want = first_order(*in_float64(operands), np.ones((2, 11, 5)))
         # The gradient by q and k of a plain sum is not zero: v differs from key to key.
         assert max(errors(got, want, torch.float64)) < 128
 
@@ -270,7 +271,7 @@ class TestDerivatives:
             penalty_of(lambda *qkv: attend(*qkv, block_size=3), operands, wanted),
             [operands[i] for i in wanted],
         )
-        assert max(errors(got, to_numpy(want), torch.float64)) < 128
+        assert max(errors(got, in_float64(want), torch.float64)) < 128
 
     def test_third_order(self) -> None:
         operands = draw((1,), (3, 2, 1, 2))
@@ -308,7 +309,7 @@ class TestDerivatives:
         want = of(dense)(operands[argument])
         assert want.abs().max() > 1e-2
         got = of(lambda *qkv: attend(*qkv, block_size=2))(operands[argument])
-        assert max(errors([got], to_numpy([want]), torch.float64)) < 1000
+        assert max(errors([got], in_float64([want]), torch.float64)) < 1000
 
     @forward_mode
     def test_the_tangent_is_not_silently_zero(self) -> None:
@@ -317,11 +318,11 @@ class TestDerivatives:
         want = torch.func.jvp(dense, tuple(operands), tuple(dots))[1]
         for function in (attend, partial(attend, block_size=3)):
             got = torch.func.jvp(function, tuple(operands), tuple(dots))[1]
-            assert max(errors([got], to_numpy([want]), torch.float64)) < 128
+            assert max(errors([got], in_float64([want]), torch.float64)) < 128
         # One tangent alone: the others arrive as zeros.
         want = torch.func.jvp(lambda v: dense(*operands[:2], v), (operands[2],), (dots[2],))[1]
         got = torch.func.jvp(lambda v: attend(*operands[:2], v, block_size=3), (operands[2],), (dots[2],))[1]
-        assert max(errors([got], to_numpy([want]), torch.float64)) < 128
+        assert max(errors([got], in_float64([want]), torch.float64)) < 128
 
     @pytest.mark.parametrize("shared", [False, True], ids=["all mapped", "keys shared"])
     def test_vmap_and_per_sample_gradients(self, shared: bool) -> None:
@@ -343,7 +344,7 @@ class TestDerivatives:
             got = torch.func.vmap(transform(ours), in_dims)(query, key, value)
             pairs = [(got, want)] if isinstance(got, torch.Tensor) else list(zip(got, want, strict=True))
             for one, other in pairs:
-                assert max(errors([one], to_numpy([other]), torch.float64)) < 128
+                assert max(errors([one], in_float64([other]), torch.float64)) < 128
 
     def test_only_the_operands_are_kept(self) -> None:
         operands = draw(sizes=(33, 29, 3, 5))
@@ -379,7 +380,7 @@ class TestMap:
         operands = draw(lead)
         out, attention = attend_with_map(*operands, block_size=4)
         assert attention.shape == (*lead, 11, 7)
-        q, k, v = to_numpy(operands)
+        q, k, v = in_float64(operands)
         want = attention_map(q, k)
         assert max(errors([out, attention], [want @ v, want], torch.float64)) < 16
         torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
@@ -466,11 +467,11 @@ class TestSpecialValues:
         for tensor in (out, attention, got, *grads):
             assert tensor.isfinite().all()
         torch.testing.assert_close(attention.float().sum(-1), torch.ones(2, 11), rtol=0, atol=0.02)
-        q, k, v = to_numpy(operands)
+        q, k, v = in_float64(operands)
         want = attention_map(q, k) @ v
         rounded = shift_of_output(q, k, v, torch.finfo(torch.float32).eps)
         assert rounded.any() == (size == 1e4)
-        for result in to_numpy([out, got]):
+        for result in in_float64([out, got]):
             assert (abs(result - want) <= 16 * torch.finfo(dtype).eps * abs(want).max() + rounded).all()
 
 
@@ -479,7 +480,7 @@ class TestPrecision:
     @pytest.mark.parametrize("block_size", [None, 20])
     def test_logits_of_16_bit_operands_are_float32(self, dtype: torch.dtype, block_size: int | None) -> None:
         operands = draw(sizes=(64, 48, 8, 16), dtype=dtype, scale=2.0)
-        arrays = to_numpy(operands)
+        arrays = in_float64(operands)
         a = attention_map(*arrays[:2])
         got = attend(*operands, block_size=block_size)
         assert got.dtype == dtype
@@ -492,7 +493,7 @@ class TestPrecision:
         assert max(errors(grads, first_order(*arrays, g), dtype)) < 2
         dots = like(operands, seed=2)
         seconds = torch.autograd.grad(grads, operands, dots)
-        assert max(errors(seconds, second_order(arrays, g, to_numpy(dots))[:3], dtype)) < 4
+        assert max(errors(seconds, second_order(arrays, g, in_float64(dots))[:3], dtype)) < 4
 
     def test_float16_logits_may_exceed_its_range(self) -> None:
         operands = draw(dtype=torch.float16, scale=200.0)
@@ -516,7 +517,7 @@ class TestPrecision:
         assert attention.dtype == torch.float32
         for one, other in zip(inside, outside, strict=True):
             assert one.dtype == torch.float32
-            assert max(errors([one], to_numpy([other]), torch.float32)) < 128
+            assert max(errors([one], in_float64([other]), torch.float32)) < 128
 
 
 class NodeCounter:
@@ -541,7 +542,7 @@ class TestCompiled:
             out = compiled(*operands)
             (weight,) = like([out])
             got = torch.autograd.grad(out, operands, weight)
-            arrays = to_numpy(operands)
+            arrays = in_float64(operands)
             assert max(errors([out], [attention_map(*arrays[:2]) @ arrays[2]], torch.float64)) < 16
             assert max(errors(got, first_order(*arrays, weight.numpy()), torch.float64)) < 128
 
@@ -577,7 +578,7 @@ class TestCompiled:
             out = compiled(*operands)
             (weight,) = like([out])
             got = torch.autograd.grad(out, operands, weight)
-            assert max(errors(got, first_order(*to_numpy(operands), weight.numpy()), torch.float64)) < 128
+            assert max(errors(got, first_order(*in_float64(operands), weight.numpy()), torch.float64)) < 128
         assert counter.frame_count <= (1 if dynamic else 2)
 
     def test_a_double_backward_from_outside_raises(self) -> None:
@@ -593,7 +594,7 @@ class TestCompiled:
         with torch._dynamo.config.patch(trace_autograd_ops=True):
             value = torch.compile(step, fullgraph=True, backend="aot_eager")(*operands)
         got = torch.autograd.grad(value, operands)
-        assert max(errors(got, to_numpy(want), torch.float64)) < 1000
+        assert max(errors(got, in_float64(want), torch.float64)) < 1000
 
     @pytest.mark.parametrize("name", ["jvp", "grad", "vmap"])
     def test_transforms_inside(self, name: str) -> None:
@@ -612,7 +613,7 @@ class TestCompiled:
 
         want = transformed(dense)(query)
         got = torch.compile(transformed(attend), fullgraph=True, backend="aot_eager")(query)
-        assert max(errors([got], to_numpy([want]), torch.float64)) < 128
+        assert max(errors([got], in_float64([want]), torch.float64)) < 128
 
     def test_a_dual_number_keeps_its_tangent(self) -> None:
         operands = tuple(operand.detach() for operand in draw())
@@ -624,7 +625,7 @@ class TestCompiled:
             duals = map(torch.autograd.forward_ad.make_dual, operands, dots)
             got = torch.autograd.forward_ad.unpack_dual(compiled(*duals)).tangent
             assert got is not None
-            assert max(errors([got], to_numpy([want]), torch.float64)) < 128
+            assert max(errors([got], in_float64([want]), torch.float64)) < 128
 
     @LAYOUTS
     def test_the_operators_are_what_they_claim(self, transposed: bool) -> None:
@@ -675,7 +676,13 @@ class TestMemory:
     @staticmethod
     def peak(case: str, positions: int, order: int) -> int:
         done = subprocess.run(
-            [sys.executable, Path(__file__).with_name("torch_memory.py"), case, str(positions), str(order)],
+            [
+                sys.executable,
+                Path(__file__).parent / "programs" / "torch_memory.py",
+                case,
+                str(positions),
+                str(order),
+            ],
             capture_output=True,
             text=True,
             check=False,
@@ -715,7 +722,7 @@ class TestDistributed:
             grads = torch.autograd.grad((out * out).sum(), shards)
             want = torch.autograd.grad(dense(*operands).square().sum(), operands)
             got = [grad.full_tensor() for grad in grads]
-            assert max(errors(got, to_numpy(want), torch.float64)) < 128
+            assert max(errors(got, in_float64(want), torch.float64)) < 128
         finally:
             torch.distributed.destroy_process_group()
 

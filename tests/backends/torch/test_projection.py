@@ -1,0 +1,178 @@
+"""Query, key and value in one product: only where nobody can tell, and every child that is not plain is called."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from selfattn_core import SelfAttentionConfig
+from selfattn_core.conformance.cases.table import CASES
+from selfattn_torch import SelfAttention2d
+from selfattn_torch.projection import project
+from tests.backends.torch.layers import layer_of_case
+
+FLAT, POOLED = (
+    next(case for case in CASES if case.family == "params" and case.config == config)
+    for config in (SelfAttentionConfig(24), SelfAttentionConfig.pooled(16))
+)
+
+
+class Doubled(nn.Module):
+    """What LoRA and quantisation do: another module around the one that was there."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, maps):
+        return 2 * self.inner(maps)
+
+
+class Shifted(nn.Conv2d):
+    def forward(self, maps):
+        return super().forward(maps) + 1
+
+
+def count(monkeypatch):
+    calls = []
+    convolve = nn.functional.conv2d
+    monkeypatch.setattr(
+        nn.functional, "conv2d", lambda *args, **kwargs: calls.append(args) or convolve(*args, **kwargs)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("case", [FLAT, POOLED], ids=["flat", "pooled"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_product_gives_what_the_children_give(monkeypatch, case, layout):
+    layer, x, _ = layer_of_case(case, "float64")
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    children = layer.query, layer.key, layer.value
+    want = [child(x) for child in children]
+    calls = count(monkeypatch)
+    got = project(x, *children)
+    assert len(calls) == 1
+    parameters = [x, *(parameter for child in children for parameter in child.parameters())]
+    cotangents = [torch.randn_like(each) for each in want]
+    expected = torch.autograd.grad(want, parameters, cotangents)
+    gradients = torch.autograd.grad(got, parameters, cotangents)
+    for one, other in zip([*got, *gradients], [*want, *expected], strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_wide_maps_are_projected_by_each_child(monkeypatch):
+    layer = SelfAttention2d(512)
+    calls = count(monkeypatch)
+    layer(torch.randn(1, 512, 2, 3))
+    assert len(calls) == 3
+
+
+def doubling(_module, _args, output):
+    return 2 * output
+
+
+def change_by_hook(layer):
+    layer.key.register_forward_hook(doubling)
+
+
+def change_by_pre_hook(layer):
+    layer.key.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
+
+
+def change_by_forward(layer):
+    inner = layer.key.forward
+    layer.key.forward = lambda maps: 2 * inner(maps)
+
+
+def change_by_wrapping(layer):
+    layer.key = Doubled(layer.key)
+
+
+def change_by_subclass(layer):
+    shifted = Shifted(*layer.key.weight.shape[1::-1], 1, dtype=torch.float64)
+    shifted.load_state_dict(layer.key.state_dict())
+    layer.key = shifted
+
+
+def change_by_parametrization(layer):
+    nn.utils.parametrizations.spectral_norm(layer.key)
+
+
+def change_by_kernel_size(layer):
+    width, channels = layer.key.weight.shape[:2]
+    layer.key = nn.Conv2d(channels, width, 3, padding=1, dtype=torch.float64)
+
+
+def change_by_kernel_without_padding(layer):
+    width, channels = layer.key.weight.shape[:2]
+    layer.key = nn.Conv2d(channels, width, 3, dtype=torch.float64)
+
+
+def change_by_stride(layer):
+    width, channels = layer.key.weight.shape[:2]
+    layer.key = nn.Conv2d(channels, width, 1, stride=2, dtype=torch.float64)
+
+
+def change_by_padding(layer):
+    width, channels = layer.key.weight.shape[:2]
+    layer.key = nn.Conv2d(channels, width, 1, padding=1, dtype=torch.float64)
+
+
+def change_by_bias(layer):
+    layer.key.bias = None
+
+
+CHANGES = [change for name, change in globals().items() if name.startswith("change_by_")]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.removeprefix("change_by_"))
+def test_a_child_that_is_not_plain_is_called(change):
+    layer, x, _ = layer_of_case(FLAT, "float64")
+    # The function without any fusing: the layer's own children, called.
+    change(layer)
+    layer.eval()
+    reference = copy.copy(layer)
+    got = project(x, layer.query, layer.key, layer.value)
+    want = [child(x) for child in (reference.query, reference.key, reference.value)]
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_pre_hook",
+        "register_forward_hook",
+        "register_full_backward_pre_hook",
+        "register_full_backward_hook",
+    ],
+)
+def test_hooks_see_their_calls(register):
+    layer, x, _ = layer_of_case(FLAT, "float64")
+    seen = []
+    getattr(layer.value, register)(lambda *_: seen.append(register))
+    layer(x.requires_grad_()).sum().backward()
+    assert seen == [register]
+
+
+def test_a_hook_on_all_modules_sees_the_children():
+    layer, x, _ = layer_of_case(FLAT, "float64")
+    seen = []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        layer(x)
+    finally:
+        handle.remove()
+    assert {layer.query, layer.key, layer.value} < set(seen)
+
+
+def test_replaced_weights_are_used():
+    layer, x, _ = layer_of_case(FLAT, "float64")
+    state = {name: 2 * value for name, value in layer.state_dict().items()}
+    changed = copy.deepcopy(layer)
+    changed.load_state_dict(state)
+    got = torch.func.functional_call(layer, state, (x,))
+    torch.testing.assert_close(got, changed(x), rtol=1e-12, atol=1e-12)
