@@ -66,7 +66,7 @@ bench: $(INSTALLED)  ## measure time and memory into benchmarks/results, with DE
 device-check:  ## run conformance, times and a short training on DEVICE into build/device-check, within 8 minutes
 	PYTHONPATH=$(CURDIR):$(CURDIR)/backends $(PYTHON) -m benchmarks.device_check --device $(or $(DEVICE),cuda) $(if $(SMALL),--small)
 
-fuzz: $(INSTALLED)  ## try 20,000 damaged files on each reader of checkpoints
+fuzz: $(INSTALLED)  ## 20,000 damaged files for each reader of checkpoints
 	KERAS_BACKEND=tensorflow $(BIN)/python -m tests.porting.fuzz
 
 docs: $(INSTALLED)  ## build the site into build/site
