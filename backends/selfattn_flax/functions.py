@@ -1,4 +1,4 @@
-"""What the layers of NNX and Linen compute alike, on arrays."""
+"""The arithmetic that the layers of NNX and Linen share."""
 
 import jax
 import jax.numpy as jnp

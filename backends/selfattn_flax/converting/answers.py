@@ -1,4 +1,4 @@
-"""What a layer of NNX computes with other values in its variables, and the gradients; it is asked as a copy."""
+"""The outputs and gradients of an NNX layer, asked on a copy with other values in its variables."""
 
 import warnings
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a layer computes with other values in its variables, and the gradients; the layer stays as it is."""
+"""The outputs and gradients of a layer, asked with other values in its variables; the layer stays as it is."""
 
 import importlib
 from collections.abc import Iterator, Mapping

@@ -17,16 +17,39 @@ def attend_in_blocks(
     return _Attend.apply(query, key, value, block_size)
 
 
-class _Attend(torch.autograd.Function):
+class _InBlocks(torch.autograd.Function):
+    """A function of flat operands and the block size; it keeps its inputs for derivatives, and vmap is a larger batch."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG004
+        *tensors, ctx.block_size = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        *tensors, block_size = inputs
+        folded = [
+            tensor
+            if tensor is None
+            else (tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)).flatten(
+                0, 1
+            )
+            for tensor, axis in zip(tensors, in_dims, strict=False)
+        ]
+        outputs = cls.apply(*folded, block_size)
+        if isinstance(outputs, tuple):
+            return tuple(output.unflatten(0, (size, -1)) for output in outputs), (0,) * len(outputs)
+        return outputs.unflatten(0, (size, -1)), 0
+
+
+class _Attend(_InBlocks):
     @staticmethod
     def forward(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int | None
     ) -> torch.Tensor:
         return forward(query, key, value, block_size)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG004
-        _keep(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -36,12 +59,8 @@ class _Attend(torch.autograd.Function):
     def jvp(ctx: Any, *dots: torch.Tensor) -> torch.Tensor:
         return _AttendTangent.apply(*ctx.saved_tensors, *dots[:3], ctx.block_size)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _folded(_Attend, info, in_dims, inputs)
 
-
-class _AttendBackward(torch.autograd.Function):
+class _AttendBackward(_InBlocks):
     @staticmethod
     def forward(
         query: torch.Tensor,
@@ -53,10 +72,6 @@ class _AttendBackward(torch.autograd.Function):
         return backward(query, key, value, grad, block_size)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG004
-        _keep(ctx, inputs)
-
-    @staticmethod
     def backward(ctx: Any, *dots: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return *_applied(_AttendSecond, *ctx.saved_tensors, *dots, None, ctx.block_size), None
 
@@ -64,12 +79,8 @@ class _AttendBackward(torch.autograd.Function):
     def jvp(ctx: Any, *dots: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return _AttendSecond.apply(*ctx.saved_tensors, *dots[:4], ctx.block_size)[:3]
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _folded(_AttendBackward, info, in_dims, inputs)
 
-
-class _AttendTangent(torch.autograd.Function):
+class _AttendTangent(_InBlocks):
     @staticmethod
     def forward(
         query: torch.Tensor,
@@ -83,10 +94,6 @@ class _AttendTangent(torch.autograd.Function):
         return tangent(query, key, value, query_dot, key_dot, value_dot, block_size)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG004
-        _keep(ctx, inputs)
-
-    @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *dots = ctx.saved_tensors
         to_operands = _applied(_AttendSecond, q, k, v, grad, *dots, None, ctx.block_size)[:3]
@@ -96,12 +103,8 @@ class _AttendTangent(torch.autograd.Function):
     def jvp(ctx: Any, *dots: torch.Tensor) -> torch.Tensor:
         return pushed(dense_tangent, ctx.saved_tensors, dots[:6])
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _folded(_AttendTangent, info, in_dims, inputs)
 
-
-class _AttendSecond(torch.autograd.Function):
+class _AttendSecond(_InBlocks):
     @staticmethod
     def forward(
         query: torch.Tensor,
@@ -117,10 +120,6 @@ class _AttendSecond(torch.autograd.Function):
         return second(query, key, value, grad, query_dot, key_dot, value_dot, grad_dot, block_size)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG004
-        _keep(ctx, inputs)
-
-    @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *operands, grad_dot = ctx.saved_tensors
         given = operands if grad_dot is None else [*operands, grad_dot]
@@ -132,10 +131,6 @@ class _AttendSecond(torch.autograd.Function):
     def jvp(ctx: Any, *dots: torch.Tensor) -> tuple[torch.Tensor, ...]:
         count = 7 if ctx.saved_tensors[-1] is None else 8
         return pushed(dense_second, ctx.saved_tensors[:count], dots[:count])
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _folded(_AttendSecond, info, in_dims, inputs)
 
 
 def _applied(function: Any, *inputs: Any) -> Any:
@@ -162,27 +157,3 @@ def _applied(function: Any, *inputs: Any) -> Any:
         torch._add_batch_dim(output.unflatten(0, (size, -1)), 0, level)  # noqa: SLF001
         for output in function.apply(*folded, block_size)
     )
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    *tensors, ctx.block_size = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-
-
-def _folded(
-    function: Any, info: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    """`function` over a batch in which the axis of vmap comes first."""
-    size = info.batch_size
-    *tensors, block_size = inputs
-    folded = [
-        tensor
-        if tensor is None
-        else (tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)).flatten(0, 1)
-        for tensor, axis in zip(tensors, in_dims, strict=False)
-    ]
-    outputs = function.apply(*folded, block_size)
-    if isinstance(outputs, tuple):
-        return tuple(output.unflatten(0, (size, -1)) for output in outputs), (0,) * len(outputs)
-    return outputs.unflatten(0, (size, -1)), 0
