@@ -67,7 +67,7 @@ device-check:  ## run conformance, times and a short training on DEVICE into bui
 	PYTHONPATH=$(CURDIR):$(CURDIR)/backends $(PYTHON) -m benchmarks.device_check --device $(or $(DEVICE),cuda) $(if $(SMALL),--small)
 
 fuzz: $(INSTALLED)  ## 20,000 damaged files for each reader of checkpoints
-	KERAS_BACKEND=tensorflow $(BIN)/python -m tests.porting.fuzz
+	KERAS_BACKEND=tensorflow $(BIN)/python -m tests.porting.formats.fuzz
 
 docs: $(INSTALLED)  ## build the site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -22,7 +22,8 @@ from selfattn_core.installed import imported, require
 from selfattn_core.params import KV_POOL
 from selfattn_core.porting.blocks.bystanders import optimiser_keys
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.formats.torch import add_metadata, names_of
+from selfattn_core.porting.formats.torch import add_metadata
+from selfattn_core.porting.formats.torch_names import names_of
 from selfattn_core.porting.formats.untrusted.file import Source
 
 __all__ = ["WHOLE", "Renamed", "write_whole"]

@@ -22,6 +22,7 @@ from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.format import Format
 from selfattn_core.porting.formats.numbers import bits, contiguous, read_array, stored_bytes
 from selfattn_core.porting.formats.tensors import Array, Entry, TensorInfo, Tensors
+from selfattn_core.porting.formats.torch_names import names_and_wrappers
 from selfattn_core.porting.formats.untrusted import numpy_pickle
 from selfattn_core.porting.formats.untrusted.file import Source
 from selfattn_core.porting.formats.untrusted.limits import MAX_DEPTH, MAX_TENSORS, SMALL, checked_shape
@@ -29,7 +30,7 @@ from selfattn_core.porting.formats.untrusted.numpy_pickle import NumpyArray
 from selfattn_core.porting.formats.untrusted.torch_pickle import Storage, Tensor, Unpickled, unpickle
 from selfattn_core.porting.formats.untrusted.zip import Archive, Member
 
-__all__ = ["FORMATS", "add_metadata", "names_of", "open_torch", "open_torch_legacy"]
+__all__ = ["FORMATS", "add_metadata", "open_torch", "open_torch_legacy"]
 
 # Where our own writer keeps its metadata: beside torch's versions of modules, which no key of a state dict names.
 _METADATA = "selfattn metadata"
@@ -173,7 +174,7 @@ def _tensors(
     found = list(_walk(path, content.value, (), 0))
     if not found:
         raise PortError(f"{path}: holds no tensors; expected a state dict.")
-    names, metadata = _names([keys for keys, _ in found], content.value)
+    names, metadata = names_and_wrappers([keys for keys, _ in found], content.value)
     if content.settings:
         metadata["types that were only named"] = ", ".join(content.settings)
     entries: dict[str, Entry] = {}
@@ -241,48 +242,6 @@ def _walk(
         if len(keys) >= MAX_DEPTH and children:
             raise PortError(f"{path}: is nested more than {MAX_DEPTH} levels deep.")
         stack += [((*keys, str(key)), child) for key, child in children][::-1]
-
-
-def names_of(paths: list[tuple[str, ...]], value: Any) -> list[str]:
-    """The names that tensors of a loaded file of torch have here, by the keys that lead to each.
-
-    Args:
-        paths: of every tensor.
-        value: what torch loaded.
-
-    Example:
-        >>> names_of([("state_dict", "module.w")], {"state_dict": {"module.w": 1}})
-        ['w']
-    """
-    return _names(paths, value)[0]
-
-
-def _names(paths: list[tuple[str, ...]], value: Any) -> tuple[list[str], dict[str, str]]:
-    """Names of tensors: the only container's name, and what parallel and compiled modules put before names, is taken off.
-
-    With several containers (the weights and their average), each keeps its name, so that neither is chosen silently.
-    """
-    metadata = {}
-    containers = {keys[0] for keys in paths if len(keys) > 1}
-    weights = {name for name in containers if not _optimizer(value, name)}
-    if len(weights) == 1 and all(len(keys) > 1 for keys in paths):
-        (container,) = weights
-        metadata["container"] = container
-        paths = [keys[1:] if keys[0] == container else keys for keys in paths]
-    names = [".".join(keys) for keys in paths]
-    plain = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in names]
-    if plain != names and len(set(plain)) == len(plain):
-        metadata["stripped"] = "_orig_mod."
-        names = plain
-    if names and all(name.startswith("module.") for name in names):
-        metadata["stripped"] = metadata.get("stripped", "") + "module."
-        names = [name.removeprefix("module.") for name in names]
-    return names, metadata
-
-
-def _optimizer(value: Any, name: str) -> bool:
-    held = value.get(name) if isinstance(value, dict) else None
-    return isinstance(held, dict) and {"state", "param_groups"} <= set(held)
 
 
 def _entry(where: str, tensor: Tensor, storage: Callable[[str, str, int], Fetch]) -> Entry:

@@ -6,7 +6,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
-from tests.porting.hostile.marker import Payload, pickled
+from tests.porting.formats.hostile.marker import Payload, pickled
 
 
 def word(text: str) -> bytes:

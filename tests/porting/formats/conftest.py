@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def samples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("samples")
     environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
     commands = [
-        [sys.executable, "-m", "tests.porting.samples", library, str(folder)]
+        [sys.executable, "-m", "tests.porting.formats.samples", library, str(folder)]
         for library in ("safetensors", "npz", "torch", "flax", "keras")
     ]
     for command in commands:

@@ -15,7 +15,7 @@ import torch
 
 from selfattn_core.porting import PortError, open_tensors
 from selfattn_core.porting.formats.numbers import decode
-from tests.porting.samples import tensors
+from tests.porting.formats.samples import tensors
 
 WANT = tensors()
 

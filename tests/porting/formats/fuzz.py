@@ -295,7 +295,9 @@ def make_samples(folder: Path) -> None:
     import subprocess
 
     for library in ("safetensors", "npz", "torch", "flax", "keras"):
-        subprocess.run([sys.executable, "-m", "tests.porting.samples", library, str(folder)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "tests.porting.formats.samples", library, str(folder)], check=True
+        )
 
 
 if __name__ == "__main__":

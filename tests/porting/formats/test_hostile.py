@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from selfattn_core.porting import PortError, open_tensors
-from tests.porting.hostile import archive_files, h5_files, stream_files, torch_files
+from tests.porting.formats.hostile import archive_files, h5_files, stream_files, torch_files
 
 # Beyond what the process holds: the samples are small, and what they promise is not.
 BOUND = 512 * 2**20
@@ -67,7 +67,7 @@ def test_the_payload_would_have_run(hostile, tmp_path):
     """Otherwise the trace that is not there would prove nothing."""
     import pickle
 
-    from tests.porting.hostile.marker import pickled
+    from tests.porting.formats.hostile.marker import pickled
 
     pickle.loads(pickled(tmp_path / "TRACE"))  # noqa: S301 - our own
     assert (tmp_path / "TRACE").read_text() == "executed"

@@ -1,6 +1,6 @@
 """Small checkpoints of every format, each written by its own library, and what is in them.
 
-Run as `python -m tests.porting.samples LIBRARY FOLDER`, in a process of its own: some of these libraries do not share one.
+Run as `python -m tests.porting.formats.samples LIBRARY FOLDER`, in a process of its own: some of these libraries do not share one.
 """
 
 import pickle

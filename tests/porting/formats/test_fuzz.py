@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.porting import fuzz
+from tests.porting.formats import fuzz
 
 
 @pytest.mark.parametrize("reader", fuzz.READERS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.porting.hostile.marker import Payload
+from tests.porting.formats.hostile.marker import Payload
 
 
 def npy(array: np.ndarray, **options) -> bytes:
