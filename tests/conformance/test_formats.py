@@ -6,7 +6,8 @@ import pytest
 from selfattn_core import spec
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import CASES
-from selfattn_core.conformance.mutants.selftest import judge_in_process, small_runs
+from selfattn_core.conformance.execution.in_process import judge_in_process
+from selfattn_core.conformance.mutants.selftest import small_runs
 from selfattn_core.conformance.mutants.shipped import RoundsOperands
 from selfattn_core.conformance.verdicts.product_formats import FORMATS, coarsest, kept_bits, measured, spec_in
 from selfattn_core.conformance.verdicts.tolerance import FACTORS, SHIPPED_FACTORS, expect, expect_shipped

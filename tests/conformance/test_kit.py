@@ -18,9 +18,10 @@ from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import FAMILIES, LEVELS
 from selfattn_core.conformance.cases.inputs import Inputs, _decided, inputs, rounded
 from selfattn_core.conformance.cases.table import CASES, all_runs
+from selfattn_core.conformance.execution.in_process import judge_in_process
 from selfattn_core.conformance.execution.runner import run_backend
 from selfattn_core.conformance.mutants import edited
-from selfattn_core.conformance.mutants.selftest import judge_in_process, small_runs
+from selfattn_core.conformance.mutants.selftest import small_runs
 from selfattn_core.conformance.mutants.sixteen_bits import InBfloat16
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth

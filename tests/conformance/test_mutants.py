@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from selfattn_core.conformance.cases.families import FAMILIES
+from selfattn_core.conformance.execution.in_process import judge_in_process
 from selfattn_core.conformance.mutants import MUTANTS, Mutant, edited, selftest
 from selfattn_core.conformance.mutants.edits import edited_spec
-from selfattn_core.conformance.mutants.selftest import judge_in_process, self_test, small_runs
+from selfattn_core.conformance.mutants.selftest import self_test, small_runs
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.report import as_data, as_table
 

@@ -15,10 +15,12 @@ from selfattn_core.conformance.backends import REGISTRY, Registered, is_target
 from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import FAMILIES, Level
 from selfattn_core.conformance.cases.table import all_runs
-from selfattn_core.conformance.execution.devices import WORDS, device_problem, device_variables
+from selfattn_core.conformance.execution.devices import WORDS, Device, device_problem, device_variables
 from selfattn_core.conformance.execution.environment import cores, environment
-from selfattn_core.conformance.execution.supervisor import Session
+from selfattn_core.conformance.execution.supervisor import Supervisor
 from selfattn_core.conformance.results import BackendReport, Outcome
+from selfattn_core.conformance.verdicts.outcomes import as_expected, outcome_of
+from selfattn_core.conformance.verdicts.product_formats import coarsest
 from selfattn_core.installed import missing_modules
 
 __all__ = ["run_backend", "run_backends", "unknown_device"]
@@ -92,7 +94,7 @@ def run_backend(
             placed = device_variables(registered.framework, device or "cpu", variables)
             variables = {key: value for key, value in (variables | placed).items() if value is not None}
         with tempfile.TemporaryDirectory(prefix="selfattn-conform-") as scratch:
-            session = Session(
+            supervisor = Supervisor(
                 registered.target,
                 variables,
                 Path(scratch),
@@ -103,7 +105,8 @@ def run_backend(
                 device=device,
                 shipped=as_shipped,
             )
-            return session.report(name)
+            supervisor.work()
+            return _report(name, supervisor)
 
     with _threads(parts, stop) as pool:
         reports = list(pool.map(part, range(len(shares))))
@@ -183,6 +186,31 @@ def run_backends(
         _threads(processes, stop) as pool,
     ):
         return list(pool.map(one, names, repeat(programs)))
+
+
+def _report(name: str, supervised: Supervisor) -> BackendReport:
+    """The answers of a backend, judged."""
+    ready, failed = supervised.ready, supervised.failed
+    if ready is None:
+        return BackendReport(name, error=failed.error, refused=failed.refused, absent=failed.absent)
+    claims, label = ready.claimed, coarsest(supervised.precisions)
+
+    def outcome(index: int, run: Run) -> Outcome:
+        if not claims.covers(run):
+            return Outcome(run, "unclaimed")
+        asked = replace(run, layout=claims.layout(run))
+        found = outcome_of(asked, supervised.answer(index), supervised.seed, label)
+        return as_expected(found, ready.expected_failures)
+
+    return BackendReport(
+        name,
+        ready.versions,
+        tuple(ready.claims),
+        tuple(ready.layouts),
+        tuple(ready.dtypes),
+        tuple(outcome(index, run) for index, run in enumerate(supervised.runs)),
+        device=Device(**ready.device, precisions=supervised.precisions),
+    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The processes of a backend: started, watched, ended where they stand still, and their answers compared."""
+"""The processes of a backend: started, watched, and ended where they stand still."""
 
 import json
 import subprocess
@@ -9,18 +9,23 @@ from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import numpy as np
 
 from selfattn_core.conformance.cases.case import Run
-from selfattn_core.conformance.execution.devices import Device
-from selfattn_core.conformance.protocol import Claims
-from selfattn_core.conformance.results import BackendReport, Outcome
-from selfattn_core.conformance.verdicts.compare import compare
-from selfattn_core.conformance.verdicts.product_formats import coarsest
+from selfattn_core.conformance.execution.events import (
+    Answer,
+    Answered,
+    Failed,
+    Finished,
+    Measured,
+    Measuring,
+    Raised,
+    Ready,
+    read,
+)
 
-__all__ = ["Session"]
+__all__ = ["Supervisor"]
 
 _STARTUP_SECONDS = 300.0
 _MOST_PROCESSES = 12
@@ -28,8 +33,8 @@ _MOST_TIMEOUTS = 3
 _LOOK_AGAIN_SECONDS = 0.02
 
 
-class Session:
-    """The processes that are asked the same runs, one after the other until every run has an answer or an end.
+class Supervisor:
+    """Starts processes that ask the same runs, one process after the other, until every run has an answer or an end.
 
     Args:
         target: "module:object".
@@ -41,6 +46,11 @@ class Session:
         stop: set where nobody waits for the answers any more.
         device: to compute on; empty for the CPU of a backend that takes one.
         shipped: whether the format of the framework's own products is measured.
+
+    Attributes:
+        ready: what the backend says of itself; None if it did not start.
+        failed: why it did not start, or how its last process ended.
+        precisions: the formats of the framework's own products, where they were measured.
     """
 
     def __init__(
@@ -60,89 +70,84 @@ class Session:
         self.folder, self.seed, self.timeout = folder, seed, timeout
         self.runs, self.stop = runs, stop
         self.device, self.shipped = device, shipped
-        self.events: dict[int, dict[str, Any]] = {}
-        self.ready: dict[str, Any] | None = None
-        self.precisions: dict[str, str] = {}
-        self.failure = ""
-        self.refused = self.absent = False
-        self.timeouts = 0
+        self.ready: Ready | None = None
+        self.failed = Failed("")
+        self.precisions: Mapping[str, str] = {}
+        self._answers: dict[int, Answer] = {}
+        self._timeouts = 0
 
-    def report(self, name: str) -> BackendReport:
-        """Start processes until all is answered, and compare.
+    def work(self) -> None:
+        """Start processes until all is answered, or no further one would be of use.
 
         Raises:
             CancelledError: if it was told to stop.
         """
         for number in range(_MOST_PROCESSES):
-            if not (pending := self.pending()):
-                break
-            if not self.work(number, pending):
-                break
-        if self.ready is None:
-            return BackendReport(name, error=self.failure, refused=self.refused, absent=self.absent)
-        return BackendReport(
-            name,
-            self.ready["versions"],
-            tuple(self.ready["claims"]),
-            tuple(self.ready["layouts"]),
-            tuple(self.ready["dtypes"]),
-            tuple(self.outcome(index) for index in range(len(self.runs))),
-            device=Device(**self.ready["device"], precisions=self.precisions),
-        )
+            pending = self._pending()
+            if not pending or not self._process(number, pending):
+                return
 
-    def pending(self) -> list[int]:
+    def answer(self, index: int) -> Answer:
+        """The answer to a run that the backend claims; of one that was not reached, that it was not.
+
+        Args:
+            index: of the run.
+        """
+        answer = self._answers.get(index, Raised(f"not reached: {self.failed.error}"))
+        if not isinstance(answer, Answered):
+            return answer
+        with np.load(self.folder / f"{index}.npz") as file:
+            return replace(answer, arrays=list(file.values()))
+
+    def _pending(self) -> list[int]:
         """Runs that have no end yet."""
-        waiting = [index for index in range(len(self.runs)) if index not in self.events]
+        waiting = [index for index in range(len(self.runs)) if index not in self._answers]
         if self.ready is None:
             return waiting
-        return [index for index in waiting if self.claims.covers(self.runs[index])]
+        return [index for index in waiting if self.ready.claimed.covers(self.runs[index])]
 
-    @property
-    def claims(self) -> Claims:
-        """What the backend claims, which has started."""
-        ready = self.ready or {}
-        return Claims(ready["claims"], ready["layouts"], ready["dtypes"])
-
-    def work(self, number: int, pending: list[int]) -> bool:
+    def _process(self, number: int, pending: list[int]) -> bool:
         """One process, to its end; whether another one would be of use."""
         progress = self.folder / f"progress-{number}.jsonl"
         output = self.folder / f"output-{number}.txt"
-        ending, hung = self.watch(self.start(number, pending, progress, output), progress)
-        lines = _lines(progress)
-        finished = bool(lines) and lines[-1]["event"] == "finished"
-        if not finished:
+        ending, hung = self._watch(self._start(number, pending, progress, output), progress)
+        lines = read(progress)
+        events = [event for _, event in lines]
+        last = events[-1] if events else None
+        if not isinstance(last, Finished):
             ending = ending or "the process exited with code 0"
-        ready = next((line for line in lines if line["event"] == "ready"), None)
+        ready = next((event for event in events if isinstance(event, Ready)), None)
         self.ready = self.ready or ready
         if ready is None:
-            failed = next((line for line in lines if line["event"] == "failed"), {})
-            self.refused, self.absent = failed.get("refused", False), failed.get("absent", False)
-            died = f"{ending} while the backend was imported: {_tail(output)}"
-            self.failure = failed.get("error", "").strip() or died
+            died = Failed(f"{ending} while the backend was imported: {_tail(output)}")
+            self.failed = last if isinstance(last, Failed) else died
             return False
-        measured = next((line for line in lines if line["event"] == "measured"), None)
-        self.precisions = self.precisions or (measured or {}).get("precisions", {})
-        if lines[-1]["event"] == "measuring":
+        measured = next((event for event in events if isinstance(event, Measured)), Measured({}))
+        self.precisions = self.precisions or measured.precisions
+        if isinstance(last, Measuring):
             ending = f"{ending} while the framework's own products were measured: {_tail(output)}"
-        ended = {line["run"]: line for line in lines if "run" in line}
-        for index, event in ended.items():
-            if event["event"] == "started":
-                words = f"{ending} in this case: {_tail(output)}"
-                self.events[index] = {"event": "raised", "error": words}
-                self.timeouts = self.timeouts + 1 if hung else 0
+        ended = {run: event for run, event in lines if run is not None}
+        for run, event in ended.items():
+            if isinstance(event, Answer):
+                self._answers[run] = event
+                self._timeouts = 0
             else:
-                self.events[index] = event
-                self.timeouts = 0
-        self.failure = ending
-        if self.timeouts == _MOST_TIMEOUTS:
-            self.failure = f"given up after {_MOST_TIMEOUTS} timeouts in a row, of {self.timeout:g} s each"
+                self._answers[run] = Raised(f"{ending} in this case: {_tail(output)}")
+                self._timeouts = self._timeouts + 1 if hung else 0
+        self.failed = Failed(ending)
+        if self._timeouts == _MOST_TIMEOUTS:
+            self.failed = Failed(
+                f"given up after {_MOST_TIMEOUTS} timeouts in a row, of {self.timeout:g} s each"
+            )
             return False
         return bool(ended)
 
-    def start(self, number: int, pending: list[int], progress: Path, output: Path) -> subprocess.Popen[bytes]:
+    def _start(
+        self, number: int, pending: list[int], progress: Path, output: Path
+    ) -> subprocess.Popen[bytes]:
         """A worker for these runs."""
         runs = [
-            {"index": index, "case": run.case.id, "dtype": run.dtype, "layout": run.layout}
+            (index, run.case.id, run.dtype, run.layout)
             for index, run in ((index, self.runs[index]) for index in pending)
         ]
         job = {
@@ -166,7 +171,7 @@ class Session:
                 stderr=subprocess.STDOUT,
             )
 
-    def watch(self, process: subprocess.Popen[bytes], progress: Path) -> tuple[str, bool]:
+    def _watch(self, process: subprocess.Popen[bytes], progress: Path) -> tuple[str, bool]:
         """Wait until the process ends, or end it where it stands still; how it ended if not by itself, and if so."""
         size, since = -1, time.monotonic()
         try:
@@ -190,49 +195,6 @@ class Session:
             return "", False
         how = f"died by signal {-code}" if code < 0 else f"exited with code {code}"
         return f"the process {how}", False
-
-    def outcome(self, index: int) -> Outcome:
-        """What came of a run, and whether that was expected."""
-        run = self.runs[index]
-        if not self.claims.covers(run):
-            return Outcome(run, "unclaimed")
-        run = replace(run, layout=self.claims.layout(run))
-        event = self.events.get(index, {"event": "unreached"})
-        if event["event"] == "answered":
-            with np.load(self.folder / f"{index}.npz") as file:
-                label = coarsest(self.precisions)
-                found = compare(run, dict(zip(event["names"], file.values(), strict=True)), self.seed, label)
-        elif event["event"] == "declined":
-            return Outcome(run, "unclaimed", (), event["reason"])
-        elif event["event"] == "malformed":
-            found = Outcome(run, "fail", (), event["error"])
-        elif event["event"] == "raised":
-            found = Outcome(run, "error", (), event["error"].strip())
-        else:
-            found = Outcome(run, "error", (), f"not reached: {self.failure}")
-        return self.as_expected(replace(found, seconds=event.get("seconds", 0.0)))
-
-    def as_expected(self, outcome: Outcome) -> Outcome:
-        """The outcome of a run whose failure the backend may have announced."""
-        expected: Mapping[str, list[str]] = (self.ready or {}).get("expected_failures", {})
-        for key, (reason, link) in expected.items():
-            if outcome.run.is_named(key):
-                # A wrong answer was announced, not that there is none: a crash may hide any other.
-                if outcome.status == "error":
-                    return outcome
-                if outcome.status == "fail":
-                    return replace(outcome, status="expected-failure", reason=reason, link=link)
-                stale = f"passes, and was expected to fail ({reason}; {link}): take {key} out of expected_failures"
-                return replace(outcome, status="fail", message=stale, reason=reason, link=link)
-        return outcome
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that a process may have died writing."""
-    if not path.exists():
-        return []
-    written = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in written]
 
 
 def _tail(path: Path) -> str:

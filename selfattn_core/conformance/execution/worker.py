@@ -13,10 +13,9 @@ import json
 import os
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +23,24 @@ import numpy as np
 
 from selfattn_core.conformance.backends import NotABackendError, resolve
 from selfattn_core.conformance.cases.case import Run
-from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import CASES
 from selfattn_core.conformance.execution.devices import DeviceAbsentError, DeviceUnknownError, chosen
-from selfattn_core.conformance.protocol import Claims, declined, expected_failures_of, takes_device
-from selfattn_core.conformance.questions.ask import answers
-from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
+from selfattn_core.conformance.execution.events import (
+    Answered,
+    Failed,
+    Finished,
+    Measured,
+    Measuring,
+    Raised,
+    Ready,
+    Started,
+    write,
+)
+from selfattn_core.conformance.execution.in_process import ask
+from selfattn_core.conformance.protocol import Claims, expected_failures_of, takes_device
 from selfattn_core.conformance.verdicts.product_formats import measured
-from selfattn_core.params import widen
 
-__all__ = ["end_with_parent", "main", "malformed"]
-
-
-def malformed(found: Any) -> str:
-    """What makes an answer unfit to be compared, by its types; empty if nothing does.
-
-    Example:
-        >>> malformed({"y": [1.0]})
-        'y: got list, expected a numpy array of numbers'
-    """
-    if not isinstance(found, Mapping):
-        return f"got {type(found).__name__}, expected a mapping of names to numpy arrays"
-    problems = []
-    for name, value in found.items():
-        if not isinstance(name, str):
-            problems.append(f"got the name {name!r}, expected a string")
-        if not isinstance(value, np.ndarray | np.generic):
-            problems.append(f"{name}: got {type(value).__name__}, expected a numpy array of numbers")
-        elif widen(np.asarray(value)).dtype.kind not in "fiubc":
-            problems.append(f"{name}: got an array of dtype {value.dtype}, expected numbers")
-    return "; ".join(problems)
+__all__ = ["end_with_parent", "main"]
 
 
 def end_with_parent() -> None:
@@ -80,44 +67,50 @@ def main(job_file: str) -> None:
     """Run the job that the file describes."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     with Path(job["progress"]).open("w", encoding="utf-8") as progress, ExitStack() as stack:
-
-        def tell(**line: object) -> None:
-            progress.write(json.dumps(line) + "\n")
-            progress.flush()
-
         try:
             backend = resolve(job["target"])
             device, about = _device(backend, job["device"], stack)
             claims = Claims.of(backend)
-            tell(
-                event="ready",
-                name=str(backend.name),
-                versions={str(name): str(version) for name, version in backend.versions().items()},
-                claims=sorted(claims.abilities),
-                layouts=list(claims.layouts),
-                dtypes=list(claims.dtypes),
-                expected_failures={key: list(why) for key, why in expected_failures_of(backend).items()},
-                device={"name": device, **about},
+            ready = Ready(
+                {str(name): str(version) for name, version in backend.versions().items()},
+                sorted(claims.abilities),
+                list(claims.layouts),
+                list(claims.dtypes),
+                {key: list(why) for key, why in expected_failures_of(backend).items()},
+                {"name": device, **about},
             )
+            write(progress, ready)
         except (NotABackendError, DeviceUnknownError) as error:
-            tell(event="failed", error=str(error), refused=True)
+            write(progress, Failed(str(error), refused=True))
             return
         except DeviceAbsentError as error:
-            tell(event="failed", error=str(error), absent=True)
+            write(progress, Failed(str(error), absent=True))
             return
         except Exception:
-            tell(event="failed", error=traceback.format_exc(limit=-3))
+            write(progress, Failed(traceback.format_exc(limit=-3).strip()))
             return
         unmeasured = ""
         if job["shipped"] and "shipped" in claims.abilities:
             # Of its own, for this may raise, hang or crash, and what is known of the backend by now is to be kept.
-            tell(event="measuring")
+            write(progress, Measuring())
             try:
-                tell(event="measured", precisions=measured(backend.default_products))
+                write(progress, Measured(measured(backend.default_products)))
             except Exception:
-                unmeasured = f"the framework's own products: {traceback.format_exc(limit=-3)}"
-        _answer(backend, device, job, claims, tell, unmeasured)
-        tell(event="finished")
+                unmeasured = f"the framework's own products: {traceback.format_exc(limit=-3).strip()}"
+        cases = {case.id: case for case in CASES}
+        for index, case, dtype, layout in job["runs"]:
+            run = Run(cases[case], dtype, layout)
+            if not claims.covers(run):
+                continue
+            if unmeasured:
+                write(progress, Raised(unmeasured), index)
+                continue
+            write(progress, Started(), index)
+            answer = ask(backend, replace(run, layout=claims.layout(run)), job["seed"], device=device)
+            if isinstance(answer, Answered):
+                np.savez(Path(job["folder"]) / f"{index}.npz", *answer.arrays, allow_pickle=False)
+            write(progress, answer, index)
+        write(progress, Finished())
 
 
 def _device(backend: Any, asked: str, stack: ExitStack) -> tuple[str, dict[str, str]]:
@@ -131,60 +124,6 @@ def _device(backend: Any, asked: str, stack: ExitStack) -> tuple[str, dict[str, 
     device = chosen(asked or "cpu", backend.devices())
     said = stack.enter_context(backend.on(device)) or {}
     return device, {name: str(said.get(name, "")) for name in ("model", "driver")}
-
-
-def _answer(
-    backend: Any,
-    device: str,
-    job: Mapping[str, Any],
-    claims: Claims,
-    tell: Callable[..., None],
-    unmeasured: str,
-) -> None:
-    """Compute the runs of a job that are claimed; none of them where what they are held to could not be measured."""
-    cases = {case.id: case for case in CASES}
-    for asked in job["runs"]:
-        run = Run(cases[asked["case"]], asked["dtype"], asked["layout"])
-        if not claims.covers(run):
-            continue
-        index = asked["index"]
-        if unmeasured:
-            tell(event="raised", run=index, error=unmeasured)
-            continue
-        tell(event="started", run=index)
-        began = time.perf_counter()
-        try:
-            if reason := declined(backend, run.case.config):
-                tell(event="declined", run=index, reason=reason)
-                continue
-            given = inputs(run.case, run.dtype, job["seed"])
-            if device:
-                backend.places()
-            found = answers(backend, run.case, given, run.dtype, claims.layout(run), job["seed"])
-            seconds = round(time.perf_counter() - began, 4)
-            if problem := malformed(found) or _misplaced(backend, device):
-                tell(event="malformed", run=index, error=problem)
-                continue
-            arrays = [widen(np.asarray(value)) for value in found.values()]
-            np.savez(Path(job["folder"]) / f"{index}.npz", *arrays, allow_pickle=False)
-            tell(event="answered", run=index, names=list(found), seconds=seconds)
-        except Exception as error:
-            # In any other family it would be a way for a backend to get rid of a run.
-            if isinstance(error, PeakUnknownError) and run.case.family == "memory":
-                tell(event="declined", run=index, reason=str(error))
-            else:
-                tell(event="raised", run=index, error=traceback.format_exc(limit=-3))
-
-
-def _misplaced(backend: Any, device: str) -> str:
-    """Why answers do not count as computed on the device that was asked for; empty if they do."""
-    if not device:
-        return ""
-    places = set(backend.places())
-    if not places:
-        return f"places() named no device after an answer, where {device} was asked for"
-    strange = sorted(places - {device})
-    return f"answers lay on {', '.join(strange)}, where {device} was asked for" if strange else ""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The kit on broken implementations: each has to be caught by the cases that are there for it."""
 
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -8,18 +7,12 @@ import numpy as np
 
 from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import FamilyName
-from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import all_runs
-from selfattn_core.conformance.execution.worker import malformed
+from selfattn_core.conformance.execution.in_process import judge_in_process
 from selfattn_core.conformance.mutants import MUTANTS, Mutant
-from selfattn_core.conformance.protocol import Backend, Claims
-from selfattn_core.conformance.questions.ask import answers
-from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
 from selfattn_core.conformance.results import Outcome
-from selfattn_core.conformance.verdicts.compare import compare
-from selfattn_core.conformance.verdicts.product_formats import coarsest, measured
 
-__all__ = ["Kill", "judge_in_process", "self_test"]
+__all__ = ["Kill", "self_test", "small_runs"]
 
 # More positions do not show a numpy mutant more than few do, and take a hundred times as long.
 _MOST_POSITIONS = 100
@@ -81,32 +74,6 @@ def small_runs(families: Sequence[FamilyName] | None = None) -> list[Run]:
         if (families is None or run.case.family in families)
         and (run.case.shape[1] * run.case.shape[2] <= _MOST_POSITIONS or run.case.family == "memory")
     ]
-
-
-def judge_in_process(backend: Backend, runs: Iterable[Run], seed: int = 0) -> Iterable[Outcome]:
-    """The outcomes of the runs that a backend claims, without a process of its own: for numpy, which shares this one.
-
-    Args:
-        backend: which.
-        runs: which.
-        seed: of the inputs.
-    """
-    claims = Claims.of(backend)
-    label = coarsest(measured(backend.default_products)) if "shipped" in claims.abilities else "float32"
-    for run in runs:
-        if not claims.covers(run):
-            continue
-        layout = claims.layout(run)
-        try:
-            with np.errstate(all="ignore"):
-                found = answers(backend, run.case, inputs(run.case, run.dtype, seed), run.dtype, layout, seed)
-        except Exception as error:
-            unmeasured = isinstance(error, PeakUnknownError) and run.case.family == "memory"
-            message = str(error) if unmeasured else traceback.format_exc(limit=-1).strip()
-            yield Outcome(run, "unclaimed" if unmeasured else "error", (), message)
-            continue
-        problem = malformed(found)
-        yield Outcome(run, "fail", (), problem) if problem else compare(run, found, seed, label)
 
 
 def _kill(mutant: Mutant, outcomes: list[Outcome]) -> Kill:

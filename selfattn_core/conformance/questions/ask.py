@@ -12,7 +12,7 @@ from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.computations import ComputationName
 from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.cases.inputs import Inputs
-from selfattn_core.conformance.protocol import Backend
+from selfattn_core.conformance.protocol import Backend, Build
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth
 from selfattn_core.conformance.questions.training import train
 
@@ -25,7 +25,14 @@ INITIAL_DRAWS = 4
 
 
 def answers(
-    backend: Backend, case: Case, given: Inputs, dtype: str, layout: str, seed: int = 0
+    backend: Backend,
+    case: Case,
+    given: Inputs,
+    dtype: str,
+    layout: str,
+    seed: int = 0,
+    *,
+    build: Build | None = None,
 ) -> Mapping[str, Any]:
     """What a backend says to a case, by quantity.
 
@@ -36,19 +43,20 @@ def answers(
         dtype: to compute in.
         layout: to compute in.
         seed: of the input, for the families that draw more than that.
+        build: makes the layers in place of `Backend.build`.
 
     Raises:
         PeakUnknownError: if the case is about memory, which cannot be measured on this system or device.
     """
 
-    def build() -> Any:
-        return backend.build(case.config, given.params, dtype, layout)
+    def built() -> Any:
+        return (build or backend.build)(case.config, given.params, dtype, layout)
 
     if case.view:
         given = replace(given, x=_view(case, given.x), dy=_view(case, given.dy))
 
     if case.computation == "trajectory":
-        return train(backend, case, dtype, layout, seed)
+        return train(backend, case, dtype, layout, seed, build=build)
     if case.computation == "init":
         seeds = [*range(1, INITIAL_DRAWS), 1]
         return {
@@ -57,13 +65,13 @@ def answers(
             for name, array in backend.initial(case.config, seed).items()
         }
     if case.family == "determinism":
-        model = build()
+        model = built()
         return {
             "y": backend.forward(model, given.x),
             "again": backend.forward(model, given.x),
-            "rebuilt": backend.forward(build(), given.x),
+            "rebuilt": backend.forward(built(), given.x),
         }
-    return _BY_FAMILY.get(case.family, _computed)(backend, build(), case, given)
+    return _BY_FAMILY.get(case.family, _computed)(backend, built(), case, given)
 
 
 def _view(case: Case, maps: Array) -> Array:

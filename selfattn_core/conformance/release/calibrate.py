@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,10 @@ from selfattn_core.conformance.backends import REGISTRY, resolve
 from selfattn_core.conformance.cases.case import LAYOUTS, Run
 from selfattn_core.conformance.cases.computations import COMPUTATIONS
 from selfattn_core.conformance.cases.families import FAMILIES
-from selfattn_core.conformance.cases.inputs import Inputs, inputs
 from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.environment import cores, environment
-from selfattn_core.conformance.protocol import Backend, Claims
-from selfattn_core.conformance.questions.ask import answers
-from selfattn_core.conformance.verdicts.compare import compare
+from selfattn_core.conformance.execution.in_process import judge_in_process
+from selfattn_core.conformance.protocol import Backend, Build
 from selfattn_core.conformance.verdicts.tolerance import (
     ALLOWANCES,
     CAPS,
@@ -87,25 +86,27 @@ def measure(backend: Backend, seeds: int, runs: Sequence[Run] | None = None) -> 
         runs: which; by default all that are calibrated.
     """
     began = time.monotonic()
-    claims, layouts = Claims.of(backend), backend.layouts()
+    layouts, builds = backend.layouts(), _one_layer_for_each(backend)
     asked_for = calibrated_runs() if runs is None else runs
-    claimed = [run for run in asked_for if claims.covers(run)]
     worst: dict[str, dict[str, Any]] = {}
     alarms: list[str] = []
     asked = 0
-    kept = _Kept(backend)
     for seed in range(1, seeds + 1):
         layout = layouts[seed % len(layouts)]
-        for run in claimed:
-            if run.case.family == "trajectory" and seed % TRAJECTORY_TURNS:
+        turn = [
+            replace(run, layout=layout)
+            for run in asked_for
+            if run.case.computation != "trajectory" or seed % TRAJECTORY_TURNS == 0
+        ]
+        for outcome in judge_in_process(backend, turn, seed, builds=builds):
+            run = outcome.run
+            if outcome.status == "unclaimed":
                 continue
-            given = inputs(run.case, run.dtype, seed)
-            outcome = compare(run, kept.answers(run, given, layout, seed), seed)
             asked += 1
             key = f"{run.case.family}/{run.dtype}"
             if outcome.status != "pass":
                 alarms.append(f"{run.id}, seed {seed}: {outcome.message}")
-            if outcome.ratio >= worst.get(key, {"floors": 0.0})["floors"]:
+            if outcome.verdicts and outcome.ratio >= worst.get(key, {"floors": 0.0})["floors"]:
                 verdict = max(outcome.verdicts, key=lambda verdict: verdict.ratio)
                 worst[key] = {
                     "floors": round(outcome.ratio, 3),
@@ -123,41 +124,26 @@ def measure(backend: Backend, seeds: int, runs: Sequence[Run] | None = None) -> 
     }
 
 
-class _Kept:
-    """A backend that, where it can give other weights to a layer, builds one layer for each case, dtype and layout.
+def _one_layer_for_each(backend: Backend) -> Callable[[Run], Build]:
+    """What makes the layer of a run: where a layer can be given other weights, one serves all seeds of a run.
 
-    What a framework has compiled for that layer then serves every seed.
+    What a framework has compiled for that layer then serves them too.
     """
+    kept: Any = backend
+    if not hasattr(kept, "update"):
+        return lambda _: backend.build
+    models: dict[Run, Any] = {}
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.models: dict[tuple[str, ...], Any] = {}
+    def builds(run: Run) -> Build:
+        def build(config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str) -> Any:
+            if run not in models:
+                models[run] = backend.build(config, params, dtype, layout)
+            models[run] = kept.update(models[run], params)
+            return models[run]
 
-    def answers(self, run: Run, given: Inputs, layout: str, seed: int) -> Mapping[str, Any]:
-        """What the backend says to a run."""
-        return answers(_Once(self, run), run.case, given, run.dtype, layout, seed)
+        return build
 
-    def build(self, run: Run, config: SelfAttentionConfig, params: Mapping[str, Array], layout: str) -> Any:
-        key = (run.case.id, run.dtype, layout)
-        backend: Any = self.backend
-        if key not in self.models or not hasattr(backend, "update"):
-            self.models[key] = backend.build(config, params, run.dtype, layout)
-        if hasattr(backend, "update"):
-            self.models[key] = backend.update(self.models[key], params)
-        return self.models[key]
-
-
-class _Once:
-    """The backend of a `_Kept` for one run."""
-
-    def __init__(self, kept: _Kept, run: Run) -> None:
-        self.kept, self.run = kept, run
-
-    def build(self, config: SelfAttentionConfig, params: Mapping[str, Array], _: str, layout: str) -> Any:
-        return self.kept.build(self.run, config, params, layout)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kept.backend, name)
+    return builds
 
 
 def main() -> int:

@@ -1,0 +1,153 @@
+"""What happens in the process of a backend: a worker writes each event as one line of JSON, its supervisor reads them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from numpy.typing import NDArray
+
+from selfattn_core.conformance.protocol import Claims
+
+__all__ = [
+    "Answer",
+    "Answered",
+    "Declined",
+    "Event",
+    "Failed",
+    "Finished",
+    "Malformed",
+    "Measured",
+    "Measuring",
+    "Raised",
+    "Ready",
+    "Started",
+    "read",
+    "write",
+]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The backend was imported; these are its own words."""
+
+    versions: Mapping[str, str]
+    claims: Sequence[str]
+    layouts: Sequence[str]
+    dtypes: Sequence[str]
+    expected_failures: Mapping[str, Sequence[str]]
+    device: Mapping[str, str]
+
+    @property
+    def claimed(self) -> Claims:
+        """All that it claims."""
+        return Claims(self.claims, self.layouts, self.dtypes)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The backend did not start; `refused` and `absent` are those of `BackendReport`."""
+
+    error: str
+    refused: bool = False
+    absent: bool = False
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """The framework's own products are about to be measured."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The format of each of those products."""
+
+    precisions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run is about to be asked."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A run has an answer: arrays by name. Lines leave out the arrays, which lie in a file of their own."""
+
+    names: Sequence[str]
+    seconds: float
+    arrays: Sequence[Array] = ()
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A run has an answer that cannot be compared."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class Declined:
+    """The backend has no layer for a run, or its memory cannot be measured."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Raised:
+    """A run ended without an answer."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Every run was asked."""
+
+
+Answer = Answered | Malformed | Declined | Raised
+Event = Ready | Failed | Measuring | Measured | Started | Answer | Finished
+
+_EVENTS: Mapping[str, type[Event]] = {
+    each.__name__: each
+    for each in (
+        Ready,
+        Failed,
+        Measuring,
+        Measured,
+        Started,
+        Answered,
+        Malformed,
+        Declined,
+        Raised,
+        Finished,
+    )
+}
+
+
+def write(stream: TextIO, event: Event, run: int | None = None) -> None:
+    """Write an event as a line.
+
+    Args:
+        stream: of the file that the supervisor watches.
+        event: what happens.
+        run: the number of the run that it happens in; None outside of runs.
+    """
+    if isinstance(event, Answered):
+        event = replace(event, arrays=())
+    stream.write(json.dumps({"event": type(event).__name__, "run": run, **asdict(event)}) + "\n")
+    stream.flush()
+
+
+def read(path: Path) -> list[tuple[int | None, Event]]:
+    """The events of a process, each with the number of its run, without a line that the process died writing.
+
+    Args:
+        path: of the file, which may not be there.
+    """
+    written = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    lines = [json.loads(line) for line in written]
+    return [(line.pop("run"), _EVENTS[line.pop("event")](**line)) for line in lines]

@@ -1,0 +1,49 @@
+"""The outcome of a run: its answer compared with the spec, and its failure with those that the backend expects."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from selfattn_core.conformance.cases.case import Run
+from selfattn_core.conformance.execution.events import Answer, Answered, Declined, Malformed
+from selfattn_core.conformance.results import Outcome
+from selfattn_core.conformance.verdicts.compare import compare
+
+__all__ = ["as_expected", "outcome_of"]
+
+
+def outcome_of(run: Run, answer: Answer, seed: int = 0, label: str = "float32") -> Outcome:
+    """The outcome of a run, whether it was expected or not.
+
+    Args:
+        run: which.
+        answer: of the backend.
+        seed: of the inputs.
+        label: as for `compare`.
+    """
+    if isinstance(answer, Answered):
+        found = dict(zip(answer.names, answer.arrays, strict=True))
+        return replace(compare(run, found, seed, label), seconds=answer.seconds)
+    if isinstance(answer, Declined):
+        return Outcome(run, "unclaimed", (), answer.reason)
+    return Outcome(run, "fail" if isinstance(answer, Malformed) else "error", (), answer.error)
+
+
+def as_expected(outcome: Outcome, expected_failures: Mapping[str, Sequence[str]]) -> Outcome:
+    """The outcome of a run that the backend may expect to fail.
+
+    Args:
+        outcome: as `outcome_of` gives it.
+        expected_failures: as `Backend.expected_failures` gives them.
+    """
+    for key, (reason, link) in expected_failures.items():
+        if outcome.run.is_named(key):
+            # Only a wrong answer can be expected: a crash may hide any other, and what is unclaimed was not asked.
+            if outcome.status in ("error", "unclaimed"):
+                return outcome
+            if outcome.status == "fail":
+                return replace(outcome, status="expected-failure", reason=reason, link=link)
+            stale = (
+                f"passes, and was expected to fail ({reason}; {link}): take {key} out of expected_failures"
+            )
+            return replace(outcome, status="fail", message=stale, reason=reason, link=link)
+    return outcome
