@@ -4,25 +4,24 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from numpy.typing import NDArray
 
 from selfattn_core.conformance.protocol import Claims
+from selfattn_core.conformance.results import Status
 
 __all__ = [
     "Answer",
     "Answered",
-    "Declined",
     "Event",
     "Failed",
     "Finished",
-    "Malformed",
     "Measured",
     "Measuring",
-    "Raised",
     "Ready",
     "Started",
+    "Unanswered",
     "read",
     "write",
 ]
@@ -83,24 +82,11 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Malformed:
-    """A run has an answer that cannot be compared."""
+class Unanswered:
+    """A run has no answer that can be compared; status and message are those of its outcome."""
 
-    error: str
-
-
-@dataclass(frozen=True)
-class Declined:
-    """The backend has no layer for a run, or its memory cannot be measured."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Raised:
-    """A run ended without an answer."""
-
-    error: str
+    status: Status
+    message: str
 
 
 @dataclass(frozen=True)
@@ -108,24 +94,10 @@ class Finished:
     """Every run was asked."""
 
 
-Answer = Answered | Malformed | Declined | Raised
+Answer = Answered | Unanswered
 Event = Ready | Failed | Measuring | Measured | Started | Answer | Finished
 
-_EVENTS: Mapping[str, type[Event]] = {
-    each.__name__: each
-    for each in (
-        Ready,
-        Failed,
-        Measuring,
-        Measured,
-        Started,
-        Answered,
-        Malformed,
-        Declined,
-        Raised,
-        Finished,
-    )
-}
+_EVENTS: Mapping[str, type[Event]] = {each.__name__: each for each in get_args(Event)}
 
 
 def write(stream: TextIO, event: Event, run: int | None = None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.execution.events import Answer, Answered, Declined, Malformed, Raised
+from selfattn_core.conformance.execution.events import Answer, Answered, Unanswered
 from selfattn_core.conformance.protocol import Backend, Build, Claims, declined
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
@@ -36,7 +36,7 @@ def ask(backend: Any, run: Run, seed: int = 0, *, device: str = "", build: Build
     began = time.perf_counter()
     try:
         if reason := declined(backend, run.case.config):
-            return Declined(reason)
+            return Unanswered("unclaimed", reason)
         given = inputs(run.case, run.dtype, seed)
         if device:
             backend.places()
@@ -45,13 +45,13 @@ def ask(backend: Any, run: Run, seed: int = 0, *, device: str = "", build: Build
             found = answers(backend, run.case, given, run.dtype, run.layout, seed, build=build)
         seconds = round(time.perf_counter() - began, 4)
         if problem := malformed(found) or _misplaced(backend, device):
-            return Malformed(problem)
+            return Unanswered("fail", problem)
         return Answered(list(found), seconds, [widen(np.asarray(value)) for value in found.values()])
     except Exception as error:
         # In other cases it would be a way for a backend to get rid of a run.
         if isinstance(error, PeakUnknownError) and "memory" in run.case.needs:
-            return Declined(str(error))
-        return Raised(traceback.format_exc(limit=-3).strip())
+            return Unanswered("unclaimed", str(error))
+        return Unanswered("error", traceback.format_exc(limit=-3).strip())
 
 
 def judge_in_process(

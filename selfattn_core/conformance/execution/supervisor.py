@@ -20,8 +20,8 @@ from selfattn_core.conformance.execution.events import (
     Finished,
     Measured,
     Measuring,
-    Raised,
     Ready,
+    Unanswered,
     read,
 )
 
@@ -93,7 +93,7 @@ class Supervisor:
         Args:
             index: of the run.
         """
-        answer = self._answers.get(index, Raised(f"not reached: {self.failed.error}"))
+        answer = self._answers.get(index, Unanswered("error", f"not reached: {self.failed.error}"))
         if not isinstance(answer, Answered):
             return answer
         with np.load(self.folder / f"{index}.npz") as file:
@@ -132,7 +132,7 @@ class Supervisor:
                 self._answers[run] = event
                 self._timeouts = 0
             else:
-                self._answers[run] = Raised(f"{ending} in this case: {_tail(output)}")
+                self._answers[run] = Unanswered("error", f"{ending} in this case: {_tail(output)}")
                 self._timeouts = self._timeouts + 1 if hung else 0
         self.failed = Failed(ending)
         if self._timeouts == _MOST_TIMEOUTS:

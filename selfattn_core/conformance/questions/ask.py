@@ -89,37 +89,9 @@ def _computed(backend: Backend, model: Any, case: Case, given: Inputs) -> Mappin
     return _BY_COMPUTATION[case.computation](backend, model, case, given)
 
 
-def _forward(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return {"y": backend.forward(model, given.x)}
-
-
-def _map(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return {"map": backend.attention_map(model, given.x)}
-
-
-def _training_pass(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return backend.training_pass(model, given.x)
-
-
-def _vjp(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return backend.vjp(model, given.x, given.dy)
-
-
-def _training_vjp(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return backend.training_vjp(model, given.x, given.dy)
-
-
-def _per_sample(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return backend.per_sample_vjp(model, given.x, given.dy)
-
-
 def _r1(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
     value, gradients = backend.r1(model, given.x, given.dy)
     return {"r1": np.array(value, np.float64), **gradients}
-
-
-def _mixed(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return backend.vjp_of_vjp(model, given.x, given.dy, given.cotangents)
 
 
 def _sizes(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
@@ -238,15 +210,15 @@ def _shipped(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping
 _Question = Callable[[Backend, Any, Case, Inputs], Mapping[str, Any]]
 
 _BY_COMPUTATION: Mapping[ComputationName, _Question] = {
-    "forward": _forward,
-    "map": _map,
-    "spectral_norm": _training_pass,
-    "vjp": _vjp,
-    "training_vjp": _training_vjp,
-    "per_sample": _per_sample,
+    "forward": lambda backend, model, _, given: {"y": backend.forward(model, given.x)},
+    "map": lambda backend, model, _, given: {"map": backend.attention_map(model, given.x)},
+    "spectral_norm": lambda backend, model, _, given: backend.training_pass(model, given.x),
+    "vjp": lambda backend, model, _, given: backend.vjp(model, given.x, given.dy),
+    "training_vjp": lambda backend, model, _, given: backend.training_vjp(model, given.x, given.dy),
+    "per_sample": lambda backend, model, _, given: backend.per_sample_vjp(model, given.x, given.dy),
     "evaluation": _evaluation,
     "r1": _r1,
-    "mixed": _mixed,
+    "mixed": lambda backend, model, _, given: backend.vjp_of_vjp(model, given.x, given.dy, given.cotangents),
     "params": _params,
     "saved": _saved,
 }

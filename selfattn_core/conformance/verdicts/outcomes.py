@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from selfattn_core.conformance.cases.case import Run
-from selfattn_core.conformance.execution.events import Answer, Answered, Declined, Malformed
+from selfattn_core.conformance.execution.events import Answer, Answered
 from selfattn_core.conformance.results import Outcome
 from selfattn_core.conformance.verdicts.compare import compare
 
@@ -20,12 +20,10 @@ def outcome_of(run: Run, answer: Answer, seed: int = 0, label: str = "float32") 
         seed: of the inputs.
         label: as for `compare`.
     """
-    if isinstance(answer, Answered):
-        found = dict(zip(answer.names, answer.arrays, strict=True))
-        return replace(compare(run, found, seed, label), seconds=answer.seconds)
-    if isinstance(answer, Declined):
-        return Outcome(run, "unclaimed", (), answer.reason)
-    return Outcome(run, "fail" if isinstance(answer, Malformed) else "error", (), answer.error)
+    if not isinstance(answer, Answered):
+        return Outcome(run, answer.status, (), answer.message)
+    found = dict(zip(answer.names, answer.arrays, strict=True))
+    return replace(compare(run, found, seed, label), seconds=answer.seconds)
 
 
 def as_expected(outcome: Outcome, expected_failures: Mapping[str, Sequence[str]]) -> Outcome:
