@@ -1,4 +1,4 @@
-"""What happens in the process of a backend: a worker writes each event as one line of JSON, its supervisor reads them."""
+"""Events in the process of a backend. The worker writes each as one line of JSON, and its supervisor reads them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Ready:
-    """The backend was imported; these are its own words."""
+    """The backend was imported, and this is what it claims."""
 
     versions: Mapping[str, str]
     claims: Sequence[str]
@@ -74,7 +74,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Answered:
-    """A run has an answer: arrays by name. Lines leave out the arrays, which lie in a file of their own."""
+    """A run has an answer. Its arrays are stored in a file of their own, not in the line."""
 
     names: Sequence[str]
     seconds: float
@@ -115,10 +115,10 @@ def write(stream: TextIO, event: Event, run: int | None = None) -> None:
 
 
 def read(path: Path) -> list[tuple[int | None, Event]]:
-    """The events of a process, each with the number of its run, without a line that the process died writing.
+    """The events of a process, each with the number of its run. An unfinished last line is ignored.
 
     Args:
-        path: of the file, which may not be there.
+        path: of the file, which need not exist.
     """
     written = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     lines = [json.loads(line) for line in written]

@@ -1,4 +1,4 @@
-"""A backend asked in this process, one run after the other. Workers, the self-test and the calibration all ask this way."""
+"""Asks a backend in this process. Workers, the self-test and the calibration all ask this way."""
 
 import time
 import traceback
@@ -27,10 +27,10 @@ def ask(backend: Any, run: Run, seed: int = 0, *, device: str = "", build: Build
     """Ask a backend one run.
 
     Args:
-        backend: which claims the run, in the layout of the run.
-        run: which.
+        backend: one that claims the run.
+        run: in a layout that the backend has.
         seed: of the inputs.
-        device: that answers must come from; empty for a backend that takes none.
+        device: the one that answers must come from; empty for a backend that takes none.
         build: makes the layer in place of `Backend.build`.
     """
     began = time.perf_counter()
@@ -48,7 +48,7 @@ def ask(backend: Any, run: Run, seed: int = 0, *, device: str = "", build: Build
             return Unanswered("fail", problem)
         return Answered(list(found), seconds, [widen(np.asarray(value)) for value in found.values()])
     except Exception as error:
-        # In other cases it would be a way for a backend to get rid of a run.
+        # In any other case, a backend could avoid a run with this error.
         if isinstance(error, PeakUnknownError) and "memory" in run.case.needs:
             return Unanswered("unclaimed", str(error))
         return Unanswered("error", traceback.format_exc(limit=-3).strip())
@@ -60,10 +60,10 @@ def judge_in_process(
     """The outcomes of the runs that a backend claims.
 
     Args:
-        backend: which.
-        runs: which.
+        backend: any, as long as its framework may share this process.
+        runs: to ask; those that the backend does not claim are left out.
         seed: of the inputs.
-        builds: gives what makes the layer of a run in place of `Backend.build`.
+        builds: the function that makes the layer of a run, in place of `Backend.build`.
     """
     claims = Claims.of(backend)
     claimed = [replace(run, layout=claims.layout(run)) for run in runs if claims.covers(run)]

@@ -1,4 +1,4 @@
-"""The outcome of a run: its answer compared with the spec, and its failure with those that the backend expects."""
+"""From the answer to a run to its outcome, with the failures that the backend expects."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,10 +12,10 @@ __all__ = ["as_expected", "outcome_of"]
 
 
 def outcome_of(run: Run, answer: Answer, seed: int = 0, label: str = "float32") -> Outcome:
-    """The outcome of a run, whether it was expected or not.
+    """Judge an answer. `as_expected` then marks the failures that the backend expects.
 
     Args:
-        run: which.
+        run: the run that was asked.
         answer: of the backend.
         seed: of the inputs.
         label: as for `compare`.
@@ -27,7 +27,7 @@ def outcome_of(run: Run, answer: Answer, seed: int = 0, label: str = "float32") 
 
 
 def as_expected(outcome: Outcome, expected_failures: Mapping[str, Sequence[str]]) -> Outcome:
-    """The outcome of a run that the backend may expect to fail.
+    """Mark the failure of a run that the backend expects to fail, and fail the run if it passes.
 
     Args:
         outcome: as `outcome_of` gives it.
@@ -35,7 +35,7 @@ def as_expected(outcome: Outcome, expected_failures: Mapping[str, Sequence[str]]
     """
     for key, (reason, link) in expected_failures.items():
         if outcome.run.is_named(key):
-            # Only a wrong answer can be expected: a crash may hide any other, and what is unclaimed was not asked.
+            # Only a wrong answer can be expected: a crash may hide any other bug.
             if outcome.status in ("error", "unclaimed"):
                 return outcome
             if outcome.status == "fail":
