@@ -1,6 +1,6 @@
 """What a backend of the conformance kit is: its methods, and what it claims."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard, runtime_checkable
@@ -18,6 +18,7 @@ __all__ = [
     "METHODS",
     "Ability",
     "Backend",
+    "Build",
     "Claims",
     "Layout",
     "Placed",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+Build = Callable[[SelfAttentionConfig, Mapping[str, Array], str, str], Any]
 
 
 @runtime_checkable

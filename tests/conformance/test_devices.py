@@ -1,10 +1,8 @@
 """Backends on the device that is asked for, in the words of their framework, and on no other."""
 
 import json
-import os
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -38,7 +36,7 @@ from selfattn_core.conformance.report import (
 from selfattn_core.conformance.report.summary import device_words
 from selfattn_core.conformance.results import BackendReport, Outcome
 
-HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("on_path")
 ONE = [run for run in all_runs() if run.id == "SA-FWD-001/float32/channels_last"]
 FEW = [
     run
@@ -47,11 +45,6 @@ FEW = [
     and run.dtype == "float32"
     and run.layout == "channels_last"
 ]
-
-
-@pytest.fixture(autouse=True)
-def _toys(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])))
 
 
 class NeverResets:

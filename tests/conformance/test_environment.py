@@ -1,7 +1,6 @@
 """What the processes of backends find in their environment."""
 
 import contextlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,15 +19,13 @@ from selfattn_core.conformance.release import calibrate
 from selfattn_core.params import parameter_table
 from selfattn_core.porting import verify
 
-HERE = Path(__file__).parent
 PROGRAMS = tuple(kept_programs(Path()))
 WAITING = "OMP_WAIT_POLICY"
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 
 
 @pytest.fixture(autouse=True)
-def _plain(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])))
+def _plain(on_path, monkeypatch):
     for name in (*THREADS, *PROGRAMS, WAITING):
         monkeypatch.delenv(name, raising=False)
 

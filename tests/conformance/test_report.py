@@ -16,6 +16,7 @@ from selfattn_core.cli import main
 from selfattn_core.cli.conform import forms
 from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.table import CASES, all_runs
+from selfattn_core.conformance.execution.runner import run_backend
 from selfattn_core.conformance.mutants import MUTANTS
 from selfattn_core.conformance.mutants.selftest import Kill
 from selfattn_core.conformance.questions.training import STEPS, reference
@@ -31,6 +32,7 @@ from selfattn_core.conformance.report import (
 )
 from selfattn_core.conformance.results import BackendReport, Outcome
 from selfattn_core.conformance.verdicts.tolerance import Verdict
+from tests.conformance.runs import FEW
 
 HOSTILE = (
     'a <script>alert("1")</script> & | `tick` :X :smile: [red]\x00\x1b[31m\x9b1A\ufffe\udc80\nsecond line'
@@ -519,3 +521,14 @@ def test_the_command_tells_a_regression_by_its_exit_code(data, tmp_path):
     )
     assert "is a folder" in run(main, ["conform", "--diff", str(old), str(tmp_path)]).output
     assert run(main, ["conform", "torch", "--diff", str(old), str(old)]).exit_code == 2
+
+
+def test_the_json_holds_every_verdict(on_path):
+    report = run_backend("toy_backends:NotANumber", runs=FEW)
+    content = json.loads(json.dumps(as_data([report]), allow_nan=False))
+    (backend,) = content["backends"]
+    assert backend["passed"] is False
+    assert len(backend["outcomes"]) == len(FEW)
+    forward = [outcome for outcome in backend["outcomes"] if outcome["family"] == "forward"]
+    assert forward[0]["ratios"] == {"y": None}
+    assert "NaN" in forward[0]["message"]

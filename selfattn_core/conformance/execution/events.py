@@ -1,28 +1,27 @@
-"""What happens in the process of a backend: a worker writes each event as one line of JSON, its supervisor reads them."""
+"""Events in the process of a backend. The worker writes each as one line of JSON, and its supervisor reads them."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from numpy.typing import NDArray
 
 from selfattn_core.conformance.protocol import Claims
+from selfattn_core.conformance.results import Status
 
 __all__ = [
     "Answer",
     "Answered",
-    "Declined",
     "Event",
     "Failed",
     "Finished",
-    "Malformed",
     "Measured",
     "Measuring",
-    "Raised",
     "Ready",
     "Started",
+    "Unanswered",
     "read",
     "write",
 ]
@@ -32,7 +31,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Ready:
-    """The backend was imported; these are its own words."""
+    """The backend was imported, and this is what it claims."""
 
     versions: Mapping[str, str]
     claims: Sequence[str]
@@ -75,7 +74,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Answered:
-    """A run has an answer: arrays by name. Lines leave out the arrays, which lie in a file of their own."""
+    """A run has an answer. Its arrays are stored in a file of their own, not in the line."""
 
     names: Sequence[str]
     seconds: float
@@ -83,24 +82,11 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Malformed:
-    """A run has an answer that cannot be compared."""
+class Unanswered:
+    """A run has no answer that can be compared; status and message are those of its outcome."""
 
-    error: str
-
-
-@dataclass(frozen=True)
-class Declined:
-    """The backend has no layer for a run, or its memory cannot be measured."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Raised:
-    """A run ended without an answer."""
-
-    error: str
+    status: Status
+    message: str
 
 
 @dataclass(frozen=True)
@@ -108,24 +94,10 @@ class Finished:
     """Every run was asked."""
 
 
-Answer = Answered | Malformed | Declined | Raised
+Answer = Answered | Unanswered
 Event = Ready | Failed | Measuring | Measured | Started | Answer | Finished
 
-_EVENTS: Mapping[str, type[Event]] = {
-    each.__name__: each
-    for each in (
-        Ready,
-        Failed,
-        Measuring,
-        Measured,
-        Started,
-        Answered,
-        Malformed,
-        Declined,
-        Raised,
-        Finished,
-    )
-}
+_EVENTS: Mapping[str, type[Event]] = {each.__name__: each for each in get_args(Event)}
 
 
 def write(stream: TextIO, event: Event, run: int | None = None) -> None:
@@ -143,10 +115,10 @@ def write(stream: TextIO, event: Event, run: int | None = None) -> None:
 
 
 def read(path: Path) -> list[tuple[int | None, Event]]:
-    """The events of a process, each with the number of its run, without a line that the process died writing.
+    """The events of a process, each with the number of its run. An unfinished last line is ignored.
 
     Args:
-        path: of the file, which may not be there.
+        path: of the file, which need not exist.
     """
     written = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     lines = [json.loads(line) for line in written]

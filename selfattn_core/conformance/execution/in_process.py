@@ -1,4 +1,4 @@
-"""A backend asked in this process, one run after the other. Workers, the self-test and the calibration all ask this way."""
+"""Asks a backend in this process. Workers, the self-test and the calibration all ask this way."""
 
 import time
 import traceback
@@ -12,9 +12,9 @@ from selfattn_core.arrays import widen
 from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import inputs
-from selfattn_core.conformance.execution.events import Answer, Answered, Declined, Malformed, Raised
-from selfattn_core.conformance.protocol import Backend, Claims, declined
-from selfattn_core.conformance.questions.ask import Build, answers
+from selfattn_core.conformance.execution.events import Answer, Answered, Unanswered
+from selfattn_core.conformance.protocol import Backend, Build, Claims, declined
+from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
 from selfattn_core.conformance.results import Outcome
 from selfattn_core.conformance.verdicts.outcomes import outcome_of
@@ -27,16 +27,16 @@ def ask(backend: Any, run: Run, seed: int = 0, *, device: str = "", build: Build
     """Ask a backend one run.
 
     Args:
-        backend: which claims the run, in the layout of the run.
-        run: which.
+        backend: one that claims the run.
+        run: in a layout that the backend has.
         seed: of the inputs.
-        device: that answers must come from; empty for a backend that takes none.
+        device: the one that answers must come from; empty for a backend that takes none.
         build: makes the layer in place of `Backend.build`.
     """
     began = time.perf_counter()
     try:
         if reason := declined(backend, run.case.config):
-            return Declined(reason)
+            return Unanswered("unclaimed", reason)
         given = inputs(run.case, run.dtype, seed)
         if device:
             backend.places()
@@ -45,13 +45,13 @@ def ask(backend: Any, run: Run, seed: int = 0, *, device: str = "", build: Build
             found = answers(backend, run.case, given, run.dtype, run.layout, seed, build=build)
         seconds = round(time.perf_counter() - began, 4)
         if problem := malformed(found) or _misplaced(backend, device):
-            return Malformed(problem)
+            return Unanswered("fail", problem)
         return Answered(list(found), seconds, [widen(np.asarray(value)) for value in found.values()])
     except Exception as error:
-        # In other cases it would be a way for a backend to get rid of a run.
+        # In any other case, a backend could avoid a run with this error.
         if isinstance(error, PeakUnknownError) and "memory" in run.case.needs:
-            return Declined(str(error))
-        return Raised(traceback.format_exc(limit=-3).strip())
+            return Unanswered("unclaimed", str(error))
+        return Unanswered("error", traceback.format_exc(limit=-3).strip())
 
 
 def judge_in_process(
@@ -60,10 +60,10 @@ def judge_in_process(
     """The outcomes of the runs that a backend claims.
 
     Args:
-        backend: which.
-        runs: which.
+        backend: any, as long as its framework may share this process.
+        runs: to ask; those that the backend does not claim are left out.
         seed: of the inputs.
-        builds: gives what makes the layer of a run in place of `Backend.build`.
+        builds: the function that makes the layer of a run, in place of `Backend.build`.
     """
     claims = Claims.of(backend)
     claimed = [replace(run, layout=claims.layout(run)) for run in runs if claims.covers(run)]

@@ -189,7 +189,7 @@ def run_backends(
 
 
 def _report(name: str, supervised: Supervisor) -> BackendReport:
-    """The answers of a backend, judged."""
+    """Judge the answers of a backend."""
     ready, failed = supervised.ready, supervised.failed
     if ready is None:
         return BackendReport(name, error=failed.error, refused=failed.refused, absent=failed.absent)

@@ -1,4 +1,4 @@
-"""The processes of a backend: started, watched, and ended where they stand still."""
+"""Starts the processes of a backend, watches them, and ends those that stand still."""
 
 import json
 import subprocess
@@ -20,8 +20,8 @@ from selfattn_core.conformance.execution.events import (
     Finished,
     Measured,
     Measuring,
-    Raised,
     Ready,
+    Unanswered,
     read,
 )
 
@@ -48,9 +48,9 @@ class Supervisor:
         shipped: whether the format of the framework's own products is measured.
 
     Attributes:
-        ready: what the backend says of itself; None if it did not start.
+        ready: what the backend claims; None if it did not start.
         failed: why it did not start, or how its last process ended.
-        precisions: the formats of the framework's own products, where they were measured.
+        precisions: the formats of the framework's own products, if they were measured.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Supervisor:
         self._timeouts = 0
 
     def work(self) -> None:
-        """Start processes until all is answered, or no further one would be of use.
+        """Start processes until every claimed run has an answer, or until another process would not help.
 
         Raises:
             CancelledError: if it was told to stop.
@@ -88,26 +88,26 @@ class Supervisor:
                 return
 
     def answer(self, index: int) -> Answer:
-        """The answer to a run that the backend claims; of one that was not reached, that it was not.
+        """The answer to a run that the backend claims, or an error if no process reached it.
 
         Args:
             index: of the run.
         """
-        answer = self._answers.get(index, Raised(f"not reached: {self.failed.error}"))
+        answer = self._answers.get(index, Unanswered("error", f"not reached: {self.failed.error}"))
         if not isinstance(answer, Answered):
             return answer
         with np.load(self.folder / f"{index}.npz") as file:
             return replace(answer, arrays=list(file.values()))
 
     def _pending(self) -> list[int]:
-        """Runs that have no end yet."""
+        """The runs that have no answer yet."""
         waiting = [index for index in range(len(self.runs)) if index not in self._answers]
         if self.ready is None:
             return waiting
         return [index for index in waiting if self.ready.claimed.covers(self.runs[index])]
 
     def _process(self, number: int, pending: list[int]) -> bool:
-        """One process, to its end; whether another one would be of use."""
+        """Run one process to its end, and return whether another one may answer more runs."""
         progress = self.folder / f"progress-{number}.jsonl"
         output = self.folder / f"output-{number}.txt"
         ending, hung = self._watch(self._start(number, pending, progress, output), progress)
@@ -132,7 +132,7 @@ class Supervisor:
                 self._answers[run] = event
                 self._timeouts = 0
             else:
-                self._answers[run] = Raised(f"{ending} in this case: {_tail(output)}")
+                self._answers[run] = Unanswered("error", f"{ending} in this case: {_tail(output)}")
                 self._timeouts = self._timeouts + 1 if hung else 0
         self.failed = Failed(ending)
         if self._timeouts == _MOST_TIMEOUTS:

@@ -31,9 +31,9 @@ from selfattn_core.conformance.execution.events import (
     Finished,
     Measured,
     Measuring,
-    Raised,
     Ready,
     Started,
+    Unanswered,
     write,
 )
 from selfattn_core.conformance.execution.in_process import ask
@@ -103,7 +103,7 @@ def main(job_file: str) -> None:
             if not claims.covers(run):
                 continue
             if unmeasured:
-                write(progress, Raised(unmeasured), index)
+                write(progress, Unanswered("error", unmeasured), index)
                 continue
             write(progress, Started(), index)
             answer = ask(backend, replace(run, layout=claims.layout(run)), job["seed"], device=device)

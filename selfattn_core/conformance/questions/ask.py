@@ -8,19 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.computations import ComputationName
 from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.cases.inputs import Inputs
-from selfattn_core.conformance.protocol import Backend
+from selfattn_core.conformance.protocol import Backend, Build
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth
 from selfattn_core.conformance.questions.training import train
 
-__all__ = ["INITIAL_DRAWS", "Build", "answers"]
+__all__ = ["INITIAL_DRAWS", "answers"]
 
 Array = NDArray[Any]
-Build = Callable[[SelfAttentionConfig, Mapping[str, Array], str, str], Any]
 
 INITIAL_DRAWS = 4
 """New layers that are drawn to look at the distribution of their weights; the last repeats the first."""
@@ -51,14 +49,14 @@ def answers(
         PeakUnknownError: if the case is about memory, which cannot be measured on this system or device.
     """
 
-    def built(params: Mapping[str, Array]) -> Any:
-        return (build or backend.build)(case.config, params, dtype, layout)
+    def built() -> Any:
+        return (build or backend.build)(case.config, given.params, dtype, layout)
 
     if case.view:
         given = replace(given, x=_view(case, given.x), dy=_view(case, given.dy))
 
     if case.computation == "trajectory":
-        return train(backend, built, case, dtype, seed)
+        return train(backend, case, dtype, layout, seed, build=build)
     if case.computation == "init":
         seeds = [*range(1, INITIAL_DRAWS), 1]
         return {
@@ -67,13 +65,13 @@ def answers(
             for name, array in backend.initial(case.config, seed).items()
         }
     if case.family == "determinism":
-        model = built(given.params)
+        model = built()
         return {
             "y": backend.forward(model, given.x),
             "again": backend.forward(model, given.x),
-            "rebuilt": backend.forward(built(given.params), given.x),
+            "rebuilt": backend.forward(built(), given.x),
         }
-    return _BY_FAMILY.get(case.family, _computed)(backend, built(given.params), case, given)
+    return _BY_FAMILY.get(case.family, _computed)(backend, built(), case, given)
 
 
 def _view(case: Case, maps: Array) -> Array:
@@ -91,37 +89,9 @@ def _computed(backend: Backend, model: Any, case: Case, given: Inputs) -> Mappin
     return _BY_COMPUTATION[case.computation](backend, model, case, given)
 
 
-def _forward(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return {"y": backend.forward(model, given.x)}
-
-
-def _map(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return {"map": backend.attention_map(model, given.x)}
-
-
-def _training_pass(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return backend.training_pass(model, given.x)
-
-
-def _vjp(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return backend.vjp(model, given.x, given.dy)
-
-
-def _training_vjp(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return backend.training_vjp(model, given.x, given.dy)
-
-
-def _per_sample(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return backend.per_sample_vjp(model, given.x, given.dy)
-
-
 def _r1(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
     value, gradients = backend.r1(model, given.x, given.dy)
     return {"r1": np.array(value, np.float64), **gradients}
-
-
-def _mixed(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
-    return backend.vjp_of_vjp(model, given.x, given.dy, given.cotangents)
 
 
 def _sizes(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
@@ -240,15 +210,15 @@ def _shipped(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping
 _Question = Callable[[Backend, Any, Case, Inputs], Mapping[str, Any]]
 
 _BY_COMPUTATION: Mapping[ComputationName, _Question] = {
-    "forward": _forward,
-    "map": _map,
-    "spectral_norm": _training_pass,
-    "vjp": _vjp,
-    "training_vjp": _training_vjp,
-    "per_sample": _per_sample,
+    "forward": lambda backend, model, _, given: {"y": backend.forward(model, given.x)},
+    "map": lambda backend, model, _, given: {"map": backend.attention_map(model, given.x)},
+    "spectral_norm": lambda backend, model, _, given: backend.training_pass(model, given.x),
+    "vjp": lambda backend, model, _, given: backend.vjp(model, given.x, given.dy),
+    "training_vjp": lambda backend, model, _, given: backend.training_vjp(model, given.x, given.dy),
+    "per_sample": lambda backend, model, _, given: backend.per_sample_vjp(model, given.x, given.dy),
     "evaluation": _evaluation,
     "r1": _r1,
-    "mixed": _mixed,
+    "mixed": lambda backend, model, _, given: backend.vjp_of_vjp(model, given.x, given.dy, given.cotangents),
     "params": _params,
     "saved": _saved,
 }

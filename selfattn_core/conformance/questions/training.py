@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from selfattn_core import spec
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import clear_windows, inputs
-from selfattn_core.conformance.protocol import Backend
+from selfattn_core.conformance.protocol import Backend, Build
 from selfattn_core.conformance.questions.optimizers import OPTIMIZERS, Optimizer
 from selfattn_core.params import parameter_table
 
@@ -127,7 +127,13 @@ def follow(
 
 
 def train(
-    backend: Backend, build: Callable[[Params], Any], case: Case, dtype: str, seed: int = 0
+    backend: Backend,
+    case: Case,
+    dtype: str,
+    layout: str,
+    seed: int = 0,
+    *,
+    build: Build | None = None,
 ) -> dict[str, Array]:
     """Train a backend's layer.
 
@@ -137,6 +143,7 @@ def train(
         case: of the family "trajectory".
         dtype: "float32" or "float64".
         seed: as for `problem`.
+        build: makes its layers in place of `Backend.build`.
 
     Returns:
         "loss" (STEPS,), and the final weights by canonical name, less the key bias.
@@ -149,7 +156,10 @@ def train(
         nonlocal model, weights
         if params is not weights:
             update = getattr(backend, "update", None)
-            model = build(params) if model is None or update is None else update(model, params)
+            if model is not None and update is not None:
+                model = update(model, params)
+            else:
+                model = (build or backend.build)(case.config, params, dtype, layout)
             weights = params
         return model
 

@@ -32,8 +32,7 @@ from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.environment import cores, environment
 from selfattn_core.conformance.execution.in_process import judge_in_process
-from selfattn_core.conformance.protocol import Backend
-from selfattn_core.conformance.questions.ask import Build
+from selfattn_core.conformance.protocol import Backend, Build
 from selfattn_core.conformance.verdicts.tolerance import (
     ALLOWANCES,
     CAPS,
@@ -126,9 +125,9 @@ def measure(backend: Backend, seeds: int, runs: Sequence[Run] | None = None) -> 
 
 
 def _one_layer_for_each(backend: Backend) -> Callable[[Run], Build]:
-    """What makes the layer of a run: where a layer can be given other weights, one serves all seeds of a run.
+    """The function that makes the layer of a run. A backend with `update` has one layer for all seeds of a run.
 
-    What a framework has compiled for that layer then serves them too.
+    What its framework compiles for that layer then serves every seed.
     """
     kept: Any = backend
     if not hasattr(kept, "update"):

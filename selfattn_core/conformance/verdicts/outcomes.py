@@ -1,10 +1,10 @@
-"""The outcome of a run: its answer compared with the spec, and its failure with those that the backend expects."""
+"""From the answer to a run to its outcome, with the failures that the backend expects."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from selfattn_core.conformance.cases.case import Run
-from selfattn_core.conformance.execution.events import Answer, Answered, Declined, Malformed
+from selfattn_core.conformance.execution.events import Answer, Answered
 from selfattn_core.conformance.results import Outcome
 from selfattn_core.conformance.verdicts.compare import compare
 
@@ -12,24 +12,22 @@ __all__ = ["as_expected", "outcome_of"]
 
 
 def outcome_of(run: Run, answer: Answer, seed: int = 0, label: str = "float32") -> Outcome:
-    """The outcome of a run, whether it was expected or not.
+    """Judge an answer. `as_expected` then marks the failures that the backend expects.
 
     Args:
-        run: which.
+        run: the run that was asked.
         answer: of the backend.
         seed: of the inputs.
         label: as for `compare`.
     """
-    if isinstance(answer, Answered):
-        found = dict(zip(answer.names, answer.arrays, strict=True))
-        return replace(compare(run, found, seed, label), seconds=answer.seconds)
-    if isinstance(answer, Declined):
-        return Outcome(run, "unclaimed", (), answer.reason)
-    return Outcome(run, "fail" if isinstance(answer, Malformed) else "error", (), answer.error)
+    if not isinstance(answer, Answered):
+        return Outcome(run, answer.status, (), answer.message)
+    found = dict(zip(answer.names, answer.arrays, strict=True))
+    return replace(compare(run, found, seed, label), seconds=answer.seconds)
 
 
 def as_expected(outcome: Outcome, expected_failures: Mapping[str, Sequence[str]]) -> Outcome:
-    """The outcome of a run that the backend may expect to fail.
+    """Mark the failure of a run that the backend expects to fail, and fail the run if it passes.
 
     Args:
         outcome: as `outcome_of` gives it.
@@ -37,7 +35,7 @@ def as_expected(outcome: Outcome, expected_failures: Mapping[str, Sequence[str]]
     """
     for key, (reason, link) in expected_failures.items():
         if outcome.run.is_named(key):
-            # Only a wrong answer can be expected: a crash may hide any other, and what is unclaimed was not asked.
+            # Only a wrong answer can be expected: a crash may hide any other bug.
             if outcome.status in ("error", "unclaimed"):
                 return outcome
             if outcome.status == "fail":

@@ -16,7 +16,6 @@ from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.environment import cores
 from selfattn_core.conformance.execution.runner import run_backend
 
-HERE = Path(__file__).parent
 PARTS = min(2, cores())
 
 # Of a shell that runs the tests in the background, processes inherit that SIGINT is ignored, and of `nohup` SIGHUP.
@@ -52,9 +51,8 @@ class Beats:
 
 
 @pytest.fixture
-def beats(tmp_path, monkeypatch) -> Iterator[Beats]:
+def beats(on_path, tmp_path, monkeypatch) -> Iterator[Beats]:
     beats = Beats(tmp_path / "beats.txt")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])))
     monkeypatch.setenv("TOY_BEATS", str(beats.file))
     (tmp_path / "scratch").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
