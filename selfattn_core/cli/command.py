@@ -59,6 +59,14 @@ def backends() -> None:
     help="How far to go; each level holds those before it.",
 )
 @click.option(
+    "--case",
+    "cases",
+    metavar="ID[/DTYPE[/LAYOUT]]",
+    multiple=True,
+    shell_complete=completion.cases,
+    help="Run only this case, or its runs in one dtype or layout; repeatable.",
+)
+@click.option(
     "--device",
     "devices",
     metavar="DEVICE",
@@ -105,6 +113,7 @@ def conform(
     names: tuple[str, ...],
     seed: int,
     level: Literal["core", "training", "gan", "deploy"],
+    cases: tuple[str, ...],
     devices: tuple[str, ...],
     self_test: bool,
     json_file: str | None,
@@ -122,12 +131,18 @@ def conform(
     files = {"json": json_file, "html": html_file, "junit": junit_file, "markdown": markdown_file}
     targets = {form: target for form, target in files.items() if target is not None}
     if diff:
-        if names or targets or self_test or devices:
+        if names or targets or self_test or devices or cases:
             raise click.UsageError("--diff runs nothing: give it two files, and no backend or other report.")
         sys.exit(conform.tell_difference(*diff))
     sys.exit(
         conform.conform(
-            names, seed=seed, level=level, with_self_test=self_test, targets=targets, devices=devices
+            names,
+            seed=seed,
+            level=level,
+            with_self_test=self_test,
+            targets=targets,
+            devices=devices,
+            cases=cases,
         )
     )
 

@@ -9,10 +9,11 @@ import click
 
 from selfattn_core.cli.exit_codes import BAD_INPUT, CHECK_FAILED, MISSING
 from selfattn_core.conformance.cases.table import Level
-from selfattn_core.conformance.execution.runner import run_backends, unknown_device
+from selfattn_core.conformance.execution.runner import run_backend, run_backends, unknown_device
 from selfattn_core.conformance.mutants.selftest import self_test
 from selfattn_core.conformance.protocol import REGISTRY, is_target
 from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, difference, show
+from selfattn_core.conformance.reproduce import named_runs
 from selfattn_core.files.targets import (
     STANDARD_OUTPUT,
     report_target,
@@ -41,6 +42,7 @@ def conform(
     with_self_test: bool,
     targets: Mapping[str, str],
     devices: Sequence[str] = (),
+    cases: Sequence[str] = (),
 ) -> int:
     """Check backends, planted bugs, or both.
 
@@ -51,6 +53,7 @@ def conform(
         with_self_test: whether to run the planted bugs.
         targets: form to file; "-" is standard output.
         devices: one to compute on; none is the CPU.
+        cases: names as for `named_runs`; none means every case of the level.
 
     Returns:
         The exit code: 2 if a name turns out to be no backend, or the device none of its devices, or else 1 if something
@@ -70,6 +73,12 @@ def conform(
     targets = {form: report_target(target) for form, target in targets.items()}
     problems += target_problems(targets)
     problems += shared_targets(targets)
+    try:
+        runs = named_runs(cases, level=level)
+    except ValueError as error:
+        problems.append(f"--case: {error}")
+    if cases and not names:
+        problems.append("--case: name the BACKEND that is to run it")
     if problems:
         raise click.UsageError(f"{'; '.join(problems)}.")
     device = devices[0] if devices else ""
@@ -77,7 +86,10 @@ def conform(
     def tell(name: str, words: str) -> None:
         click.echo(f"{name}: {words}", err=True)
 
-    reports = run_backends(chosen, seed=seed, level=level, device=device, tell=tell)
+    if cases:
+        reports = [run_backend(name, seed=seed, runs=runs, device=device) for name in chosen]
+    else:
+        reports = run_backends(chosen, seed=seed, level=level, device=device, tell=tell)
     kills = self_test(seed=seed) if with_self_test else []
     for kill in kills:
         if kill.unasked:

@@ -7,6 +7,7 @@ from importlib.resources import files
 from selfattn_core.conformance.report.summary import (
     Cell,
     Data,
+    Problem,
     allowed,
     counts,
     device_words,
@@ -140,7 +141,9 @@ def _problems(data: Data) -> str:
             if more := wrong[_FEW_PROBLEMS:]:
                 parts.append(f"<details><summary>and {len(more)} more</summary>{_items(more)}</details>")
     expected = [
-        f"{backend['name']}: {outcome['case']}, {outcome['dtype']}: {outcome['reason']} ({outcome['link']})"
+        Problem(
+            f"{backend['name']}: {outcome['case']}, {outcome['dtype']}: {outcome['reason']} ({outcome['link']})"
+        )
         for backend in data["backends"]
         for outcome in backend["outcomes"]
         if outcome["status"] == "expected-failure"
@@ -150,8 +153,12 @@ def _problems(data: Data) -> str:
     return "\n".join(["<h2>Problems</h2>", *parts]) if parts else ""
 
 
-def _items(lines: Sequence[str]) -> str:
-    return f'<ul class="problems">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>'
+def _items(lines: Sequence[Problem]) -> str:
+    items = (
+        f"<li>{escape(line.words)}{f'<br><code>{escape(line.command)}</code>' if line.command else ''}</li>"
+        for line in lines
+    )
+    return f'<ul class="problems">{"".join(items)}</ul>'
 
 
 def _families(data: Data) -> str:

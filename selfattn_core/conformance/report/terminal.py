@@ -131,7 +131,9 @@ def _below(data: Data) -> list[str]:
     for backend in data["backends"]:
         wrong = problems(data, backend)
         lines += [""] if wrong else []
-        lines += [f"{backend['name']}: {line}" for line in wrong[:_MOST_PROBLEMS]]
+        for problem in wrong[:_MOST_PROBLEMS]:
+            lines.append(f"{backend['name']}: {problem.words}")
+            lines += [f"  {problem.command}"] if problem.command else []
         if len(wrong) > _MOST_PROBLEMS:
             lines.append(
                 f"{backend['name']}: and {len(wrong) - _MOST_PROBLEMS} more; --json FILE lists them all"
