@@ -31,6 +31,7 @@ from selfattn_core.conformance.report import (
 )
 from selfattn_core.conformance.results import BackendReport, Outcome
 from selfattn_core.conformance.verdicts.tolerance import Verdict
+from selfattn_core.conformance.verdicts.trajectory import curve_floors
 
 HOSTILE = (
     'a <script>alert("1")</script> & | `tick` :X :smile: [red]\x00\x1b[31m\x9b1A\ufffe\udc80\nsecond line'
@@ -55,16 +56,28 @@ def report(name: str, outcomes: list[Outcome], version: str = "1.2", **more) -> 
 def reports() -> list[BackendReport]:
     forward, trained = runs_of("SA-FWD-001"), runs_of("SA-TRN-001")
     curve = reference(trained[0].case, seed=3).losses
+    spec_curve = {
+        "reference": tuple(curve.tolist()),
+        "floors": tuple(curve_floors(trained[0].case, "float32", seed=3).tolist()),
+    }
     strayed = tuple(float(loss) for loss in 1.01 * curve[:150]) + (float("nan"),) * (STEPS - 150)
     good = [
         passing(forward[0], 0.25),
         passing(forward[1], 1.5),
-        Outcome(trained[0], "pass", (Verdict("loss", 1e-7, 0.8, True),), losses=tuple(curve * (1 + 1e-8))),
+        Outcome(
+            trained[0],
+            "pass",
+            (Verdict("loss", 1e-7, 0.8, True),),
+            losses=tuple(curve * (1 + 1e-8)),
+            **spec_curve,
+        ),
     ]
     bad = [
         Outcome(forward[0], "fail", (Verdict("y", 0.1, 1e6, False),), f"y: error 0.1 {HOSTILE}"),
         Outcome(forward[1], "error", (), f"Traceback\n  File somewhere\nRuntimeError: {HOSTILE}"),
-        Outcome(trained[0], "fail", (Verdict("loss", np.inf, np.inf, False),), "NaN", losses=strayed),
+        Outcome(
+            trained[0], "fail", (Verdict("loss", np.inf, np.inf, False),), "NaN", losses=strayed, **spec_curve
+        ),
     ]
     others = [
         Outcome(forward[0], "unclaimed", (), "cannot pool"),
