@@ -1,4 +1,4 @@
-"""What the shell is offered where the command takes a backend, a dialect or a file."""
+"""What the shell is offered where the command takes a backend, a case, a dialect or a file."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ import click
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-__all__ = ["backends", "dialects", "files", "portable_dialects"]
+__all__ = ["backends", "cases", "dialects", "files", "portable_dialects"]
 
 
 def files(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
@@ -47,6 +47,26 @@ def backends(context: click.Context, parameter: click.Parameter, incomplete: str
 
     named = context.params.get(parameter.name or "") or ()
     return [CompletionItem(name) for name in REGISTRY if name.startswith(incomplete) and name not in named]
+
+
+def cases(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """Cases; after a slash, their dtypes and then their layouts.
+
+    Args:
+        context: of the command line so far.
+        parameter: that is being completed.
+        incomplete: what has been typed of it.
+
+    Example:
+        >>> context = click.Context(click.Command("conform"))
+        >>> [item.value for item in cases(context, click.Option(["--case"]), "SA-FWD-001/")]
+        ['SA-FWD-001/float32', 'SA-FWD-001/float64']
+    """
+    from click.shell_completion import CompletionItem
+
+    from selfattn_core.conformance.reproduce import case_names
+
+    return [CompletionItem(name) for name in case_names(incomplete)]
 
 
 def dialects(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":

@@ -41,6 +41,14 @@ __all__ = ["conform", "forms"]
     help="Highest level to check; each level includes those before it.",
 )
 @click.option(
+    "--case",
+    "cases",
+    metavar="ID[/DTYPE[/LAYOUT]]",
+    multiple=True,
+    shell_complete=completion.cases,
+    help="Run only this case, or its runs in one dtype or layout. Repeatable.",
+)
+@click.option(
     "--device",
     "devices",
     metavar="DEVICE",
@@ -67,6 +75,7 @@ def conform(
     names: tuple[str, ...],
     seed: int,
     level: Literal["core", "training", "gan", "deploy"],
+    cases: tuple[str, ...],
     devices: tuple[str, ...],
     self_test: bool,
     json_file: str | None,
@@ -86,10 +95,20 @@ def conform(
     files = {"json": json_file, "html": html_file, "junit": junit_file, "markdown": markdown_file}
     targets = {form: target for form, target in files.items() if target is not None}
     if diff:
-        if names or targets or self_test or devices:
+        if names or targets or self_test or devices or cases:
             raise click.UsageError("--diff runs nothing: give it two files, and no backend or other report.")
         sys.exit(_tell_difference(*diff))
-    sys.exit(_run(names, seed=seed, level=level, with_self_test=self_test, targets=targets, devices=devices))
+    sys.exit(
+        _run(
+            names,
+            seed=seed,
+            level=level,
+            cases=cases,
+            with_self_test=self_test,
+            targets=targets,
+            devices=devices,
+        )
+    )
 
 
 def forms() -> Mapping[str, Callable[[Mapping[str, Any]], str]]:
@@ -109,15 +128,17 @@ def _run(
     *,
     seed: int,
     level: Literal["core", "training", "gan", "deploy"],
+    cases: Sequence[str],
     with_self_test: bool,
     targets: Mapping[str, str],
     devices: Sequence[str],
 ) -> int:
     """The exit code of a run. A usage error is raised before anything runs."""
     from selfattn_core.conformance.backends import REGISTRY, is_target
-    from selfattn_core.conformance.execution.runner import run_backends
+    from selfattn_core.conformance.execution.runner import run_backend, run_backends
     from selfattn_core.conformance.mutants.selftest import self_test
     from selfattn_core.conformance.report import as_data, show
+    from selfattn_core.conformance.reproduce import named_runs
 
     problems = [
         f"unknown backend {name}; known are {', '.join(REGISTRY)}, or module:object for your own"
@@ -129,6 +150,12 @@ def _run(
     targets = {form: report_target(target) for form, target in targets.items()}
     problems += target_problems(targets)
     problems += shared_targets(targets)
+    try:
+        runs = named_runs(cases, level=level)
+    except ValueError as error:
+        problems.append(f"--case: {error}")
+    if cases and not names:
+        problems.append("--case: name the BACKEND that is to run it")
     if problems:
         raise click.UsageError(f"{'; '.join(problems)}.")
     device = devices[0] if devices else ""
@@ -136,7 +163,10 @@ def _run(
     def tell(name: str, words: str) -> None:
         click.echo(f"{name}: {words}", err=True)
 
-    reports = run_backends(chosen, seed=seed, level=level, device=device, tell=tell)
+    if cases:
+        reports = [run_backend(name, seed=seed, runs=runs, device=device) for name in chosen]
+    else:
+        reports = run_backends(chosen, seed=seed, level=level, device=device, tell=tell)
     kills = self_test(seed=seed) if with_self_test else []
     for kill in kills:
         if kill.unasked:

@@ -22,6 +22,7 @@ from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import LEVELS
 from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.runner import run_backend, unknown_device
+from selfattn_core.conformance.report.summary import command_line
 from selfattn_core.conformance.results import BackendReport, Outcome
 
 __all__ = [
@@ -140,7 +141,11 @@ class BackendCollector(pytest.Collector):
 
 
 class NotConformantError(Exception):
-    """Carries the verdict of a case to the report of its failure."""
+    """Carries the verdict of a case to the report of its failure, and the command that repeats it."""
+
+    def __init__(self, words: str, command: str = "") -> None:
+        super().__init__(words)
+        self.command = command
 
 
 class CaseItem(pytest.Item):
@@ -167,13 +172,16 @@ class CaseItem(pytest.Item):
         if outcome.status == "expected-failure":
             pytest.xfail(f"{outcome.reason} ({outcome.link})")
         if outcome.status != "pass":
-            raise NotConformantError(f"{outcome.status}: {outcome.message}")
+            seed, devices = self.config.getoption("selfattn_seed"), self.config.getoption("selfattn_device")
+            again = command_line(self.parent.name, outcome.run.id, seed=seed, device="".join(devices))
+            raise NotConformantError(f"{outcome.status}: {outcome.message}", again)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The verdict; a traceback through the kit would tell nothing about the backend."""
         if isinstance(excinfo.value, NotConformantError):
             case = self.run.case
-            return f"{case.title} ({case.family}; {case.config}, input {case.shape})\n{excinfo.value}"
+            heading = f"{case.title} ({case.family}; {case.config}, input {case.shape})"
+            return "\n".join(part for part in (heading, str(excinfo.value), excinfo.value.command) if part)
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[str, None, str]:

@@ -28,7 +28,9 @@ class Outcome:
         reason: why a failure was expected; empty if none was.
         link: where that can be read up.
         seconds: that the backend took to answer; 0 if it did not.
-        losses: the curve of a training trajectory, one loss for each step.
+        losses: of a training trajectory, one for each step.
+        reference: the losses of the float64 spec at the same steps.
+        floors: the noise floor of the loss at the same steps.
         label: the format of products that the family "shipped" was held to; empty in the others.
     """
 
@@ -40,6 +42,8 @@ class Outcome:
     link: str = ""
     seconds: float = 0.0
     losses: tuple[float, ...] = ()
+    reference: tuple[float, ...] = ()
+    floors: tuple[float, ...] = ()
     label: str = ""
 
     @property

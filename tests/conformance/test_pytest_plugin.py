@@ -89,6 +89,8 @@ def test_a_failure_shows_the_verdict_and_no_traceback(theirs):
     assert "fail: y: got NaN or infinity where a number was expected" in result.stdout
     assert "flat form (forward; SelfAttentionConfig(channels=24" in result.stdout
     assert "error: the process died by signal 11 in this case" in result.stdout
+    again = "selfattn conform toy_backends:NotANumber --case SA-FWD-001/float32/channels_last"
+    assert again in result.stdout.splitlines()
     assert "Traceback" not in result.stdout
     assert "pytest_plugin.py" not in result.stdout
     assert "2 failed, 2 passed" in result.stdout

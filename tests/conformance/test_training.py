@@ -1,5 +1,7 @@
 """Training trajectories: their problems can see bugs, right layers stay within the noise, wrong gradients do not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -17,9 +19,11 @@ from selfattn_core.conformance.questions.training import (
     train,
     trained,
 )
+from selfattn_core.conformance.report import as_data
+from selfattn_core.conformance.results import BackendReport
 from selfattn_core.conformance.verdicts.compare import compare
 from selfattn_core.conformance.verdicts.tolerance import FACTOR
-from selfattn_core.conformance.verdicts.trajectory import judge_trajectory
+from selfattn_core.conformance.verdicts.trajectory import curve_floors, judge_trajectory
 
 TRAINING = {case.id: case for case in CASES if case.family == "trajectory"}
 
@@ -245,5 +249,11 @@ def test_the_curve_reaches_the_report():
     outcome = compare(run, found)
     assert outcome.status == "pass"
     assert outcome.losses == tuple(reference(run.case).losses)
+    assert outcome.reference == outcome.losses
+    assert outcome.floors == tuple(curve_floors(run.case, run.dtype))
+    judged = replace(outcome, reference=(1.0,), floors=(2.0,))
+    (row,) = as_data([BackendReport("mine", outcomes=(judged,))])["trajectories"]
+    assert (row["reference"], row["floors"]) == ([1.0], [2.0]), "a report trains nothing"
+    assert row["losses"] == {"mine": list(outcome.losses)}
     del found["gamma"]
     assert compare(run, found).message == "missing gamma"

@@ -36,6 +36,13 @@ def test_backends():
     assert names("conform my_package.mine:") == []
 
 
+def test_cases():
+    assert names("conform torch --case SA-TRN-00")[:2] == ["SA-TRN-001", "SA-TRN-002"]
+    assert names("conform torch --case SA-TRN-001/") == ["SA-TRN-001/float32", "SA-TRN-001/float64"]
+    assert names("conform --case SA-TRN-001/float64/") == ["SA-TRN-001/float64/channels_last"]
+    assert names("conform --case TRN") == []
+
+
 def test_dialects():
     assert REFUSED
     assert names("dialects ") == dialect_names()

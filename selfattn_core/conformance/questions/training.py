@@ -139,9 +139,9 @@ def train(
 
     Args:
         backend: which; with a method `update` it keeps one layer, without one it builds a layer for each step.
-        build: makes its layer with these weights.
         case: of the family "trajectory".
         dtype: "float32" or "float64".
+        layout: of its maps.
         seed: as for `problem`.
         build: makes its layers in place of `Backend.build`.
 

@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 
 from selfattn_core import __version__, spec
-from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.families import LEVELS, Level
 from selfattn_core.conformance.mutants.selftest import Kill
-from selfattn_core.conformance.questions.training import reference
 from selfattn_core.conformance.results import BackendReport, Outcome
 from selfattn_core.conformance.verdicts.tolerance import FACTORS, SHIPPED_FACTORS
-from selfattn_core.conformance.verdicts.trajectory import curve_floors
 
 __all__ = ["SCHEMA", "as_data", "schema"]
 
@@ -67,7 +64,7 @@ def as_data(
             "machine": platform.machine(),
         },
         "backends": [_backend(report) for report in reports],
-        "trajectories": _trajectories(reports, seed),
+        "trajectories": _trajectories(reports),
         "kills": [_kill(kill) for kill in kills],
     }
 
@@ -120,25 +117,26 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _trajectories(reports: Sequence[BackendReport], seed: int) -> list[dict[str, Any]]:
+def _trajectories(reports: Sequence[BackendReport]) -> list[dict[str, Any]]:
     """The curves of each training case, with that of the spec and how far from it they may be."""
-    rows: dict[tuple[Case, str], dict[str, list[float | None]]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for report in reports:
         for outcome in report.outcomes:
             if outcome.losses:
-                curves = rows.setdefault((outcome.run.case, outcome.run.dtype), {})
-                curves[_shown(report.name)] = [_number(loss) for loss in outcome.losses]
-    return [
-        {
-            "case": case.id,
-            "title": case.title,
-            "dtype": dtype,
-            "reference": [float(loss) for loss in reference(case, seed).losses],
-            "floors": [float(floor) for floor in curve_floors(case, dtype, seed)],
-            "losses": curves,
-        }
-        for (case, dtype), curves in rows.items()
-    ]
+                case, dtype = outcome.run.case, outcome.run.dtype
+                row = rows.setdefault(
+                    (case.id, dtype),
+                    {
+                        "case": case.id,
+                        "title": case.title,
+                        "dtype": dtype,
+                        "reference": list(outcome.reference),
+                        "floors": list(outcome.floors),
+                        "losses": {},
+                    },
+                )
+                row["losses"][_shown(report.name)] = [_number(loss) for loss in outcome.losses]
+    return list(rows.values())
 
 
 def _kill(kill: Kill) -> dict[str, Any]:

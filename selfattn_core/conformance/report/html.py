@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from typing import Any
 
 from selfattn_core.conformance.report.summary import (
     Cell,
     Data,
+    Problem,
     allowed,
     counts,
     device_words,
@@ -33,6 +35,7 @@ def as_html(data: Data) -> str:
     Args:
         data: the report.
     """
+    data = _escaped(data)
     style = files("selfattn_core.conformance.report").joinpath("page.css").read_text(encoding="utf-8")
     sections = [_head(data)]
     if data["backends"]:
@@ -50,9 +53,17 @@ def as_html(data: Data) -> str:
     )
 
 
+def _escaped(value: Any) -> Any:
+    """The report with every word as HTML, so that the rest of this file can put any of them into the page."""
+    if isinstance(value, Mapping):
+        return {escape(name): _escaped(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(each) for each in value]
+    return escape(value) if isinstance(value, str) else value
+
+
 def _head(data: Data) -> str:
     good, words = verdict(data)
-    headline = escape(_headline(data))
     facts = [
         f"level {data['level']}",
         *([f"device {data['device']}"] if data.get("device") else []),
@@ -64,9 +75,9 @@ def _head(data: Data) -> str:
     ]
     return (
         '<p class="kicker">selfattn conformance</p>\n'
-        f'<h1><span class="{"good" if good else "bad"}">{"✓" if good else "✗"}</span> {headline}</h1>\n'
-        f"<p>{escape(words)}</p>\n"
-        f'<p class="soft">{escape(" · ".join(facts))}</p>'
+        f'<h1><span class="{"good" if good else "bad"}">{"✓" if good else "✗"}</span> {_headline(data)}</h1>\n'
+        f"<p>{words}</p>\n"
+        f'<p class="soft">{" · ".join(facts)}</p>'
     )
 
 
@@ -87,11 +98,10 @@ def _headline(data: Data) -> str:
 
 def _scorecard(data: Data) -> str:
     cards = "\n".join(_card(data, backend) for backend in data["backends"])
-    limits = _limits(data["factors"])
     return (
         "<h2>Scorecard</h2>\n"
         "<p>Each number is the largest error of a level, as a multiple of the noise floor: the error that the numpy "
-        f"definition itself makes in the same arithmetic on the same input. {escape(limits)}; the bars show how much of "
+        f"definition itself makes in the same arithmetic on the same input. {_limits(data['factors'])}; the bars show how much of "
         f'that is used.</p>\n<div class="cards">\n{cards}\n</div>'
     )
 
@@ -106,17 +116,17 @@ def _card(data: Data, backend: Data) -> str:
     elif not backend["passed"]:
         badge = '<span class="badge bad">failed</span>'
         if backend["level"]:
-            badge = f'<span class="badge bad">failed beyond {escape(backend["level"])}</span>'
+            badge = f'<span class="badge bad">failed beyond {backend["level"]}</span>'
     elif backend["level"]:
-        badge = f'<span class="badge good">conformant at {escape(backend["level"])}</span>'
+        badge = f'<span class="badge good">conformant at {backend["level"]}</span>'
     else:
         badge = '<span class="badge unclaimed">right in what it claims</span>'
     rows = []
     for level in tested_levels(data):
         cell = level_cell(data, backend, level)
         rows.append(
-            f'<div class="level"><span>{escape(level)}</span>{_bar(cell.share)}'
-            f'<span class="{cell.kind}">{escape(cell.text)}</span></div>'
+            f'<div class="level"><span>{level}</span>{_bar(cell.share)}'
+            f'<span class="{cell.kind}">{cell.text}</span></div>'
         )
     found = counts(backend["outcomes"])
     tally = ", ".join(f"{number} {status}" for status, number in found.items())
@@ -127,8 +137,8 @@ def _card(data: Data, backend: Data) -> str:
         if part
     )
     return (
-        f'<section class="card"><header><h3>{escape(backend["name"])}</h3>{badge}</header>\n'
-        f'{"".join(rows)}<p class="soft">{escape(foot)}</p></section>'
+        f'<section class="card"><header><h3>{backend["name"]}</h3>{badge}</header>\n'
+        f'{"".join(rows)}<p class="soft">{foot}</p></section>'
     )
 
 
@@ -136,11 +146,13 @@ def _problems(data: Data) -> str:
     parts = []
     for backend in data["backends"]:
         if wrong := problems(data, backend):
-            parts.append(f"<h3>{escape(backend['name'])}</h3>{_items(wrong[:_FEW_PROBLEMS])}")
+            parts.append(f"<h3>{backend['name']}</h3>{_items(wrong[:_FEW_PROBLEMS])}")
             if more := wrong[_FEW_PROBLEMS:]:
                 parts.append(f"<details><summary>and {len(more)} more</summary>{_items(more)}</details>")
     expected = [
-        f"{backend['name']}: {outcome['case']}, {outcome['dtype']}: {outcome['reason']} ({outcome['link']})"
+        Problem(
+            f"{backend['name']}: {outcome['case']}, {outcome['dtype']}: {outcome['reason']} ({outcome['link']})"
+        )
         for backend in data["backends"]
         for outcome in backend["outcomes"]
         if outcome["status"] == "expected-failure"
@@ -150,19 +162,22 @@ def _problems(data: Data) -> str:
     return "\n".join(["<h2>Problems</h2>", *parts]) if parts else ""
 
 
-def _items(lines: Sequence[str]) -> str:
-    return f'<ul class="problems">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>'
+def _items(lines: Sequence[Problem]) -> str:
+    items = (
+        f"<li>{line.words}{f'<br><code>{line.command}</code>' if line.command else ''}</li>" for line in lines
+    )
+    return f'<ul class="problems">{"".join(items)}</ul>'
 
 
 def _families(data: Data) -> str:
-    names = "".join(f'<th scope="col">{escape(backend["name"])}</th>' for backend in data["backends"])
+    names = "".join(f'<th scope="col">{backend["name"]}</th>' for backend in data["backends"])
     rows = []
     for level, families in tested_levels(data).items():
-        rows.append(f'<tr class="group"><th colspan="{1 + len(data["backends"])}">{escape(level)}</th></tr>')
+        rows.append(f'<tr class="group"><th colspan="{1 + len(data["backends"])}">{level}</th></tr>')
         for family in families:
             cells = [family_cell(data, backend, family) for backend in data["backends"]]
             shown = "".join(_family(cell) for cell in cells)
-            rows.append(f'<tr><th scope="row">{escape(family_title(family))}</th>{shown}</tr>')
+            rows.append(f'<tr><th scope="row">{family_title(family)}</th>{shown}</tr>')
     return (
         "<h2>By family</h2>\n<p>The largest error in each family of cases, and the case that shows it.</p>\n"
         f'<div class="scroll"><table class="grid"><thead><tr><th></th>{names}</tr></thead>'
@@ -171,12 +186,10 @@ def _families(data: Data) -> str:
 
 
 def _family(cell: Cell) -> str:
-    where = f" <small>{escape(cell.case.removeprefix('SA-'))}</small>" if cell.case else ""
+    where = f" <small>{cell.case.removeprefix('SA-')}</small>" if cell.case else ""
     if cell.share is None:
-        return f'<td class="{cell.kind}">{escape(cell.text)}{where}</td>'
-    return (
-        f'<td class="tint" style="--share:{100 * min(1.0, cell.share):.0f}%">{escape(cell.text)}{where}</td>'
-    )
+        return f'<td class="{cell.kind}">{cell.text}{where}</td>'
+    return f'<td class="tint" style="--share:{100 * min(1.0, cell.share):.0f}%">{cell.text}{where}</td>'
 
 
 def _worst(data: Data) -> str:
@@ -184,8 +197,8 @@ def _worst(data: Data) -> str:
     for backend, outcome, share in worst(data, 10):
         limit = allowed(data, outcome)
         rows.append(
-            f"<tr><td>{escape(backend['name'])}</td><td>{escape(outcome['case'])} {escape(outcome['title'])} "
-            f'<span class="soft">{escape(outcome["dtype"])}, {escape(outcome["layout"])}</span></td>'
+            f"<tr><td>{backend['name']}</td><td>{outcome['case']} {outcome['title']} "
+            f'<span class="soft">{outcome["dtype"]}, {outcome["layout"]}</span></td>'
             f'<td class="measure">{_bar(share)}</td><td class="number">{multiple(max(outcome["ratios"].values()))} of {limit:g}</td></tr>'
         )
     if not rows:
@@ -202,7 +215,7 @@ def _trajectories(data: Data) -> str:
     names = [backend["name"] for backend in data["backends"] if backend["name"] in trained]
     styles = {name: f"c{index % _COLOURS}" for index, name in enumerate(names)}
     legend = "".join(
-        f'<li><i class="{style}"></i>{escape(name)}</li>'
+        f'<li><i class="{style}"></i>{name}</li>'
         for name, style in {"float64 definition": "reference", **styles}.items()
     )
     first = [row for row in data["trajectories"] if row["dtype"] == "float32"]
@@ -211,7 +224,7 @@ def _trajectories(data: Data) -> str:
     more = ""
     if rest:
         others = "".join(_figures(row, styles, data) for row in rest)
-        more = f'<details><summary>The same in {escape(rest[0]["dtype"])}</summary><div class="figures">{others}</div></details>'
+        more = f'<details><summary>The same in {rest[0]["dtype"]}</summary><div class="figures">{others}</div></details>'
     return (
         "<h2>Training</h2>\n"
         "<p>200 optimiser steps from equal weights on equal batches, the gradients being each backend's own: the loss, "
@@ -238,9 +251,7 @@ def _figures(row: Data, styles: Mapping[str, str], data: Data) -> str:
         log=True,
         band=[factor * floor for floor in row["floors"]],
     )
-    caption = (
-        f"{escape(row['title'])} <span class='soft'>{escape(row['case'])}, {escape(row['dtype'])}</span>"
-    )
+    caption = f"{row['title']} <span class='soft'>{row['case']}, {row['dtype']}</span>"
     return (
         f"<figure><figcaption>{caption}: loss</figcaption>{as_svg(loss)}</figure>"
         f"<figure><figcaption>{caption}: deviation</figcaption>{as_svg(error)}</figure>"
@@ -259,13 +270,13 @@ def _kills(data: Data) -> str:
     rows = []
     for kill in data["kills"]:
         if kill["killed"]:
-            by = f"{escape(kill['case'])} <span class='soft'>{escape(kill['dtype'])}</span>"
+            by = f"{kill['case']} <span class='soft'>{kill['dtype']}</span>"
             ratio = "–" if kill["ratio"] is None else multiple(kill["ratio"])
         else:
             by, ratio = '<span class="badge bad">survived</span>', "–"
-        seen = f'<br><span class="soft">{escape(kill["seen_in"])}</span>' if kill["seen_in"] else ""
+        seen = f'<br><span class="soft">{kill["seen_in"]}</span>' if kill["seen_in"] else ""
         rows.append(
-            f'<tr><td>{escape(kill["mutant"])}{seen}</td><td>{by}</td><td class="number">{ratio}</td>'
+            f'<tr><td>{kill["mutant"]}{seen}</td><td>{by}</td><td class="number">{ratio}</td>'
             f'<td class="number">{kill["failed"]} of {kill["asked"]}</td></tr>'
         )
     killed = sum(kill["killed"] for kill in data["kills"])

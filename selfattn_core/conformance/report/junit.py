@@ -2,7 +2,7 @@
 
 from xml.etree import ElementTree as ET
 
-from selfattn_core.conformance.report.summary import Data, device_words, run_id, unanswered
+from selfattn_core.conformance.report.summary import Data, command_line, device_words, run_id, unanswered
 
 __all__ = ["as_junit"]
 
@@ -48,10 +48,15 @@ def _backend(root: ET.Element, data: Data, backend: Data) -> None:
             suite, "testcase", name=run_id(outcome), classname=f"{backend['name']}.{outcome['family']}"
         )
         status, message = outcome["status"], outcome["message"]
+        again = command_line(
+            backend["name"], run_id(outcome), seed=data["seed"], device=data.get("device", "")
+        )
         if status == "fail":
-            ET.SubElement(case, "failure", message=message).text = outcome["title"]
+            ET.SubElement(case, "failure", message=message).text = f"{outcome['title']}\n{again}"
         elif status == "error":
-            ET.SubElement(case, "error", message=message.splitlines()[-1] if message else "").text = message
+            ET.SubElement(
+                case, "error", message=message.splitlines()[-1] if message else ""
+            ).text = f"{message}\n{again}"
         elif status == "unclaimed":
             ET.SubElement(case, "skipped", message=f"unclaimed{f': {message}' if message else ''}")
         elif status == "expected-failure":

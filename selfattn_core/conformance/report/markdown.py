@@ -77,7 +77,9 @@ def _problems(data: Data) -> list[str]:
     for backend in data["backends"]:
         if wrong := problems(data, backend):
             lines += [f"### {_escaped(backend['name'])}", ""]
-            lines += [f"- {_escaped(line)}" for line in wrong[:_MOST_PROBLEMS]]
+            for problem in wrong[:_MOST_PROBLEMS]:
+                lines.append(f"- {_escaped(problem.words)}")
+                lines += [f"  <br>{_code(problem.command)}"] if problem.command else []
             if len(wrong) > _MOST_PROBLEMS:
                 lines.append(f"- and {len(wrong) - _MOST_PROBLEMS} more")
             lines.append("")
@@ -107,6 +109,11 @@ def _kills(data: Data) -> list[str]:
         by = f"{kill['case']} ({kill['dtype']})" if kill["killed"] else "❌ nothing"
         lines.append(f"| {_escaped(kill['mutant'])} | {_escaped(kill['seen_in'])} | {by} | {ratio} |")
     return lines
+
+
+def _code(words: str) -> str:
+    """As code, unless there is something in it that would end the code."""
+    return _escaped(words) if "`" in words or "\n" in words else f"`{words}`"
 
 
 def _escaped(words: str) -> str:

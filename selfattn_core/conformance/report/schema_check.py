@@ -1,4 +1,8 @@
-"""What makes data no report, as far as `schema.json` tells: for reading files that somebody may have edited."""
+"""Checks the report files that `selfattn conform --diff` is given, which somebody may have edited.
+
+A user does not have jsonschema, which only the tests install. Seventy lines understand the part of JSON Schema that
+`schema.json` uses, so the schema stays the only description of a report.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -3,16 +3,19 @@
 A report is the content of the JSON file (`schema.json`), so that one that was kept can be shown again.
 """
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from selfattn_core.conformance.cases.families import FAMILIES
 
 __all__ = [
     "Cell",
     "Data",
+    "Problem",
     "allowed",
+    "command_line",
     "counts",
     "device_words",
     "family_cell",
@@ -29,6 +32,18 @@ __all__ = [
 ]
 
 Data = Mapping[str, Any]
+
+
+class Problem(NamedTuple):
+    """What is wrong with a backend.
+
+    Args:
+        words: one line, or more of a traceback.
+        command: that repeats it; empty if it is not about one run.
+    """
+
+    words: str
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,22 +208,45 @@ def unanswered(data: Data, backend: Data) -> str:
     return f"claims nothing that was asked at level {data['level']}"
 
 
-def problems(data: Data, backend: Data) -> list[str]:
-    """What is wrong with a backend, one line each.
+def command_line(backend: str, run: str, *, seed: int = 0, device: str = "") -> str:
+    """The command that repeats a run.
+
+    Args:
+        backend: its name.
+        run: its id.
+        seed: of the random inputs.
+        device: that was asked for; empty for none.
+
+    Example:
+        >>> command_line("torch", "SA-FWD-001/float32/channels_last", seed=3)
+        'selfattn conform torch --case SA-FWD-001/float32/channels_last --seed 3'
+    """
+    words = ["selfattn", "conform", backend, "--case", run]
+    words += ["--seed", str(seed)] if seed else []
+    words += ["--device", device] if device else []
+    return shlex.join(words)
+
+
+def problems(data: Data, backend: Data) -> list[Problem]:
+    """What is wrong with a backend.
 
     Args:
         data: the report.
         backend: of `data["backends"]`.
     """
     if backend["missing"]:
-        return [f"{', '.join(backend['missing'])} not installed: pip install 'selfattn[{backend['extra']}]'"]
+        missing = ", ".join(backend["missing"])
+        return [Problem(f"{missing} not installed: pip install 'selfattn[{backend['extra']}]'")]
     if backend["error"]:
-        return [backend["error"] if backend.get("absent") else f"did not start: {backend['error']}"]
+        return [Problem(backend["error"] if backend.get("absent") else f"did not start: {backend['error']}")]
     if nothing := unanswered(data, backend):
-        return [nothing]
+        return [Problem(nothing)]
     return [
-        f"{outcome['case']} ({outcome['title']}; {outcome['dtype']}, {outcome['layout']}): "
-        f"{outcome['status']}: {outcome['message']}"
+        Problem(
+            f"{outcome['case']} ({outcome['title']}; {outcome['dtype']}, {outcome['layout']}): "
+            f"{outcome['status']}: {outcome['message']}",
+            command_line(backend["name"], run_id(outcome), seed=data["seed"], device=data.get("device", "")),
+        )
         for outcome in backend["outcomes"]
         if outcome["status"] in ("fail", "error")
     ]

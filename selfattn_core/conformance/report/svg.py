@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
 __all__ = ["Chart", "Line", "as_svg"]
 
@@ -16,7 +15,7 @@ class Line:
     """One curve.
 
     Args:
-        name: for the title that a pointer brings up.
+        name: for the title that a pointer brings up, as HTML.
         values: one for each step; None where there is none.
         style: a class of the page.
     """
@@ -31,7 +30,7 @@ class Chart:
     """What is drawn.
 
     Args:
-        title: for people who cannot see it.
+        title: for people who cannot see it, as HTML.
         lines: drawn in this order.
         log: whether the axis is logarithmic; it is linear from zero otherwise.
         band: values below which everything is allowed, drawn as an area; empty for none.
@@ -71,7 +70,7 @@ def as_svg(chart: Chart) -> str:
             share = value / high
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * min(1.0, share)
 
-    parts = [f"<title>{escape(chart.title)}</title>"]
+    parts = [f"<title>{chart.title}</title>"]
     if chart.band:
         points = " ".join(f"{across(step):.1f},{up(value):.1f}" for step, value in enumerate(chart.band))
         floor = _HEIGHT - _BOTTOM
@@ -88,11 +87,10 @@ def as_svg(chart: Chart) -> str:
     ]
     for line in chart.lines:
         parts += [
-            f'<polyline class="{line.style}" points="{points}"><title>{escape(line.name)}</title></polyline>'
+            f'<polyline class="{line.style}" points="{points}"><title>{line.name}</title></polyline>'
             for points in _stretches(line.values, across, up)
         ]
-    label = escape(chart.title, quote=True)
-    return f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{chart.title}">{"".join(parts)}</svg>'
 
 
 def _stretches(

@@ -1,8 +1,8 @@
-"""The report for a terminal: coloured where rich is installed, plain text otherwise."""
+"""The report for a terminal, in the colours of click, which is always installed. A library for tables would not be."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
-from typing import Any
+
+import click
 
 from selfattn_core.conformance.report.summary import (
     Cell,
@@ -19,88 +19,70 @@ from selfattn_core.conformance.report.summary import (
 __all__ = ["as_table", "show"]
 
 _MOST_PROBLEMS = 10
-_STYLES = {"good": "green", "bad": "bold red", "expected": "yellow", "unclaimed": "dim", "absent": "yellow"}
+_COLOURS = {
+    "good": "green",
+    "bad": "red",
+    "expected": "yellow",
+    "unclaimed": "bright_black",
+    "absent": "yellow",
+}
 
 
 def show(data: Data, *, error_stream: bool = False) -> None:
-    """Print the report.
+    """Print the report, in colours where it goes to a terminal.
 
     Args:
         data: the report.
-        error_stream: whether to standard error, standard output being taken by something else.
+        error_stream: whether to standard error, because standard output is used for something else.
     """
-    if find_spec("rich") is None:
-        import click
-
-        click.echo(as_table(data), err=error_stream)
-        return
-    from rich.console import Console
-
-    # The names and messages of backends are no markup, and ":X" in a name is no emoji.
-    console = Console(stderr=error_stream, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        # A pipe has no width that lines should be broken at.
-        console.print(as_table(data), soft_wrap=True)
-        return
-    if data["backends"]:
-        console.print(_rich_table(data))
-    for line in _below(data):
-        console.print(line)
+    # click takes the colours out where there is no terminal.
+    click.echo(as_table(data, colours=True), err=error_stream)
 
 
-def as_table(data: Data) -> str:
+def as_table(data: Data, *, colours: bool = False) -> str:
     """Case family × backend: the worst error in noise floors.
 
     Args:
         data: the report.
+        colours: whether cells have the colour codes of terminals.
     """
     lines = []
     if data["backends"]:
-        rows = [["", *(backend["name"] for backend in data["backends"])]]
-        rows += [[title, *(cell.text for cell in cells)] for _, title, cells in _rows(data)]
-        rows.append(["conformant at", *(backend["level"] or "no level" for backend in data["backends"])])
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
+        reached = [
+            Cell("good" if backend["level"] else "bad", backend["level"] or "no level")
+            for backend in data["backends"]
         ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        rows = [*_rows(data), ("conformant at", reached)]
+        names = [backend["name"] for backend in data["backends"]]
+        widths = [
+            max(len(name), *(len(cells[column].text) for _, cells in rows))
+            for column, name in enumerate(names)
+        ]
+        first = max(len(title) for title, _ in rows)
+        header = [name.ljust(width) for name, width in zip(names, widths, strict=True)]
+        lines = [
+            "  ".join([" " * first, *header]).rstrip(),
+            "  ".join("-" * width for width in (first, *widths)),
+        ]
+        for title, cells in rows:
+            texts = [cell.text.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+            texts[-1] = texts[-1].rstrip()
+            if colours:
+                texts = [
+                    click.style(text, fg=_COLOURS[cell.kind]) for text, cell in zip(texts, cells, strict=True)
+                ]
+            lines.append("  ".join([title.ljust(first), *texts]))
     return "\n".join([*lines, *_below(data)])
 
 
-def _rows(data: Data) -> list[tuple[str, str, list[Cell]]]:
+def _rows(data: Data) -> list[tuple[str, list[Cell]]]:
     rows = []
-    for level, families in tested_levels(data).items():
+    for families in tested_levels(data).values():
         for family in families:
             cells = [family_cell(data, backend, family) for backend in data["backends"]]
             if any(cell.text != "–" for cell in cells):
-                rows.append((level, family_title(family), cells))
+                rows.append((family_title(family), cells))
     return rows
-
-
-def _rich_table(data: Data) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(header_style="bold")
-    table.add_column("")
-    for backend in data["backends"]:
-        table.add_column(backend["name"])
-    level = ""
-    for name, title, cells in _rows(data):
-        if level and name != level:
-            table.add_section()
-        level = name
-        table.add_row(title, *(Text(cell.text, style=_STYLES[cell.kind]) for cell in cells))
-    table.add_section()
-    table.add_row(
-        "conformant at",
-        *(
-            Text(backend["level"] or "no level", style="bold green" if backend["level"] else "bold red")
-            for backend in data["backends"]
-        ),
-    )
-    return table
 
 
 def _below(data: Data) -> list[str]:
@@ -131,7 +113,9 @@ def _below(data: Data) -> list[str]:
     for backend in data["backends"]:
         wrong = problems(data, backend)
         lines += [""] if wrong else []
-        lines += [f"{backend['name']}: {line}" for line in wrong[:_MOST_PROBLEMS]]
+        for problem in wrong[:_MOST_PROBLEMS]:
+            lines.append(f"{backend['name']}: {problem.words}")
+            lines += [f"  {problem.command}"] if problem.command else []
         if len(wrong) > _MOST_PROBLEMS:
             lines.append(
                 f"{backend['name']}: and {len(wrong) - _MOST_PROBLEMS} more; --json FILE lists them all"

@@ -11,12 +11,12 @@ from selfattn_core.conformance.cases.case import Case, Run
 from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.questions.ask import INITIAL_DRAWS
-from selfattn_core.conformance.questions.training import trained
+from selfattn_core.conformance.questions.training import reference, trained
 from selfattn_core.conformance.results import Outcome
 from selfattn_core.conformance.verdicts.expected import expect, expect_shipped
 from selfattn_core.conformance.verdicts.initialisation import distribution_verdicts
 from selfattn_core.conformance.verdicts.tolerance import SHIPPED_FACTORS, Expectation, Verdict, judge
-from selfattn_core.conformance.verdicts.trajectory import judge_trajectory
+from selfattn_core.conformance.verdicts.trajectory import curve_floors, judge_trajectory
 from selfattn_core.params import parameter_table, state_table
 
 __all__ = ["compare", "memory_limit"]
@@ -35,6 +35,8 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "f
     """
     family, computation = run.case.family, run.case.computation
     losses: tuple[float, ...] = ()
+    reference_losses: tuple[float, ...] = ()
+    floors: tuple[float, ...] = ()
     if family == "memory":
         verdicts = [_memory(run.case, int(found["bytes"]))]
     elif computation == "trajectory":
@@ -42,6 +44,8 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "f
             return Outcome(run, "fail", (), problem)
         verdicts = list(judge_trajectory(run.case, found, run.dtype, seed))
         losses = tuple(float(loss) for loss in found["loss"])
+        reference_losses = tuple(float(loss) for loss in reference(run.case, seed).losses)
+        floors = tuple(float(floor) for floor in curve_floors(run.case, run.dtype, seed))
     elif computation == "init":
         every = [*parameter_table(run.case.config), *state_table(run.case.config)]
         names = [f"{draw}: {name}" for draw in range(INITIAL_DRAWS) for name in every]
@@ -81,6 +85,8 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "f
         tuple(verdicts),
         "; ".join(messages),
         losses=losses,
+        reference=reference_losses,
+        floors=floors,
         label=label if FAMILIES[family].default_precision else "",
     )
 
