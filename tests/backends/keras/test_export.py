@@ -8,9 +8,9 @@ from selfattn_core import SelfAttentionConfig, spec
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.cases.table import Case
 from selfattn_keras import from_canonical
+from tests.support import OUTPUT, assert_near, wide
 
 FRAMEWORK = keras.backend.backend()
-EPS = float(np.finfo("float32").eps)
 FLAT = SelfAttentionConfig(11, 3)
 POOLED = SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=2)
 SIZES = [(3, 7, 9), (2, 5, 4), (1, 6, 8)]
@@ -39,18 +39,17 @@ def model_of(config, layout, scores, *, batch=None, height=None, width=None, blo
 def assert_right(run, config, layout, scores, sizes=SIZES):
     """`run(x)` is {"y": …} or {"y": …, "A": …} in numpy."""
     given = drawn(config)
-    exact = {name: np.float64(value) for name, value in given.params.items()}
+    exact = wide(given.params)
     for batch, height, width in sizes:
         x = given.x[:batch, :height, :width]
         got = run(np.ascontiguousarray(x if layout == "channels_last" else x.transpose(0, 3, 1, 2)))
         assert set(got) == ({"y", "A"} if scores else {"y"})
         y = got["y"] if layout == "channels_last" else got["y"].transpose(0, 2, 3, 1)
-        wanted = [(y, spec.forward(config, exact, np.float64(x)))]
+        wanted = [(y, spec.forward(config, exact, wide(x)))]
         if scores:
-            wanted.append((got["A"], spec.attention_map(config, exact, np.float64(x))))
+            wanted.append((got["A"], spec.attention_map(config, exact, wide(x))))
         for array, want in wanted:
-            assert array.shape == want.shape
-            assert np.abs(array - want).max() <= 16 * EPS * np.abs(want).max()
+            assert_near(array, want, OUTPUT)
 
 
 # Keras passes it to JAX's converter, which will drop it.
