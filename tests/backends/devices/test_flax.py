@@ -16,13 +16,12 @@ from selfattn_core import SelfAttentionConfig, spec
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_flax import linen
-from tests.support import assert_near
+from tests.support import assert_near, wide
 
 CONFIG = SelfAttentionConfig(12, 4, 6, out_projection=True, kv_pool=2)
 GIVEN = inputs(Case("devices", "r1", "", CONFIG, (16, 5, 7)), "float32")
-EXACT = {name: np.float64(array) for name, array in GIVEN.params.items()}
-X, W = np.float64(GIVEN.x), np.float64(GIVEN.dy)
-EPS = float(np.finfo("float32").eps)
+EXACT = wide(GIVEN.params)
+X, W = wide(GIVEN.x), wide(GIVEN.dy)
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
 
@@ -97,4 +96,4 @@ def test_kernels_that_were_partitioned_by_their_metadata(flavour):
             params = linen.to_canonical(module, variables)
         assert kernel.sharding.spec == P(*axes)
         assert {shard.data.shape for shard in kernel.addressable_shards} == {(1, 1, 12, 3)}
-        assert_near(y, spec.forward(CONFIG, {n: np.float64(a) for n, a in params.items()}, X), 16)
+        assert_near(y, spec.forward(CONFIG, wide(params), X), 16)

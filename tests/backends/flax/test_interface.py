@@ -15,10 +15,10 @@ from selfattn_core import SelfAttentionConfig, spec
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_flax import linen
+from tests.support import OUTPUT, assert_near, wide
 
 CONFIG = SelfAttentionConfig(12, 3, 6, out_projection=True)
 GIVEN = inputs(Case("interface", "forward", "", CONFIG, (2, 5, 7)), "float32")
-EPS = float(np.finfo("float32").eps)
 
 SHARED = (
     "out_projection=False, use_bias=True, kv_pool=1, spectral_norm=False, block_size=None, dtype=None, param_dtype=float32, precision=None, "
@@ -175,5 +175,5 @@ def test_linen_keeps_partitioning_metadata(mesh):
 
 
 def assert_right(y):
-    want = spec.forward(CONFIG, {n: np.float64(a) for n, a in GIVEN.params.items()}, np.float64(GIVEN.x))
-    assert np.abs(np.asarray(y) - want).max() <= 16 * EPS * np.abs(want).max()
+    want = spec.forward(CONFIG, wide(GIVEN.params), wide(GIVEN.x))
+    assert_near(y, want, OUTPUT)

@@ -20,10 +20,9 @@ from selfattn_core import SelfAttentionConfig, spec
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_flax import linen
-from tests.support import assert_near
+from tests.support import assert_near, wide
 
 CONFIG = SelfAttentionConfig(8, 2, 5, out_projection=True, kv_pool=2)
-EPS = float(np.finfo("float32").eps)
 
 
 def drawn(shape=(2, 5, 7), dtype="float32", config=CONFIG):
@@ -64,7 +63,7 @@ def make(request):
 
 
 def exact(given):
-    return {name: np.float64(array) for name, array in given.params.items()}, np.float64(given.x)
+    return wide(given.params), wide(given.x)
 
 
 @pytest.mark.parametrize(("make", "mode"), [(nnx_layer, "fwd"), (linen_layer, "rev")], ids=["nnx", "linen"])

@@ -8,19 +8,18 @@ from selfattn_core import SelfAttentionConfig, spec
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_keras import SelfAttention2D, from_canonical, to_canonical
-from tests.support import to_numpy
+from tests.support import OUTPUT, assert_near, to_numpy, wide
 
 CONFIG = SelfAttentionConfig(11, 3, 6, out_projection=True)
-EPS = float(np.finfo("float32").eps)
 GIVEN = inputs(Case("adaptation", "forward", "", CONFIG, (2, 5, 7)), "float32")
 
 
 def specified(params, x=GIVEN.x):
-    return spec.forward(CONFIG, {name: np.float64(value) for name, value in params.items()}, np.float64(x))
+    return spec.forward(CONFIG, wide(params), wide(x))
 
 
 def assert_right(y, want):
-    assert np.abs(to_numpy(y) - want).max() <= 16 * EPS * np.abs(want).max()
+    assert_near(to_numpy(y), want, OUTPUT)
 
 
 def adapted():
@@ -108,5 +107,5 @@ def test_the_map_of_a_finished_model():
     )
     features = keras.Model(model.input, layer.input)(GIVEN.x)
     _, A = layer(features, return_attention_scores=True)
-    exact = {name: np.float64(value) for name, value in GIVEN.params.items()}
+    exact = wide(GIVEN.params)
     assert_right(A, spec.attention_map(CONFIG, exact, np.float64(np.maximum(GIVEN.x, 0))))

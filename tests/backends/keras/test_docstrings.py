@@ -15,6 +15,8 @@ MODULES = [
 WITH_EXAMPLES = {"selfattn_keras.layer", "selfattn_keras.weights"}
 
 
+# A warning is an error to the other tests, but not to a reader who runs an example.
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
     result = doctest.testmod(importlib.import_module(name))

@@ -5,13 +5,10 @@ import numpy as np
 import pytest
 
 from selfattn_core import SelfAttentionConfig, spec
-from selfattn_core.conformance.cases.case import Case
-from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_keras import from_canonical
+from tests.support import FLAT, OUTPUT, assert_near, designed, wide
 
 FRAMEWORK = keras.backend.backend()
-EPS = float(np.finfo("float32").eps)
-FLAT = SelfAttentionConfig(11, 3)
 POOLED = SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=2)
 SIZES = [(3, 7, 9), (2, 5, 4), (1, 6, 8)]
 
@@ -22,12 +19,10 @@ EXPORTED = [
 ]
 
 
-def drawn(config):
-    return inputs(Case("export", "forward", "", config, SIZES[0]), "float32")
-
-
 def model_of(config, layout, scores, *, batch=None, height=None, width=None, block_size=None):
-    layer = from_canonical(config, drawn(config).params, data_format=layout, block_size=block_size)
+    layer = from_canonical(
+        config, designed(config, shape=SIZES[0])[0], data_format=layout, block_size=block_size
+    )
     sizes = (
         (height, width, config.channels) if layout == "channels_last" else (config.channels, height, width)
     )
@@ -38,19 +33,17 @@ def model_of(config, layout, scores, *, batch=None, height=None, width=None, blo
 
 def assert_right(run, config, layout, scores, sizes=SIZES):
     """`run(x)` is {"y": …} or {"y": …, "A": …} in numpy."""
-    given = drawn(config)
-    exact = {name: np.float64(value) for name, value in given.params.items()}
+    params, whole, _ = designed(config, shape=SIZES[0])
     for batch, height, width in sizes:
-        x = given.x[:batch, :height, :width]
+        x = whole[:batch, :height, :width]
         got = run(np.ascontiguousarray(x if layout == "channels_last" else x.transpose(0, 3, 1, 2)))
         assert set(got) == ({"y", "A"} if scores else {"y"})
         y = got["y"] if layout == "channels_last" else got["y"].transpose(0, 2, 3, 1)
-        wanted = [(y, spec.forward(config, exact, np.float64(x)))]
+        wanted = [(y, spec.forward(config, wide(params), wide(x)))]
         if scores:
-            wanted.append((got["A"], spec.attention_map(config, exact, np.float64(x))))
+            wanted.append((got["A"], spec.attention_map(config, wide(params), wide(x))))
         for array, want in wanted:
-            assert array.shape == want.shape
-            assert np.abs(array - want).max() <= 16 * EPS * np.abs(want).max()
+            assert_near(array, want, OUTPUT)
 
 
 # Keras passes it to JAX's converter, which will drop it.
@@ -85,7 +78,7 @@ def test_the_map_of_a_saved_model_that_has_none_is_refused(tmp_path):
     model_of(FLAT, "channels_last", scores=False).export(tmp_path / "model", verbose=False)
     loaded = tf.saved_model.load(tmp_path / "model")
     with pytest.raises(TypeError, match="return_attention_scores"):
-        loaded.serve(tf.constant(drawn(FLAT).x), return_attention_scores=True)
+        loaded.serve(tf.ones((1, 2, 3, 11)), return_attention_scores=True)
 
 
 @pytest.mark.skipif(FRAMEWORK not in ("tensorflow", "torch"), reason="not on JAX")

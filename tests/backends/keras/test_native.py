@@ -10,7 +10,7 @@ import pytest
 import selfattn_keras
 from selfattn_core import SelfAttentionConfig, init_params, parameter_table, spec
 from selfattn_keras import SelfAttention2D, from_canonical, to_canonical
-from tests.support import POOLED, to_numpy
+from tests.support import OUTPUT, POOLED, assert_near, to_numpy, wide
 
 FRAMEWORK = keras.backend.backend()
 EPS = float(np.finfo("float32").eps)
@@ -220,12 +220,11 @@ def test_functional_model_of_unknown_sizes(layout, scores):
         x = np.random.default_rng(1).standard_normal(shape).astype("float32")
         outputs = model.predict(x.transpose(axes), verbose=0)
         y, A = outputs if scores else (outputs, None)
-        exact = {name: np.float64(value) for name, value in params.items()}
-        want = spec.forward(POOLED, exact, np.float64(x))
-        assert np.abs(y.transpose(np.argsort(axes)) - want).max() <= 16 * EPS * np.abs(want).max()
+        want = spec.forward(POOLED, wide(params), wide(x))
+        assert_near(y.transpose(np.argsort(axes)), want, OUTPUT)
         if A is not None:
-            want = spec.attention_map(POOLED, exact, np.float64(x))
-            assert np.abs(A - want).max() <= 16 * EPS * want.max()
+            want = spec.attention_map(POOLED, wide(params), wide(x))
+            assert_near(A, want, OUTPUT)
 
 
 def small_model(attention):
