@@ -154,6 +154,7 @@ def load(
     dialect: str | None = None,
     prefix: str | None = None,
     settings: Mapping[str, str | bool | float] | None = None,
+    strict: bool = True,
     block_size: int | None = None,
     data_format: str | None = None,
     dtype: Any = None,
@@ -166,6 +167,7 @@ def load(
         dialect: what another file is, as `selfattn dialects` lists them, or a `.toml` file of your own.
         prefix: which block of such a file, where it has several.
         settings: what such a file does not say, for example {"use_scale": False}.
+        strict: whether tensors under the prefix that nothing reads are an error.
         block_size: as in `SelfAttention2D`.
         data_format: as in `SelfAttention2D`.
         dtype: name of a dtype or a dtype policy; by default the file's dtype.
@@ -178,7 +180,9 @@ def load(
         FileNotFoundError: if there is no such canonical file.
         ValueError: if it is not a whole and fitting file of its kind; lists every problem.
     """
-    config, params = load_any(path, block=block, dialect=dialect, prefix=prefix, settings=settings)
+    config, params = load_any(
+        path, block=block, dialect=dialect, prefix=prefix, settings=settings, strict=strict
+    )
     return from_canonical(config, params, block_size=block_size, data_format=data_format, dtype=dtype)
 
 

@@ -10,6 +10,7 @@ import click
 
 from selfattn_core.cli import completion
 from selfattn_core.cli.exit_codes import CHECK_FAILED
+from selfattn_core.cli.guard import in_words_of_the_command
 from selfattn_core.cli.port import given_settings
 from selfattn_core.files.targets import (
     STANDARD_OUTPUT,
@@ -160,7 +161,7 @@ def verify(
                 settings=given or None,
             )
         except ValueError as error:
-            raise click.UsageError(str(error)) from error
+            raise click.UsageError(in_words_of_the_command(error)) from error
     for warning in caught:
         click.echo(f"warning: {warning.message}", err=True)
     click.echo(report.to_text(), err=STANDARD_OUTPUT in targets.values())

@@ -24,6 +24,7 @@ def load_any(
     dialect: str | None = None,
     prefix: str | None = None,
     settings: Mapping[str, str | bool | float] | None = None,
+    strict: bool = True,
 ) -> tuple[SelfAttentionConfig, dict[str, NDArray[Any]]]:
     """One layer as a config and canonical parameters.
 
@@ -33,6 +34,7 @@ def load_any(
         dialect: of another file; None for a canonical one.
         prefix: which block of another file.
         settings: what another file does not say.
+        strict: whether tensors of another file under the prefix that nothing reads are an error.
 
     Warns:
         UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
@@ -64,7 +66,7 @@ def load_any(
         raise ValueError(
             f"load: block={block!r} names a layer of a canonical file; with dialect= pass prefix=, the beginning of its keys."
         )
-    return load(path, dialect=dialect, prefix=prefix, settings=settings)
+    return load(path, dialect=dialect, prefix=prefix, settings=settings, strict=strict)
 
 
 def _check_canonical(path: Path) -> None:

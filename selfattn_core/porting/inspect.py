@@ -16,6 +16,7 @@ from selfattn_core.porting.formats import Tensors, open_tensors
 from selfattn_core.porting.formats.sharded import of_several
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.translation.from_dialect import plan, state_notes
+from selfattn_core.problems import in_command
 
 __all__ = ["BlockFound", "Fit", "InspectReport", "candidates", "inspect"]
 
@@ -225,8 +226,8 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
     if found.unused:
         reasons.append(f"unused: {listed(found.unused)}")
     # A gamma to be given is an assumption, not a misfit.
-    given = [text for text in planned.problems if text.startswith("gamma is not in the file")]
-    reasons += [text for text in planned.problems if text not in given]
+    given = [in_command(one.text) for one in planned.problems if one.kind == "gamma_not_stored"]
+    reasons += [in_command(one.text) for one in planned.problems if one.kind != "gamma_not_stored"]
     name, title, variant = chosen.name, chosen.title, found.variant.name
     if reasons:
         if chosen.refused:
@@ -244,5 +245,5 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
             chosen.caveats,
         )
     assumed = (*given, *(str(one) for one in planned.assumptions if pool is None or one.setting != "kv_pool"))
-    notes = (*chosen.caveats, *state_notes(planned, tensors.read))
+    notes = (*chosen.caveats, *map(in_command, state_notes(planned, tensors.read)))
     return Fit(name, title, "fits", variant, config, (), assumed, notes)

@@ -19,7 +19,7 @@ from selfattn_core.porting.blocks.find import Found, canonical_configs, find_blo
 from selfattn_core.porting.blocks.match import match, normal, prefixes
 from selfattn_core.porting.dialects.dialect import Dialect, dialect
 from selfattn_core.porting.dialects.settings import Settings, settings_of
-from selfattn_core.porting.errors import PortError, VerificationError
+from selfattn_core.porting.errors import PortError, VerificationError, target_exists
 from selfattn_core.porting.formats import Tensors, open_tensors
 from selfattn_core.porting.formats.scratch import scratch_folder
 from selfattn_core.porting.formats.write import write_tensors
@@ -30,6 +30,7 @@ from selfattn_core.porting.translation.lazy import LazyArrays
 from selfattn_core.porting.translation.to_dialect import Exported, export_block, separator
 from selfattn_core.porting.verify import check_framework, check_output, read_io
 from selfattn_core.porting.whole_checkpoint import WHOLE, Renamed, write_whole
+from selfattn_core.problems import Remedy, Text, in_command, in_python
 from selfattn_core.weights import FORMAT, VERSION
 
 __all__ = ["load", "port"]
@@ -95,7 +96,7 @@ def port(
     """
     for what, path in (("source", source), ("target", target), ("file of check", check)):
         if path is not None and not os.fspath(path):
-            raise PortError(f"the path of the {what} is empty; name a file.")
+            raise PortError(f"the path of the {what} is empty; name a file.", kind="path", names=[what])
     return _Port(
         Path(source),
         Path(target),
@@ -113,6 +114,7 @@ def load(
     settings: Mapping[str, str | bool | float] | None = None,
     dtype: str | None = None,
     keep_spectral_norm: bool = False,
+    strict: bool = True,
 ) -> tuple[SelfAttentionConfig, dict[str, Array]]:
     """One block of a checkpoint as a config and canonical parameters.
 
@@ -123,6 +125,7 @@ def load(
         settings: as in `port`.
         dtype: as in `port`.
         keep_spectral_norm: as in `port`.
+        strict: as in `port`.
 
     Warns:
         UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
@@ -144,10 +147,14 @@ def load(
     _check_dtype(dtype)
     with open_tensors(path) as tensors:
         chosen = _source_dialect(tensors, dialect)
-        found = _found(tensors, chosen, settings or {}, None if prefix is None else [prefix], strict=True)
+        found = _found(tensors, chosen, settings or {}, None if prefix is None else [prefix], strict=strict)
         if len(found) > 1:
             names = ", ".join(block.prefix for block in found)
-            raise PortError(f"{path}: {prefix!r} names {len(found)} blocks: {names}; name one.")
+            raise PortError(
+                f"{path}: {prefix!r} names {len(found)} blocks: {names}; name one.",
+                kind="several_blocks",
+                names=[block.prefix for block in found],
+            )
         if any(one.setting == "kv_pool" for one in found[0].plan.assumptions) and "kv_pool" not in (
             settings or {}
         ):
@@ -160,7 +167,7 @@ def load(
             )
         block = import_block(found[0].plan, tensors.read, dtype=dtype, keep_spectral_norm=keep_spectral_norm)
         for note in block.notes:
-            warnings.warn(f"{path}: {note}.", stacklevel=2)
+            warnings.warn(f"{path}: {in_python(note)}.", stacklevel=2)
         return block.config, dict(block.params)
 
 
@@ -196,15 +203,17 @@ class _Port:
         self.to = dialect(to)
         if self.to.refused:
             raise PortError(
-                f"{self.to.name} cannot be written: {self.to.reason}. Instead: {self.to.instead}."
+                f"{self.to.name} cannot be written: {self.to.reason}. Instead: {self.to.instead}.",
+                kind="dialect_refused",
+                names=[self.to.name],
             )
         self.container = _container(target, self.to)
         if not options.overwrite and target.exists():
-            raise PortError(
-                f"{target}: exists already and was left as it is; to replace it, pass --force (in Python overwrite=True)."
-            )
+            raise target_exists(target)
         if not target.parent.is_dir():
-            raise PortError(f"{target}: there is no folder {target.parent}; nothing was written.")
+            raise PortError(
+                f"{target}: there is no folder {target.parent}; nothing was written.", kind="folder_missing"
+            )
         _check_kept(
             target,
             {
@@ -263,9 +272,8 @@ class _Port:
                 keep_spectral_norm=self.options.keep_spectral_norm,
             )
         except PortError as error:
-            raise PortError(
-                f"{self.source}: {f'block {found.prefix}: ' if found.prefix else ''}{error}"
-            ) from error
+            block = f"block {found.prefix}: " if found.prefix else ""
+            raise error.within(f"{self.source}: {block}") from error
         if self.options.whole:
             exported = export_block(self.to, imported.config, imported.params, prefix=found.prefix)
             return _Block(found, found.prefix.rstrip("./"), imported.config, imported, exported)
@@ -284,7 +292,14 @@ class _Port:
             ]
         if len(blocks) > 1:
             raise PortError(
-                f"--check: x and y are of one block, and {len(blocks)} are ported: name one with --prefix."
+                (
+                    Remedy("check"),
+                    f": x and y are of one block, and {len(blocks)} are ported: name one with ",
+                    Remedy("prefix"),
+                    ".",
+                ),
+                kind="several_blocks",
+                names=[block.found.prefix for block in blocks],
             )
         (block,) = blocks
         path = Path(self.options.check)
@@ -292,18 +307,28 @@ class _Port:
         try:
             block.config.check_input(x.shape, layer=str(path))
         except ValueError as error:
-            raise PortError(f"{error}") from error
+            raise PortError(f"{error}", kind="bad_io_file") from error
         return [check_output("source's own output", block.config, block.imported.params, x, y)]
 
     def _check_whole_fits(self, tensors: Tensors) -> None:
+        whole = Remedy("whole", value=True)
         if tensors.container not in WHOLE or self.container != tensors.container or self.source.is_dir():
             raise PortError(
-                f"{self.target}: --whole writes a file of torch or .safetensors in the source's own format, and {self.source} is "
-                f"{tensors.container}; port its blocks without --whole."
+                (
+                    f"{self.target}: ",
+                    whole,
+                    f" writes a file of torch or .safetensors in the source's own format, and {self.source} is ",
+                    f"{tensors.container}; port its blocks without ",
+                    whole,
+                    ".",
+                ),
+                kind="whole",
             )
         if separator(self.to) != "." or self.to.name == "canonical":
+            torch = Remedy("to", "torch")
             raise PortError(
-                f"--whole writes names that a model loads, such as --to torch; {self.to.name} has others."
+                (whole, " writes names that a model loads, such as ", torch, f"; {self.to.name} has others."),
+                kind="whole",
             )
 
     def _check_whole(self, blocks: list[_Block], tensors: Tensors) -> list[Check]:
@@ -388,9 +413,10 @@ class _Port:
         prefix = f"{normal(block.name)}/" if block.name else ""
         planned = plan(match(self.to, index, prefix, averaged=settings.ema), tensors, settings)
         if planned.problems or planned.match.missing:
-            return Check(name, "failed", "; ".join((*planned.problems, *planned.match.missing)))
+            reasons = (*map(str, planned.problems), *planned.match.missing)
+            return Check(name, "failed", "; ".join(reasons))
         again = import_block(planned, tensors.read, keep_spectral_norm=block.config.spectral_norm)
-        if planned.match.unused or _plain(block.exported):
+        if planned.match.unused or block.exported.exact:
             return Check(name, *_comparison(block, again))
         x = np.random.Generator(np.random.PCG64(1)).standard_normal(
             (2, 2 * block.config.kv_pool + 1, 3 * block.config.kv_pool + 1, block.config.channels)
@@ -479,13 +505,15 @@ def _check_kept(target: Path, read: Mapping[str, PathLike | None]) -> None:
         if would_replace(target, path) or (target.is_dir() and would_replace(path, target)):
             raise PortError(
                 f"{target}: is the {what}, a part of it, or the folder that it is in; a port would lose what it does not carry. "
-                "Name another target. Nothing was written."
+                "Name another target. Nothing was written.",
+                kind="target_is_read",
+                names=[what],
             )
 
 
 def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
-        raise PortError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+        raise PortError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.", kind="dtype")
 
 
 _SUFFIXES = {
@@ -506,19 +534,31 @@ def _container(target: Path, to: Dialect) -> str:
         container = "orbax"
     if not container:
         raise PortError(
-            f"{target}: {target.suffix} cannot be written; expected {', '.join(_SUFFIXES)}, or a folder without suffix for Orbax."
+            f"{target}: {target.suffix} cannot be written; expected {', '.join(_SUFFIXES)}, or a folder without suffix for Orbax.",
+            kind="target_format",
         )
     owner = {"keras": "Keras", "orbax": "Orbax", "msgpack": "Flax"}.get(container)
     if owner and separator(to) != "/":
-        better = "keras" if container == "keras" else "flax"
+        better = Remedy("to", "keras" if container == "keras" else "flax")
         raise PortError(
-            f"{target}: a file of {owner} has no keys like those of {to.name}; say "
-            f"--to {better}, or name a .safetensors file."
+            (
+                f"{target}: a file of {owner} has no keys like those of {to.name}; say ",
+                better,
+                ", or name a .safetensors file.",
+            ),
+            kind="target_format",
         )
     if container != "safetensors" and to.name == "canonical":
-        other = "; for a state dict of ours say --to torch" if container == "torch" else ""
+        other: Text = (
+            ("; for a state dict of ours say ", Remedy("to", "torch")) if container == "torch" else ()
+        )
         raise PortError(
-            f"{target}: the canonical form is a .safetensors file, and nothing would load another; name one{other}."
+            (
+                f"{target}: the canonical form is a .safetensors file, and nothing would load another; name one",
+                *other,
+                ".",
+            ),
+            kind="target_format",
         )
     return container
 
@@ -535,8 +575,13 @@ def _source_dialect(tensors: Tensors, name: str | None) -> Dialect:
         else "its keys fit none of them; `selfattn inspect` says why"
     )
     raise PortError(
-        f"{tensors.path}: say with --from which dialect it is: {fits}. Equal keys do not mean equal functions: what wrote "
-        "the file decides."
+        (
+            f"{tensors.path}: say with ",
+            Remedy("dialect"),
+            f" which dialect it is: {fits}. Equal keys do not mean equal functions: what wrote the file decides.",
+        ),
+        kind="dialect_needed",
+        names=found,
     )
 
 
@@ -565,13 +610,18 @@ def _with_pool(tensors: Tensors, found: Found, pool: int | None, settings: Setti
     if pool is None:
         return found
     if settings.kv_pool not in (None, pool):
-        raise PortError(_contradiction(tensors, pool, settings))
+        raise _contradiction(tensors, pool, settings)
     planned = plan(found.plan.match, tensors, replace(settings, kv_pool=pool))
     return Found(found.prefix, _without_assumed_pool(planned))
 
 
-def _contradiction(tensors: Tensors, pool: int, settings: Settings) -> str:
-    return f"{tensors.path}: its metadata says kv_pool = {pool}, so --set kv_pool={settings.kv_pool} would contradict it."
+def _contradiction(tensors: Tensors, pool: int, settings: Settings) -> PortError:
+    given = Remedy("settings", settings.kv_pool, setting="kv_pool")
+    return PortError(
+        (f"{tensors.path}: its metadata says kv_pool = {pool}, so ", given, " would contradict it."),
+        kind="contradiction",
+        names=["kv_pool"],
+    )
 
 
 def _without_assumed_pool(planned: Plan) -> Plan:
@@ -587,7 +637,7 @@ def _with_config(
     if config is None:
         raise PortError(f"{tensors.path}: its metadata has no config of block {name!r}.")
     if settings.kv_pool not in (None, config.kv_pool):
-        raise PortError(_contradiction(tensors, config.kv_pool, settings))
+        raise _contradiction(tensors, config.kv_pool, settings)
     planned = plan(
         found.plan.match, tensors, replace(settings, kv_pool=config.kv_pool, plain=not config.spectral_norm)
     )
@@ -613,11 +663,6 @@ def _unchanged(tensors: Mapping[str, Array], key: str, sha256: str | None) -> Ar
     if sha256 is not None and checksum(array) != sha256:
         raise PortError(f"{key}: its source has changed while it was ported; nothing was written.")
     return array
-
-
-def _plain(exported: Exported) -> bool:
-    """Whether no number was changed on the way out."""
-    return not any("÷" in step or "×" in step for steps in exported.steps.values() for step in steps)
 
 
 def _mark(array: Array) -> tuple[np.dtype[Any], tuple[int, ...], str]:
@@ -660,7 +705,7 @@ def _block_report(block: _Block) -> BlockReport:
         block.config.to_dict(),
         tuple(lines),
         tuple(str(one) for one in planned.assumptions),
-        (*planned.match.dialect.caveats, *block.exported.notes, *block.imported.notes),
+        (*planned.match.dialect.caveats, *block.exported.notes, *map(in_command, block.imported.notes)),
         planned.match.ignored,
         planned.match.unused,
     )

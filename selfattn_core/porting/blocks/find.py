@@ -15,6 +15,7 @@ from selfattn_core.porting.formats import Tensors
 from selfattn_core.porting.formats.sharded import of_several
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.translation.from_dialect import Plan, plan
+from selfattn_core.problems import Problem, Remedy
 from selfattn_core.weights import FORMAT, configs_of
 
 __all__ = ["Found", "canonical_configs", "find_blocks", "index_of", "shown", "stored_pools"]
@@ -38,7 +39,10 @@ def index_of(tensors: Tensors) -> KeyIndex:
     index = KeyIndex(key for key in tensors if key not in passed_over)
     if index.clashes:
         pairs = "; ".join(f"{one} and {other}" for one, other in index.clashes[:8])
-        raise PortError(f"{tensors.path}: keys that cannot be told apart: {pairs}.")
+        names = [name for pair in index.clashes for name in pair]
+        raise PortError(
+            f"{tensors.path}: keys that cannot be told apart: {pairs}.", kind="keys_alike", names=names
+        )
     return index
 
 
@@ -70,12 +74,14 @@ def find_blocks(
     """
     if dialect.refused:
         raise PortError(
-            f"{tensors.path}: {dialect.name} ({dialect.title}) cannot be ported: {dialect.reason}. Instead: {dialect.instead}."
+            f"{tensors.path}: {dialect.name} ({dialect.title}) cannot be ported: {dialect.reason}. Instead: {dialect.instead}.",
+            kind="dialect_refused",
+            names=[dialect.name],
         )
     index = index_of(tensors)
     there = prefixes(dialect, index)
     chosen = _chosen(tensors, dialect, index, there, prefix)
-    problems = []
+    problems: list[Problem] = []
     found = []
     for one in chosen:
         matched = match(dialect, index, one, averaged=settings.ema)
@@ -85,13 +91,15 @@ def find_blocks(
             reasons = list(planned.problems)
             found.append(Found(shown(one, index), planned))
         where = f"block {shown(one, index)!r}: " if one else ""
-        problems += [f"{where}{reason}" for reason in reasons]
+        problems += [reason.within(where) for reason in reasons]
     if problems:
-        problems += [f"left out: {reason}" for reason in list(tensors.left_out.values())[:20]]
-        problems += filter(None, [of_several(tensors.path)])
-        raise PortError(
-            f"{tensors.path}: does not fit {dialect.name} ({dialect.title}); `selfattn inspect` lists the dialects that fit:\n  "
-            + "\n  ".join(problems)
+        left_out = list(tensors.left_out.items())[:20]
+        problems += [Problem("unusable", f"left out: {reason}", (key,)) for key, reason in left_out]
+        if part := of_several(tensors.path):
+            problems.append(Problem("split", part))
+        raise PortError.of(
+            f"{tensors.path}: does not fit {dialect.name} ({dialect.title}); `selfattn inspect` lists the dialects that fit:",
+            problems,
         )
     return found
 
@@ -103,8 +111,14 @@ def _chosen(
     if prefix is None:
         if len(there) > 1:
             raise PortError(
-                f"{tensors.path}: holds {len(there)} blocks that look like {dialect.name}: {listed(known, 20)}. Say which with "
-                "--prefix, which may be repeated and may hold *."
+                (
+                    f"{tensors.path}: holds {len(there)} blocks that look like {dialect.name}: {listed(known, 20)}. Say which ",
+                    "with ",
+                    Remedy("prefix"),
+                    ", which may be repeated and may hold *.",
+                ),
+                kind="several_blocks",
+                names=known,
             )
         return there or [_nearest(tensors, dialect, index)]
     chosen: list[str] = []
@@ -119,11 +133,15 @@ def _chosen(
             if any(normal(key).startswith(name) for key in optimiser_keys(tensors)):
                 raise PortError(
                     f"{tensors.path}: {wanted!r} is the state of an optimiser, which mirrors a layer and is none; name the "
-                    f"layer's own weights{f': {listed(known, 20)}' if known else ''}."
+                    f"layer's own weights{f': {listed(known, 20)}' if known else ''}.",
+                    kind="optimiser_state",
+                    names=[wanted],
                 )
             blocks = f"it has {listed(known, 20)}" if known else "it has none"
             raise PortError(
-                f"{tensors.path}: has no block {wanted!r} that looks like {dialect.name}; {blocks}."
+                f"{tensors.path}: has no block {wanted!r} that looks like {dialect.name}; {blocks}.",
+                kind="no_block",
+                names=[wanted],
             )
         chosen += [one for one in some if one not in chosen]
     return chosen
@@ -148,22 +166,25 @@ def _nearest(tensors: Tensors, dialect: Dialect, index: KeyIndex) -> str:
     alone = of_several(tensors.path)
     raise PortError(
         f"{tensors.path}: has no block that looks like {dialect.name} ({dialect.title}): expected keys that end with "
-        f"{', '.join(wanted)}; it holds {listed(list(tensors), 6)}{left_out}. {f'{alone}. ' * bool(alone)}`selfattn inspect` lists the dialects that fit."
+        f"{', '.join(wanted)}; it holds {listed(list(tensors), 6)}{left_out}. {f'{alone}. ' * bool(alone)}`selfattn inspect` lists the dialects that fit.",
+        kind="no_block",
+        names=wanted,
     )
 
 
-def _mismatch(found: Match, *, strict: bool) -> list[str]:
-    reasons = [telltale.reason for telltale in found.telltales]
-    reasons += [f"missing: {name}" for name in found.missing]
+def _mismatch(found: Match, *, strict: bool) -> list[Problem]:
+    reasons = [Problem("other_function", telltale.reason, (telltale.key,)) for telltale in found.telltales]
+    reasons += [Problem("missing", f"missing: {name}", (name,)) for name in found.missing]
     if found.ambiguous:
-        reasons.append(
-            f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike: the dialect cannot tell them apart"
-        )
+        text = f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike: the dialect cannot tell them apart"
+        reasons.append(Problem("ambiguous", text, (found.variant.name, *found.ambiguous)))
     if strict and found.unused:
-        reasons.append(
-            f"unused: {listed(found.unused, 20)}; a tensor that nothing reads may change what the layer computes. If it does "
-            "not, pass --allow-unused"
+        said = (
+            f"unused: {listed(found.unused, 20)}; a tensor that nothing reads may change what the layer computes. If it does ",
+            "not, pass ",
+            Remedy("strict", value=False),
         )
+        reasons.append(Problem("unused", said, found.unused))
     return reasons
 
 

@@ -100,6 +100,7 @@ from typing import Any
 from selfattn_core.files.text import read_text
 from selfattn_core.porting.dialects.toml_table import TomlTable
 from selfattn_core.porting.errors import PortError
+from selfattn_core.problems import Problem
 
 __all__ = [
     "ROLES",
@@ -292,7 +293,9 @@ def dialect(name: str) -> Dialect:
         near = difflib.get_close_matches(name.lower(), known, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise PortError(
-            f"dialect {name!r} is unknown; {hint}`selfattn dialects` lists them, and a file of your own ends in .toml."
+            f"dialect {name!r} is unknown; {hint}`selfattn dialects` lists them, and a file of your own ends in .toml.",
+            kind="unknown_dialect",
+            names=near,
         )
     return _built_in(name)
 
@@ -343,7 +346,8 @@ def parse_dialect(text: str, where: str) -> Dialect:
     problems: list[str] = []
     parsed = _Parser(TomlTable(content, "", problems)).parse(text)
     if problems:
-        raise PortError(f"{where}: is not a dialect that can be used:\n  " + "\n  ".join(problems))
+        reasons = [Problem("bad_dialect", problem) for problem in problems]
+        raise PortError.of(f"{where}: is not a dialect that can be used:", reasons)
     return parsed
 
 

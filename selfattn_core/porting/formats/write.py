@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from selfattn_core.files.writing import check_room, write_atomically, write_folder_atomically
 from selfattn_core.installed import imported, require
 from selfattn_core.params import widen
-from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.errors import PortError, target_exists
 from selfattn_core.porting.formats import keras, npz, orbax, torch
 
 __all__ = ["WRITABLE", "write_tensors"]
@@ -77,15 +77,11 @@ def write_tensors(
             else:
                 write_atomically(target, _BYTES[container](arrays, fields), overwrite=overwrite)
     except FileExistsError:
-        raise PortError(_exists(target)) from None
+        raise target_exists(target) from None
     except OSError as error:
         raise PortError(
             f"{target}: cannot be written: {error.strerror or error}. Nothing was written, and what was there is as it was."
         ) from error
-
-
-def _exists(target: Path) -> str:
-    return f"{target}: exists already and was left as it is; to replace it, pass --force (in Python overwrite=True)."
 
 
 def _check_target(target: Path, container: str, overwrite: bool) -> None:
@@ -96,7 +92,7 @@ def _check_target(target: Path, container: str, overwrite: bool) -> None:
     if container != "orbax" and target.is_dir():
         raise PortError(f"{target}: is a folder; name a file in it. Nothing was written.")
     if target.exists() and not overwrite:
-        raise PortError(_exists(target))
+        raise target_exists(target)
     if container == "orbax" and target.is_dir() and any(target.iterdir()) and not orbax.is_orbax(target):
         raise PortError(f"{target}: is a folder of something else than a checkpoint, and is not replaced.")
 

@@ -22,6 +22,7 @@ from selfattn_core.porting.inspect import candidates
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.translation.from_dialect import Origin, Plan, import_block, plan
 from selfattn_core.porting.verify import designed_input
+from selfattn_core.problems import Problem, in_python
 
 __all__ = [
     "Conversion",
@@ -73,8 +74,7 @@ class Foreign:
     def source(self, name: str) -> str:
         """The one key whose numbers a canonical parameter has, at most in another order; "" if there is none such."""
         origin = self.origins[name]
-        computed = any("÷" in step or "×" in step for step in origin.steps)
-        return origin.sources[0] if len(origin.sources) == 1 and not computed else ""
+        return origin.sources[0] if len(origin.sources) == 1 and origin.exact else ""
 
     @property
     def made(self) -> tuple[str, ...]:
@@ -266,10 +266,10 @@ def read_layer(
         advice = ""
         if keep_spectral_norm and any(norms):
             advice = ". With keep_spectral_norm=False the kernels are divided by it once, and training goes on without it"
-        raise PortError(f"{tensors.path}: {error}{advice}") from error
+        raise error.within(f"{tensors.path}: ", advice) from error
     assumptions = tuple(one.text for one in planned.assumptions)
     params = {name: np.array(array) for name, array in block.params.items()}
-    notes = list(block.notes)
+    notes = [in_python(note) for note in block.notes]
     batch_norm = bool(planned.match.batch_norm)
     if batch_norm:
         notes.append(
@@ -284,21 +284,26 @@ def _plan(tensors: Tensors, chosen: Dialect, settings: Settings) -> Plan:
     title = f"{chosen.name} ({chosen.title})"
     if chosen.refused:
         raise PortError(
-            f"{tensors.path}: {title} cannot be converted: {chosen.reason}. Instead: {chosen.instead}."
+            f"{tensors.path}: {title} cannot be converted: {chosen.reason}. Instead: {chosen.instead}.",
+            kind="dialect_refused",
+            names=[chosen.name],
         )
     found = match(chosen, index_of(tensors), "", averaged=settings.ema)
-    reasons = [telltale.reason for telltale in found.telltales]
+    reasons = [Problem("other_function", telltale.reason, (telltale.key,)) for telltale in found.telltales]
     if found.missing:
-        reasons.append(f"it has no {listed(found.missing)}")
+        reasons.append(Problem("missing", f"it has no {listed(found.missing)}", found.missing))
     if found.ambiguous:
-        reasons.append(f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike")
+        names = (found.variant.name, *found.ambiguous)
+        text = f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike"
+        reasons.append(Problem("ambiguous", text, names))
     if found.unused:
-        reasons.append(f"nothing reads its {listed(found.unused)}, which may change what it computes")
+        text = f"nothing reads its {listed(found.unused)}, which may change what it computes"
+        reasons.append(Problem("unused", text, found.unused))
     planned = plan(found, tensors, settings)
     reasons += [] if found.missing else planned.problems
-    reasons += list(tensors.left_out.values())
+    reasons += [Problem("unusable", reason, (key,)) for key, reason in tensors.left_out.items()]
     if reasons:
-        raise PortError(f"{tensors.path}: is not {title}: {'; '.join(reasons)}.")
+        raise PortError.of(f"{tensors.path}: is not {title}: ", reasons, between="; ", end=".")
     return planned
 
 

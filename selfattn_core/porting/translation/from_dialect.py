@@ -23,6 +23,7 @@ from selfattn_core.porting.translation.folding import (
     to_matrix,
 )
 from selfattn_core.porting.translation.lazy import LazyArrays
+from selfattn_core.problems import Kind, Problem, Remedy, Text
 from selfattn_core.spectral_norm import converged, unlike_unit_vectors
 
 __all__ = ["Imported", "Listed", "Origin", "Plan", "checksum", "import_block", "plan", "state_notes"]
@@ -61,7 +62,7 @@ class Plan:
     scale: float
     settings: Settings
     assumptions: tuple[Assumption, ...]
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
     dtype: str
 
 
@@ -74,7 +75,8 @@ class Origin:
         shape: of the first source.
         dtype: of the first source.
         steps: what was done, in order.
-        sha256: of what came of it.
+        sha256: of the result.
+        exact: whether its numbers are those of the source, at most in another order or dtype.
     """
 
     sources: tuple[str, ...]
@@ -82,6 +84,7 @@ class Origin:
     dtype: str
     steps: tuple[str, ...]
     sha256: str
+    exact: bool
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Imported:
     config: SelfAttentionConfig
     params: Mapping[str, Array]
     origins: Mapping[str, Origin]
-    notes: tuple[str, ...]
+    notes: tuple[Text, ...]
 
 
 def checksum(array: Array) -> str:
@@ -127,7 +130,7 @@ class _Planner:
         self.match = match
         self.infos = infos
         self.settings = settings
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
         self.assumptions: list[Assumption] = []
 
     def plan(self) -> Plan:
@@ -145,7 +148,7 @@ class _Planner:
         self._gamma()
         for key in self._read_keys():
             if not _is_float(self.infos[key].dtype):
-                self.problems.append(f"{key} is {self.infos[key].dtype}, should be floating point")
+                self._problem("dtype", f"{key} is {self.infos[key].dtype}, should be floating point", key)
         self._assume(variant.kv_pool if self.settings.kv_pool is None else self.settings.kv_pool, scale)
         return Plan(
             match,
@@ -157,14 +160,16 @@ class _Planner:
             self._dtype(),
         )
 
+    def _problem(self, kind: Kind, text: Text, *names: str) -> None:
+        self.problems.append(Problem(kind, text, names))
+
     def _kernel(self, found: Projection) -> tuple[int, int] | None:
         axes = found.form.axes
         shape = self.infos[found.kernel].shape
         matrix = matrix_shape(shape, axes)
         if matrix is None:
-            self.problems.append(
-                f"{found.kernel} has shape {shape}; expected a 1×1 kernel with the axes {axes}"
-            )
+            text = f"{found.kernel} has shape {shape}; expected a 1×1 kernel with the axes {axes}"
+            self._problem("shape", text, found.kernel)
         return matrix
 
     def _config(self, shapes: Mapping[str, tuple[int, int]]) -> SelfAttentionConfig | None:
@@ -177,20 +182,24 @@ class _Planner:
         }
         if "out" in shapes:
             wanted["out"] = (value_channels, channels)
-        problems = []
+        before = len(self.problems)
         for role, shape in shapes.items():
             if shape != wanted[role]:
                 key = self.match.projections[role].kernel
-                problems.append(
-                    f"{key}, the {role}, goes from {shape[0]} to {shape[1]} channels; expected {wanted[role][0]} to {wanted[role][1]}"
+                self._problem(
+                    "shape",
+                    f"{key}, the {role}, goes from {shape[0]} to {shape[1]} channels; expected {wanted[role][0]} to {wanted[role][1]}",
+                    key,
                 )
         if "out" not in shapes and value_channels != channels:
-            problems.append(
-                f"{self.match.projections['value'].kernel}, the value, has {value_channels} channels and the map {channels}: "
-                "without an out projection they are added, and should be as many"
+            key = self.match.projections["value"].kernel
+            self._problem(
+                "shape",
+                f"{key}, the value, has {value_channels} channels and the map {channels}: without an out projection they are "
+                "added, and should be as many",
+                key,
             )
-        self.problems += problems
-        if problems or min(channels, qk_channels, value_channels) < 1:
+        if len(self.problems) > before or min(channels, qk_channels, value_channels) < 1:
             return None
         biases = [found.bias for found in self.match.projections.values()]
         pool = self.settings.kv_pool or self.match.variant.kv_pool
@@ -216,7 +225,7 @@ class _Planner:
         for key, length in wanted.items():
             shape = self.infos[key].shape
             if shape != (length,):
-                self.problems.append(f"{key} has shape {shape}; expected ({length},)")
+                self._problem("shape", f"{key} has shape {shape}; expected ({length},)", key)
 
     def _widths(self, config: SelfAttentionConfig) -> None:
         dialect = self.match.dialect
@@ -225,9 +234,11 @@ class _Planner:
             if found == width:
                 continue
             if dialect.widths_required:
-                self.problems.append(
+                self._problem(
+                    "widths",
                     f"{name} is {found}, and {dialect.name} makes {width} of {config.channels} channels: another "
-                    "implementation with the same keys; `selfattn inspect` lists those that fit"
+                    "implementation with the same keys; `selfattn inspect` lists those that fit",
+                    name,
                 )
             else:
                 self.assumptions.append(
@@ -243,20 +254,25 @@ class _Planner:
         if key:
             shape = self.infos[key].shape
             if int(np.prod(shape)) != 1:
-                self.problems.append(
+                self._problem(
+                    "shape",
                     f"{key} has shape {shape}; expected one element, the gain of the whole residual: a gain per sample "
-                    "(as in heykeetae before 8 June 2018) or per channel cannot be expressed"
+                    "(as in heykeetae before 8 June 2018) or per channel cannot be expressed",
+                    key,
                 )
             if self.settings.gamma is not None:
-                self.problems.append(
-                    f"{key} is in the file, so --set gamma={self.settings.gamma:g} would contradict it"
+                given = Remedy("settings", f"{self.settings.gamma:g}", setting="gamma")
+                self._problem(
+                    "contradiction", (f"{key} is in the file, so ", given, " would contradict it"), key
                 )
         elif dialect.gamma_value is None and self.settings.gamma is None:
-            self.problems.append(
-                "gamma is not in the file: give the value that it had with --set gamma=VALUE (a plain tensor that was "
-                "never made a parameter was never trained: it has its initial value, 0 in the published layers, and the "
-                "layer is the identity)"
+            text = (
+                "gamma is not in the file: give the value that it had with ",
+                Remedy("settings", setting="gamma"),
+                " (a plain tensor that was never made a parameter was never trained: it has its initial value, 0 in the ",
+                "published layers, and the layer is the identity)",
             )
+            self._problem("gamma_not_stored", text)
 
     def _assume(self, kv_pool: int, scale: float) -> None:
         dialect, match, settings = self.match.dialect, self.match, self.settings
@@ -329,7 +345,7 @@ def _is_float(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat"))
 
 
-def state_notes(planned: Plan, read: Callable[[str], Array]) -> tuple[str, ...]:
+def state_notes(planned: Plan, read: Callable[[str], Array]) -> tuple[Text, ...]:
     """What there is to say of stored vectors u and v that are not of length 1.
 
     Args:
@@ -347,8 +363,13 @@ def state_notes(planned: Plan, read: Callable[[str], Array]) -> tuple[str, ...]:
     text = unlike_unit_vectors({key: array for key, array in arrays.items() if np.isfinite(array).all()})
     if not text:
         return ()
+    keep = Remedy("keep_spectral_norm", value=True)
     return (
-        f"{text}. To make them anew, port with --keep-spectral-norm, load the layer, and call refresh_spectral_norm on it",
+        (
+            f"{text}. To make them anew, port with ",
+            keep,
+            ", load the layer, and call refresh_spectral_norm on it",
+        ),
     )
 
 
@@ -380,12 +401,13 @@ class _Made:
     array: Array
     sources: tuple[str, ...]
     steps: list[str]
+    exact: bool = True
 
 
 class _Importer:
     def __init__(self, planned: Plan, read: Callable[[str], Array], dtype: str, keep: bool) -> None:
         if planned.config is None:
-            raise PortError("; ".join(planned.problems))
+            raise PortError.of("", planned.problems, between="; ")
         self.plan = planned
         self.match = planned.match
         self.config = planned.config
@@ -393,7 +415,8 @@ class _Importer:
         self.dtype = dtype
         self.keep = keep
         self.stored: dict[str, tuple[tuple[int, ...], str]] = {}
-        self.problems: list[str] = []
+        # Each once, although a tensor is read for several others.
+        self.problems: dict[Problem, None] = {}
 
     def run(self) -> Imported:
         if self.keep:
@@ -401,7 +424,7 @@ class _Importer:
         config = _with_spectral_norm(self.config) if self.keep else self.config
         origins = {name: self._origin(name) for name in (*parameter_table(config), *state_table(config))}
         if self.problems:
-            raise PortError("the tensors cannot be ported:\n  " + "\n  ".join(dict.fromkeys(self.problems)))
+            raise PortError.of("the tensors cannot be ported:", list(self.problems))
         arrays = LazyArrays({name: partial(self._array, name) for name in origins})
         return Imported(config, arrays, origins, state_notes(self.plan, self.source))
 
@@ -410,15 +433,21 @@ class _Importer:
 
     def _origin(self, name: str) -> Origin:
         """Make a tensor once, for what there is to say of it."""
-        before = len(self.problems)
         made = self._make(name)
         sources, steps = made.sources, list(made.steps)
         shape, dtype = self.stored[sources[0]] if sources else (made.array.shape, str(made.array.dtype))
         if str(made.array.dtype) != dtype:
             steps.append(f"{dtype} → {made.array.dtype}")
-        if len(self.problems) == before and not np.isfinite(made.array).all():
-            self.problems.append(f"{name} is not finite after {'; '.join(steps)}")
-        return Origin(sources, shape, dtype, tuple(steps), checksum(made.array))
+        read = {*made.sources}
+        if name.endswith((".u", ".v")):
+            read.add(self.match.projections[name[:-2]].kernel)
+        named = {key for problem in self.problems for key in problem.names}
+        if not read & named and not np.isfinite(made.array).all():
+            self._problem("not_finite", f"{name} is not finite after {'; '.join(steps)}", name)
+        return Origin(sources, shape, dtype, tuple(steps), checksum(made.array), made.exact)
+
+    def _problem(self, kind: Kind, text: Text, *names: str) -> None:
+        self.problems[Problem(kind, text, names)] = None
 
     def _make(self, name: str) -> _Made:
         # What overflows in the cast is found afterwards.
@@ -432,25 +461,25 @@ class _Importer:
             return self._kernel(role, found) if part == "kernel" else self._state(part, found)
 
     def _check_keep(self) -> None:
-        problems = [
-            f"the {role} ({found.kernel}) has no state of it in the file"
+        reasons = [
+            (f"the {role} ({found.kernel}) has no state of it in the file", found.kernel)
             for role, found in self.match.projections.items()
             if found.form.spectral_norm is None
         ]
+        lost = "would be lost: spectral norm undoes a factor of its kernel"
         if self.plan.scale != 1:
-            problems.append(
-                "the scale of the scores would be lost: spectral norm undoes a factor of its kernel"
-            )
+            reasons.append((f"the scale of the scores {lost}", "scale"))
         if self.match.batch_norm:
-            problems.append("the batch norm would be lost: spectral norm undoes a factor of its kernel")
-        if problems:
-            raise PortError("spectral norm cannot be kept: " + "; ".join(problems))
+            reasons.append((f"the batch norm {lost}", "batch_norm"))
+        if reasons:
+            problems = [Problem("keep_spectral_norm", text, (name,)) for text, name in reasons]
+            raise PortError.of("spectral norm cannot be kept: ", problems, between="; ")
 
     def _read(self, key: str) -> Array:
         array = self.source(key)
         self.stored[key] = (array.shape, str(array.dtype))
         if not np.isfinite(array).all():
-            self.problems.append(f"{key} holds NaN or infinity")
+            self._problem("not_finite", f"{key} holds NaN or infinity", key)
         return array
 
     def _kernel(self, role: str, found: Projection) -> _Made:
@@ -474,7 +503,9 @@ class _Importer:
             factor = self._batch_norm()[0]
             sources += [key for part, key in self.match.batch_norm.items() if part in ("weight", "var")]
             steps.append("× batch norm's factor of each channel")
-        return _Made(cast(matrix, self.dtype, divisor=divisor, factor=factor), tuple(sources), steps)
+        exact = isinstance(factor, float) and divisor == factor == 1
+        array = cast(matrix, self.dtype, divisor=divisor, factor=factor)
+        return _Made(array, tuple(sources), steps, exact)
 
     def _sigma(self, found: Projection, matrix: Array) -> tuple[Array, Array, float]:
         """The vectors u and v and the norm; ones where they cannot be had, with a problem noted."""
@@ -488,16 +519,15 @@ class _Importer:
         try:
             u, v, sigma = spectral_state(rule, matrix, stored_u, stored_v)
         except ValueError as error:
-            self.problems.append(f"{found.kernel}: {error}")
+            self._problem("shape", f"{found.kernel}: {error}", found.kernel)
             return nothing
         if not matrix.any():
             # As the specification has it; originals differ, and PyTorch's own gives NaN.
             return *converged(matrix), 1.0
         if not abs(sigma) > 0 or not np.isfinite(sigma):
             how = self._how(rule)
-            self.problems.append(
-                f"{found.kernel}: its spectral norm {how} is {sigma:g}; a kernel cannot be divided by it"
-            )
+            text = f"{found.kernel}: its spectral norm {how} is {sigma:g}; a kernel cannot be divided by it"
+            self._problem("spectral_norm", text, found.kernel)
             return nothing
         return u, v, sigma
 
@@ -524,7 +554,7 @@ class _Importer:
         parts = {part: self._read(key).astype(np.float64) for part, key in keys.items()}
         eps = norm.eps if self.plan.settings.bn_eps is None else self.plan.settings.bn_eps
         if (parts["var"] + eps <= 0).any():
-            self.problems.append(f"{keys['var']} holds a variance that is not positive")
+            self._problem("batch_norm", f"{keys['var']} holds a variance that is not positive", keys["var"])
         factor = batch_norm_factor(parts.get("weight"), parts["var"], eps)
         return factor, parts.get("bias", np.zeros(())) - parts["mean"] * factor
 
@@ -538,11 +568,11 @@ class _Importer:
             sources += list(self.match.batch_norm.values())
             steps.append("× batch norm's factor, − mean × factor, + its bias")
             array = (stored.astype(np.float64) * factor + shift).astype(self.dtype)
-            return _Made(array, tuple(sources), steps)
+            return _Made(array, tuple(sources), steps, exact=False)
         scale = self.plan.scale if role == "query" else 1.0
         if found.bias and scale != 1:
             steps.append(f"× {scale:.6g}, the scale of the scores")
-        return _Made(cast(stored, self.dtype, factor=scale), tuple(sources), steps)
+        return _Made(cast(stored, self.dtype, factor=scale), tuple(sources), steps, exact=scale == 1)
 
     def _gamma(self) -> _Made:
         key = self.match.gamma
