@@ -8,11 +8,12 @@ from numpy.typing import NDArray
 
 import selfattn_core
 from selfattn_core.config import SelfAttentionConfig
+from selfattn_core.porting.blocks.metadata import is_canonical
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats import open_tensors
 from selfattn_core.porting.inspect import candidates
 from selfattn_core.porting.port import load
-from selfattn_core.weights import FORMAT, PathLike
+from selfattn_core.weights import PathLike
 
 __all__ = ["load_any"]
 
@@ -73,7 +74,7 @@ def _check_canonical(path: Path) -> None:
     """Say what to pass for a checkpoint that is none of ours; what cannot be read at all is refused by what reads ours."""
     try:
         with open_tensors(path) as tensors:
-            if tensors.metadata.get("format") == FORMAT:
+            if is_canonical(tensors):
                 return
             found = candidates(tensors)
     except (PortError, ModuleNotFoundError):

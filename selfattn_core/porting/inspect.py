@@ -3,19 +3,22 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from selfattn_core.porting.blocks.bystanders import averages_without_names, is_averaged, optimiser_keys
-from selfattn_core.porting.blocks.find import canonical_configs, index_of, shown, stored_pools
-from selfattn_core.porting.blocks.match import KeyIndex, match, prefixes
+from selfattn_core.porting.blocks.find import index_of, shown
+from selfattn_core.porting.blocks.keys import KeyIndex
+from selfattn_core.porting.blocks.match import match, prefixes
+from selfattn_core.porting.blocks.metadata import stated
 from selfattn_core.porting.blocks.nearest import Group, Nearest, as_lines, groups, nearest
+from selfattn_core.porting.blocks.plan import plan
 from selfattn_core.porting.dialects.dialect import Dialect, dialect, dialect_names
 from selfattn_core.porting.dialects.settings import settings_of
 from selfattn_core.porting.formats import Tensors, open_tensors
 from selfattn_core.porting.formats.sharded import of_several
 from selfattn_core.porting.report import listed
-from selfattn_core.porting.translation.from_dialect import plan, state_notes
+from selfattn_core.porting.translation.from_dialect import state_notes
 from selfattn_core.problems import in_command
 
 __all__ = ["BlockFound", "Fit", "InspectReport", "candidates", "inspect"]
@@ -212,13 +215,7 @@ def _blocks(tensors: Tensors, own: Sequence[str]) -> list[BlockFound]:
 
 def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit:
     found = match(chosen, index, prefix)
-    settings = settings_of(chosen, {})
-    configs = canonical_configs(tensors, chosen) or {}
-    own = configs.get(prefix.rstrip("/").replace("/", "."))
-    pool = own.kv_pool if own else stored_pools(tensors, chosen).get(prefix.rstrip("/"))
-    if pool is not None:
-        settings = replace(settings, kv_pool=pool, plain=own is not None and not own.spectral_norm)
-    planned = plan(found, tensors, settings)
+    planned = plan(found, tensors, settings_of(chosen, {}), stated(tensors, chosen))
     config = planned.config.to_dict() if planned.config else None
     reasons = [telltale.reason for telltale in found.telltales]
     if found.missing:
@@ -244,6 +241,6 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
             (),
             chosen.caveats,
         )
-    assumed = (*given, *(str(one) for one in planned.assumptions if pool is None or one.setting != "kv_pool"))
+    assumed = (*given, *map(str, planned.assumptions))
     notes = (*chosen.caveats, *map(in_command, state_notes(planned, tensors.read)))
     return Fit(name, title, "fits", variant, config, (), assumed, notes)

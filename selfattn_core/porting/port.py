@@ -15,17 +15,20 @@ from numpy.typing import NDArray
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.files.targets import would_replace
 from selfattn_core.porting.blocks.bystanders import optimiser_keys
-from selfattn_core.porting.blocks.find import Found, canonical_configs, find_blocks, index_of, stored_pools
-from selfattn_core.porting.blocks.match import match, normal, prefixes
+from selfattn_core.porting.blocks.find import Found, find_blocks, index_of
+from selfattn_core.porting.blocks.keys import normal
+from selfattn_core.porting.blocks.match import match, prefixes
+from selfattn_core.porting.blocks.metadata import is_canonical
+from selfattn_core.porting.blocks.plan import plan
 from selfattn_core.porting.dialects.dialect import Dialect, dialect
-from selfattn_core.porting.dialects.settings import Settings, settings_of
+from selfattn_core.porting.dialects.settings import settings_of
 from selfattn_core.porting.errors import PortError, VerificationError, target_exists
 from selfattn_core.porting.formats import Tensors, open_tensors
 from selfattn_core.porting.formats.scratch import scratch_folder
 from selfattn_core.porting.formats.write import write_tensors
 from selfattn_core.porting.inspect import candidates
 from selfattn_core.porting.report import BlockReport, Check, PortReport, TensorReport
-from selfattn_core.porting.translation.from_dialect import Imported, Plan, checksum, import_block, plan
+from selfattn_core.porting.translation.from_dialect import Imported, checksum, import_block
 from selfattn_core.porting.translation.lazy import LazyArrays
 from selfattn_core.porting.translation.to_dialect import Exported, export_block, separator
 from selfattn_core.porting.verify import check_framework, check_output, read_io
@@ -147,7 +150,13 @@ def load(
     _check_dtype(dtype)
     with open_tensors(path) as tensors:
         chosen = _source_dialect(tensors, dialect)
-        found = _found(tensors, chosen, settings or {}, None if prefix is None else [prefix], strict=strict)
+        found = find_blocks(
+            tensors,
+            chosen,
+            settings_of(chosen, settings or {}),
+            prefix=None if prefix is None else [prefix],
+            strict=strict,
+        )
         if len(found) > 1:
             names = ", ".join(block.prefix for block in found)
             raise PortError(
@@ -234,7 +243,9 @@ class _Port:
             if self.options.whole:
                 self._check_whole_fits(tensors)
                 prefix = prefix or prefixes(chosen, index_of(tensors)) or None
-            found = _found(tensors, chosen, settings, prefix, strict=self.options.strict)
+            found = find_blocks(
+                tensors, chosen, settings_of(chosen, settings), prefix=prefix, strict=self.options.strict
+            )
             blocks = [self._block(one, tensors, alone=len(found) == 1) for one in found]
             if self.options.whole:
                 trips = self._check_whole(blocks, tensors)
@@ -493,7 +504,7 @@ def _comparison(block: _Block, again: Imported) -> tuple[Literal["passed", "fail
 
 
 def _without_biases(config: SelfAttentionConfig) -> SelfAttentionConfig:
-    return SelfAttentionConfig.from_dict(config.to_dict() | {"use_bias": False})
+    return replace(config, use_bias=False)
 
 
 def _check_kept(target: Path, read: Mapping[str, PathLike | None]) -> None:
@@ -566,7 +577,7 @@ def _container(target: Path, to: Dialect) -> str:
 def _source_dialect(tensors: Tensors, name: str | None) -> Dialect:
     if name is not None:
         return dialect(name)
-    if tensors.metadata.get("format") == FORMAT:
+    if is_canonical(tensors):
         return dialect("canonical")
     found = candidates(tensors)
     fits = (
@@ -583,78 +594,6 @@ def _source_dialect(tensors: Tensors, name: str | None) -> Dialect:
         kind="dialect_needed",
         names=found,
     )
-
-
-def _found(
-    tensors: Tensors,
-    chosen: Dialect,
-    given: Mapping[str, str | bool | float],
-    prefix: Sequence[str] | None,
-    *,
-    strict: bool,
-) -> list[Found]:
-    settings = settings_of(chosen, given)
-    configs = canonical_configs(tensors, chosen)
-    if configs is None:
-        pools = stored_pools(tensors, chosen)
-        found = find_blocks(tensors, chosen, settings, prefix=prefix, strict=strict)
-        return [_with_pool(tensors, one, pools.get(normal(one.prefix)), settings) for one in found]
-    found = find_blocks(
-        tensors, chosen, settings, prefix=[""] if "" in configs and prefix is None else prefix, strict=strict
-    )
-    return [_with_config(tensors, one, configs, settings) for one in found]
-
-
-def _with_pool(tensors: Tensors, found: Found, pool: int | None, settings: Settings) -> Found:
-    """A block whose pooling the file says, if it does."""
-    if pool is None:
-        return found
-    if settings.kv_pool not in (None, pool):
-        raise _contradiction(tensors, pool, settings)
-    planned = plan(found.plan.match, tensors, replace(settings, kv_pool=pool))
-    return Found(found.prefix, _without_assumed_pool(planned))
-
-
-def _contradiction(tensors: Tensors, pool: int, settings: Settings) -> PortError:
-    given = Remedy("settings", settings.kv_pool, setting="kv_pool")
-    return PortError(
-        (f"{tensors.path}: its metadata says kv_pool = {pool}, so ", given, " would contradict it."),
-        kind="contradiction",
-        names=["kv_pool"],
-    )
-
-
-def _without_assumed_pool(planned: Plan) -> Plan:
-    return replace(planned, assumptions=tuple(one for one in planned.assumptions if one.setting != "kv_pool"))
-
-
-def _with_config(
-    tensors: Tensors, found: Found, configs: Mapping[str, SelfAttentionConfig], settings: Settings
-) -> Found:
-    """A block of a canonical file, whose pooling the config says."""
-    name = normal(found.prefix).replace("/", ".")
-    config = configs.get(name)
-    if config is None:
-        raise PortError(f"{tensors.path}: its metadata has no config of block {name!r}.")
-    if settings.kv_pool not in (None, config.kv_pool):
-        raise _contradiction(tensors, config.kv_pool, settings)
-    planned = plan(
-        found.plan.match, tensors, replace(settings, kv_pool=config.kv_pool, plain=not config.spectral_norm)
-    )
-    shapes = planned.config
-    if shapes is None or _replace_norm(shapes, config) != config:
-        raise PortError(f"{tensors.path}: its tensors make {shapes}, its metadata says {config}.")
-    norms = {one.form.spectral_norm is not None for one in planned.match.projections.values()}
-    if norms != {config.spectral_norm}:
-        raise PortError(
-            f"{tensors.path}: its metadata says spectral_norm = {config.spectral_norm}, and its tensors u and v say otherwise."
-        )
-    return Found(found.prefix, _without_assumed_pool(planned))
-
-
-def _replace_norm(shapes: SelfAttentionConfig, config: SelfAttentionConfig) -> SelfAttentionConfig:
-    """The config of the shapes with the other's spectral norm, which the import folds or keeps."""
-    return SelfAttentionConfig.from_dict(shapes.to_dict() | {"spectral_norm": config.spectral_norm})
 
 
 def _unchanged(tensors: Mapping[str, Array], key: str, sha256: str | None) -> Array:

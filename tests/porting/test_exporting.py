@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from selfattn_core import SelfAttentionConfig, init_params, spec
 from selfattn_core.porting import PortError
-from selfattn_core.porting.blocks.match import KeyIndex, match
+from selfattn_core.porting.blocks.keys import KeyIndex
+from selfattn_core.porting.blocks.match import match
+from selfattn_core.porting.blocks.plan import plan
 from selfattn_core.porting.dialects.dialect import dialect, dialect_names
 from selfattn_core.porting.dialects.settings import settings_of
 from selfattn_core.porting.formats import TensorInfo
-from selfattn_core.porting.translation.from_dialect import import_block, plan
+from selfattn_core.porting.translation.from_dialect import import_block
 from selfattn_core.porting.translation.to_dialect import export_block
 
 WRITABLE = [

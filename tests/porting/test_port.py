@@ -476,6 +476,10 @@ def test_a_canonical_file_that_contradicts_itself_is_refused(tmp_path):
         )
         with pytest.raises(PortError, match=f"spectral_norm = {other.spectral_norm}, and its tensors"):
             load(tmp_path / "a.safetensors")
+        (fit,) = (
+            each for each in inspect(tmp_path / "a.safetensors").blocks[0].fits if each.dialect == "canonical"
+        )
+        assert fit.verdict == "almost"
 
 
 def test_what_is_assumed_of_every_kernel_is_said_once(tmp_path):

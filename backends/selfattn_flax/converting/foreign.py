@@ -18,6 +18,7 @@ from selfattn_core.params import parameter_table
 from selfattn_core.porting.blocks.find import index_of
 from selfattn_core.porting.blocks.match import prefixes
 from selfattn_core.porting.dialects.dialect import Dialect
+from selfattn_core.porting.dialects.kernel_axes import to_matrix
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.tensors import Tensors
 from selfattn_core.porting.networks.conversion import (
@@ -27,7 +28,6 @@ from selfattn_core.porting.networks.conversion import (
 )
 from selfattn_core.porting.networks.foreign_layer import ForeignLayerBase, Options, notes_of
 from selfattn_core.porting.report import listed
-from selfattn_core.porting.translation.folding import to_matrix
 from selfattn_flax.converting.graph import copied
 from selfattn_flax.converting.tensors import forms_of, leaves_of, read
 from selfattn_flax.nnx import SelfAttention2D

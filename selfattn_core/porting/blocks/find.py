@@ -1,24 +1,23 @@
 """The blocks of a file that a dialect describes, or everything that stands in the way, at once."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.porting.blocks.bystanders import optimiser_keys
-from selfattn_core.porting.blocks.match import KeyIndex, Match, match, normal, prefixes
+from selfattn_core.porting.blocks.keys import KeyIndex, normal
+from selfattn_core.porting.blocks.match import Match, match, prefixes
+from selfattn_core.porting.blocks.metadata import stated
+from selfattn_core.porting.blocks.plan import Plan, plan
 from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.dialects.settings import Settings
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats import Tensors
 from selfattn_core.porting.formats.sharded import of_several
 from selfattn_core.porting.report import listed
-from selfattn_core.porting.translation.from_dialect import Plan, plan
 from selfattn_core.problems import Problem, Remedy
-from selfattn_core.weights import FORMAT, configs_of
 
-__all__ = ["Found", "canonical_configs", "find_blocks", "index_of", "shown", "stored_pools"]
+__all__ = ["Found", "find_blocks", "index_of", "shown"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,9 @@ def find_blocks(
             names=[dialect.name],
         )
     index = index_of(tensors)
+    said = stated(tensors, dialect)
+    if said.configs and "" in said.configs and prefix is None:
+        prefix = [""]
     there = prefixes(dialect, index)
     chosen = _chosen(tensors, dialect, index, there, prefix)
     problems: list[Problem] = []
@@ -87,7 +89,7 @@ def find_blocks(
         matched = match(dialect, index, one, averaged=settings.ema)
         reasons = _mismatch(matched, strict=strict)
         if not reasons:
-            planned = plan(matched, tensors, settings)
+            planned = plan(matched, tensors, settings, said)
             reasons = list(planned.problems)
             found.append(Found(shown(one, index), planned))
         where = f"block {shown(one, index)!r}: " if one else ""
@@ -186,37 +188,3 @@ def _mismatch(found: Match, *, strict: bool) -> list[Problem]:
         )
         reasons.append(Problem("unused", said, found.unused))
     return reasons
-
-
-def canonical_configs(tensors: Tensors, chosen: Dialect) -> dict[str, SelfAttentionConfig] | None:
-    """The configs in the metadata of a canonical file, by block; None for any other file.
-
-    Raises:
-        PortError: if the file is of a newer version, or its config cannot be read.
-    """
-    if chosen.name != "canonical" or tensors.metadata.get("format") != FORMAT:
-        return None
-    try:
-        return configs_of(tensors.path, tensors.metadata)
-    except ValueError as error:
-        raise PortError(str(error)) from error
-
-
-def stored_pools(tensors: Tensors, chosen: Dialect) -> dict[str, int]:
-    """The `kv_pool` of the blocks whose file says it beside the tensors, by prefix as `normal` makes it.
-
-    A reader finds it where a layer of this library left it; a file that `port` wrote has it in the report it carries.
-    """
-    if chosen.kv_pool_stored:
-        return {}
-    found = {normal(prefix): pool for prefix, pool in tensors.pools.items()}
-    try:
-        report = json.loads(tensors.metadata["port"])
-        if report["target_dialect"].startswith(f"{chosen.name}:"):
-            for block in report["blocks"]:
-                config = SelfAttentionConfig.from_dict(block["config"])
-                found.setdefault(normal(block["block"]), config.kv_pool)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        # No report of ours, which nothing says that it should be.
-        return found
-    return found

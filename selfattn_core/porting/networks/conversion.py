@@ -14,13 +14,14 @@ from selfattn_core.conformance.verdicts.tolerance import FACTORS, Expectation, V
 from selfattn_core.params import parameter_table
 from selfattn_core.porting.blocks.find import index_of
 from selfattn_core.porting.blocks.match import match
+from selfattn_core.porting.blocks.plan import Plan, plan
 from selfattn_core.porting.dialects.dialect import Dialect, dialect
 from selfattn_core.porting.dialects.settings import Settings, settings_of
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats import Tensors
 from selfattn_core.porting.inspect import candidates
 from selfattn_core.porting.report import listed
-from selfattn_core.porting.translation.from_dialect import Origin, Plan, import_block, plan
+from selfattn_core.porting.translation.from_dialect import Origin, import_block
 from selfattn_core.porting.verify import designed_input
 from selfattn_core.problems import Problem, in_python
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import projections
 from selfattn_core.porting.dialects.dialect import BatchNorm, Dialect, KernelForm, Variant
+from selfattn_core.porting.dialects.kernel_axes import from_matrix
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.translation.folding import cast, from_matrix
+from selfattn_core.porting.translation.folding import cast
 from selfattn_core.porting.translation.lazy import LazyArrays
 from selfattn_core.problems import Problem
 
