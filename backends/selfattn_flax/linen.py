@@ -21,7 +21,7 @@ import selfattn_core
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.config import check_options
 from selfattn_core.params import check_params, projections, state_table
-from selfattn_core.porting.anything import load_any
+from selfattn_core.porting.load import load_any
 from selfattn_core.weights import PathLike
 from selfattn_flax.maps import unflatten
 from selfattn_flax.nnx import pool, residual, rows

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
 from selfattn_core.params import check_params, state_table, widen
-from selfattn_core.porting.anything import load_any
+from selfattn_core.porting.load import load_any
 from selfattn_core.weights import PathLike
 from selfattn_flax.nnx import SelfAttention2D
 

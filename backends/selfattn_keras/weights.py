@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
 from selfattn_core.params import check_params, projections, state_table, widen
-from selfattn_core.porting.anything import load_any
+from selfattn_core.porting.load import load_any
 from selfattn_core.weights import PathLike
 from selfattn_keras.layer import SelfAttention2D, own_copy
 

@@ -12,7 +12,7 @@ from torch import nn
 import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
 from selfattn_core.params import check_params, projections, state_table
-from selfattn_core.porting.anything import load_any
+from selfattn_core.porting.load import load_any
 from selfattn_core.weights import PathLike
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.projection import Projection

@@ -10,18 +10,19 @@ from selfattn_core.porting.blocks.bystanders import averages_without_names, is_a
 from selfattn_core.porting.blocks.find import index_of, shown
 from selfattn_core.porting.blocks.keys import KeyIndex
 from selfattn_core.porting.blocks.match import match, prefixes
-from selfattn_core.porting.blocks.metadata import stated
+from selfattn_core.porting.blocks.metadata import is_canonical, stated
 from selfattn_core.porting.blocks.nearest import Group, Nearest, as_lines, groups, nearest
 from selfattn_core.porting.blocks.plan import plan
 from selfattn_core.porting.dialects.dialect import Dialect, dialect, dialect_names
 from selfattn_core.porting.dialects.settings import settings_of
+from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats import Tensors, open_tensors
 from selfattn_core.porting.formats.sharded import of_several
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.translation.from_dialect import state_notes
-from selfattn_core.problems import in_command
+from selfattn_core.problems import Remedy, in_command
 
-__all__ = ["BlockFound", "Fit", "InspectReport", "candidates", "inspect"]
+__all__ = ["BlockFound", "Fit", "InspectReport", "candidates", "fitting", "inspect", "source_dialect"]
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,36 @@ def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> In
             tuple(nearest(index)) if unknown else (),
             tuple(groups(index, tensors)) if unknown else (),
         )
+
+
+def source_dialect(tensors: Tensors, name: str | None) -> Dialect:
+    """The dialect that was named, or that of a canonical file, which alone says itself what it is.
+
+    Raises:
+        PortError: if nobody says it; names those that fit.
+    """
+    if name is not None:
+        return dialect(name)
+    if is_canonical(tensors):
+        return dialect("canonical")
+    fits, names = fitting(tensors)
+    raise PortError(
+        (
+            f"{tensors.path}: say with ",
+            Remedy("dialect"),
+            f" which dialect it is: {fits}. Equal keys do not mean equal functions: what wrote the file decides.",
+        ),
+        kind="dialect_needed",
+        names=names,
+    )
+
+
+def fitting(tensors: Tensors) -> tuple[str, list[str]]:
+    """For a message, which dialects fit the file; in words, and their names."""
+    names = candidates(tensors)
+    if names:
+        return f"its keys fit {', '.join(names)}", names
+    return "its keys fit none of them; `selfattn inspect` says why", names
 
 
 def candidates(tensors: Tensors) -> list[str]:

@@ -14,7 +14,7 @@ from selfattn_core.conformance.protocol import Layout
 from selfattn_core.conformance.verdicts.tolerance import Expectation, measure
 from selfattn_core.files.features import read_features
 from selfattn_core.installed import NotInstalledError, missing_modules
-from selfattn_core.porting.anything import load_any
+from selfattn_core.porting.load import load_any
 from selfattn_core.verifying.containers import CONTAINERS, Container, Runtime, container_of
 from selfattn_core.verifying.diagnosis import Evidence, diagnose
 from selfattn_core.verifying.errors import VerifyError

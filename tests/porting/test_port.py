@@ -107,7 +107,7 @@ def test_the_report_is_whole(tmp_path):
     assert any("bn_eps = 1e-05" in text for text in block.assumptions)
     with open_tensors(target) as tensors:
         for tensor in block.tensors:
-            from selfattn_core.porting.translation.from_dialect import checksum
+            from selfattn_core.porting.translation.lazy import checksum
 
             assert tensor.sha256 == checksum(tensors.read(tensor.target))
         stored = json.loads(tensors.metadata["port"])

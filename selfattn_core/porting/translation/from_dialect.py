@@ -1,6 +1,5 @@
 """The numbers of a block: from the tensors that a dialect found to canonical parameters."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,13 +20,14 @@ from selfattn_core.porting.translation.folding import (
     cast,
     spectral_state,
 )
-from selfattn_core.porting.translation.lazy import LazyArrays
+from selfattn_core.porting.translation.lazy import LazyArrays, checksum
 from selfattn_core.problems import Kind, Problem, Remedy, Text
 from selfattn_core.spectral_norm import converged, unlike_unit_vectors
 
-__all__ = ["Imported", "Origin", "checksum", "import_block", "state_notes"]
+__all__ = ["Imported", "Origin", "check_dtype", "import_block", "state_notes"]
 
 Array = NDArray[Any]
+_DTYPES = ("float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Imported:
     notes: tuple[Text, ...]
 
 
-def checksum(array: Array) -> str:
-    """The sha256 of an array's bytes in C order.
+def check_dtype(dtype: str | None) -> None:
+    """Refuse a dtype that `import_block` does not take.
 
-    Example:
-        >>> checksum(np.zeros(1, np.float32))[:8]
-        'df3f6198'
+    Raises:
+        PortError: naming those that it does.
     """
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+    if dtype is not None and dtype not in _DTYPES:
+        raise PortError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}.", kind="dtype")
 
 
 def state_notes(planned: Plan, read: Callable[[str], Array]) -> tuple[Text, ...]:
@@ -137,6 +137,16 @@ class _Made:
     exact: bool = True
 
 
+@dataclass(frozen=True)
+class _Norm:
+    """The spectral norm of a kernel, with its vectors."""
+
+    u: Array
+    v: Array
+    sigma: float
+    of_zeros: bool
+
+
 class _Importer:
     def __init__(self, planned: Plan, read: Callable[[str], Array], dtype: str, keep: bool) -> None:
         if planned.config is None:
@@ -148,6 +158,8 @@ class _Importer:
         self.dtype = dtype
         self.keep = keep
         self.stored: dict[str, tuple[tuple[int, ...], str]] = {}
+        # Vectors only; a kernel is never kept.
+        self.norms: dict[str, _Norm] = {}
         # Each once, although a tensor is read for several others.
         self.problems: dict[Problem, None] = {}
 
@@ -191,7 +203,7 @@ class _Importer:
             found = self.match.projections[role]
             if part == "bias":
                 return self._bias(role, found)
-            return self._kernel(role, found) if part == "kernel" else self._state(part, found)
+            return self._kernel(role, found) if part == "kernel" else self._state(role, part, found)
 
     def _check_keep(self) -> None:
         reasons = [
@@ -210,8 +222,9 @@ class _Importer:
 
     def _read(self, key: str) -> Array:
         array = self.source(key)
+        known = key in self.stored
         self.stored[key] = (array.shape, str(array.dtype))
-        if not np.isfinite(array).all():
+        if not known and not np.isfinite(array).all():
             self._problem("not_finite", f"{key} holds NaN or infinity", key)
         return array
 
@@ -222,11 +235,12 @@ class _Importer:
         divisor = 1.0
         if found.form.spectral_norm and not self.keep:
             sources += [key for key in (found.u, found.v) if key]
-            divisor = self._sigma(found, matrix)[2]
+            norm = self._norm(role, found, matrix)
+            divisor = norm.sigma
             steps.append(
-                f"÷ sigma = {divisor:.9g}, uᵀWv {self._how(found.form.spectral_norm)}"
-                if matrix.any()
-                else "zeros, which no sigma divides"
+                "zeros, which no sigma divides"
+                if norm.of_zeros
+                else f"÷ sigma = {divisor:.9g}, uᵀWv {self._how(found.form.spectral_norm)}"
             )
         factor: Array | float = 1.0
         if role == "query" and self.plan.scale != 1:
@@ -240,29 +254,37 @@ class _Importer:
         array = cast(matrix, self.dtype, divisor=divisor, factor=factor)
         return _Made(array, tuple(sources), steps, exact)
 
-    def _sigma(self, found: Projection, matrix: Array) -> tuple[Array, Array, float]:
-        """The vectors u and v and the norm; ones where they cannot be had, with a problem noted."""
+    def _norm(self, role: str, found: Projection, matrix: Array | None = None) -> _Norm:
+        """The vectors u and v and the norm of a kernel, computed once."""
+        if role not in self.norms:
+            if matrix is None:
+                matrix = to_matrix(self._read(found.kernel), found.form.axes)
+            self.norms[role] = self._computed_norm(found, matrix)
+        return self.norms[role]
+
+    def _computed_norm(self, found: Projection, matrix: Array) -> _Norm:
         rule = found.form.spectral_norm
         assert rule is not None  # noqa: S101 - the callers have seen it
         if self.plan.settings.sn_eps is not None:
             rule = replace(rule, eps=self.plan.settings.sn_eps)
         stored_u = self._read(found.u)
         stored_v = self._read(found.v) if found.v else None
-        nothing = np.ones(matrix.shape[1]), np.ones(matrix.shape[0]), 1.0
+        # Where they cannot be had, with a problem noted.
+        nothing = _Norm(np.ones(matrix.shape[1]), np.ones(matrix.shape[0]), 1.0, of_zeros=not matrix.any())
         try:
             u, v, sigma = spectral_state(rule, matrix, stored_u, stored_v)
         except ValueError as error:
             self._problem("shape", f"{found.kernel}: {error}", found.kernel)
             return nothing
-        if not matrix.any():
+        if nothing.of_zeros:
             # As the specification has it; originals differ, and PyTorch's own gives NaN.
-            return *converged(matrix), 1.0
+            return _Norm(*converged(matrix), 1.0, of_zeros=True)
         if not abs(sigma) > 0 or not np.isfinite(sigma):
             how = self._how(rule)
             text = f"{found.kernel}: its spectral norm {how} is {sigma:g}; a kernel cannot be divided by it"
             self._problem("spectral_norm", text, found.kernel)
             return nothing
-        return u, v, sigma
+        return _Norm(u, v, sigma, of_zeros=False)
 
     def _how(self, rule: SpectralNorm) -> str:
         if rule.sigma == "stored":
@@ -270,15 +292,14 @@ class _Importer:
         times = "one power iteration" if rule.iterations == 1 else f"{rule.iterations} power iterations"
         return f"after {times} from the stored vector"
 
-    def _state(self, part: str, found: Projection) -> _Made:
+    def _state(self, role: str, part: str, found: Projection) -> _Made:
         rule = found.form.spectral_norm
         assert rule is not None  # noqa: S101 - _check_keep has seen it
-        matrix = to_matrix(self._read(found.kernel), found.form.axes)
-        u, v, _ = self._sigma(found, matrix)
+        norm = self._norm(role, found)
         key = found.u if part == "u" else found.v or found.u
         step = "as stored" if rule.sigma == "stored" else self._how(rule)
-        step = step if matrix.any() else "of a kernel of zeros: any would do"
-        return _Made(np.array(u if part == "u" else v, self.dtype), (key,), [step])
+        step = "of a kernel of zeros: any would do" if norm.of_zeros else step
+        return _Made(np.array(norm.u if part == "u" else norm.v, self.dtype), (key,), [step])
 
     def _batch_norm(self) -> tuple[Array, Array]:
         """The factor of each channel and what is added after it."""

@@ -14,7 +14,7 @@ from selfattn_core.porting.dialects.dialect import BatchNorm, Dialect, KernelFor
 from selfattn_core.porting.dialects.kernel_axes import from_matrix
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.translation.folding import cast
-from selfattn_core.porting.translation.lazy import LazyArrays
+from selfattn_core.porting.translation.lazy import MarkedArrays
 from selfattn_core.problems import Problem
 
 __all__ = ["Exported", "export_block", "separator"]
@@ -35,7 +35,7 @@ class Exported:
         exact: whether every number is the layer's own, at most in another order.
     """
 
-    tensors: Mapping[str, Array]
+    tensors: MarkedArrays
     made_of: Mapping[str, tuple[str, ...]]
     steps: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
@@ -176,7 +176,7 @@ class _Exporter:
             self._put(self.dialect.gamma_keys[0], partial(self._as_it_is, "gamma"), ["gamma"], [])
         if self.variant.batch_norm:
             self._identity_norm(self.variant.batch_norm)
-        tensors = LazyArrays(self.makers)
+        tensors = MarkedArrays(self.makers)
         return Exported(tensors, self.made_of, self.steps, self._notes(), self.variant.name, self.exact)
 
     def _put(self, key: str, maker: Callable[[], Array], made_of: list[str], steps: list[str]) -> None:
