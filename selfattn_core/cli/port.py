@@ -174,7 +174,7 @@ def port(
 @click.argument("name", required=False, shell_complete=completion.dialects)
 def dialects(name: str | None) -> None:
     """The known implementations; with NAME, one as a TOML file to start your own from."""
-    from selfattn_core.porting.dialects.dialect import dialect, dialect_names
+    from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
 
     if name:
         click.echo(dialect(name).text, nl=False)

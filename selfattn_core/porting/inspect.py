@@ -13,7 +13,8 @@ from selfattn_core.porting.blocks.match import match, prefixes
 from selfattn_core.porting.blocks.metadata import is_canonical, stated
 from selfattn_core.porting.blocks.nearest import Group, Nearest, as_lines, groups, nearest
 from selfattn_core.porting.blocks.plan import plan
-from selfattn_core.porting.dialects.dialect import Dialect, dialect, dialect_names
+from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
+from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.dialects.settings import settings_of
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats import Tensors, open_tensors

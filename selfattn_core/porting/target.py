@@ -11,7 +11,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from selfattn_core.files.targets import would_replace
-from selfattn_core.porting.dialects.dialect import Dialect, dialect
+from selfattn_core.porting.dialects.catalogue import dialect
+from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.errors import PortError, target_exists
 from selfattn_core.porting.formats import Tensors
 from selfattn_core.porting.formats.write import write_tensors

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 import selfattn_core
 from selfattn_core.cli import main
 from selfattn_core.installed import NotInstalledError
-from selfattn_core.porting.dialects.dialect import dialect_names
+from selfattn_core.porting.dialects.catalogue import dialect_names
 from tests.porting.checkpoints import io_file, written
 
 OTHERS = ("--from", "biggan", "--to", "biggan")

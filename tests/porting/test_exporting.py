@@ -12,7 +12,7 @@ from selfattn_core.porting import PortError
 from selfattn_core.porting.blocks.keys import KeyIndex
 from selfattn_core.porting.blocks.match import match
 from selfattn_core.porting.blocks.plan import plan
-from selfattn_core.porting.dialects.dialect import dialect, dialect_names
+from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
 from selfattn_core.porting.dialects.settings import settings_of
 from selfattn_core.porting.formats import TensorInfo
 from selfattn_core.porting.translation.from_dialect import import_block

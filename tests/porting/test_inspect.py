@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from selfattn_core.porting import PortError, Tensors, inspect, port
-from selfattn_core.porting.dialects.dialect import dialect
+from selfattn_core.porting.dialects.catalogue import dialect
 from selfattn_core.porting.translation import from_dialect
 from tests.porting.checkpoints import written
 from tests.porting.originals import ORIGINALS

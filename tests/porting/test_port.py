@@ -20,7 +20,7 @@ from selfattn_core.porting import (
     verify,
     write_tensors,
 )
-from selfattn_core.porting.dialects.dialect import dialect, dialect_names
+from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
 from selfattn_core.problems import Remedy
 from tests.porting.checkpoints import io_file, output, written
 from tests.porting.originals import ORIGINALS, C

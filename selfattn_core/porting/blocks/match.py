@@ -82,7 +82,7 @@ def prefixes(dialect: Dialect, index: KeyIndex) -> list[str]:
     """Every prefix under which the kernels of query, key and value of a dialect are.
 
     Example:
-        >>> from selfattn_core.porting.dialects.dialect import dialect
+        >>> from selfattn_core.porting.dialects.catalogue import dialect
         >>> index = KeyIndex([f"d.attn.{name}.weight" for name in ("theta", "phi", "g", "o")])
         >>> prefixes(dialect("biggan"), index)
         ['d/attn/']

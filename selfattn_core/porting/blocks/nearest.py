@@ -13,7 +13,8 @@ from selfattn_core.porting.blocks.find import shown
 from selfattn_core.porting.blocks.keys import KeyIndex
 from selfattn_core.porting.blocks.match import filled, match
 from selfattn_core.porting.blocks.plan import Listed
-from selfattn_core.porting.dialects.dialect import Dialect, dialect, dialect_names
+from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
+from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.report import listed
 
 __all__ = ["Group", "Nearest", "as_lines", "groups", "nearest"]

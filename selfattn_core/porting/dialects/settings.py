@@ -66,7 +66,7 @@ def settings_of(dialect: Dialect, given: Mapping[str, str | Value]) -> Settings:
         PortError: naming every setting that the dialect does not have, and every value that cannot be.
 
     Example:
-        >>> from selfattn_core.porting.dialects.dialect import dialect
+        >>> from selfattn_core.porting.dialects.catalogue import dialect
         >>> settings_of(dialect("mmcv"), {"use_scale": "false"}).use_scale
         False
         >>> settings_of(dialect("heykeetae"), {"use_scale": "false"})

@@ -15,7 +15,8 @@ from selfattn_core.params import parameter_table
 from selfattn_core.porting.blocks.find import index_of
 from selfattn_core.porting.blocks.match import match
 from selfattn_core.porting.blocks.plan import Plan, plan
-from selfattn_core.porting.dialects.dialect import Dialect, dialect
+from selfattn_core.porting.dialects.catalogue import dialect
+from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.dialects.settings import Settings, settings_of
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats import Tensors

@@ -47,7 +47,7 @@ def separator(dialect: Dialect) -> str:
     """What a dialect puts between the parts of a key.
 
     Example:
-        >>> from selfattn_core.porting.dialects.dialect import dialect
+        >>> from selfattn_core.porting.dialects.catalogue import dialect
         >>> separator(dialect("biggan")), separator(dialect("keras"))
         ('.', '/')
     """
@@ -70,7 +70,7 @@ def export_block(
 
     Example:
         >>> from selfattn_core import init_params
-        >>> from selfattn_core.porting.dialects.dialect import dialect
+        >>> from selfattn_core.porting.dialects.catalogue import dialect
         >>> config = SelfAttentionConfig(16)
         >>> exported = export_block(dialect("heykeetae"), config, init_params(config, seed=0), prefix="attn1.")
         >>> exported.tensors["attn1.query_conv.weight"].shape
