@@ -202,12 +202,12 @@ class ProblemError(ValueError):
         Args:
             head: before the first one.
             problems: at least one.
-            between: what separates them, from the head too if it is a new line.
+            between: what separates them.
             end: after the last one.
         """
         parts: list[str | Remedy] = [head]
         for number, problem in enumerate(problems):
-            parts += [between if number or between.startswith("\n") else "", *_parts(problem.text)]
+            parts += [between if number else "", *_parts(problem.text)]
         return cls((*parts, end), problems)
 
     def in_command(self) -> str:

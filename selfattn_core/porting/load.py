@@ -1,6 +1,5 @@
 """One layer of a file as a config and canonical parameters: of anybody's checkpoint, or for an adapter of a canonical file too."""
 
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +17,11 @@ from selfattn_core.porting.formats import open_tensors
 from selfattn_core.porting.inspect import fitting, source_dialect
 from selfattn_core.porting.translation.from_dialect import check_dtype, import_block
 from selfattn_core.problems import Remedy, in_python
+from selfattn_core.weights import PathLike
 
 __all__ = ["load", "load_any"]
 
 Array = NDArray[Any]
-PathLike = str | os.PathLike[str]
 
 
 def load(

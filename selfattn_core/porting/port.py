@@ -26,10 +26,9 @@ from selfattn_core.porting.translation.lazy import LazyArrays
 from selfattn_core.porting.translation.to_dialect import separator
 from selfattn_core.porting.verify import check_framework, check_output, read_io
 from selfattn_core.problems import Remedy
+from selfattn_core.weights import PathLike
 
 __all__ = ["port"]
-
-PathLike = str | os.PathLike[str]
 
 
 def port(
@@ -101,18 +100,16 @@ def port(
         found = find_blocks(
             tensors, chosen, settings_of(chosen, settings or {}), prefix=wanted, strict=strict
         )
-        places = [_place(one, goal, alone=len(found) == 1) for one in found]
         blocks = [
             translate(
                 one,
                 tensors,
                 goal.dialect,
-                name=name,
-                prefix=before,
+                place=_place(one, goal, alone=len(found) == 1),
                 dtype=dtype,
                 keep_spectral_norm=keep_spectral_norm,
             )
-            for one, (name, before) in zip(found, places, strict=True)
+            for one in found
         ]
         checks = _check_source(check, chosen, blocks)
         with ExitStack() as stack:

@@ -1,7 +1,6 @@
 """The target of a port: whether it may be written, in which format, and how."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +21,10 @@ from selfattn_core.porting.translation.lazy import LazyArrays
 from selfattn_core.porting.translation.to_dialect import separator
 from selfattn_core.porting.whole_checkpoint import WHOLE, Renamed, write_whole
 from selfattn_core.problems import Remedy, Text
-from selfattn_core.weights import FORMAT, VERSION
+from selfattn_core.weights import FORMAT, VERSION, PathLike
 
 __all__ = ["Target", "checked_target"]
 
-PathLike = str | os.PathLike[str]
 _SUFFIXES = {
     ".safetensors": "safetensors",
     ".npz": "npz",
@@ -140,12 +138,7 @@ def checked_target(
         PortError: if it may not.
     """
     chosen = dialect(to)
-    if chosen.refused:
-        raise PortError(
-            f"{chosen.name} cannot be written: {chosen.reason}. Instead: {chosen.instead}.",
-            kind="dialect_refused",
-            names=[chosen.name],
-        )
+    chosen.check_expressible("written")
     container = _container(path, chosen)
     if not overwrite and path.exists():
         raise target_exists(path)

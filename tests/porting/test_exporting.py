@@ -172,7 +172,11 @@ FLAT, POOLED = SelfAttentionConfig(24), SelfAttentionConfig.pooled(24)
         ),
         ("heykeetae", SelfAttentionConfig(24, 5), "it makes qk_channels = 3 of 24 channels"),
         ("mmcv", FLAT, "sub_sample, norm_cfg: it has an out projection"),
-        ("torchgan", FLAT, "torchgan cannot be written: the softmax runs over the output positions"),
+        (
+            "torchgan",
+            FLAT,
+            "torchgan (torchgan, SelfAttention2d) cannot be written: the softmax runs over the output positions",
+        ),
     ],
 )
 def test_why_a_layer_does_not_fit(name, config, message):

@@ -71,12 +71,7 @@ def find_blocks(
     Raises:
         PortError: if the dialect is refused, no block or several fit, keys are missing, unused or misshapen; every problem.
     """
-    if dialect.refused:
-        raise PortError(
-            f"{tensors.path}: {dialect.name} ({dialect.title}) cannot be ported: {dialect.reason}. Instead: {dialect.instead}.",
-            kind="dialect_refused",
-            names=[dialect.name],
-        )
+    dialect.check_expressible("ported", where=f"{tensors.path}: ")
     index = index_of(tensors)
     said = stated(tensors, dialect)
     if said.configs and "" in said.configs and prefix is None:
@@ -100,7 +95,7 @@ def find_blocks(
         if part := of_several(tensors.path):
             problems.append(Problem("split", part))
         raise PortError.of(
-            f"{tensors.path}: does not fit {dialect.name} ({dialect.title}); `selfattn inspect` lists the dialects that fit:",
+            f"{tensors.path}: does not fit {dialect.name} ({dialect.title}); `selfattn inspect` lists the dialects that fit:\n  ",
             problems,
         )
     return found
@@ -114,8 +109,8 @@ def _chosen(
         if len(there) > 1:
             raise PortError(
                 (
-                    f"{tensors.path}: holds {len(there)} blocks that look like {dialect.name}: {listed(known, 20)}. Say which ",
-                    "with ",
+                    f"{tensors.path}: holds {len(there)} blocks that look like {dialect.name}: {listed(known, 20)}. ",
+                    "Say which with ",
                     Remedy("prefix"),
                     ", which may be repeated and may hold *.",
                 ),
@@ -182,8 +177,8 @@ def _mismatch(found: Match, *, strict: bool) -> list[Problem]:
         reasons.append(Problem("ambiguous", text, (found.variant.name, *found.ambiguous)))
     if strict and found.unused:
         said = (
-            f"unused: {listed(found.unused, 20)}; a tensor that nothing reads may change what the layer computes. If it does ",
-            "not, pass ",
+            f"unused: {listed(found.unused, 20)}; a tensor that nothing reads may change what the layer computes. ",
+            "If it does not, pass ",
             Remedy("strict", value=False),
         )
         reasons.append(Problem("unused", said, found.unused))

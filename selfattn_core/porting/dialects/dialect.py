@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from selfattn_core.porting.errors import PortError
+
 __all__ = [
     "POWER",
     "ROLES",
@@ -127,6 +129,23 @@ class Dialect:
     def refused(self) -> bool:
         """Whether the layer is known and cannot be expressed."""
         return bool(self.reason)
+
+    def check_expressible(self, done: str, *, where: str = "") -> None:
+        """Refuse a dialect whose layer cannot be expressed.
+
+        Args:
+            done: what cannot be done with it, for example "written".
+            where: the file or layer that it is about, with a colon.
+
+        Raises:
+            PortError: with the reason, and what to do instead.
+        """
+        if self.refused:
+            raise PortError(
+                f"{where}{self.name} ({self.title}) cannot be {done}: {self.reason}. Instead: {self.instead}.",
+                kind="dialect_refused",
+                names=[self.name],
+            )
 
     def scale_factor(self, channels: int, qk_channels: int) -> float:
         """What the scores are multiplied by in a layer of these widths.

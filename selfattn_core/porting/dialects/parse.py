@@ -140,7 +140,7 @@ def parse_dialect(text: str, where: str) -> Dialect:
     parsed = _Parser(TomlTable(content, "", problems)).parse(text)
     if problems:
         reasons = [Problem("bad_dialect", problem) for problem in problems]
-        raise PortError.of(f"{where}: is not a dialect that can be used:", reasons)
+        raise PortError.of(f"{where}: is not a dialect that can be used:\n  ", reasons)
     return parsed
 
 

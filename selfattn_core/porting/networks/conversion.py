@@ -283,13 +283,7 @@ def read_layer(
 
 
 def _plan(tensors: Tensors, chosen: Dialect, settings: Settings) -> Plan:
-    title = f"{chosen.name} ({chosen.title})"
-    if chosen.refused:
-        raise PortError(
-            f"{tensors.path}: {title} cannot be converted: {chosen.reason}. Instead: {chosen.instead}.",
-            kind="dialect_refused",
-            names=[chosen.name],
-        )
+    chosen.check_expressible("converted", where=f"{tensors.path}: ")
     found = match(chosen, index_of(tensors), "", averaged=settings.ema)
     reasons = [Problem("other_function", telltale.reason, (telltale.key,)) for telltale in found.telltales]
     if found.missing:
@@ -305,7 +299,9 @@ def _plan(tensors: Tensors, chosen: Dialect, settings: Settings) -> Plan:
     reasons += [] if found.missing else planned.problems
     reasons += [Problem("unusable", reason, (key,)) for key, reason in tensors.left_out.items()]
     if reasons:
-        raise PortError.of(f"{tensors.path}: is not {title}: ", reasons, between="; ", end=".")
+        raise PortError.of(
+            f"{tensors.path}: is not {chosen.name} ({chosen.title}): ", reasons, between="; ", end="."
+        )
     return planned
 
 

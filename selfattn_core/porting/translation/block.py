@@ -81,8 +81,7 @@ def translate(
     tensors: Tensors,
     to: Dialect,
     *,
-    name: str,
-    prefix: str,
+    place: tuple[str, str],
     dtype: str | None,
     keep_spectral_norm: bool,
 ) -> Block:
@@ -92,8 +91,7 @@ def translate(
         found: the block.
         tensors: of the source, which must stay open as long as the arrays of the block are needed.
         to: dialect of the target.
-        name: of the block in the target.
-        prefix: before its keys there.
+        place: the block's name in the target, and what is before its keys there.
         dtype: as in `port`.
         keep_spectral_norm: as in `port`.
 
@@ -105,4 +103,5 @@ def translate(
     except PortError as error:
         block = f"block {found.prefix}: " if found.prefix else ""
         raise error.within(f"{tensors.path}: {block}") from error
+    name, prefix = place
     return Block(found, name, imported, export_block(to, imported.config, imported.params, prefix=prefix))

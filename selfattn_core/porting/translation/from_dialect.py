@@ -97,13 +97,12 @@ def state_notes(planned: Plan, read: Callable[[str], Array]) -> tuple[Text, ...]
     if not text:
         return ()
     keep = Remedy("keep_spectral_norm", value=True)
-    return (
-        (
-            f"{text}. To make them anew, port with ",
-            keep,
-            ", load the layer, and call refresh_spectral_norm on it",
-        ),
+    note = (
+        f"{text}. To make them anew, port with ",
+        keep,
+        ", load the layer, and call refresh_spectral_norm on it",
     )
+    return (note,)
 
 
 def import_block(
@@ -169,7 +168,7 @@ class _Importer:
         config = replace(self.config, spectral_norm=True) if self.keep else self.config
         origins = {name: self._origin(name) for name in (*parameter_table(config), *state_table(config))}
         if self.problems:
-            raise PortError.of("the tensors cannot be ported:", list(self.problems))
+            raise PortError.of("the tensors cannot be ported:\n  ", list(self.problems))
         arrays = LazyArrays({name: partial(self._array, name) for name in origins})
         return Imported(config, arrays, origins, state_notes(self.plan, self.source))
 

@@ -76,17 +76,12 @@ def export_block(
         >>> exported.tensors["attn1.query_conv.weight"].shape
         (2, 16, 1, 1)
     """
-    if dialect.refused:
-        raise PortError(
-            f"{dialect.name} cannot be written: {dialect.reason}. Instead: {dialect.instead}.",
-            kind="dialect_refused",
-            names=[dialect.name],
-        )
+    dialect.check_expressible("written")
     reasons = {variant.name: _misfits(dialect, variant, config, params) for variant in dialect.variants}
     fitting = [variant for variant in dialect.variants if not reasons[variant.name]]
     if not fitting:
         raise PortError.of(
-            f"{dialect.name} cannot hold {config}:",
+            f"{dialect.name} cannot hold {config}:\n  ",
             [
                 Problem("not_expressible", f"{f'{name}: ' if name else ''}{'; '.join(why)}", (name,))
                 for name, why in reasons.items()
