@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +23,16 @@ from selfattn_core.porting.report import listed
 from selfattn_core.porting.translation.from_dialect import state_notes
 from selfattn_core.problems import Remedy, in_command
 
-__all__ = ["BlockFound", "Fit", "InspectReport", "candidates", "fitting", "inspect", "source_dialect"]
+__all__ = [
+    "BlockFound",
+    "Fit",
+    "InspectReport",
+    "candidates",
+    "fitting",
+    "inspect",
+    "named",
+    "source_dialect",
+]
 
 
 @dataclass(frozen=True)
@@ -214,17 +223,23 @@ def source_dialect(tensors: Tensors, name: str | None) -> Dialect:
 
 def fitting(tensors: Tensors) -> tuple[str, list[str]]:
     """For a message, which dialects fit the file; in words, and their names."""
-    names = candidates(tensors)
-    if names:
-        return f"its keys fit {', '.join(names)}", names
-    return "its keys fit none of them; `selfattn inspect` says why", names
+    found = candidates(tensors)
+    text = (
+        f"its keys fit {named(found)}" if found else "its keys fit none of them; `selfattn inspect` says why"
+    )
+    return text, list(found)
 
 
-def candidates(tensors: Tensors) -> list[str]:
-    """The dialects that fit a block of the file, and after them the refused ones."""
+def candidates(tensors: Tensors) -> dict[str, Fit]:
+    """How each dialect fits that fits a block of the file, by name; the refused ones come last."""
     fits = [fit for block in _blocks(tensors, ()) for fit in block.fits if fit.verdict != "almost"]
     fits.sort(key=lambda fit: fit.verdict == "refused")
-    return list(dict.fromkeys(f"{fit.dialect}{' (refused)' * (fit.verdict == 'refused')}" for fit in fits))
+    return {fit.dialect: fit for fit in fits}
+
+
+def named(fits: Mapping[str, Fit]) -> str:
+    """The names of dialects, and which of them are refused."""
+    return ", ".join(f"{name}{' (refused)' * (fit.verdict == 'refused')}" for name, fit in fits.items())
 
 
 def _blocks(tensors: Tensors, own: Sequence[str]) -> list[BlockFound]:

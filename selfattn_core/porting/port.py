@@ -89,7 +89,13 @@ def port(
         if path is not None and not os.fspath(path):
             raise PortError(f"the path of the {what} is empty; name a file.", kind="path", names=[what])
     check_dtype(dtype)
-    read = {"source": source, "file of check": check, "dialect": dialect, "dialect of to": to}
+    read = {"source": source, "file of check": check}
+    # A dialect is a name, or else a file of this kind.
+    read |= {
+        what: name
+        for what, name in (("dialect", dialect), ("dialect of to", to))
+        if name and name.endswith(".toml")
+    }
     goal = checked_target(Path(target), to, Path(source), whole=whole, overwrite=overwrite, read=read)
     wanted = [prefix] if isinstance(prefix, str) else prefix
     with open_tensors(source) as tensors:

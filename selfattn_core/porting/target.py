@@ -189,10 +189,7 @@ def _container(target: Path, to: Dialect) -> str:
 def _check_kept(target: Path, read: Mapping[str, PathLike | None]) -> None:
     """Refuse a target that is read from: what a port writes is less than what it reads."""
     for what, path in read.items():
-        # A dialect is a name, or else a file of this kind.
-        if path is None or ("dialect" in what and Path(path).suffix != ".toml"):
-            continue
-        if would_replace(target, path) or (target.is_dir() and would_replace(path, target)):
+        if path and (would_replace(target, path) or (target.is_dir() and would_replace(path, target))):
             raise PortError(
                 f"{target}: is the {what}, a part of it, or the folder that it is in; a port would lose what it does not carry. "
                 "Name another target. Nothing was written.",

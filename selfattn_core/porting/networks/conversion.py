@@ -20,7 +20,7 @@ from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.dialects.settings import Settings, settings_of
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats import Tensors
-from selfattn_core.porting.inspect import candidates
+from selfattn_core.porting.inspect import candidates, named
 from selfattn_core.porting.report import listed
 from selfattn_core.porting.translation.from_dialect import Origin, import_block
 from selfattn_core.porting.verify import designed_input
@@ -212,13 +212,15 @@ def chosen_dialect(name: str | None, tensors: Tensors, agrees: Callable[[Dialect
     if name is not None:
         return dialect(name)
     found = candidates(tensors)
-    if len(found) == 1 and not found[0].endswith("(refused)"):
-        return dialect(found[0])
-    fits = f"its keys fit {', '.join(found)}" if found else f"its keys fit none: {listed(list(tensors))}"
+    if [fit.verdict for fit in found.values()] == ["fits"]:
+        return dialect(*found)
+    fits = f"its keys fit {named(found)}" if found else f"its keys fit none: {listed(list(tensors))}"
     hint = agreement(None, tensors, agrees)
     raise PortError(
         f"{tensors.path}: say with dialect= what it is: {fits}{f'; {hint}' if hint else ''}. A .toml file of your own describes any "
-        "other."
+        "other.",
+        kind="dialect_needed",
+        names=list(found),
     )
 
 
@@ -230,7 +232,7 @@ def agreement(tried: Dialect | None, tensors: Tensors, agrees: Callable[[Dialect
         tensors: of the layer alone.
         agrees: whether the layer computes what a dialect says.
     """
-    names = [name for name in candidates(tensors) if not name.endswith("(refused)")]
+    names = [name for name, fit in candidates(tensors).items() if fit.verdict == "fits"]
     right = [name for name in names if (tried is None or name != tried.name) and agrees(dialect(name))]
     return f"the layer computes what {' and '.join(right)} say{'s' * (len(right) == 1)}" if right else ""
 
