@@ -9,8 +9,9 @@ import click
 from mkdocs.structure.files import File
 
 from selfattn_core.cli import main
-from selfattn_core.porting.dialects import dialect as schema
-from selfattn_core.porting.dialects.dialect import ROLES, dialect, dialect_names
+from selfattn_core.porting.dialects import parse as schema
+from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
+from selfattn_core.porting.dialects.dialect import ROLES
 
 _ROOT = Path(__file__).parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results"

@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["imported", "missing_modules", "require"]
+__all__ = ["NotInstalledError", "imported", "missing_modules", "require"]
+
+
+class NotInstalledError(ModuleNotFoundError):
+    """A library that is needed and not installed; its message says what to type. Other modules that are missing are faults."""
 
 
 def missing_modules(modules: Sequence[str]) -> list[str]:
@@ -28,17 +32,17 @@ def require(package: str, modules: Sequence[str], extra: str, *, otherwise: str 
         otherwise: what else would help, after "or".
 
     Raises:
-        ModuleNotFoundError: saying what to type.
+        NotInstalledError: a ModuleNotFoundError that says what to type.
 
     Example:
         >>> require("selfattn_torch", ["no_such_module"], "torch")
         Traceback (most recent call last):
         ...
-        ModuleNotFoundError: selfattn_torch needs no_such_module, which is not installed: pip install 'selfattn[torch]'
+        selfattn_core.installed.NotInstalledError: selfattn_torch needs no_such_module, which is not installed: pip install 'selfattn[torch]'
     """
     missing = missing_modules(modules)
     if missing:
-        raise ModuleNotFoundError(
+        raise NotInstalledError(
             f"{package} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
             f"pip install 'selfattn[{extra}]'{f', or {otherwise}' if otherwise else ''}",
             name=missing[0],

@@ -19,6 +19,7 @@ __all__ = [
     "glorot_limit",
     "init_params",
     "is_floating",
+    "param_problems",
     "parameter_table",
     "projections",
     "refresh_spectral_norm",
@@ -261,6 +262,27 @@ def check_params(
           missing: query.bias (2,)
         ...
     """
+    arrays, problems = _examined(config, params, finite=finite)
+    if problems:
+        raise ValueError(f"parameters do not fit {config}:\n  " + "\n  ".join(problems))
+    return arrays
+
+
+def param_problems(
+    config: SelfAttentionConfig, params: Mapping[str, Any], *, finite: bool = True
+) -> list[str]:
+    """What `check_params` refuses, one problem an item; empty if the parameters fit.
+
+    Example:
+        >>> param_problems(SelfAttentionConfig(16), {"gamma": np.zeros(1)})[0]
+        'missing: query.kernel (16, 2)'
+    """
+    return _examined(config, params, finite=finite)[1]
+
+
+def _examined(
+    config: SelfAttentionConfig, params: Mapping[str, Any], *, finite: bool
+) -> tuple[dict[str, NDArray[Any]], list[str]]:
     table = parameter_table(config) | state_table(config)
     problems = [f"missing: {row.name} {row.shape}" for row in table.values() if row.name not in params]
     problems += [f"unexpected: {name} {np.shape(params[name])}" for name in params if name not in table]
@@ -283,6 +305,4 @@ def check_params(
     dtypes = sorted({str(array.dtype) for array in arrays.values() if is_floating(array.dtype)})
     if len(dtypes) > 1:
         problems.append(f"mixed dtypes: {', '.join(dtypes)}; all tensors of a layer should have one")
-    if problems:
-        raise ValueError(f"parameters do not fit {config}:\n  " + "\n  ".join(problems))
-    return arrays
+    return arrays, problems

@@ -21,7 +21,8 @@ from selfattn_core.arrays import widen
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.files.safetensors import SafetensorsError, read_all, read_header, read_tensor, whole_file
 from selfattn_core.files.writing import write_atomically
-from selfattn_core.params import check_params, parameter_table, state_table
+from selfattn_core.params import check_params, param_problems, parameter_table, state_table
+from selfattn_core.problems import ProblemError, Remedy, Text
 from selfattn_core.spectral_norm import unlike_unit_vectors
 
 __all__ = ["configs_of", "load", "save", "save_blocks", "write_atomically"]
@@ -187,18 +188,10 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
             else:
                 # Reported, not read: a header may promise any size.
                 params[canonical] = np.broadcast_to(np.zeros((), _READABLE.get(dtype, np.float32)), shape)
-    try:
-        checked = check_params(config, params)
-    except ValueError as error:
-        lines = str(error).split("\n", 1)
-        rest = [lines[1]] if len(lines) > 1 else []
-        raise ValueError(
-            f"{path}: {lines[0]}\n" + "\n".join([*(f"  {p}" for p in problems), *rest])
-        ) from None
+    problems += param_problems(config, params)
     if problems:
-        raise ValueError(
-            f"{path}: tensors do not fit {config}:\n" + "\n".join(f"  {problem}" for problem in problems)
-        )
+        raise ValueError(f"{path}: parameters do not fit {config}:\n  " + "\n  ".join(problems))
+    checked = check_params(config, params, finite=False)
     _warn_of_averages(path, {name: checked[name] for name in state_table(config)})
     return config, {name: np.array(array, order="C") for name, array in checked.items()}
 
@@ -265,8 +258,15 @@ def _choose(path: Path, blocks: list[str], block: str | None) -> str:
     if block is None:
         if len(blocks) == 1:
             return blocks[0]
-        raise ValueError(f"{path}: holds {len(blocks)} blocks, pass block= one of: {', '.join(named)}.")
+        which = Remedy("block", choices=tuple(named))
+        raise ProblemError(
+            (f"{path}: holds {len(blocks)} blocks, pass ", which, "."), kind="several_blocks", names=named
+        )
     if block not in named:
-        held = f"the blocks {', '.join(named)}" if named else "one unnamed block: pass no block"
-        raise ValueError(f"{path}: has no block {block!r}; it holds {held}.")
+        held: Text = (
+            (f"the blocks {', '.join(named)}",) if named else ("one unnamed block: pass no ", Remedy("block"))
+        )
+        raise ProblemError(
+            (f"{path}: has no block {block!r}; it holds ", *held, "."), kind="no_block", names=named
+        )
     return block

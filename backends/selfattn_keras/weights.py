@@ -12,7 +12,7 @@ import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
 from selfattn_core.arrays import Array, widen
 from selfattn_core.params import check_params, projections, state_table
-from selfattn_core.porting.anything import load_any
+from selfattn_core.porting.load import load_any
 from selfattn_core.weights import PathLike
 from selfattn_keras.layer import SelfAttention2D, own_copy
 
@@ -152,6 +152,7 @@ def load(
     dialect: str | None = None,
     prefix: str | None = None,
     settings: Mapping[str, str | bool | float] | None = None,
+    strict: bool = True,
     block_size: int | None = None,
     data_format: str | None = None,
     dtype: Any = None,
@@ -164,6 +165,7 @@ def load(
         dialect: what another file is, as `selfattn dialects` lists them, or a `.toml` file of your own.
         prefix: which block of such a file, where it has several.
         settings: what such a file does not say, for example {"use_scale": False}.
+        strict: whether tensors under the prefix that nothing reads are an error.
         block_size: as in `SelfAttention2D`.
         data_format: as in `SelfAttention2D`.
         dtype: name of a dtype or a dtype policy; by default the file's dtype.
@@ -176,7 +178,9 @@ def load(
         FileNotFoundError: if there is no such canonical file.
         ValueError: if it is not a whole and fitting file of its kind; lists every problem.
     """
-    config, params = load_any(path, block=block, dialect=dialect, prefix=prefix, settings=settings)
+    config, params = load_any(
+        path, block=block, dialect=dialect, prefix=prefix, settings=settings, strict=strict
+    )
     return from_canonical(config, params, block_size=block_size, data_format=data_format, dtype=dtype)
 
 

@@ -11,6 +11,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from selfattn_core.cli.guard import in_words_of_the_command
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.files.safetensors import SafetensorsError, read_header
 from selfattn_core.installed import require
@@ -306,11 +307,7 @@ def _layer(path: Path, block: str | None) -> tuple[SelfAttentionConfig, dict[str
     try:
         return load(path, block=block)
     except ValueError as error:
-        words = (
-            str(error)
-            .replace("pass block= one of", "pass --block, one of")
-            .replace("pass no block", "pass no --block")
-        )
+        words = in_words_of_the_command(error)
         if path.is_file() and not _is_canonical(path):
             words += f" If it is a checkpoint, make a canonical file of it: selfattn port {path} FILE.safetensors --from …"
         raise ValueError(words) from error

@@ -82,7 +82,7 @@ def dialects(context: click.Context, parameter: click.Parameter, incomplete: str
         >>> [(item.type, item.value) for item in dialects(context, click.Argument(["name"]), "torch")]
         [('file', 'torch'), ('plain', 'torch'), ('plain', 'torchgan')]
     """
-    from selfattn_core.porting.dialects.dialect import dialect_names
+    from selfattn_core.porting.dialects.catalogue import dialect_names
 
     return _names_and_files(dialect_names(), incomplete)
 
@@ -102,7 +102,7 @@ def portable_dialects(
         >>> [(item.type, item.value) for item in portable_dialects(context, click.Option(["--to"]), "torch")]
         [('file', 'torch'), ('plain', 'torch')]
     """
-    from selfattn_core.porting.dialects.dialect import dialect, dialect_names
+    from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
 
     known = [name for name in dialect_names() if name.startswith(incomplete)]
     return _names_and_files([name for name in known if not dialect(name).refused], incomplete)

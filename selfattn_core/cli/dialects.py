@@ -14,7 +14,7 @@ def dialects(name: str | None) -> None:
 
     With NAME, print that dialect as a TOML file, from which you can write your own.
     """
-    from selfattn_core.porting.dialects.dialect import dialect, dialect_names
+    from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
 
     if name:
         click.echo(dialect(name).text, nl=False)

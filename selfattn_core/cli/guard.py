@@ -13,8 +13,10 @@ from typing import Any
 import click
 
 from selfattn_core.cli.exit_codes import BAD_INPUT, MISSING
+from selfattn_core.installed import NotInstalledError
+from selfattn_core.problems import ProblemError
 
-__all__ = ["GuardedGroup", "ended_by_signals", "explained"]
+__all__ = ["GuardedGroup", "ended_by_signals", "explained", "in_words_of_the_command"]
 
 
 class GuardedGroup(click.Group):
@@ -61,13 +63,11 @@ def explained(error: Exception) -> click.ClickException | None:
         >>> explained(ZeroDivisionError()) is None
         True
     """
-    from selfattn_core.porting.errors import PortError
-
     message, code = "", BAD_INPUT
     if isinstance(error, ImportError):
         message, code = _of_a_library(error), MISSING
-    elif isinstance(error, PortError):
-        message = str(error)
+    elif isinstance(error, ProblemError):
+        message = error.in_command()
     elif isinstance(error, OSError):
         message = _of_the_system(error)
     elif isinstance(error, MemoryError):
@@ -77,10 +77,15 @@ def explained(error: Exception) -> click.ClickException | None:
     return _Failure(message, code) if message else None
 
 
+def in_words_of_the_command(error: Exception) -> str:
+    """The message of an exception, with options as the command has them."""
+    return error.in_command() if isinstance(error, ProblemError) else str(error)
+
+
 def _of_a_library(error: ImportError) -> str:
     if isinstance(error, ModuleNotFoundError):
-        # Only a message of ours says what to install; any other missing module is a fault of the program.
-        return str(error) if "pip install" in str(error) else ""
+        # Any other missing module is a fault of the program.
+        return str(error) if isinstance(error, NotInstalledError) else ""
     return f"{error.name or 'a library'} is installed, and cannot be loaded: {error}"
 
 

@@ -10,6 +10,7 @@ import click
 
 from selfattn_core.cli import completion
 from selfattn_core.cli.exit_codes import CHECK_FAILED
+from selfattn_core.cli.guard import in_words_of_the_command
 from selfattn_core.cli.parameters import given_settings, report_option
 from selfattn_core.files.targets import (
     STANDARD_OUTPUT,
@@ -168,7 +169,7 @@ def verify(
                 settings=given or None,
             )
         except ValueError as error:
-            raise click.UsageError(str(error)) from error
+            raise click.UsageError(in_words_of_the_command(error)) from error
     for warning in caught:
         click.echo(f"warning: {warning.message}", err=True)
     click.echo(report.to_text(), err=STANDARD_OUTPUT in targets.values())

@@ -4,7 +4,8 @@ from selfattn_core.porting.errors import PortError, VerificationError
 from selfattn_core.porting.formats import TensorInfo, Tensors, open_tensors
 from selfattn_core.porting.formats.write import write_tensors
 from selfattn_core.porting.inspect import InspectReport, inspect
-from selfattn_core.porting.port import load, port
+from selfattn_core.porting.load import load
+from selfattn_core.porting.port import port
 from selfattn_core.porting.report import PortReport
 
 __all__ = [

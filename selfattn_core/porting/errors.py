@@ -1,14 +1,18 @@
 """What porting says when it cannot go on."""
 
+import os
+
 from selfattn_core.porting.report import PortReport
+from selfattn_core.problems import ProblemError, Remedy
 
-__all__ = ["PortError", "VerificationError"]
+__all__ = ["PortError", "VerificationError", "target_exists"]
 
 
-class PortError(ValueError):
+class PortError(ProblemError):
     """A file, a dialect or a target that cannot be used: what was received, what was expected and what to do.
 
-    The command turns it into one paragraph and exit code 2. Nothing has been executed or written when it is raised.
+    `problems` lists the reasons as data: the kind of each, the names that it is about, and the options that would help. The
+    command turns the error into one paragraph and exit code 2. Nothing has been executed or written when it is raised.
 
     Example:
         >>> raise PortError("layer.pth: is empty; expected a checkpoint.")
@@ -16,6 +20,11 @@ class PortError(ValueError):
         ...
         selfattn_core.porting.errors.PortError: layer.pth: is empty; expected a checkpoint.
     """
+
+    def within(self, where: str, after: str = "") -> "PortError":
+        """The same problems with their place before the message, and with more words after it."""
+        parts = (self.text,) if isinstance(self.text, str) else self.text
+        return PortError((where, *parts, after), self.problems)
 
 
 class VerificationError(PortError):
@@ -26,8 +35,23 @@ class VerificationError(PortError):
     """
 
     def __init__(self, report: PortReport) -> None:
-        failed = "; ".join(
-            f"{check.name}: {check.detail}" for check in report.checks if check.outcome == "failed"
+        failed = [check for check in report.checks if check.outcome == "failed"]
+        reasons = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+        super().__init__(
+            f"{report.target}: nothing was written, because a check failed: {reasons}.",
+            kind="check_failed",
+            names=[check.name for check in failed],
         )
-        super().__init__(f"{report.target}: nothing was written, because a check failed: {failed}.")
         self.report = report
+
+
+def target_exists(target: str | os.PathLike[str]) -> PortError:
+    """What to raise where a file is in the place of a target and may not be replaced."""
+    return PortError(
+        (
+            f"{target}: exists already and was left as it is; to replace it, pass ",
+            Remedy("overwrite", value=True),
+            ".",
+        ),
+        kind="target_exists",
+    )

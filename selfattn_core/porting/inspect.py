@@ -2,22 +2,37 @@
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from selfattn_core.porting.blocks.bystanders import averages_without_names, is_averaged, optimiser_keys
-from selfattn_core.porting.blocks.find import canonical_configs, index_of, shown, stored_pools
-from selfattn_core.porting.blocks.match import KeyIndex, match, prefixes
+from selfattn_core.porting.blocks.find import index_of, shown
+from selfattn_core.porting.blocks.keys import KeyIndex
+from selfattn_core.porting.blocks.match import match, prefixes
+from selfattn_core.porting.blocks.metadata import is_canonical, stated
 from selfattn_core.porting.blocks.nearest import Group, Nearest, as_lines, groups, nearest
-from selfattn_core.porting.dialects.dialect import Dialect, dialect, dialect_names
+from selfattn_core.porting.blocks.plan import plan
+from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
+from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.dialects.settings import settings_of
+from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats import Tensors, open_tensors
 from selfattn_core.porting.formats.sharded import of_several
 from selfattn_core.porting.report import listed
-from selfattn_core.porting.translation.from_dialect import plan, state_notes
+from selfattn_core.porting.translation.from_dialect import state_notes
+from selfattn_core.problems import Remedy, in_command
 
-__all__ = ["BlockFound", "Fit", "InspectReport", "candidates", "inspect"]
+__all__ = [
+    "BlockFound",
+    "Fit",
+    "InspectReport",
+    "candidates",
+    "fitting",
+    "inspect",
+    "named",
+    "source_dialect",
+]
 
 
 @dataclass(frozen=True)
@@ -184,11 +199,47 @@ def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> In
         )
 
 
-def candidates(tensors: Tensors) -> list[str]:
-    """The dialects that fit a block of the file, and after them the refused ones."""
+def source_dialect(tensors: Tensors, name: str | None) -> Dialect:
+    """The dialect that was named, or that of a canonical file, which alone says itself what it is.
+
+    Raises:
+        PortError: if nobody says it; names those that fit.
+    """
+    if name is not None:
+        return dialect(name)
+    if is_canonical(tensors):
+        return dialect("canonical")
+    fits, names = fitting(tensors)
+    raise PortError(
+        (
+            f"{tensors.path}: say with ",
+            Remedy("dialect"),
+            f" which dialect it is: {fits}. Equal keys do not mean equal functions: what wrote the file decides.",
+        ),
+        kind="dialect_needed",
+        names=names,
+    )
+
+
+def fitting(tensors: Tensors) -> tuple[str, list[str]]:
+    """For a message, which dialects fit the file; in words, and their names."""
+    found = candidates(tensors)
+    text = (
+        f"its keys fit {named(found)}" if found else "its keys fit none of them; `selfattn inspect` says why"
+    )
+    return text, list(found)
+
+
+def candidates(tensors: Tensors) -> dict[str, Fit]:
+    """How each dialect fits that fits a block of the file, by name; the refused ones come last."""
     fits = [fit for block in _blocks(tensors, ()) for fit in block.fits if fit.verdict != "almost"]
     fits.sort(key=lambda fit: fit.verdict == "refused")
-    return list(dict.fromkeys(f"{fit.dialect}{' (refused)' * (fit.verdict == 'refused')}" for fit in fits))
+    return {fit.dialect: fit for fit in fits}
+
+
+def named(fits: Mapping[str, Fit]) -> str:
+    """The names of dialects, and which of them are refused."""
+    return ", ".join(f"{name}{' (refused)' * (fit.verdict == 'refused')}" for name, fit in fits.items())
 
 
 def _blocks(tensors: Tensors, own: Sequence[str]) -> list[BlockFound]:
@@ -211,13 +262,7 @@ def _blocks(tensors: Tensors, own: Sequence[str]) -> list[BlockFound]:
 
 def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit:
     found = match(chosen, index, prefix)
-    settings = settings_of(chosen, {})
-    configs = canonical_configs(tensors, chosen) or {}
-    own = configs.get(prefix.rstrip("/").replace("/", "."))
-    pool = own.kv_pool if own else stored_pools(tensors, chosen).get(prefix.rstrip("/"))
-    if pool is not None:
-        settings = replace(settings, kv_pool=pool, plain=own is not None and not own.spectral_norm)
-    planned = plan(found, tensors, settings)
+    planned = plan(found, tensors, settings_of(chosen, {}), stated(tensors, chosen))
     config = planned.config.to_dict() if planned.config else None
     reasons = [telltale.reason for telltale in found.telltales]
     if found.missing:
@@ -225,8 +270,8 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
     if found.unused:
         reasons.append(f"unused: {listed(found.unused)}")
     # A gamma to be given is an assumption, not a misfit.
-    given = [text for text in planned.problems if text.startswith("gamma is not in the file")]
-    reasons += [text for text in planned.problems if text not in given]
+    given = [in_command(one.text) for one in planned.problems if one.kind == "gamma_not_stored"]
+    reasons += [in_command(one.text) for one in planned.problems if one.kind != "gamma_not_stored"]
     name, title, variant = chosen.name, chosen.title, found.variant.name
     if reasons:
         if chosen.refused:
@@ -243,6 +288,6 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
             (),
             chosen.caveats,
         )
-    assumed = (*given, *(str(one) for one in planned.assumptions if pool is None or one.setting != "kv_pool"))
-    notes = (*chosen.caveats, *state_notes(planned, tensors.read))
+    assumed = (*given, *map(str, planned.assumptions))
+    notes = (*chosen.caveats, *map(in_command, state_notes(planned, tensors.read)))
     return Fit(name, title, "fits", variant, config, (), assumed, notes)

@@ -21,10 +21,11 @@ from selfattn_core.files.writing import write_atomically
 from selfattn_core.installed import imported, require
 from selfattn_core.params import KV_POOL
 from selfattn_core.porting.blocks.bystanders import optimiser_keys
-from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.errors import PortError, target_exists
 from selfattn_core.porting.formats.torch import add_metadata
 from selfattn_core.porting.formats.torch_names import names_of
 from selfattn_core.porting.formats.untrusted.file import Source
+from selfattn_core.problems import Remedy
 
 __all__ = ["WHOLE", "Renamed", "write_whole"]
 
@@ -81,9 +82,7 @@ def write_whole(
     try:
         write_atomically(target, content, overwrite=overwrite)
     except FileExistsError:
-        raise PortError(
-            f"{target}: exists already and was left as it was; to replace it, pass --force."
-        ) from None
+        raise target_exists(target) from None
     except OSError as error:
         raise PortError(
             f"{target}: cannot be written: {error.strerror or error}. Nothing was written, and what was there is as it was."
@@ -148,8 +147,14 @@ def _together(source: Path, block: Renamed, places: Mapping[str, Keys]) -> tuple
         if prefix is not None:
             return keys, prefix
     raise PortError(
-        f"{source}: the tensors of the block {block.prefix!r} lie in several dictionaries, and not in one state dict; port the "
-        "block alone, without --whole."
+        (
+            f"{source}: the tensors of the block {block.prefix!r} lie in several dictionaries, and not in one state dict; port ",
+            "the block alone, without ",
+            Remedy("whole", value=True),
+            ".",
+        ),
+        kind="whole",
+        names=[block.prefix],
     )
 
 

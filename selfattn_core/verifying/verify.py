@@ -13,8 +13,8 @@ from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import Layout
 from selfattn_core.conformance.verdicts.tolerance import Expectation, measure
 from selfattn_core.files.features import read_features
-from selfattn_core.installed import missing_modules
-from selfattn_core.porting.anything import load_any
+from selfattn_core.installed import NotInstalledError, missing_modules
+from selfattn_core.porting.load import load_any
 from selfattn_core.verifying.containers import CONTAINERS, Container, Runtime, container_of
 from selfattn_core.verifying.diagnosis import Evidence, diagnose
 from selfattn_core.verifying.errors import VerifyError
@@ -179,7 +179,7 @@ def _runtime(container: Container, name: str | None, artifact: str) -> Runtime:
         if not missing_modules(each.requires):
             return each
     missing = missing_modules(runtimes[0].requires)
-    raise ModuleNotFoundError(
+    raise NotInstalledError(
         f"{artifact}: a {container.title} file is run by {runtimes[0].name}, and {', '.join(missing)} is not installed: "
         f"pip install {runtimes[0].install}",
         name=missing[0],

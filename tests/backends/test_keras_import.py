@@ -60,7 +60,7 @@ def test_what_is_not_installed_is_named(backend, modules, help_):
     done = python("-c", HIDE.format(modules=modules), KERAS_BACKEND=backend)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        f"ModuleNotFoundError: selfattn_keras needs {modules[0]}, which is not installed: pip install {help_}"
+        f"selfattn_core.installed.NotInstalledError: selfattn_keras needs {modules[0]}, which is not installed: pip install {help_}"
     )
 
 

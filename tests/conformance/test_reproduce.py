@@ -12,12 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from selfattn_core.cli import main
-from selfattn_core.conformance import run_case
 from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.mutants import MUTANTS
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, as_table
-from selfattn_core.conformance.reproduce import named_runs
+from selfattn_core.conformance.reproduce import named_runs, run_case
 from selfattn_core.conformance.results import BackendReport, Outcome
 from selfattn_core.conformance.verdicts.expected import expect
 

@@ -10,7 +10,7 @@ from click.shell_completion import ShellComplete
 
 from selfattn_core.cli import main
 from selfattn_core.conformance.backends import REGISTRY
-from selfattn_core.porting.dialects.dialect import dialect, dialect_names
+from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
 
 REFUSED = {name for name in dialect_names() if dialect(name).refused}
 FRAMEWORKS = ("torch", "tensorflow", "jax", "keras", "flax", "matplotlib", "h5py", "ml_dtypes")

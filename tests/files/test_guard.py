@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from selfattn_core import cli
 from selfattn_core.cli.guard import GuardedGroup, ended_by_signals
+from selfattn_core.installed import NotInstalledError
 from selfattn_core.porting import PortError
 from tests.files.writers import make_inputs
 
@@ -39,7 +40,7 @@ def run(error: BaseException):
         (MemoryError(), 2, "there is not enough memory. Nothing was written."),
         (MemoryError("1 TiB"), 2, "not enough memory: 1 TiB"),
         (RecursionError(), 2, "nested too deeply"),
-        (ModuleNotFoundError("x needs y: pip install 'selfattn[torch]'"), 3, "pip install 'selfattn[torch]'"),
+        (NotInstalledError("x needs y: pip install 'selfattn[torch]'"), 3, "pip install 'selfattn[torch]'"),
         (
             ImportError("libtorch.so: no such file", name="torch"),
             3,

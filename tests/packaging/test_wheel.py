@@ -147,7 +147,7 @@ def test_what_lacks_its_framework_says_what_to_install(python, package, message)
     result = run(python, "-c", f"import {package}")
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ModuleNotFoundError: ")
+    assert last.startswith("selfattn_core.installed.NotInstalledError: ")
     assert message in last
     assert "pip install 'selfattn[" in last
 

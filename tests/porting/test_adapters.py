@@ -37,6 +37,15 @@ x = np.load(x_file)
 answers = {}
 BODY
 np.savez(out, **answers)
+stray = f"{path}.stray.npz"
+np.savez(stray, **np.load(path), **{"neck.stray": np.ones(1)})
+others = {"dialect": "mmcv", "prefix": "neck", "settings": {"use_scale": False}}
+try:
+    load(stray, **others)
+    raise AssertionError("stray")
+except ValueError as error:
+    assert "pass strict=False" in str(error)
+load(stray, **others, strict=False)
 for options in ({"prefix": "neck"}, {"dialect": "mmcv", "block": "neck"}):
     try:
         load(path, **options)

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 import selfattn_core
 from selfattn_core.cli import main
-from selfattn_core.porting.dialects.dialect import dialect_names
+from selfattn_core.installed import NotInstalledError
+from selfattn_core.porting.dialects.catalogue import dialect_names
 from tests.porting.checkpoints import io_file, written
 
 OTHERS = ("--from", "biggan", "--to", "biggan")
@@ -117,7 +118,7 @@ def test_what_is_not_installed_is_exit_code_3(run, tmp_path, monkeypatch):
     path, _ = written(tmp_path, "heykeetae, plain")
 
     def absent(*arguments):
-        raise ModuleNotFoundError(
+        raise NotInstalledError(
             "selfattn_core.porting needs torch, which is not installed: pip install 'selfattn[torch]'"
         )
 

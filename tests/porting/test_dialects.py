@@ -5,7 +5,8 @@ import tomllib
 
 import pytest
 
-from selfattn_core.porting.dialects.dialect import dialect, dialect_names, parse_dialect
+from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
+from selfattn_core.porting.dialects.parse import parse_dialect
 from selfattn_core.porting.dialects.settings import settings_of
 from selfattn_core.porting.errors import PortError
 
@@ -260,7 +261,7 @@ def test_settings():
 
 def test_the_schema_is_what_the_docstring_shows():
     """The documented file, its alternatives aside, is accepted."""
-    from selfattn_core.porting.dialects import dialect as schema
+    from selfattn_core.porting.dialects import parse as schema
 
     text = schema.__doc__.partition("```toml\n")[2].partition("```")[0]
     content = tomllib.loads(text.replace("value = 1.0 ", "#"))
@@ -272,7 +273,7 @@ def test_the_schema_is_what_the_docstring_shows():
 
 def test_every_field_that_is_read_is_documented(monkeypatch):
     """In the list of fields, which the page takes over, and by its table."""
-    from selfattn_core.porting.dialects import dialect as schema
+    from selfattn_core.porting.dialects import parse as schema
     from selfattn_core.porting.dialects.toml_table import TomlTable
 
     asked = set()

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from selfattn_core import SelfAttentionConfig, init_params, spec
 from selfattn_core.porting import PortError
-from selfattn_core.porting.blocks.match import KeyIndex, match
-from selfattn_core.porting.dialects.dialect import dialect, dialect_names
+from selfattn_core.porting.blocks.keys import KeyIndex
+from selfattn_core.porting.blocks.match import match
+from selfattn_core.porting.blocks.plan import plan
+from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
 from selfattn_core.porting.dialects.settings import settings_of
 from selfattn_core.porting.formats import TensorInfo
-from selfattn_core.porting.translation.from_dialect import import_block, plan
+from selfattn_core.porting.translation.from_dialect import import_block
 from selfattn_core.porting.translation.to_dialect import export_block
 
 WRITABLE = [
@@ -170,7 +172,11 @@ FLAT, POOLED = SelfAttentionConfig(24), SelfAttentionConfig.pooled(24)
         ),
         ("heykeetae", SelfAttentionConfig(24, 5), "it makes qk_channels = 3 of 24 channels"),
         ("mmcv", FLAT, "sub_sample, norm_cfg: it has an out projection"),
-        ("torchgan", FLAT, "torchgan cannot be written: the softmax runs over the output positions"),
+        (
+            "torchgan",
+            FLAT,
+            "torchgan (torchgan, SelfAttention2d) cannot be written: the softmax runs over the output positions",
+        ),
     ],
 )
 def test_why_a_layer_does_not_fit(name, config, message):

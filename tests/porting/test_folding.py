@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 
 from selfattn_core.porting.dialects.dialect import SpectralNorm
+from selfattn_core.porting.dialects.kernel_axes import from_matrix, matrix_shape, to_matrix
 from selfattn_core.porting.translation import folding
-from selfattn_core.porting.translation.folding import (
-    cast,
-    from_matrix,
-    matrix_shape,
-    spectral_state,
-    to_matrix,
-)
+from selfattn_core.porting.translation.folding import cast, spectral_state
 
 RNG = np.random.Generator(np.random.PCG64(3))
 K = RNG.standard_normal((7, 5))

@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from selfattn_core.porting import PortError, Tensors, inspect, port
-from selfattn_core.porting.dialects.dialect import dialect
+from selfattn_core.porting.dialects.catalogue import dialect
+from selfattn_core.porting.translation import from_dialect
 from tests.porting.checkpoints import written
 from tests.porting.originals import ORIGINALS
 
@@ -206,6 +208,22 @@ def test_a_port_holds_less_than_the_tensors_that_it_needs(tmp_path):
     tracemalloc.stop()
     assert report.blocks[0].config["channels"] == channels
     assert peak < 1.2 * needed
+
+
+def test_a_port_reads_no_tensor_more_often_than_it_must(tmp_path, monkeypatch):
+    """A kernel to fold it, and twice to write the trial; the target is made of the trial. One power iteration a kernel."""
+    path, original = written(tmp_path, "biggan, ajbrock")
+    read, iterated = Counter(), []
+    right, state = Tensors.read, from_dialect.spectral_state
+    monkeypatch.setattr(
+        Tensors, "read", lambda self, key: read.update([key] * (self.path == path)) or right(self, key)
+    )
+    monkeypatch.setattr(from_dialect, "spectral_state", lambda *given: iterated.append(1) or state(*given))
+    port(path, tmp_path / "o.safetensors", dialect="biggan")
+    kernels = [key for key in original.tensors if key.endswith("weight")]
+    assert [read[key] for key in kernels] == [3] * 4
+    assert max(read.values()) <= 4
+    assert len(iterated) == 4
 
 
 SCRIPT = """

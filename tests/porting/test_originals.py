@@ -8,10 +8,12 @@ import pytest
 
 from selfattn_core import spec
 from selfattn_core.porting.blocks.bystanders import optimiser_keys
-from selfattn_core.porting.blocks.match import KeyIndex, match, prefixes
-from selfattn_core.porting.dialects.dialect import dialect, dialect_names
+from selfattn_core.porting.blocks.keys import KeyIndex
+from selfattn_core.porting.blocks.match import match, prefixes
+from selfattn_core.porting.blocks.plan import plan
+from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
 from selfattn_core.porting.dialects.settings import settings_of
-from selfattn_core.porting.translation.from_dialect import import_block, plan
+from selfattn_core.porting.translation.from_dialect import import_block
 from tests.porting.originals import ORIGINALS, C
 
 

@@ -21,7 +21,8 @@ from selfattn_core.porting import (
     verify,
     write_tensors,
 )
-from selfattn_core.porting.dialects.dialect import dialect, dialect_names
+from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
+from selfattn_core.problems import Remedy
 from tests.porting.checkpoints import io_file, output, written
 from tests.porting.originals import ORIGINALS, C
 
@@ -107,7 +108,7 @@ def test_the_report_is_whole(tmp_path):
     assert any("bn_eps = 1e-05" in text for text in block.assumptions)
     with open_tensors(target) as tensors:
         for tensor in block.tensors:
-            from selfattn_core.porting.translation.from_dialect import checksum
+            from selfattn_core.porting.translation.lazy import checksum
 
             assert tensor.sha256 == checksum(tensors.read(tensor.target))
         stored = json.loads(tensors.metadata["port"])
@@ -173,7 +174,8 @@ def test_without_a_dialect_candidates_are_listed_and_nothing_is_guessed(tmp_path
     path, _ = written(tmp_path, "heykeetae, plain")
     with pytest.raises(PortError) as caught:
         port(path, tmp_path / "out.safetensors")
-    for name in ("--from", "heykeetae", "danet", "pytorch-advanced", "heykeetae-2018-06-08 (refused)"):
+    assert caught.value.problems[0].remedies == (Remedy("dialect"),)
+    for name in ("heykeetae", "danet", "pytorch-advanced", "heykeetae-2018-06-08 (refused)"):
         assert name in str(caught.value)
     path, _ = written(tmp_path, "torch, plain")
     with pytest.raises(PortError) as caught:
@@ -221,6 +223,8 @@ def refusal(path, tmp_path, **options):
     with pytest.raises(PortError) as caught:
         port(path, tmp_path / "out.safetensors", **options)
     assert not (tmp_path / "out.safetensors").exists()
+    # An option of the command is no word for somebody who calls a function.
+    assert "--" not in str(caught.value)
     return str(caught.value)
 
 
@@ -247,7 +251,7 @@ NAN = np.full((C,), np.nan, np.float32)
     [
         ("heykeetae, plain", drop("gamma"), "missing: gamma"),
         ("heykeetae, plain", drop("query_conv.bias", "value_conv.weight"), "missing: value_conv/weight"),
-        ("fgh, gamma never saved", lambda _: None, "--set gamma=VALUE"),
+        ("fgh, gamma never saved", lambda _: None, 'settings={"gamma": VALUE}'),
         ("heykeetae, plain", put("gamma", np.ones((5, 1, 1, 1), np.float32)), "a gain per sample"),
         ("heykeetae, plain", put("norm.weight", np.ones(C, np.float32)), "unused: net.attn.norm.weight"),
         ("biggan, plain", put("theta.bias", np.ones(3, np.float32)), "unused: blocks.3.1.theta.bias"),
@@ -307,6 +311,12 @@ def test_every_problem_is_said_at_once(tmp_path):
         put("key_conv.weight", np.ones((4, C, 1, 1), np.float32))(file)
 
     path, _ = spoiled("heykeetae, plain", tmp_path, change)
+    with pytest.raises(PortError) as caught:
+        load(path, dialect="heykeetae")
+    assert [(problem.kind, *problem.names) for problem in caught.value.problems] == [
+        ("shape", "net.attn.key_conv.weight"),
+        ("shape", "net.attn.gamma"),
+    ]
     said = refusal(path, tmp_path, dialect="heykeetae")
     assert "the key, goes from" in said
     assert "expected one element" in said
@@ -338,6 +348,17 @@ def test_a_copy_with_other_widths_is_read_and_said_to_be_one(tmp_path):
 
 def test_unused_tensors_can_be_allowed(tmp_path):
     path, _ = spoiled("heykeetae, plain", tmp_path, put("norm.weight", np.ones(C, np.float32)))
+    for way in (
+        lambda **options: port(path, tmp_path / "o.safetensors", **options),
+        lambda **options: load(path, **options),
+    ):
+        with pytest.raises(PortError) as caught:
+            way(dialect="heykeetae")
+        (problem,) = caught.value.problems
+        assert (problem.kind, problem.names) == ("unused", ("net.attn.norm.weight",))
+        assert "pass strict=False" in str(caught.value)
+        assert "pass --allow-unused" in caught.value.in_command()
+    assert load(path, dialect="heykeetae", strict=False)[0].channels == C
     report = port(path, tmp_path / "o.safetensors", dialect="heykeetae", strict=False)
     assert report.blocks[0].unused == ("net.attn.norm.weight",)
 
@@ -456,6 +477,10 @@ def test_a_canonical_file_that_contradicts_itself_is_refused(tmp_path):
         )
         with pytest.raises(PortError, match=f"spectral_norm = {other.spectral_norm}, and its tensors"):
             load(tmp_path / "a.safetensors")
+        (fit,) = (
+            each for each in inspect(tmp_path / "a.safetensors").blocks[0].fits if each.dialect == "canonical"
+        )
+        assert fit.verdict == "almost"
 
 
 def test_what_is_assumed_of_every_kernel_is_said_once(tmp_path):
@@ -825,8 +850,9 @@ def test_a_target_that_exists_is_left_alone(tmp_path):
     path, _ = written(tmp_path, "heykeetae, plain")
     target = tmp_path / "o.safetensors"
     target.write_bytes(b"precious")
-    with pytest.raises(PortError, match="--force"):
+    with pytest.raises(PortError) as caught:
         port(path, target, dialect="heykeetae")
+    assert caught.value.problems[0].kind == "target_exists"
     assert target.read_bytes() == b"precious"
     assert port(path, target, dialect="heykeetae", overwrite=True).written
     assert selfattn_core.load(target)[0] == SelfAttentionConfig(C)
@@ -836,9 +862,9 @@ def test_a_target_that_exists_is_left_alone(tmp_path):
     ("target", "to", "message"),
     [
         ("o.onnx", "canonical", ".onnx cannot be written"),
-        ("o.weights.h5", "canonical", "say --to keras"),
-        ("o", "torch", "say --to flax"),
-        ("o.pt", "canonical", "say --to torch"),
+        ("o.weights.h5", "canonical", "say to='keras'"),
+        ("o", "torch", "say to='flax'"),
+        ("o.pt", "canonical", "say to='torch'"),
         ("o.npz", "canonical", "the canonical form is a .safetensors file, .*; name one[.]"),
         ("absent/o.npz", "torch", "there is no folder"),
         ("o.npz", "nosuch", "dialect 'nosuch' is unknown"),

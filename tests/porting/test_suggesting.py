@@ -8,7 +8,8 @@ import pytest
 import selfattn_core
 from selfattn_core import spec
 from selfattn_core.porting import PortError, inspect, port
-from selfattn_core.porting.dialects.dialect import dialect, parse_dialect
+from selfattn_core.porting.dialects.catalogue import dialect
+from selfattn_core.porting.dialects.parse import parse_dialect
 
 
 def kernels(shapes, seed=0):

@@ -10,9 +10,10 @@ import flax.linen
 from flax import nnx
 
 from selfattn_core.porting.blocks.find import index_of
-from selfattn_core.porting.blocks.match import normal, prefixes
+from selfattn_core.porting.blocks.keys import normal
+from selfattn_core.porting.blocks.match import prefixes
+from selfattn_core.porting.dialects.catalogue import dialect as dialect_named
 from selfattn_core.porting.dialects.dialect import Dialect
-from selfattn_core.porting.dialects.dialect import dialect as dialect_named
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.networks.conversion import Conversion, check_arguments, nested, no_match, refuse
 from selfattn_core.porting.networks.foreign_layer import Options, convert_all

@@ -12,7 +12,7 @@ import selfattn_core
 from selfattn_core import SelfAttentionConfig, parameter_table
 from selfattn_core.arrays import Array
 from selfattn_core.params import state_table
-from selfattn_core.porting.anything import load_any
+from selfattn_core.porting.load import load_any
 from selfattn_core.weights import PathLike
 from selfattn_flax.nnx.layer import SelfAttention2D
 from selfattn_flax.trees import to_numpy, to_tree
@@ -111,6 +111,7 @@ def load(
     dialect: str | None = None,
     prefix: str | None = None,
     settings: Mapping[str, str | bool | float] | None = None,
+    strict: bool = True,
     block_size: int | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
@@ -124,6 +125,7 @@ def load(
         dialect: what another file is, as `selfattn dialects` lists them, or a `.toml` file of your own.
         prefix: which block of such a file, where it has several.
         settings: what such a file does not say, for example {"use_scale": False}.
+        strict: whether tensors under the prefix that nothing reads are an error.
         block_size: as in `SelfAttention2D`.
         dtype: of the computation, as in `SelfAttention2D`.
         param_dtype: of the parameters; by default the file's.
@@ -138,7 +140,9 @@ def load(
         ValueError: if it is not a whole and fitting file of its kind (lists every problem), or holds float64 while JAX
             has no float64.
     """
-    config, params = load_any(path, block=block, dialect=dialect, prefix=prefix, settings=settings)
+    config, params = load_any(
+        path, block=block, dialect=dialect, prefix=prefix, settings=settings, strict=strict
+    )
     return from_canonical(
         config, params, block_size=block_size, dtype=dtype, param_dtype=param_dtype, precision=precision
     )

@@ -10,8 +10,8 @@ import keras
 
 from selfattn_core.porting.blocks.find import index_of
 from selfattn_core.porting.blocks.match import prefixes
+from selfattn_core.porting.dialects.catalogue import dialect as dialect_named
 from selfattn_core.porting.dialects.dialect import Dialect
-from selfattn_core.porting.dialects.dialect import dialect as dialect_named
 from selfattn_core.porting.networks.conversion import Conversion, check_arguments, no_match, refuse
 from selfattn_core.porting.networks.foreign_layer import Options, convert_all
 from selfattn_keras.converting import obstacles

@@ -13,6 +13,7 @@ import numpy as np
 from selfattn_core.arrays import Array, widen
 from selfattn_core.params import parameter_table, projections
 from selfattn_core.porting.dialects.dialect import Dialect
+from selfattn_core.porting.dialects.kernel_axes import to_matrix
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.tensors import Entry, Tensors
 from selfattn_core.porting.networks.conversion import (
@@ -21,7 +22,6 @@ from selfattn_core.porting.networks.conversion import (
     Question,
 )
 from selfattn_core.porting.networks.foreign_layer import ForeignLayerBase, Options, notes_of
-from selfattn_core.porting.translation.folding import to_matrix
 from selfattn_keras.converting.answers import WrongResultError, ask, asked_in, everything_in
 from selfattn_keras.converting.tensors import stored
 from selfattn_keras.layer import SelfAttention2D

@@ -13,6 +13,7 @@ from torch import nn
 from selfattn_core.arrays import Array
 from selfattn_core.params import parameter_table
 from selfattn_core.porting.dialects.dialect import Dialect
+from selfattn_core.porting.dialects.kernel_axes import to_matrix
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.networks.conversion import (
     ConvertedLayer,
@@ -21,7 +22,6 @@ from selfattn_core.porting.networks.conversion import (
 )
 from selfattn_core.porting.networks.foreign_layer import ForeignLayerBase, Options, notes_of
 from selfattn_core.porting.report import listed
-from selfattn_core.porting.translation.folding import to_matrix
 from selfattn_torch.converting.tensors import detached, read, tensors_of
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.weights import from_canonical, make, to_canonical

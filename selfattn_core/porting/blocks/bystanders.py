@@ -8,7 +8,7 @@ import itertools
 import re
 from collections.abc import Iterable
 
-from selfattn_core.porting.blocks.match import normal
+from selfattn_core.porting.blocks.keys import normal
 
 __all__ = ["averages_without_names", "is_averaged", "optimiser_keys"]
 

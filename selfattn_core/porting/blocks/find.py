@@ -1,23 +1,23 @@
 """The blocks of a file that a dialect describes, or everything that stands in the way, at once."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.porting.blocks.bystanders import optimiser_keys
-from selfattn_core.porting.blocks.match import KeyIndex, Match, match, normal, prefixes
+from selfattn_core.porting.blocks.keys import KeyIndex, normal
+from selfattn_core.porting.blocks.match import Match, match, prefixes
+from selfattn_core.porting.blocks.metadata import stated
+from selfattn_core.porting.blocks.plan import Plan, plan
 from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.dialects.settings import Settings
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats import Tensors
 from selfattn_core.porting.formats.sharded import of_several
 from selfattn_core.porting.report import listed
-from selfattn_core.porting.translation.from_dialect import Plan, plan
-from selfattn_core.weights import FORMAT, configs_of
+from selfattn_core.problems import Problem, Remedy
 
-__all__ = ["Found", "canonical_configs", "find_blocks", "index_of", "shown", "stored_pools"]
+__all__ = ["Found", "find_blocks", "index_of", "shown"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ def index_of(tensors: Tensors) -> KeyIndex:
     index = KeyIndex(key for key in tensors if key not in passed_over)
     if index.clashes:
         pairs = "; ".join(f"{one} and {other}" for one, other in index.clashes[:8])
-        raise PortError(f"{tensors.path}: keys that cannot be told apart: {pairs}.")
+        names = [name for pair in index.clashes for name in pair]
+        raise PortError(
+            f"{tensors.path}: keys that cannot be told apart: {pairs}.", kind="keys_alike", names=names
+        )
     return index
 
 
@@ -68,30 +71,32 @@ def find_blocks(
     Raises:
         PortError: if the dialect is refused, no block or several fit, keys are missing, unused or misshapen; every problem.
     """
-    if dialect.refused:
-        raise PortError(
-            f"{tensors.path}: {dialect.name} ({dialect.title}) cannot be ported: {dialect.reason}. Instead: {dialect.instead}."
-        )
+    dialect.check_expressible("ported", where=f"{tensors.path}: ")
     index = index_of(tensors)
+    said = stated(tensors, dialect)
+    if said.configs and "" in said.configs and prefix is None:
+        prefix = [""]
     there = prefixes(dialect, index)
     chosen = _chosen(tensors, dialect, index, there, prefix)
-    problems = []
+    problems: list[Problem] = []
     found = []
     for one in chosen:
         matched = match(dialect, index, one, averaged=settings.ema)
         reasons = _mismatch(matched, strict=strict)
         if not reasons:
-            planned = plan(matched, tensors, settings)
+            planned = plan(matched, tensors, settings, said)
             reasons = list(planned.problems)
             found.append(Found(shown(one, index), planned))
         where = f"block {shown(one, index)!r}: " if one else ""
-        problems += [f"{where}{reason}" for reason in reasons]
+        problems += [reason.within(where) for reason in reasons]
     if problems:
-        problems += [f"left out: {reason}" for reason in list(tensors.left_out.values())[:20]]
-        problems += filter(None, [of_several(tensors.path)])
-        raise PortError(
-            f"{tensors.path}: does not fit {dialect.name} ({dialect.title}); `selfattn inspect` lists the dialects that fit:\n  "
-            + "\n  ".join(problems)
+        left_out = list(tensors.left_out.items())[:20]
+        problems += [Problem("unusable", f"left out: {reason}", (key,)) for key, reason in left_out]
+        if part := of_several(tensors.path):
+            problems.append(Problem("split", part))
+        raise PortError.of(
+            f"{tensors.path}: does not fit {dialect.name} ({dialect.title}); `selfattn inspect` lists the dialects that fit:\n  ",
+            problems,
         )
     return found
 
@@ -103,8 +108,14 @@ def _chosen(
     if prefix is None:
         if len(there) > 1:
             raise PortError(
-                f"{tensors.path}: holds {len(there)} blocks that look like {dialect.name}: {listed(known, 20)}. Say which with "
-                "--prefix, which may be repeated and may hold *."
+                (
+                    f"{tensors.path}: holds {len(there)} blocks that look like {dialect.name}: {listed(known, 20)}. ",
+                    "Say which with ",
+                    Remedy("prefix"),
+                    ", which may be repeated and may hold *.",
+                ),
+                kind="several_blocks",
+                names=known,
             )
         return there or [_nearest(tensors, dialect, index)]
     chosen: list[str] = []
@@ -119,11 +130,15 @@ def _chosen(
             if any(normal(key).startswith(name) for key in optimiser_keys(tensors)):
                 raise PortError(
                     f"{tensors.path}: {wanted!r} is the state of an optimiser, which mirrors a layer and is none; name the "
-                    f"layer's own weights{f': {listed(known, 20)}' if known else ''}."
+                    f"layer's own weights{f': {listed(known, 20)}' if known else ''}.",
+                    kind="optimiser_state",
+                    names=[wanted],
                 )
             blocks = f"it has {listed(known, 20)}" if known else "it has none"
             raise PortError(
-                f"{tensors.path}: has no block {wanted!r} that looks like {dialect.name}; {blocks}."
+                f"{tensors.path}: has no block {wanted!r} that looks like {dialect.name}; {blocks}.",
+                kind="no_block",
+                names=[wanted],
             )
         chosen += [one for one in some if one not in chosen]
     return chosen
@@ -148,54 +163,23 @@ def _nearest(tensors: Tensors, dialect: Dialect, index: KeyIndex) -> str:
     alone = of_several(tensors.path)
     raise PortError(
         f"{tensors.path}: has no block that looks like {dialect.name} ({dialect.title}): expected keys that end with "
-        f"{', '.join(wanted)}; it holds {listed(list(tensors), 6)}{left_out}. {f'{alone}. ' * bool(alone)}`selfattn inspect` lists the dialects that fit."
+        f"{', '.join(wanted)}; it holds {listed(list(tensors), 6)}{left_out}. {f'{alone}. ' * bool(alone)}`selfattn inspect` lists the dialects that fit.",
+        kind="no_block",
+        names=wanted,
     )
 
 
-def _mismatch(found: Match, *, strict: bool) -> list[str]:
-    reasons = [telltale.reason for telltale in found.telltales]
-    reasons += [f"missing: {name}" for name in found.missing]
+def _mismatch(found: Match, *, strict: bool) -> list[Problem]:
+    reasons = [Problem("other_function", telltale.reason, (telltale.key,)) for telltale in found.telltales]
+    reasons += [Problem("missing", f"missing: {name}", (name,)) for name in found.missing]
     if found.ambiguous:
-        reasons.append(
-            f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike: the dialect cannot tell them apart"
-        )
+        text = f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike: the dialect cannot tell them apart"
+        reasons.append(Problem("ambiguous", text, (found.variant.name, *found.ambiguous)))
     if strict and found.unused:
-        reasons.append(
-            f"unused: {listed(found.unused, 20)}; a tensor that nothing reads may change what the layer computes. If it does "
-            "not, pass --allow-unused"
+        said = (
+            f"unused: {listed(found.unused, 20)}; a tensor that nothing reads may change what the layer computes. ",
+            "If it does not, pass ",
+            Remedy("strict", value=False),
         )
+        reasons.append(Problem("unused", said, found.unused))
     return reasons
-
-
-def canonical_configs(tensors: Tensors, chosen: Dialect) -> dict[str, SelfAttentionConfig] | None:
-    """The configs in the metadata of a canonical file, by block; None for any other file.
-
-    Raises:
-        PortError: if the file is of a newer version, or its config cannot be read.
-    """
-    if chosen.name != "canonical" or tensors.metadata.get("format") != FORMAT:
-        return None
-    try:
-        return configs_of(tensors.path, tensors.metadata)
-    except ValueError as error:
-        raise PortError(str(error)) from error
-
-
-def stored_pools(tensors: Tensors, chosen: Dialect) -> dict[str, int]:
-    """The `kv_pool` of the blocks whose file says it beside the tensors, by prefix as `normal` makes it.
-
-    A reader finds it where a layer of this library left it; a file that `port` wrote has it in the report it carries.
-    """
-    if chosen.kv_pool_stored:
-        return {}
-    found = {normal(prefix): pool for prefix, pool in tensors.pools.items()}
-    try:
-        report = json.loads(tensors.metadata["port"])
-        if report["target_dialect"].startswith(f"{chosen.name}:"):
-            for block in report["blocks"]:
-                config = SelfAttentionConfig.from_dict(block["config"])
-                found.setdefault(normal(block["block"]), config.kv_pool)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        # No report of ours, which nothing says that it should be.
-        return found
-    return found

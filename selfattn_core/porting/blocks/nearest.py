@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from selfattn_core.porting.blocks.find import shown
-from selfattn_core.porting.blocks.match import KeyIndex, filled, match
-from selfattn_core.porting.dialects.dialect import Dialect, dialect, dialect_names
+from selfattn_core.porting.blocks.keys import KeyIndex
+from selfattn_core.porting.blocks.match import filled, match
+from selfattn_core.porting.blocks.plan import Listed
+from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
+from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.report import listed
-from selfattn_core.porting.translation.from_dialect import Listed
 
 __all__ = ["Group", "Nearest", "as_lines", "groups", "nearest"]
 

@@ -1,4 +1,4 @@
-"""What a file does not say: the published default, or what `--set NAME=VALUE` gives instead."""
+"""What a file does not say: the published default, or the setting that replaces it."""
 
 import difflib
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.errors import PortError
+from selfattn_core.problems import Problem
 
 __all__ = ["Assumption", "Settings", "settings_of"]
 
@@ -17,7 +18,7 @@ class Assumption:
     """Something that a port relies on and the file does not show.
 
     Args:
-        setting: the name that `--set` knows it by; "" for what cannot be set.
+        setting: the name of the setting that changes it; "" for what cannot be set.
         text: what is assumed.
     """
 
@@ -25,6 +26,7 @@ class Assumption:
     text: str
 
     def __str__(self) -> str:
+        # As reports have it, which are the command's.
         return f"{self.text} (--set {self.setting}=…)" if self.setting else self.text
 
 
@@ -64,7 +66,7 @@ def settings_of(dialect: Dialect, given: Mapping[str, str | Value]) -> Settings:
         PortError: naming every setting that the dialect does not have, and every value that cannot be.
 
     Example:
-        >>> from selfattn_core.porting.dialects.dialect import dialect
+        >>> from selfattn_core.porting.dialects.catalogue import dialect
         >>> settings_of(dialect("mmcv"), {"use_scale": "false"}).use_scale
         False
         >>> settings_of(dialect("heykeetae"), {"use_scale": "false"})
@@ -79,16 +81,16 @@ def settings_of(dialect: Dialect, given: Mapping[str, str | Value]) -> Settings:
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=1)
             rest = f"did you mean {near[0]}?" if near else f"it has {', '.join(kinds) or 'none'}."
-            problems.append(f"{name} is no setting of it; {rest}")
+            problems.append(Problem("unknown_setting", f"{name} is no setting of it; {rest}", (name,)))
             continue
         field, kind = kinds[name]
         parsed = _parse(value, kind)
         if parsed is None:
-            problems.append(f"{name}={value} should be {_WANTED[kind]}")
+            problems.append(Problem("bad_setting", f"{name}={value} should be {_WANTED[kind]}", (name,)))
         else:
             fields[field] = parsed
     if problems:
-        raise PortError(f"dialect {dialect.name}: {'; '.join(problems)}")
+        raise PortError.of(f"dialect {dialect.name}: ", problems, between="; ")
     return Settings(frozenset(given), **({"ema": dialect.ema_first} | fields))  # type: ignore[arg-type]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from selfattn_core.files.writing import write_atomically, write_folder_atomically
-from selfattn_core.porting.errors import PortError
+from selfattn_core.porting.errors import PortError, target_exists
 from selfattn_core.porting.formats.format import Format
 from selfattn_core.porting.formats.table import FORMATS
 from selfattn_core.porting.formats.tensors import Array
@@ -65,15 +65,11 @@ def write_tensors(
             with write_folder_atomically(target, overwrite=overwrite) as place:
                 chosen.fill(place, tensors, fields)
     except FileExistsError:
-        raise PortError(_exists(target)) from None
+        raise target_exists(target) from None
     except OSError as error:
         raise PortError(
             f"{target}: cannot be written: {error.strerror or error}. Nothing was written, and what was there is as it was."
         ) from error
-
-
-def _exists(target: Path) -> str:
-    return f"{target}: exists already and was left as it is; to replace it, pass --force (in Python overwrite=True)."
 
 
 def _check_target(target: Path, chosen: Format, overwrite: bool) -> None:
@@ -84,6 +80,6 @@ def _check_target(target: Path, chosen: Format, overwrite: bool) -> None:
     if chosen.file and target.is_dir():
         raise PortError(f"{target}: is a folder; name a file in it. Nothing was written.")
     if target.exists() and not overwrite:
-        raise PortError(_exists(target))
+        raise target_exists(target)
     if chosen.fill and target.is_dir() and any(target.iterdir()) and not chosen.is_at(target):
         raise PortError(f"{target}: is a folder of something else than a checkpoint, and is not replaced.")

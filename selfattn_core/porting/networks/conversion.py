@@ -15,14 +15,17 @@ from selfattn_core.conformance.verdicts.tolerance import FACTORS, Expectation, V
 from selfattn_core.params import parameter_table
 from selfattn_core.porting.blocks.find import index_of
 from selfattn_core.porting.blocks.match import match
-from selfattn_core.porting.dialects.dialect import Dialect, dialect
+from selfattn_core.porting.blocks.plan import Plan, plan
+from selfattn_core.porting.dialects.catalogue import dialect
+from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.dialects.settings import Settings, settings_of
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats import Tensors
-from selfattn_core.porting.inspect import candidates
+from selfattn_core.porting.inspect import candidates, named
 from selfattn_core.porting.report import listed
-from selfattn_core.porting.translation.from_dialect import Origin, Plan, import_block, plan
+from selfattn_core.porting.translation.from_dialect import Origin, import_block
 from selfattn_core.porting.verify import designed_input
+from selfattn_core.problems import Problem, in_python
 
 __all__ = [
     "Conversion",
@@ -74,8 +77,7 @@ class Foreign:
     def source(self, name: str) -> str:
         """The one key whose numbers a canonical parameter has, at most in another order; "" if there is none such."""
         origin = self.origins[name]
-        computed = any("÷" in step or "×" in step for step in origin.steps)
-        return origin.sources[0] if len(origin.sources) == 1 and not computed else ""
+        return origin.sources[0] if len(origin.sources) == 1 and origin.exact else ""
 
     @property
     def made(self) -> tuple[str, ...]:
@@ -211,13 +213,15 @@ def chosen_dialect(name: str | None, tensors: Tensors, agrees: Callable[[Dialect
     if name is not None:
         return dialect(name)
     found = candidates(tensors)
-    if len(found) == 1 and not found[0].endswith("(refused)"):
-        return dialect(found[0])
-    fits = f"its keys fit {', '.join(found)}" if found else f"its keys fit none: {listed(list(tensors))}"
+    if [fit.verdict for fit in found.values()] == ["fits"]:
+        return dialect(*found)
+    fits = f"its keys fit {named(found)}" if found else f"its keys fit none: {listed(list(tensors))}"
     hint = agreement(None, tensors, agrees)
     raise PortError(
         f"{tensors.path}: say with dialect= what it is: {fits}{f'; {hint}' if hint else ''}. A .toml file of your own describes any "
-        "other."
+        "other.",
+        kind="dialect_needed",
+        names=list(found),
     )
 
 
@@ -229,7 +233,7 @@ def agreement(tried: Dialect | None, tensors: Tensors, agrees: Callable[[Dialect
         tensors: of the layer alone.
         agrees: whether the layer computes what a dialect says.
     """
-    names = [name for name in candidates(tensors) if not name.endswith("(refused)")]
+    names = [name for name, fit in candidates(tensors).items() if fit.verdict == "fits"]
     right = [name for name in names if (tried is None or name != tried.name) and agrees(dialect(name))]
     return f"the layer computes what {' and '.join(right)} say{'s' * (len(right) == 1)}" if right else ""
 
@@ -267,10 +271,10 @@ def read_layer(
         advice = ""
         if keep_spectral_norm and any(norms):
             advice = ". With keep_spectral_norm=False the kernels are divided by it once, and training goes on without it"
-        raise PortError(f"{tensors.path}: {error}{advice}") from error
+        raise error.within(f"{tensors.path}: ", advice) from error
     assumptions = tuple(one.text for one in planned.assumptions)
     params = {name: np.array(array) for name, array in block.params.items()}
-    notes = list(block.notes)
+    notes = [in_python(note) for note in block.notes]
     batch_norm = bool(planned.match.batch_norm)
     if batch_norm:
         notes.append(
@@ -282,24 +286,25 @@ def read_layer(
 
 
 def _plan(tensors: Tensors, chosen: Dialect, settings: Settings) -> Plan:
-    title = f"{chosen.name} ({chosen.title})"
-    if chosen.refused:
-        raise PortError(
-            f"{tensors.path}: {title} cannot be converted: {chosen.reason}. Instead: {chosen.instead}."
-        )
+    chosen.check_expressible("converted", where=f"{tensors.path}: ")
     found = match(chosen, index_of(tensors), "", averaged=settings.ema)
-    reasons = [telltale.reason for telltale in found.telltales]
+    reasons = [Problem("other_function", telltale.reason, (telltale.key,)) for telltale in found.telltales]
     if found.missing:
-        reasons.append(f"it has no {listed(found.missing)}")
+        reasons.append(Problem("missing", f"it has no {listed(found.missing)}", found.missing))
     if found.ambiguous:
-        reasons.append(f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike")
+        names = (found.variant.name, *found.ambiguous)
+        text = f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike"
+        reasons.append(Problem("ambiguous", text, names))
     if found.unused:
-        reasons.append(f"nothing reads its {listed(found.unused)}, which may change what it computes")
+        text = f"nothing reads its {listed(found.unused)}, which may change what it computes"
+        reasons.append(Problem("unused", text, found.unused))
     planned = plan(found, tensors, settings)
     reasons += [] if found.missing else planned.problems
-    reasons += list(tensors.left_out.values())
+    reasons += [Problem("unusable", reason, (key,)) for key, reason in tensors.left_out.items()]
     if reasons:
-        raise PortError(f"{tensors.path}: is not {title}: {'; '.join(reasons)}.")
+        raise PortError.of(
+            f"{tensors.path}: is not {chosen.name} ({chosen.title}): ", reasons, between="; ", end="."
+        )
     return planned
 
 

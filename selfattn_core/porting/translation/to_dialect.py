@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import projections
 from selfattn_core.porting.dialects.dialect import BatchNorm, Dialect, KernelForm, Variant
+from selfattn_core.porting.dialects.kernel_axes import from_matrix
 from selfattn_core.porting.errors import PortError
-from selfattn_core.porting.translation.folding import cast, from_matrix
-from selfattn_core.porting.translation.lazy import LazyArrays
+from selfattn_core.porting.translation.folding import cast
+from selfattn_core.porting.translation.lazy import MarkedArrays
+from selfattn_core.problems import Problem
 
 __all__ = ["Exported", "export_block", "separator"]
 
@@ -30,20 +32,22 @@ class Exported:
         steps: what was done, by key.
         notes: what a person must know.
         variant: name of the variant, "" if there is one only.
+        exact: whether every number is the layer's own, at most in another order.
     """
 
-    tensors: Mapping[str, Array]
+    tensors: MarkedArrays
     made_of: Mapping[str, tuple[str, ...]]
     steps: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
     variant: str
+    exact: bool
 
 
 def separator(dialect: Dialect) -> str:
     """What a dialect puts between the parts of a key.
 
     Example:
-        >>> from selfattn_core.porting.dialects.dialect import dialect
+        >>> from selfattn_core.porting.dialects.catalogue import dialect
         >>> separator(dialect("biggan")), separator(dialect("keras"))
         ('.', '/')
     """
@@ -66,19 +70,23 @@ def export_block(
 
     Example:
         >>> from selfattn_core import init_params
-        >>> from selfattn_core.porting.dialects.dialect import dialect
+        >>> from selfattn_core.porting.dialects.catalogue import dialect
         >>> config = SelfAttentionConfig(16)
         >>> exported = export_block(dialect("heykeetae"), config, init_params(config, seed=0), prefix="attn1.")
         >>> exported.tensors["attn1.query_conv.weight"].shape
         (2, 16, 1, 1)
     """
-    if dialect.refused:
-        raise PortError(f"{dialect.name} cannot be written: {dialect.reason}. Instead: {dialect.instead}.")
+    dialect.check_expressible("written")
     reasons = {variant.name: _misfits(dialect, variant, config, params) for variant in dialect.variants}
     fitting = [variant for variant in dialect.variants if not reasons[variant.name]]
     if not fitting:
-        lines = [f"{f'{name}: ' if name else ''}{'; '.join(why)}" for name, why in reasons.items()]
-        raise PortError(f"{dialect.name} cannot hold {config}:\n  " + "\n  ".join(lines))
+        raise PortError.of(
+            f"{dialect.name} cannot hold {config}:\n  ",
+            [
+                Problem("not_expressible", f"{f'{name}: ' if name else ''}{'; '.join(why)}", (name,))
+                for name, why in reasons.items()
+            ],
+        )
     variant = min(fitting, key=lambda candidate: candidate.batch_norm is not None)
     return _Exporter(dialect, variant, config, params, prefix).run()
 
@@ -154,6 +162,7 @@ class _Exporter:
         self.makers: dict[str, Callable[[], Array]] = {}
         self.made_of: dict[str, tuple[str, ...]] = {}
         self.steps: dict[str, tuple[str, ...]] = {}
+        self.exact = True
 
     def run(self) -> Exported:
         for role in projections(self.config):
@@ -162,7 +171,8 @@ class _Exporter:
             self._put(self.dialect.gamma_keys[0], partial(self._as_it_is, "gamma"), ["gamma"], [])
         if self.variant.batch_norm:
             self._identity_norm(self.variant.batch_norm)
-        return Exported(LazyArrays(self.makers), self.made_of, self.steps, self._notes(), self.variant.name)
+        tensors = MarkedArrays(self.makers)
+        return Exported(tensors, self.made_of, self.steps, self._notes(), self.variant.name, self.exact)
 
     def _put(self, key: str, maker: Callable[[], Array], made_of: list[str], steps: list[str]) -> None:
         key = self.prefix + key
@@ -191,10 +201,12 @@ class _Exporter:
         scale = self.dialect.scale_factor(self.config.channels, self.config.qk_channels)
         if role == "query" and scale != 1:
             divisor = scale
+            self.exact = False
             steps.append(f"÷ {scale:.6g}, which the original multiplies the scores by")
         if not self.dialect.gamma_keys and role == ("out" if self.config.out_projection else "value"):
             factor = float(self.params["gamma"][0]) / (self.dialect.gamma_value or 1.0)
             gamma = ["gamma"]
+            self.exact = False
             steps.append(f"× gamma = {factor:.9g}")
         layout = [] if form.axes == "IO" else [f"(C_in, C_out) → {form.axes}"]
         names = [f"{role}.kernel", *gamma]

@@ -1,0 +1,215 @@
+"""What went wrong, as data: a problem has a kind and names, a remedy names an option, and Python and the command each spell it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+__all__ = ["Kind", "Problem", "ProblemError", "Remedy", "Text", "in_command", "in_python"]
+
+_OPTIONS = {
+    "block": "--block",
+    "check": "--check",
+    "dialect": "--from",
+    "keep_spectral_norm": "--keep-spectral-norm",
+    "overwrite": "--force",
+    "prefix": "--prefix",
+    "settings": "--set",
+    "strict": "--allow-unused",
+    "to": "--to",
+    "whole": "--whole",
+}
+"""The command's options by the keywords of the functions."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """An option to pass, or to leave out.
+
+    Args:
+        option: the keyword in Python.
+        value: to give it; None where only the user knows.
+        setting: for the option `settings`, the name of the setting.
+        choices: what it can be.
+
+    Example:
+        >>> print(Remedy("prefix"), Remedy("prefix").in_command())
+        prefix= --prefix
+        >>> print(Remedy("settings", setting="gamma"), Remedy("settings", setting="gamma").in_command())
+        settings={"gamma": VALUE} --set gamma=VALUE
+        >>> print(Remedy("strict", value=False), Remedy("strict", value=False).in_command())
+        strict=False --allow-unused
+    """
+
+    option: str
+    value: object = None
+    setting: str = ""
+    choices: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.setting:
+            return f'{self.option}={{"{self.setting}": {"VALUE" if self.value is None else self.value}}}'
+        text = f"{self.option}={'' if self.value is None else repr(self.value)}"
+        return f"{text} one of: {', '.join(self.choices)}" if self.choices else text
+
+    def in_command(self) -> str:
+        """As it is typed on the command line."""
+        option = _OPTIONS[self.option]
+        if self.setting:
+            return f"{option} {self.setting}={'VALUE' if self.value is None else self.value}"
+        if self.choices:
+            return f"{option}, one of: {', '.join(self.choices)}"
+        return option if self.value is None or isinstance(self.value, bool) else f"{option} {self.value}"
+
+
+Text = str | tuple[str | Remedy, ...]
+"""A message, in which an option is a `Remedy`; `str` of each part gives Python's words."""
+
+
+def in_python(text: Text) -> str:
+    """A message in Python's words.
+
+    Example:
+        >>> in_python(("say which with ", Remedy("prefix"), "."))
+        'say which with prefix=.'
+    """
+    return _joined(text, str)
+
+
+def in_command(text: Text) -> str:
+    """A message in the words of the command.
+
+    Example:
+        >>> in_command(("say which with ", Remedy("prefix"), "."))
+        'say which with --prefix.'
+    """
+    return _joined(text, Remedy.in_command)
+
+
+def _joined(text: Text, spell: Callable[[Remedy], str]) -> str:
+    return "".join(part if isinstance(part, str) else spell(part) for part in _parts(text))
+
+
+def _parts(text: Text) -> tuple[str | Remedy, ...]:
+    return (text,) if isinstance(text, str) else text
+
+
+Kind = Literal[
+    "ambiguous",
+    "bad_dialect",
+    "bad_io_file",
+    "bad_setting",
+    "batch_norm",
+    "check_failed",
+    "contradiction",
+    "dialect_needed",
+    "dialect_refused",
+    "dtype",
+    "folder_missing",
+    "gamma_not_stored",
+    "keep_spectral_norm",
+    "keys_alike",
+    "missing",
+    "no_block",
+    "not_expressible",
+    "not_finite",
+    "optimiser_state",
+    "other_function",
+    "path",
+    "several_blocks",
+    "shape",
+    "spectral_norm",
+    "split",
+    "target_exists",
+    "target_format",
+    "target_is_read",
+    "unknown_dialect",
+    "unknown_setting",
+    "unusable",
+    "unused",
+    "whole",
+    "widths",
+]
+"""What can be wrong. "unusable" is a file that cannot be read or written."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why something cannot be done.
+
+    Args:
+        kind: which reason, for example "missing".
+        text: what was received, what was expected and what to do.
+        names: the tensors, blocks, dialects or options that it is about.
+
+    Example:
+        >>> problem = Problem("unused", ("unused: norm.weight. Pass ", Remedy("strict", value=False)), ("norm.weight",))
+        >>> print(problem)
+        unused: norm.weight. Pass strict=False
+        >>> problem.remedies
+        (Remedy(option='strict', value=False, setting='', choices=()),)
+    """
+
+    kind: Kind
+    text: Text
+    names: tuple[str, ...] = ()
+
+    @property
+    def remedies(self) -> tuple[Remedy, ...]:
+        """The options that would help."""
+        return tuple(part for part in _parts(self.text) if isinstance(part, Remedy))
+
+    def __str__(self) -> str:
+        return in_python(self.text)
+
+    def within(self, where: str) -> "Problem":
+        """The same problem with its place before it."""
+        return Problem(self.kind, (where, *_parts(self.text)), self.names) if where else self
+
+
+class ProblemError(ValueError):
+    """An error that carries its problems; `str` gives its message in Python's words.
+
+    Args:
+        text: the whole message.
+        problems: the reasons; by default one, the message itself.
+        kind: of that one.
+        names: of that one.
+
+    Example:
+        >>> error = ProblemError(("holds 2 blocks, pass ", Remedy("block", choices=("g", "d"))), kind="several_blocks")
+        >>> print(error)
+        holds 2 blocks, pass block= one of: g, d
+        >>> error.in_command(), error.problems[0].kind
+        ('holds 2 blocks, pass --block, one of: g, d', 'several_blocks')
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        problems: Sequence[Problem] = (),
+        *,
+        kind: Kind = "unusable",
+        names: Sequence[str] = (),
+    ) -> None:
+        super().__init__(in_python(text))
+        self.text = text
+        self.problems = tuple(problems) or (Problem(kind, text, tuple(names)),)
+
+    @classmethod
+    def of(cls, head: str, problems: Sequence[Problem], *, between: str = "\n  ", end: str = "") -> Self:
+        """An error with a message that lists every problem.
+
+        Args:
+            head: before the first one.
+            problems: at least one.
+            between: what separates them.
+            end: after the last one.
+        """
+        parts: list[str | Remedy] = [head]
+        for number, problem in enumerate(problems):
+            parts += [between if number else "", *_parts(problem.text)]
+        return cls((*parts, end), problems)
+
+    def in_command(self) -> str:
+        """The message in the words of the command."""
+        return in_command(self.text)
