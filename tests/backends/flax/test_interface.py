@@ -35,8 +35,8 @@ SIGNATURES = {
     linen.from_canonical: (
         "config, params, *, block_size=None, dtype=None, param_dtype=None, precision=None, name=None"
     ),
-    selfattn_flax.load: "path, *, block=None, dialect=None, prefix=None, settings=None, block_size=None, dtype=None, param_dtype=None, precision=None",
-    linen.load: "path, *, block=None, dialect=None, prefix=None, settings=None, block_size=None, dtype=None, param_dtype=None, precision=None, name=None",
+    selfattn_flax.load: "path, *, block=None, dialect=None, prefix=None, settings=None, strict=True, block_size=None, dtype=None, param_dtype=None, precision=None",
+    linen.load: "path, *, block=None, dialect=None, prefix=None, settings=None, strict=True, block_size=None, dtype=None, param_dtype=None, precision=None, name=None",
     selfattn_flax.save: "layer, path, *, overwrite=False, source=''",
     linen.save: "module, variables, path, *, overwrite=False, source=''",
     selfattn_flax.to_canonical: "layer",
