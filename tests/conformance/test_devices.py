@@ -200,7 +200,7 @@ def test_products_that_cannot_be_measured_are_errors_of_the_family_shipped_alone
         (
             "NamesAreAWord",
             "",
-            "devices() gives cpu: 'cpu:0', card: (0, 1), where the names of all devices of a kind are needed",
+            "devices() returns cpu: 'cpu:0', card: (0, 1), expected the names of all devices of a kind",
         ),
     ],
 )
