@@ -242,7 +242,8 @@ def _expectation_problems(expected: Mapping[Any, Any], claimed: list[Run] | None
             problems.append(f"expects {key} to fail, but there is no such case")
         elif claimed is not None and not any(run.is_named(key) for run in claimed):
             problems.append(
-                f"expects {key} to fail, but claims no run of that name; expected a name such as {all_runs()[0].id}, or its beginning"
+                f"expects {key} to fail, but claims no run of that name; "
+                f"expected a name such as {all_runs()[0].id}, or its beginning"
             )
         if not _is_reason(why):
             problems.append(f"expects {key} to fail for {why!r}, expected (reason, link)")

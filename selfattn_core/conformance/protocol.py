@@ -71,7 +71,7 @@ class Backend(Protocol):
         """The layouts that it computes in: "channels_last", "channels_first" or both."""
 
     def dtypes(self) -> tuple[str, ...]:
-        """Those of "float32", "float64", "bfloat16" and "float16" that it computes in. Without this method: the first two."""
+        """The dtypes that it computes in, of "float32", "float64", "bfloat16" and "float16". By default the first two."""
 
     def expected_failures(self) -> Mapping[str, tuple[str, str]]:
         """Known failures: {"SA-FWD-001", or …"/float32", or …"/float32/channels_last": (reason, link)}.
@@ -166,7 +166,7 @@ METHODS: Mapping[Ability, str] = {
     "memory": "forward",
     "shipped": "default_products",
 }
-"""The method of each ability. "memory" has no method: it claims that the memory of `forward`, and of any other method, is linear."""
+"""The method of each ability. "memory" claims that the memory of `forward`, and of all other methods, is linear."""
 
 ABILITIES: tuple[Ability, ...] = tuple(METHODS)
 
@@ -203,7 +203,7 @@ class Claims:
         return run.case.needs <= set(self.abilities) and has_layout and run.dtype in self.dtypes
 
     def layout(self, run: Run) -> str:
-        """The layout in which the backend computes a covered run: the layout of the run, or the first that the backend has."""
+        """The layout for a covered run: the layout of the run if the backend has it, or else the first that it has."""
         return run.layout if run.layout in self.layouts else next(iter(self.layouts))
 
 

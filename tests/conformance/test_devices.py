@@ -1,4 +1,4 @@
-"""Backends on the device that is asked for, in the words of their framework, and on no other."""
+"""Backends compute on the requested device, named as their framework names it, and on no other."""
 
 import json
 import re
@@ -48,7 +48,7 @@ FEW = [
 
 
 class NeverResets:
-    """The counters of JAX: 100 bytes are in use, 900 once were, and a whole map takes 2900 more."""
+    """The counters of JAX: 100 bytes are in use, the earlier peak was 900, and a whole map needs 2900 more."""
 
     in_use, peak, counts = 100, 900, True
 
@@ -125,7 +125,7 @@ def test_by_default_it_is_the_cpu_and_memory_is_what_its_counters_say():
 
 
 def test_a_peak_that_is_never_forgotten_still_measures_what_exceeds_it():
-    """Earlier computations, as there are in any process, have left a peak above what is in use."""
+    """Earlier computations have left a peak above the memory in use, as in any process."""
     pytest.importorskip("jax")
     case = next(case for case in CASES if case.family == "memory" and case.of == "forward")
     counter = NeverResets()

@@ -1,4 +1,4 @@
-"""Failures that a backend expects."""
+"""Expected failures of a backend."""
 
 from selfattn_core.conformance.execution.runner import run_backend
 from tests.conformance.runs import FEW

@@ -1,4 +1,4 @@
-"""What has the form of a backend, and what has not."""
+"""The kit accepts objects that follow the protocol of a backend, and refuses all others."""
 
 import os
 

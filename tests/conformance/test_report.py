@@ -1,4 +1,4 @@
-"""The forms of a report: right data in, the same statements out of each, nothing that breaks them."""
+"""The forms of a report: all contain the same facts, and no text breaks them."""
 
 import copy
 import dataclasses
@@ -228,7 +228,7 @@ def test_a_terminal_shows_the_same_in_colours(data, monkeypatch, capsys):
 
 
 def test_a_terminal_takes_no_name_for_a_language_of_its_own(capsys):
-    """A library for tables made a cross of `…:X`, and of brackets a colour or an error."""
+    """A library for tables turned `…:X` into a cross, and brackets into a colour or an error."""
     name = "nosuch.mod:X or a.b:smile: [red] [/]"
     show(as_data([BackendReport(name, error="no :X: here")]))
     printed = capsys.readouterr().out
@@ -278,7 +278,7 @@ def test_markdown_is_whole(data):
 
 
 class Page(html.parser.HTMLParser):
-    """What a page holds, and whether its elements are closed in order."""
+    """Collects the content of a page, and checks that its elements are closed in order."""
 
     VOID = ("meta", "br")
 
@@ -330,7 +330,7 @@ def test_the_page_is_whole_and_needs_nothing_else(data):
     ):
         assert words in page.text
     assert 'alert("1")' in page.text, "hostile text is shown, not run"
-    # The loss and the deviation of the one trajectory.
+    # The loss and the deviation of the only trajectory.
     assert page.tags.count("svg") == 2
     assert page.tags.count("polyline") == 5
     assert page.tags.count("polygon") == 1

@@ -70,5 +70,8 @@ COMPUTATIONS: Mapping[ComputationName, Computation] = {
     "init": Computation(("init",), values=False),
     "saved": Computation(("saved", "forward", "params"), values=False),
 }
-"""The computations by name. "spectral_norm" is a forward pass in training mode, "training_vjp" its derivatives, and "evaluation" checks
-that calls in evaluation mode change neither the layer, nor their arguments, nor the answers of earlier calls."""
+"""The computations by name.
+
+"spectral_norm" is a forward pass in training mode, and "training_vjp" is its derivatives. "evaluation" checks that calls in
+evaluation mode do not change the layer, their arguments or earlier answers.
+"""

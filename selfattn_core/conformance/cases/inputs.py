@@ -195,7 +195,7 @@ def clear_windows(config: SelfAttentionConfig, params: Mapping[str, Array], x: A
 
 
 def _clear(case: Case, drawn: Inputs) -> bool:
-    """Whether one logit of every row wins clearly. Only large logits, which rounding of q and k moves by whole units, are checked."""
+    """Whether one logit of every row wins clearly, if logits are so large that rounding q and k moves them by units."""
     if case.logits < 1e4:
         return True
     x = drawn.x.reshape(drawn.x.shape[0], -1, case.config.channels)

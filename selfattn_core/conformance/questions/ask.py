@@ -1,4 +1,4 @@
-"""The question that each family asks a backend. The reference answers the same questions, which gives the expected values."""
+"""The question that each family asks a backend. The answers of the reference are the expected values."""
 
 import tempfile
 from collections.abc import Callable, Mapping

@@ -60,7 +60,7 @@ def difference(old: Data, new: Data) -> Difference:
     for which, data in (("first", old), ("second", new)):
         if data.get("schema") != 1:
             raise ValueError(
-                f"the {which} report has schema {data.get('schema')!r}, but this selfattn reads schema 1: write the report again."
+                f"the {which} report has schema {data.get('schema')!r}, but this selfattn reads schema 1: write it again."
             )
         if wrong := report_problems(data):
             more = f"; and {len(wrong) - _MOST_PROBLEMS} more" if len(wrong) > _MOST_PROBLEMS else ""

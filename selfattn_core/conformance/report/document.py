@@ -157,7 +157,7 @@ def _kill(kill: Kill) -> dict[str, Any]:
 
 
 def _shown(words: str) -> str:
-    """Text that every form can contain: without characters that move a terminal's cursor, and with lone surrogates escaped."""
+    """Text for every form: without characters that move a terminal's cursor, and with lone surrogates escaped."""
     return words.translate(_UNSHOWN).encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -227,8 +227,8 @@ def _trajectories(data: Data) -> str:
         more = f'<details><summary>The same in {rest[0]["dtype"]}</summary><div class="figures">{others}</div></details>'
     return (
         "<h2>Training</h2>\n"
-        "<p>200 optimiser steps from equal weights on equal batches, with the gradients of each backend. The charts show the "
-        "loss, and its deviation from the loss of the float64 definition. The green area is allowed: a multiple of the "
+        "<p>200 optimiser steps from equal weights on equal batches, with the gradients of each backend. The charts show "
+        "the loss, and its deviation from the loss of the float64 definition. The green area is allowed: a multiple of the "
         "deviation of the definition itself in the same arithmetic.</p>\n"
         f'<ul class="legend">{legend}</ul>\n<div class="figures">{figures}</div>{more}'
     )
@@ -282,8 +282,9 @@ def _kills(data: Data) -> str:
     killed = sum(kill["killed"] for kill in data["kills"])
     return (
         "<h2>Mutants</h2>\n"
-        f"<p>{killed} of {len(data['kills'])} mutants were caught. A mutant is a deliberately broken implementation. The kit "
-        "runs it on the cases that should catch it. The table names the case with the largest error, in multiples of the noise floor.</p>\n"
+        f"<p>{killed} of {len(data['kills'])} mutants were caught. A mutant is a deliberately broken "
+        "implementation. The kit runs it on the cases that should catch it. The table names the case with the largest "
+        "error, in multiples of the noise floor.</p>\n"
         '<div class="scroll"><table><thead><tr><th>mutant</th><th>caught by</th><th>× noise floor</th>'
         f"<th>cases</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )

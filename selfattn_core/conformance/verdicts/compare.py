@@ -1,4 +1,4 @@
-"""Judging one run. Most quantities are compared with the noise floor, some bit for bit, and initial weights by distribution."""
+"""Judging one run: most quantities by the noise floor, some bit for bit, and initial weights by their distribution."""
 
 from collections.abc import Mapping
 from functools import lru_cache

@@ -115,7 +115,8 @@ def measured(products: Callable[[Array, Array], Mapping[str, Array]]) -> dict[st
         fits = [label for label, format_ in FORMATS.items() if error <= format_.most]
         if not fits:
             raise ValueError(
-                f"{name}: a number times one has a relative error of {error:.2g}, which is coarser than any format that the kit knows"
+                f"{name}: a number times one has a relative error of {error:.2g}, "
+                "which is coarser than any format that the kit knows"
             )
         found[name] = fits[0]
     return found

@@ -54,7 +54,7 @@ FACTOR = 8.0
 """The largest multiple of the noise floor that passes in float32 and float64."""
 
 FACTORS: Mapping[str, float] = {"float32": FACTOR, "float64": FACTOR, "bfloat16": 4.0, "float16": 4.0}
-"""The factor by dtype. It is smaller in 16 bits, where nearly all of the error comes from roundings that the spec makes too."""
+"""The factor by dtype. In 16 bits it is smaller, because the spec makes nearly all of the roundings too."""
 
 SHIPPED_FACTORS: Mapping[str, float] = {label: FACTOR if label == "float32" else 4.0 for label in FORMATS}
 """The factor of the family "shipped" by format. It is smaller where rounded operands cause nearly all of the error."""
@@ -66,7 +66,7 @@ NARROW_ALLOWANCE = 2.0
 """The most ulp that the floor adds in 16 bits, where the error of the spec is nearly all of the floor."""
 
 SHIPPED_ALLOWANCE = 0.25
-"""The most ulp that the floor adds where operands of products are rounded. That rounding is the whole error, and formats differ by a factor of two."""
+"""The most ulp that the floor adds where operands of products are rounded. A larger floor would hide a coarser format."""
 
 CAPS: Mapping[str, float] = {"forward": 16.0, "map": 16.0, "vjp": 128.0, "r1": 512.0}
 """The cap in ulp, by kind of quantity."""
