@@ -1,4 +1,4 @@
-"""The conformance kit: cases as data, each run by a backend in its own process and compared with the numpy spec."""
+"""The conformance kit. Each backend answers the cases in its own process, and the kit compares them with the definition."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ __all__ = ["ABILITIES", "REGISTRY", "Backend", "resolve", "run_case"]
 
 
 def __getattr__(name: str) -> Any:
-    # It imports the whole kit, and most who import this package need only the protocol.
+    # `run_case` imports the whole kit. Most importers of this package need only the protocol.
     if name == "run_case":
         from selfattn_core.conformance.reproduce import run_case
 

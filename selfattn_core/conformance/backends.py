@@ -1,4 +1,4 @@
-"""The six backends that ship with this library, and how any other is found, made and checked."""
+"""The six built-in backends, and the function that imports and checks any other."""
 
 import importlib
 import inspect
@@ -23,15 +23,15 @@ __all__ = ["REGISTRY", "NotABackendError", "Registered", "is_target", "resolve"]
 
 @dataclass(frozen=True)
 class Registered:
-    """Where a backend is found and what its process needs.
+    """Where a built-in backend is, and what its process needs.
 
     Args:
         target: "module:object".
-        requires: import names without which it cannot run.
+        requires: the import names that it needs.
         extra: the extra of this library that installs them.
-        environment: variables to set before anything is imported.
-        precision: and those that, beside them, ask float32 for its precision or show that the layer asks for it itself;
-            not set where the framework's own defaults are asked for.
+        environment: the environment variables to set before the first import.
+        precision: further variables. They either set full precision for float32, or set a lower one to test that the layer
+            overrides it. They are not set where the kit tests the framework's defaults.
     """
 
     target: str
@@ -42,12 +42,12 @@ class Registered:
 
     @property
     def framework(self) -> str:
-        """The framework of its arrays."""
+        """The import name of the framework."""
         return self.requires[-1]
 
     @property
     def in_full(self) -> dict[str, str]:
-        """The variables of a process that checks float32 at full precision."""
+        """The environment variables of a process that checks float32 at full precision."""
         return {**self.environment, **self.precision}
 
 
@@ -61,8 +61,8 @@ def _keras(framework: str) -> Registered:
 
 
 def _flax(kind: str) -> Registered:
-    # These ask for their precision. Attention has to be in full under this default too, which on a processor rounds
-    # operands in float64 alone.
+    # These layers set their own precision. They must compute at full precision under this default too. On a CPU it rounds
+    # operands in float64 only.
     default = {"JAX_DEFAULT_MATMUL_PRECISION": "BF16_BF16_F32"}
     return Registered(
         f"selfattn_flax.conformance.backend:{kind}_backend", ("flax", "jax"), "flax", precision=default
@@ -80,18 +80,18 @@ REGISTRY: Mapping[str, Registered] = {
 
 
 class NotABackendError(ValueError):
-    """What was named is no backend, by its spelling or by what is found there."""
+    """The named object is not a backend, or the name has the wrong form."""
 
 
 def resolve(target: str) -> Backend:
     """Import a backend.
 
     Args:
-        target: "module:object"; the object is a backend, or a class or function that makes one.
+        target: "module:object". The object is a backend, or a class or function that returns one.
 
     Raises:
-        NotABackendError: if the target is not spelled so, there is no such module or object, or the object has not the
-            form of the protocol; names what it lacks and what is of another kind.
+        NotABackendError: if the target has another form, if the module or the object does not exist, or if the object
+            does not follow the protocol. The message lists every problem.
 
     Example:
         >>> resolve("torch")
@@ -107,7 +107,7 @@ def resolve(target: str) -> Backend:
     try:
         found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # That the module imports something that is not installed is no fault of the name.
+        # The name is right if the missing module is one that this module imports.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise NotABackendError(f"backend {target!r}: {error}.") from error
@@ -126,10 +126,10 @@ def resolve(target: str) -> Backend:
 
 
 def is_target(target: str) -> bool:
-    """Whether a backend is spelled as `resolve` wants it; nothing is imported.
+    """Whether a name has the form that `resolve` expects. This imports nothing.
 
     Args:
-        target: what may be "module:object".
+        target: the name.
     """
     module_name, _, attribute = target.partition(":")
     return all(f"{module_name}.{attribute}".split("."))
@@ -146,27 +146,27 @@ _SAYS: Mapping[str, tuple[type[Any], str]] = {
     "expected_failures": (Mapping, "a mapping of runs to (reason, link)"),
     "devices": (Mapping, "a mapping of words to names of devices"),
 }
-"""What the methods without arguments have to say."""
+"""The type of the answer of each method without arguments, and the words for it in messages."""
 
 
 def _made(target: str, found: Any) -> Any:
-    """The backend that a target names, or that is made by what it names."""
+    """The named backend. The named class or function is called to make it."""
     if not callable(found) or (hasattr(found, "build") and not isinstance(found, type)):
         return found
     if needs := _needs(found):
         raise NotABackendError(
-            f"backend {target!r}: it is called without arguments to make a backend, and needs {needs}; "
-            "name an object that is one, or a function that makes it."
+            f"backend {target!r}: the kit calls it without arguments to make a backend, but it needs {needs}; "
+            "name a backend object, or a function that needs no arguments."
         )
     return found()
 
 
 def _needs(function: Callable[..., Any]) -> str:
-    """The arguments without which it cannot be called."""
+    """The names of the required arguments, separated by commas."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        # Of some that are written in C it is not known.
+        # Some functions written in C have no signature.
         return ""
     given = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return ", ".join(
@@ -181,54 +181,54 @@ def _problems(candidate: Any) -> list[str]:
     claims = said.get("claims", [])
     wanted = [*_ALWAYS, *(METHODS[claim] for claim in claims if claim in ABILITIES)]
     missing = [name for name in dict.fromkeys(wanted) if not hasattr(candidate, name)]
-    # Where all are None, or not there, a device is not claimed.
+    # A backend without these methods, or with None for all of them, claims no device.
     there = [name for name in DEVICE_METHODS if getattr(candidate, name, None) is not None]
     missing += [name for name in DEVICE_METHODS if there and name not in there]
     problems = ([f"lacks {', '.join(missing)}"] if missing else []) + problems
     problems += _uncallable(candidate, wanted)
     if not isinstance(name := getattr(candidate, "name", ""), str):
-        problems.append(f"name is {_short(name)}, where a string is needed")
+        problems.append(f"name is {_short(name)}, expected a string")
     for kind, choices in (("claims", ABILITIES), ("layouts", LAYOUTS), ("dtypes", DTYPES)):
         if strange := [each for each in said.get(kind, []) if each not in choices]:
-            problems.append(f"{kind} {', '.join(map(str, strange))}, where there are {', '.join(choices)}")
+            problems.append(f"{kind} {', '.join(map(str, strange))}, expected some of {', '.join(choices)}")
     devices = said.get("devices", {})
     if strange := [f"{word}: {_short(names)}" for word, names in devices.items() if not _are_names(names)]:
         problems.append(
-            f"devices() gives {', '.join(strange)}, "
-            "where the names of all devices of a kind are needed, as in ('cpu:0',)"
+            f"devices() returns {', '.join(strange)}, "
+            "expected the names of all devices of a kind, as in ('cpu:0',)"
         )
     if said.get("layouts") == []:
-        problems.append("has no layouts, where one of channels_last and channels_first is needed")
+        problems.append("has no layouts, expected channels_last, channels_first or both")
     expected = said.get("expected_failures", {})
-    # Where something else is wrong, what it would be asked is not known.
+    # With any other problem, the claimed runs are unknown.
     claimed = _claimed_runs(candidate, said) if expected and not problems else None
     return problems + _expectation_problems(expected, claimed)
 
 
 def _sayings(candidate: Any) -> tuple[dict[str, Any], list[str]]:
-    """What the methods without arguments say, mappings as such and the rest as lists; and those that say it wrongly."""
+    """The answers of the methods without arguments, as mappings or lists, and the problems with them."""
     said: dict[str, Any] = {}
     problems = []
     for method, (kind, expected) in _SAYS.items():
         if not callable(function := getattr(candidate, method, None)):
             continue
         if needs := _needs(function):
-            problems.append(f"{method}() needs {needs}, where it is called without arguments")
+            problems.append(f"{method}() needs {needs}, but the kit calls it without arguments")
             continue
         answer: Any = function()
         if not isinstance(answer, kind) or isinstance(answer, str | bytes):
-            problems.append(f"{method}() gives {_short(answer)}, where {expected} is needed")
+            problems.append(f"{method}() returns {_short(answer)}, expected {expected}")
         else:
             said[method] = dict(answer) if kind is Mapping else list(answer)
     return said, problems
 
 
 def _uncallable(candidate: Any, wanted: Iterable[str]) -> list[str]:
-    """The methods that are there and are none."""
+    """A problem for each attribute that should be a method and is not callable."""
     methods = dict.fromkeys([*wanted, *_SAYS, *_OPTIONAL])
     there = {method: getattr(candidate, method) for method in methods if hasattr(candidate, method)}
     return [
-        f"{method} is {_short(value)}, where a method is needed"
+        f"{method} is {_short(value)}, expected a method"
         for method, value in there.items()
         if method != "name" and not callable(value) and not (method in _OPTIONAL and value is None)
     ]
@@ -239,18 +239,19 @@ def _expectation_problems(expected: Mapping[Any, Any], claimed: list[Run] | None
     ids = {case.id for case in CASES}
     for key, why in expected.items():
         if str(key).partition("/")[0] not in ids:
-            problems.append(f"expects {key} to fail, which is no case")
+            problems.append(f"expects {key} to fail, but there is no such case")
         elif claimed is not None and not any(run.is_named(key) for run in claimed):
             problems.append(
-                f"expects {key} to fail, which names no run that it claims, as in {all_runs()[0].id} or its beginning"
+                f"expects {key} to fail, but claims no run of that name; "
+                f"expected a name such as {all_runs()[0].id}, or its beginning"
             )
         if not _is_reason(why):
-            problems.append(f"expects {key} to fail for {why!r}, where (reason, link) is needed")
+            problems.append(f"expects {key} to fail for {why!r}, expected (reason, link)")
     return problems
 
 
 def _claimed_runs(candidate: Any, said: Mapping[str, Any]) -> list[Run]:
-    """What a backend will be asked for, as it is reported."""
+    """The runs that the kit will ask a backend for, as reports name them."""
     claims = Claims(said["claims"], said["layouts"], said.get("dtypes", DEFAULT_DTYPES))
     return [
         replace(run, layout=claims.layout(run))

@@ -1,4 +1,4 @@
-"""What a backend of the conformance kit is: its methods, and what it claims."""
+"""The protocol of a conformance backend: its methods and its claims."""
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
@@ -33,46 +33,51 @@ Build = Callable[[SelfAttentionConfig, Mapping[str, Array], str, str], Any]
 
 @runtime_checkable
 class Backend(Protocol):
-    """One implementation of the layer, spoken to in numpy arrays and canonical names.
+    """One implementation of the layer. The kit calls it with numpy arrays and canonical names.
 
-    `name`, `versions`, `claims`, `layouts` and `build` are asked of every backend; of the rest, a backend has the
-    methods of the abilities that it claims, and of `dtypes` and `expected_failures` those that it wants. Abilities that
-    are not claimed are never called, and the report lists them as unclaimed.
+    Every backend has `name`, `versions`, `claims`, `layouts` and `build`, and one method for each ability that it claims.
+    `dtypes` and `expected_failures` are optional. The kit never calls the method of an unclaimed ability. The report lists
+    the ability as unclaimed.
 
-    Arrays are channels-last, (B, H, W, C), whatever the framework's own layout is: the backend transposes. A `model`
-    is whatever `build` returns; the kit only hands it back. A 16-bit dtype travels as float32 arrays whose values the
-    format holds: the backend casts on the way in, and may widen on the way out.
+    Arrays are channels-last, (B, H, W, C), whatever layout the framework uses. The backend transposes them. A `model`
+    is the object that `build` returns. The kit only passes it back. The kit passes 16-bit numbers as float32 arrays whose
+    values the 16-bit format can represent. The backend casts the arrays that it receives, and may return float32.
 
-    Three further methods are optional. `declines(config)` says why there is no layer for a config, or "": its cases are
-    then listed as unclaimed, with that reason. `update(model, params)` gives a model with these weights, which may be the
-    given one, changed: a training trajectory then keeps one model, where it otherwise calls `build` for each step. `eager(model)`
-    gives the model computing operation by operation, for a backend of which `build` gives a compiled one. `as_shipped(model)`
-    gives it with the precision that the framework has by default, where `build` asks for more.
+    Four further methods are optional:
 
-    A backend that can be asked for a device has the methods of `Placed`, and may have `peak_memory(call)`: the bytes by which the memory of the device rises, at its highest, while the call runs
-    (`conformance.questions.peak_memory.PeakUnknownError` where that is not known). Without them it is asked for no device, and
-    says itself where it computes.
+    - `declines(config)` returns the reason why the backend has no layer for a configuration, or "". The report lists the
+      cases of such a configuration as unclaimed, with the reason.
+    - `update(model, params)` returns a model with these weights. It may change the given model. With it, training keeps
+      one model. Without it, training calls `build` for each step.
+    - `eager(model)` returns a model that computes operation by operation. A backend needs it if `build` compiles.
+    - `as_shipped(model)` returns a model with the framework's default precision. A backend needs it if `build` sets a
+      higher one.
+
+    A backend that can compute on a chosen device has the methods of `Placed`. It may also have `peak_memory(call)`, which
+    returns the bytes by which the device's memory rises at its highest while the call runs. `peak_memory` raises
+    `conformance.questions.peak_memory.PeakUnknownError` if it cannot measure that. Without the methods of `Placed` the
+    backend chooses its device itself.
     """
 
     name: str
 
     def versions(self) -> Mapping[str, str]:
-        """Versions of the libraries underneath, for the report."""
+        """The versions of the libraries that the backend uses, for the report."""
 
     def claims(self) -> frozenset[str]:
-        """Which of the abilities of `ABILITIES` this backend has."""
+        """The abilities of `ABILITIES` that this backend has."""
 
     def layouts(self) -> tuple[str, ...]:
-        """Which of "channels_last" and "channels_first" it computes in."""
+        """The layouts that it computes in: "channels_last", "channels_first" or both."""
 
     def dtypes(self) -> tuple[str, ...]:
-        """Which of "float32", "float64", "bfloat16" and "float16" it computes in; without this method the first two."""
+        """The dtypes that it computes in, of "float32", "float64", "bfloat16" and "float16". By default the first two."""
 
     def expected_failures(self) -> Mapping[str, tuple[str, str]]:
         """Known failures: {"SA-FWD-001", or …"/float32", or …"/float32/channels_last": (reason, link)}.
 
-        They are wrong answers: an exception, a crash or a timeout is not expected. One that passes is reported as a
-        failure: it is to be taken out.
+        Only a wrong answer can be an expected failure. An exception, a crash or a timeout is always an error. If a listed
+        run passes, the kit reports a failure. Remove it from the list then.
         """
 
     def build(self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str) -> Any:
@@ -88,23 +93,23 @@ class Backend(Protocol):
         """The gradient of sum(dy∘y): {"x": …, canonical name: …}."""
 
     def params(self, model: Any) -> Mapping[str, Array]:
-        """The layer's weights by canonical name."""
+        """The weights of the layer, by canonical name."""
 
     def initial(self, config: SelfAttentionConfig, seed: int) -> Mapping[str, Array]:
-        """The float32 weights of a new layer, by canonical name, drawn by the framework from this seed."""
+        """The float32 weights of a new layer, by canonical name. The framework draws them from this seed."""
 
     def training_pass(self, model: Any, x: Array) -> Mapping[str, Array]:
-        """One forward pass in training mode: {"y": …}, and weights and state after it by canonical name.
+        """One forward pass in training mode: {"y": …}, and the weights and the state after it, by canonical name.
 
-        It is asked of layers with spectral norm, which it moves by one power iteration; their other answers are those of
-        the evaluation mode.
+        The kit calls this for layers with spectral norm. The pass moves their state by one power iteration. All other
+        methods except `training_vjp` compute in evaluation mode.
         """
 
     def training_vjp(self, model: Any, x: Array, dy: Array) -> Mapping[str, Array]:
-        """The gradient of sum(dy∘y) of one forward pass in training mode: {"x": …, canonical name: …}.
+        """The gradient of sum(dy∘y) for one forward pass in training mode: {"x": …, canonical name: …}.
 
-        As `training_pass` is, it is asked of layers with spectral norm: u and v are those after the power iteration, and
-        constant.
+        The kit calls this for layers with spectral norm. The gradient treats u and v as constants, with their values after
+        the power iteration.
         """
 
     def r1(self, model: Any, x: Array, w: Array) -> tuple[float, Mapping[str, Array]]:
@@ -116,33 +121,33 @@ class Backend(Protocol):
         """The gradient of Σ sum(cotangent∘vjp(…)[name]): {"dy": …, "x": …, canonical name: …}."""
 
     def compiled(self, model: Any) -> Any:
-        """The model in compiled form; `forward` and `vjp` take it in place of the model."""
+        """The model in compiled form. `forward` and `vjp` accept it in place of the model."""
 
     def saved(self, model: Any, folder: str) -> Any:
-        """A new model, from a file of the framework's own that the model was saved to, in this empty folder."""
+        """Save the model to a file of the framework's own in this empty folder, and return a new model from that file."""
 
     def per_sample_vjp(self, model: Any, x: Array, dy: Array) -> Mapping[str, Array]:
-        """The gradient of sum(dy∘y) of each sample: {"x": (B, H, W, C), canonical name: (B, …)}."""
+        """The gradient of sum(dy∘y) for each sample: {"x": (B, H, W, C), canonical name: (B, …)}."""
 
     def default_products(self, left: Array, right: Array) -> Mapping[str, Array]:
-        """The product of two float32 matrices as the framework has it by default, by name of the way it is computed.
+        """The product of two float32 matrices in the framework's default precision, by name of the operation.
 
-        Each way that the layer takes is one: as a matrix product, as a 1×1 convolution. What they keep of their operands
-        is the format that the family "shipped" is held to.
+        The names cover each operation that the layer uses, such as a matrix product and a 1×1 convolution. The kit measures
+        the format to which they round their operands. It judges the family "shipped" in that format.
         """
 
 
 class Placed(Protocol):
-    """The further methods of a backend that can be asked for a device; it has all three or none."""
+    """The further methods of a backend that can compute on a chosen device. A backend has all three or none."""
 
     def devices(self) -> Mapping[str, tuple[str, ...]]:
-        """By each word for a kind of device, the names of those that there are, as in {"cpu": ("cpu:0",), "cuda": ()}."""
+        """The names of the devices of each kind that this machine has, as in {"cpu": ("cpu:0",), "cuda": ()}."""
 
     def on(self, device: str) -> AbstractContextManager[Mapping[str, str]]:
-        """A context in which all is built and computed on this one of `devices`; it gives "model" and "driver"."""
+        """A context in which everything is built and computed on one of `devices`. It yields "model" and "driver"."""
 
     def places(self) -> frozenset[str]:
-        """On which devices the answers lay that were given since this was last called, before they were numpy's."""
+        """The devices that held the answers given since the last call, before they became numpy arrays."""
 
 
 METHODS: Mapping[Ability, str] = {
@@ -161,25 +166,25 @@ METHODS: Mapping[Ability, str] = {
     "memory": "forward",
     "shipped": "default_products",
 }
-"""The method of each ability; "memory" claims no more than that `forward`, and what else there is, stays linear."""
+"""The method of each ability. "memory" claims that the memory of `forward`, and of all other methods, is linear."""
 
 ABILITIES: tuple[Ability, ...] = tuple(METHODS)
 
 DEVICE_METHODS = ("devices", "on", "places")
-"""Those of `Placed`."""
+"""The methods of `Placed`."""
 
 DEFAULT_DTYPES = ("float32", "float64")
-"""Of a backend without the method `dtypes`."""
+"""The dtypes of a backend without the method `dtypes`."""
 
 
 @dataclass(frozen=True)
 class Claims:
-    """What a backend claims, and so what it is asked.
+    """What a backend claims. The kit tests exactly this.
 
     Args:
         abilities: some of `ABILITIES`.
-        layouts: that it computes in.
-        dtypes: that it computes in.
+        layouts: the layouts that it computes in.
+        dtypes: the dtypes that it computes in.
     """
 
     abilities: Collection[str]
@@ -193,26 +198,26 @@ class Claims:
         return cls(frozenset(backend.claims()), tuple(backend.layouts()), tuple(dtypes))
 
     def covers(self, run: Run) -> bool:
-        """Whether the backend has to answer a run."""
+        """Whether the backend must answer a run."""
         has_layout = run.layout in self.layouts or run.in_any_layout
         return run.case.needs <= set(self.abilities) and has_layout and run.dtype in self.dtypes
 
     def layout(self, run: Run) -> str:
-        """The layout to compute a covered run in: its own if the backend has it, or else one that it has."""
+        """The layout for a covered run: the layout of the run if the backend has it, or else the first that it has."""
         return run.layout if run.layout in self.layouts else next(iter(self.layouts))
 
 
 def declined(backend: Backend, config: SelfAttentionConfig) -> str:
-    """Why a backend has no layer for a config; nothing if it has, or does not say."""
+    """The reason why a backend has no layer for a configuration. Empty if it gives none."""
     declines = getattr(backend, "declines", None)
     return "" if declines is None else str(declines(config))
 
 
 def expected_failures_of(backend: Backend) -> dict[str, tuple[str, str]]:
-    """What a backend expects to fail, with reason and link; nothing if it does not say."""
+    """The expected failures of a backend, each with reason and link. Empty if it announces none."""
     return dict(backend.expected_failures()) if hasattr(backend, "expected_failures") else {}
 
 
 def takes_device(backend: Any) -> TypeGuard[Placed]:
-    """Whether a backend can be asked for a device."""
+    """Whether a backend can compute on a chosen device."""
     return all(callable(getattr(backend, name, None)) for name in DEVICE_METHODS)

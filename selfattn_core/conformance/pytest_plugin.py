@@ -1,13 +1,13 @@
-"""The conformance cases as pytest items, for the test run of somebody else's backend.
+"""A pytest plugin that adds the conformance runs of a backend as test items.
 
     pytest -p selfattn_core.conformance.pytest_plugin --selfattn-backend my_package.mine:Backend
 
-adds one item for each case in each dtype and layout to whatever else is collected; to run nothing else, name a folder
-without tests, or this package: `--pyargs selfattn_core.conformance`. `-k` and `--deselect` choose among the items, and
-only the chosen ones are computed, in one process for each backend. What a backend does not claim is skipped and says so;
-one that claims nothing of its level, or declines all that it claims, fails.
+adds one item for each case in each dtype and layout to the collected tests. To run nothing else, name a folder without
+tests, or this package: `--pyargs selfattn_core.conformance`. `-k` and `--deselect` select items. Only the selected ones are
+computed, in one process for each backend. An unclaimed run is a skipped test with that reason. If a backend claims no run
+of the level, or declines all claimed ones, its items fail.
 
-The plugin is named on the command line, and is no entry point: installing selfattn changes nobody's test runs.
+The plugin must be named on the command line. It is not an entry point, so installing selfattn changes no other test runs.
 """
 
 import argparse
@@ -35,29 +35,31 @@ __all__ = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Four options, all of which begin with `--selfattn`."""
+    """Add four options. All begin with `--selfattn`."""
     group = parser.getgroup("selfattn", "conformance of 2-D self-attention layers")
     group.addoption(
         "--selfattn-backend",
         action="append",
         default=[],
         metavar="MODULE:OBJECT",
-        help="a backend to check, or the name of one that ships with selfattn; may be repeated",
+        help="a backend to check, or the name of a built-in one; repeatable",
     )
     group.addoption(
         "--selfattn-level",
         choices=list(LEVELS),
         default="deploy",
-        help="how far to go; by default everything",
+        help="the highest level to check; by default deploy",
     )
     group.addoption(
         "--selfattn-device",
         action="append",
         default=[],
         metavar="DEVICE",
-        help="to compute on, in the words of the framework; by default the CPU",
+        help="the device to compute on, as the framework names it; by default the CPU",
     )
-    group.addoption("--selfattn-seed", type=_seed, default=0, metavar="S", help="of the random inputs")
+    group.addoption(
+        "--selfattn-seed", type=_seed, default=0, metavar="S", help="the seed of the random inputs"
+    )
 
 
 def _seed(words: str) -> int:
@@ -67,7 +69,7 @@ def _seed(words: str) -> int:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Which backends are checked."""
+    """A line with the backends, the level and the seed."""
     names = config.getoption("selfattn_backend")
     if not names:
         return []
@@ -76,7 +78,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"selfattn: {', '.join(names)} at level {level}, seed {seed}{f', on {device}' if device else ''}"]
 
 
-# First, so that -k and --deselect of pytest itself see the items.
+# This runs first, so that -k and --deselect of pytest apply to the items.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
@@ -101,7 +103,7 @@ def pytest_collection_modifyitems(
 
 
 class BackendCollector(pytest.Collector):
-    """The items of one backend, and their one report."""
+    """The items of one backend, and the report that they share."""
 
     _outcomes: dict[Run, Outcome] | None = None
     _report: BackendReport | None = None
@@ -111,11 +113,11 @@ class BackendCollector(pytest.Collector):
         self.runs = runs
 
     def collect(self) -> Iterator[pytest.Item]:
-        """Nothing: the items are made where the options are known."""
+        """Nothing. `pytest_collection_modifyitems` creates the items, because it knows the options."""
         return iter(())
 
     def outcome(self, run: Run) -> tuple[BackendReport, Outcome | None]:
-        """The report of this backend, made when the first item asks, and what came of a run."""
+        """The report of this backend and the outcome of a run. The first call runs all selected items."""
         if self._report is None or self._outcomes is None:
             chosen = [
                 item.run for item in self.session.items if isinstance(item, CaseItem) and item.parent is self
@@ -127,13 +129,13 @@ class BackendCollector(pytest.Collector):
                 runs=chosen,
                 device=devices[0] if devices else "",
             )
-            # The run of an outcome may be in another layout than was asked, where that is of no importance.
+            # An outcome may be in another layout than its item if the layout does not matter.
             self._outcomes = dict(zip(chosen, self._report.outcomes, strict=False))
         return self._report, self._outcomes.get(run)
 
     @cached_property
     def answers_nothing(self) -> bool:
-        """Whether no chosen run was answered, once there is a report, and none that was left out might have been."""
+        """Whether the report contains no answered run, and no claimed run was deselected."""
         report, outcomes = self._report, self._outcomes or {}
         if report is None or any(outcome.status != "unclaimed" for outcome in outcomes.values()):
             return False
@@ -141,7 +143,7 @@ class BackendCollector(pytest.Collector):
 
 
 class NotConformantError(Exception):
-    """Carries the verdict of a case to the report of its failure, and the command that repeats it."""
+    """A failed run: the verdict, and the command that repeats it."""
 
     def __init__(self, words: str, command: str = "") -> None:
         super().__init__(words)
@@ -156,7 +158,7 @@ class CaseItem(pytest.Item):
         self.run = run
 
     def runtest(self) -> None:
-        """Pass, fail, skip or fail as expected, as the kit says."""
+        """Pass, fail, skip or xfail, according to the outcome of the run."""
         assert isinstance(self.parent, BackendCollector)  # noqa: S101 - for the type
         report, outcome = self.parent.outcome(self.run)
         if report.missing:
@@ -167,7 +169,7 @@ class CaseItem(pytest.Item):
             words = f"unclaimed{f': {outcome.message}' if outcome.message else ''}"
             if self.parent.answers_nothing:
                 level = self.config.getoption("selfattn_level")
-                raise NotConformantError(f"{words}, as is everything else that is asked at level {level}")
+                raise NotConformantError(f"{words}, as is every other case of level {level}")
             pytest.skip(words)
         if outcome.status == "expected-failure":
             pytest.xfail(f"{outcome.reason} ({outcome.link})")
@@ -177,7 +179,7 @@ class CaseItem(pytest.Item):
             raise NotConformantError(f"{outcome.status}: {outcome.message}", again)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """The verdict; a traceback through the kit would tell nothing about the backend."""
+        """The verdict, without a traceback through the kit, which would not help to find the bug."""
         if isinstance(excinfo.value, NotConformantError):
             case = self.run.case
             heading = f"{case.title} ({case.family}; {case.config}, input {case.shape})"
@@ -185,6 +187,6 @@ class CaseItem(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[str, None, str]:
-        """The heading of a failure."""
+        """The location and heading of a failure."""
         assert self.parent is not None  # noqa: S101 - for the type
         return self.parent.name, None, f"{self.parent.name} {self.run.id}"

@@ -25,9 +25,9 @@ class Model:
     """A layer of the reference.
 
     Args:
-        config: which layer.
-        params: its weights, in the dtype that it computes in.
-        layout: of the maps that it is given.
+        config: the configuration.
+        params: the weights, in the dtype that the layer computes in.
+        layout: the layout of its feature maps.
     """
 
     config: SelfAttentionConfig
@@ -36,7 +36,7 @@ class Model:
 
 
 class Reference:
-    """The spec as a backend, in every ability but linear memory; bfloat16 is not a dtype of numpy.
+    """The spec as a backend, with every ability except "memory" and without bfloat16, which numpy does not have.
 
     Args:
         function: `selfattn_core.spec`, or a module with the same functions.
@@ -59,38 +59,38 @@ class Reference:
         return {"numpy": np.__version__}
 
     def claims(self) -> frozenset[str]:
-        """Everything but "memory"."""
+        """Every ability except "memory"."""
         return frozenset(ABILITIES) - {"memory"}
 
     def layouts(self) -> tuple[str, ...]:
-        """Both."""
+        """Both layouts."""
         return ("channels_last", "channels_first")
 
     def dtypes(self) -> tuple[str, ...]:
-        """What numpy has."""
+        """The dtypes that numpy has."""
         return ("float32", "float64", "float16")
 
     def expected_failures(self) -> Mapping[str, tuple[str, str]]:
-        """None."""
+        """No expected failures."""
         return {}
 
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
     ) -> Model:
-        """The weights, cast."""
+        """A layer with the weights cast to the dtype."""
         return Model(config, {name: array.astype(dtype) for name, array in params.items()}, layout)
 
     def native(self, maps: Array, model: Model) -> Array:
-        """The maps in the layout and dtype that the model is given them in."""
+        """The feature maps in the layout and dtype of the model."""
         maps = maps.astype(model.params["gamma"].dtype)
         return maps if model.layout == "channels_last" else np.moveaxis(maps, 3, 1)
 
     def canonical(self, maps: Array, model: Model) -> Array:
-        """Back to channels-last."""
+        """The feature maps in channels-last."""
         return maps if model.layout == "channels_last" else np.moveaxis(maps, 1, 3)
 
     def arguments(self, model: Model, *maps: Array) -> tuple[Any, ...]:
-        """What a function of the spec is called with."""
+        """The arguments for a function of the spec."""
         given = (self.canonical(self.native(each, model), model) for each in maps)
         return (model.config, model.params, *given)
 
@@ -110,7 +110,7 @@ class Reference:
         return gradients
 
     def params(self, model: Model) -> dict[str, Array]:
-        """The weights that were put in."""
+        """The weights of the layer."""
         return dict(model.params)
 
     def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
@@ -118,7 +118,7 @@ class Reference:
         return init_params(config, seed)
 
     def default_products(self, left: Array, right: Array) -> dict[str, Array]:
-        """Numpy's."""
+        """The matrix product of numpy."""
         return {"matrix product": left @ right}
 
     def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
@@ -145,18 +145,18 @@ class Reference:
         return gradients
 
     def compiled(self, model: Model) -> Model:
-        """Numpy has no other form."""
+        """The same model, because numpy does not compile."""
         return model
 
     def saved(self, model: Model, folder: str) -> Model:
-        """By way of numpy's own file."""
+        """A model that was saved to a file of numpy and loaded."""
         path = Path(folder) / "weights.npz"
         np.savez(path, **dict(model.params))  # type: ignore[arg-type]
         with np.load(path) as file:
             return Model(model.config, dict(file), model.layout)
 
     def per_sample_vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
-        """The derivatives of one sample after the other."""
+        """The derivatives of each sample."""
         each = [self.vjp(model, x[b : b + 1], dy[b : b + 1]) for b in range(x.shape[0])]
         gathered = {name: np.stack([gradients[name] for gradients in each]) for name in each[0]}
         return gathered | {"x": gathered["x"][:, 0]}

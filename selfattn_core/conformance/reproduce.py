@@ -1,4 +1,4 @@
-"""Runs chosen by name, to repeat a failure."""
+"""Choosing runs by name and repeating them, to debug a failure."""
 
 import difflib
 from collections.abc import Iterable
@@ -15,24 +15,24 @@ __all__ = ["case_names", "named_runs", "run_case"]
 
 
 def run_case(backend: Backend | str, case: str, *, seed: int = 0, device: str = "") -> tuple[Outcome, ...]:
-    """Ask a backend one case and judge its answers.
+    """Run one case on a backend and judge its answers.
 
-    An object is asked in this process, where a debugger can follow it. Its framework keeps its own settings, so on an
-    accelerator it may compute float32 less precisely than in a report. A name is asked in a process of its own, as
-    `selfattn conform` does.
+    A backend object runs in this process, where you can debug it. Its framework keeps its own settings, so on an
+    accelerator it may compute float32 less precisely than in a report. A named backend runs in its own process, as with
+    `selfattn conform`.
 
     Args:
         backend: an object with the methods of `Backend`, a name in `REGISTRY`, or "module:object".
-        case: as in "SA-FWD-001", "SA-FWD-001/float32" or "SA-FWD-001/float32/channels_last".
-        seed: of the random inputs.
-        device: to compute on; only for a name.
+        case: the name of a case or run: "SA-FWD-001", "SA-FWD-001/float32" or "SA-FWD-001/float32/channels_last".
+        seed: the seed of the random inputs.
+        device: the device to compute on. Only a named backend accepts one.
 
     Returns:
-        One outcome for each run that the name means, with a verdict for each quantity. Runs that an object does not claim
-        are left out.
+        One outcome for each run with that name, with a verdict for each quantity. Runs that a backend object does not
+        claim are left out.
 
     Raises:
-        ValueError: if there is no such case, no such backend, or if a named backend does not start.
+        ValueError: if the case or the backend does not exist, or if a named backend does not start.
 
     Example:
         >>> from selfattn_core.conformance.reference import Reference
@@ -51,14 +51,14 @@ def run_case(backend: Backend | str, case: str, *, seed: int = 0, device: str = 
 
 
 def named_runs(names: Iterable[str], *, level: Level = "deploy") -> list[Run]:
-    """The runs that these names mean, in the order of the table.
+    """The runs with these names, in the order of the table.
 
     Args:
-        names: as in "SA-FWD-001", "SA-FWD-001/float32" or "SA-FWD-001/float32/channels_last".
-        level: the highest.
+        names: names such as "SA-FWD-001", "SA-FWD-001/float32" or "SA-FWD-001/float32/channels_last".
+        level: the highest level to search.
 
     Raises:
-        ValueError: if a name means no run. The message lists every such name.
+        ValueError: if no run has one of the names. The message lists every such name.
 
     Example:
         >>> [run.id for run in named_runs(["SA-FWD-001/float64"])]
@@ -68,7 +68,8 @@ def named_runs(names: Iterable[str], *, level: Level = "deploy") -> list[Run]:
     chosen: set[Run] = set()
     problems = []
     for name in names:
-        # A backend that has one layout reports it also for runs whose layout does not matter, which are listed in the other.
+        # The table lists runs whose layout does not matter as channels_last. A backend that only has channels_first reports
+        # them as channels_first.
         known = [run for run in every if run.is_named(name)] or [
             run for run in every if f"{run.case.id}/{run.dtype}/channels_first" == name
         ]
@@ -83,10 +84,10 @@ def named_runs(names: Iterable[str], *, level: Level = "deploy") -> list[Run]:
 
 
 def case_names(beginning: str) -> list[str]:
-    """The names that complete a beginning: cases first, after a slash their dtypes, after another their layouts.
+    """The names that begin with some text: cases, after one slash their dtypes, and after two their layouts.
 
     Args:
-        beginning: what has been typed.
+        beginning: the text that the user has typed.
 
     Example:
         >>> case_names("SA-FWD-001/float6")

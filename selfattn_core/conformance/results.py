@@ -1,4 +1,4 @@
-"""What came of a run, and of all runs of a backend."""
+"""The result of one run, and the results of all runs of a backend."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,21 +17,21 @@ Status = Literal["pass", "fail", "error", "unclaimed", "expected-failure"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run.
+    """The result of one run.
 
     Args:
-        run: which.
-        status: "error" is a crash, an exception or a timeout; "unclaimed" an ability, dtype or layout that the backend
-            does not have, or memory where it cannot be measured; an expected failure that passes is a "fail".
-        verdicts: one for each quantity that was compared.
-        message: why it is not a pass.
-        reason: why a failure was expected; empty if none was.
-        link: where that can be read up.
-        seconds: that the backend took to answer; 0 if it did not.
-        losses: of a training trajectory, one for each step.
+        run: the run.
+        status: "error" is a crash, an exception or a timeout. "unclaimed" is an ability, dtype or layout that the backend
+            does not have, or memory where it cannot be measured. An expected failure that passes is a "fail".
+        verdicts: one for each compared quantity.
+        message: why the run did not pass.
+        reason: why the backend expects a failure. Empty if it expects none.
+        link: a page about that failure.
+        seconds: the time that the backend took to answer. 0 if it did not answer.
+        losses: the losses of a training trajectory, one for each step.
         reference: the losses of the float64 spec at the same steps.
         floors: the noise floor of the loss at the same steps.
-        label: the format of products that the family "shipped" was held to; empty in the others.
+        label: the format of products in which the family "shipped" is judged. Empty in other families.
     """
 
     run: Run
@@ -48,28 +48,28 @@ class Outcome:
 
     @property
     def ratio(self) -> float:
-        """The worst error in noise floors."""
+        """The largest multiple: the worst error in noise floors."""
         return max((verdict.ratio for verdict in self.verdicts), default=0.0)
 
 
 @dataclass(frozen=True)
 class BackendReport:
-    """Everything about one backend.
+    """The results of one backend.
 
     Args:
-        name: as it was asked for.
-        versions: of the libraries underneath.
+        name: the name that the user gave.
+        versions: the versions of the libraries that it uses.
         claims: the abilities that it claims.
-        layouts: that it computes in.
-        dtypes: that it computes in.
-        outcomes: one for each run, in order; empty if it did not start.
-        missing: modules that are not installed.
+        layouts: the layouts that it computes in.
+        dtypes: the dtypes that it computes in.
+        outcomes: one for each run, in order. Empty if the backend did not start.
+        missing: the modules that are not installed.
         extra: the extra of this library that installs them.
-        error: why it did not start.
-        refused: whether that is because what was named is no backend, or no device of it.
-        absent: whether that is because the device is not in this machine.
-        device: that it computed on.
-        seconds: that it took.
+        error: why the backend did not start.
+        refused: whether it did not start because the name is not a backend, or the device is not one of its devices.
+        absent: whether it did not start because this machine does not have the device.
+        device: the device that it computed on.
+        seconds: the time that all runs took.
     """
 
     name: str
@@ -88,22 +88,23 @@ class BackendReport:
 
     @property
     def claimed(self) -> Claims:
-        """All that it claims."""
+        """Everything that the backend claims."""
         return Claims(self.claims, self.layouts, self.dtypes)
 
     @property
     def passed(self) -> bool:
-        """Whether it started, answered everything that it claims, and every answer was right or its failure expected."""
+        """Whether the backend started, answered all claimed runs, and each answer was right or an expected failure."""
         answered = [outcome for outcome in self.outcomes if outcome.status != "unclaimed"]
         right = ("pass", "expected-failure")
         return not self.error and bool(answered) and all(outcome.status in right for outcome in answered)
 
     def conformant(self, level: Level) -> bool:
-        """Whether it is conformant at a level.
+        """Whether the backend is conformant at a level.
 
-        That is: every case of the level, and of those below it, was run and passed in at least one dtype and layout,
-        and none of their runs failed, be it expected or not. What a backend does not claim it is not conformant in; but
-        of cases in 16 bits alone, those that exist in none of its dtypes are not asked for, if there is one that does.
+        Every case of the level, and of the levels below it, must pass in at least one dtype and layout. None of their runs
+        may fail, and an expected failure counts as a failure. An unclaimed case prevents the level. There is one exception:
+        a case that exists only in 16 bits does not count if the backend has none of its dtypes. Each family still needs at
+        least one case that counts.
         """
         families = {family for family in through(level) if not FAMILIES[family].optional}
         asked = [
@@ -121,6 +122,6 @@ class BackendReport:
 
     @property
     def level(self) -> Level | None:
-        """The highest level that it is conformant at."""
+        """The highest level at which the backend is conformant."""
         reached = [level for level in LEVELS if self.conformant(level)]
         return reached[-1] if reached else None

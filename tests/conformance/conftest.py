@@ -1,4 +1,4 @@
-"""For tests of the kit: its toy backends can be imported, here and in processes of their own."""
+"""Fixtures for tests of the kit. They make its toy backends importable, here and in other processes."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The few runs that toy backends are asked."""
+"""The few runs that the toy backends answer."""
 
 from selfattn_core.conformance.cases.table import all_runs
 

@@ -1,7 +1,7 @@
-"""Every backend of this library over every case, each in a process of its own.
+"""Every built-in backend passes every case, each in its own process.
 
-A case is asked in one dtype and layout here, in turns, so that every family meets them all; `make conform` asks it in
-all of them.
+Here each case runs in one dtype and layout. They alternate, so that every family runs in all of them. `make conform` runs
+every case in every dtype and layout.
 """
 
 from itertools import groupby
@@ -14,7 +14,7 @@ from selfattn_core.conformance.cases.table import CASES, all_runs
 from selfattn_core.conformance.execution.runner import run_backend
 from selfattn_core.conformance.report import as_data, as_table
 
-# Keras compiles nothing on torch.
+# Keras on torch does not compile.
 LEVELS = dict.fromkeys(REGISTRY, "deploy") | {"keras-torch": "gan"}
 UNCLAIMED = {"keras-tensorflow": {"per_sample"}, "keras-torch": {"compiled", "per_sample"}}
 
@@ -24,14 +24,14 @@ def layouts(name):
     return LAYOUTS[:1] if name.startswith("flax") else LAYOUTS
 
 
-# They share the attention itself and, on JAX, the compiler, which takes a second for a derivative: of the families below
-# each is asked its part.
+# These share the attention itself and, on JAX, the compiler, which needs a second for a derivative. So each runs only its
+# part of the families below.
 GROUPS = (("keras-jax", "flax-nnx", "flax-linen"), ("torch", "keras-torch"), ("keras-tensorflow",))
 SHARED = ("forward", "map", "vjp", "r1", "mixed", "spectral_norm", "dtype", "compiled")
 
 
 def in_turns(name):
-    """Of each case one run."""
+    """One run of each case."""
     runs = [run for run in all_runs() if run.layout in layouts(name)]
     grouped = [list(group) for _, group in groupby(runs, key=lambda run: run.case.id)]
     (sharing,) = (group for group in GROUPS if name in group)
@@ -45,7 +45,7 @@ def in_turns(name):
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_backend_is_conformant(name, monkeypatch):
-    # Most of JAX's time is XLA's, for programs that are then run once.
+    # XLA uses most of JAX's time, to compile programs that run once.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0", prepend=" ")
     report = run_backend(name, runs=in_turns(name))
     assert report.passed, as_table(as_data([report]))

@@ -1,4 +1,4 @@
-"""The limits have been tried on right backends: what was measured is committed, and was no false alarm."""
+"""The limits are calibrated on correct backends. The measurements are committed, and contain no false alarm."""
 
 import json
 from pathlib import Path

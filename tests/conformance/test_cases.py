@@ -1,4 +1,4 @@
-"""The table of cases is frozen, and its cases see what they are there for."""
+"""The table of cases is frozen, and its cases test what their titles announce."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_ids_are_unique_and_every_family_is_there():
 
 
 def described(case) -> str:
-    """A case as a line; what it has beyond the fields of every case stands at the end."""
+    """A case as a line. Fields that only some cases use are at the end."""
     line = (
         f"{case.id} {case.family} {_options(case.config)} {case.shape} "
         f"gamma {case.gamma} logits {case.logits} {'constant ' if case.constant else ''}: {case.title}"
@@ -34,13 +34,13 @@ def described(case) -> str:
 
 
 def test_cases_are_frozen():
-    """Ids, layers and sizes are what reports of different versions are compared by."""
+    """Ids, layers and sizes are frozen, because reports of different versions are compared by them."""
     listing = "\n".join(described(case) for case in CASES)
     assert listing + "\n" == (HERE / "golden_cases.txt").read_text(encoding="utf-8")
 
 
 def _options(config):
-    """The values of a config; that of spectral_norm, an option younger than the first cases, only where it is True."""
+    """The values of a config. spectral_norm is newer than the first cases, so it appears only if it is True."""
     values = tuple(config.to_dict().values())
     return values if config.spectral_norm else values[:-1]
 

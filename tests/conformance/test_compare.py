@@ -1,4 +1,4 @@
-"""The answers of one run compared with the spec."""
+"""Comparing the answers of one run with the spec."""
 
 import numpy as np
 

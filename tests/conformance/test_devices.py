@@ -1,4 +1,4 @@
-"""Backends on the device that is asked for, in the words of their framework, and on no other."""
+"""Backends compute on the requested device, named as their framework names it, and on no other."""
 
 import json
 import re
@@ -48,7 +48,7 @@ FEW = [
 
 
 class NeverResets:
-    """The counters of JAX: 100 bytes are in use, 900 once were, and a whole map takes 2900 more."""
+    """The counters of JAX: 100 bytes are in use, the earlier peak was 900, and a whole map needs 2900 more."""
 
     in_use, peak, counts = 100, 900, True
 
@@ -125,7 +125,7 @@ def test_by_default_it_is_the_cpu_and_memory_is_what_its_counters_say():
 
 
 def test_a_peak_that_is_never_forgotten_still_measures_what_exceeds_it():
-    """Earlier computations, as there are in any process, have left a peak above what is in use."""
+    """Earlier computations have left a peak above the memory in use, as in any process."""
     pytest.importorskip("jax")
     case = next(case for case in CASES if case.family == "memory" and case.of == "forward")
     counter = NeverResets()
@@ -137,9 +137,7 @@ def test_a_peak_that_is_never_forgotten_still_measures_what_exceeds_it():
 
 def test_answers_on_another_device_are_failures():
     report = run_backend("toy_backends:Strays", runs=ONE, device="cpu:1")
-    assert [outcome.message for outcome in report.outcomes] == [
-        "answers lay on cpu:0, where cpu:1 was asked for"
-    ]
+    assert [outcome.message for outcome in report.outcomes] == ["answers are on cpu:0, expected cpu:1"]
     assert statuses(report) == {"forward": "fail"}
     assert run_backend("toy_backends:Strays", runs=ONE, device="cpu:0").passed
 
@@ -147,7 +145,7 @@ def test_answers_on_another_device_are_failures():
 def test_answers_of_which_no_place_was_noted_are_failures():
     report = run_backend("toy_backends:Silent", runs=ONE, device="cpu:1")
     assert [outcome.message for outcome in report.outcomes] == [
-        "places() named no device after an answer, where cpu:1 was asked for"
+        "places() named no device after an answer, expected cpu:1"
     ]
     assert statuses(report) == {"forward": "fail"}
 
@@ -168,10 +166,13 @@ def test_a_device_without_memory_for_one_case_answers_the_others():
 @pytest.mark.parametrize(
     ("backend", "words"),
     [
-        ("NoProducts", "the framework's own products: .*no such product here"),
+        ("NoProducts", "the framework's default products: .*no such product here"),
         ("CoarseProducts", "coarser than any format"),
-        ("DiesOfProducts", "died by signal 9 while the framework's own products were measured: an illegal"),
-        ("HangsInProducts", "ended after 5 s while the framework's own products were measured"),
+        (
+            "DiesOfProducts",
+            "died by signal 9 while the framework's default products were measured: an illegal",
+        ),
+        ("HangsInProducts", "ended after 5 s while the framework's default products were measured"),
         ("DiesAsShipped", "did not start: the process exited with code 7"),
     ],
 )
@@ -192,15 +193,15 @@ def test_products_that_cannot_be_measured_are_errors_of_the_family_shipped_alone
 @pytest.mark.parametrize(
     ("backend", "device", "words"),
     [
-        ("Good", "cpu", "this backend takes none: it has no methods devices, on and places"),
+        ("Good", "cpu", "this backend accepts none: it has no methods devices, on and places"),
         ("OnTwo", "cuda", "got device 'cuda'; expected one of cpu, toy, card"),
         ("WithoutPlaces", "", "lacks on, places"),
         ("NoPlaces", "", "lacks places"),
-        ("NowhereToGo", "cpu", "this backend takes none"),
+        ("NowhereToGo", "cpu", "this backend accepts none"),
         (
             "NamesAreAWord",
             "",
-            "devices() gives cpu: 'cpu:0', card: (0, 1), where the names of all devices of a kind are needed",
+            "devices() returns cpu: 'cpu:0', card: (0, 1), expected the names of all devices of a kind",
         ),
     ],
 )
@@ -286,9 +287,9 @@ def test_a_report_says_why_default_precisions_are_not_known():
         report = BackendReport("mine", {}, claimed, ("channels_last",), ("float32",), outcomes, device=device)
         found.append(device_words(as_data([report])["backends"][0]).partition("by default: ")[2])
     assert found == [
-        "not measured, which the level deploy does",
+        "not measured, only the level deploy measures it",
         "could not be measured",
-        "not measured, for the backend does not claim default precision",
+        "not measured, because the backend does not claim default precision",
     ]
 
 
@@ -314,9 +315,7 @@ def test_jax_on_one_of_several_devices(monkeypatch, device):
 def test_jax_on_another_device_than_asked_for(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     report = run_backend("toy_jax:Strays", runs=ONE, device="cpu:3")
-    assert [outcome.message for outcome in report.outcomes] == [
-        "answers lay on cpu:0, where cpu:3 was asked for"
-    ]
+    assert [outcome.message for outcome in report.outcomes] == ["answers are on cpu:0, expected cpu:3"]
 
 
 @pytest.mark.parametrize("visible", ["", None])

@@ -1,4 +1,4 @@
-"""What the processes of backends find in their environment."""
+"""The environment variables of the processes of backends."""
 
 import contextlib
 import subprocess
@@ -89,7 +89,7 @@ def test_less_precision_is_switched_off_and_other_instructions_are_not(monkeypat
 
 
 def test_backends_run_with_it(monkeypatch, tmp_path):
-    """Two at once have half of the cores each, and one folder of programs, which is gone afterwards."""
+    """Two processes at once get half of the cores each. They share a folder of programs, which is removed afterwards."""
     monkeypatch.setenv("TOY_PROCESSES", str(tmp_path / "processes"))
     for each in (module, runner):
         monkeypatch.setattr(each, "cores", lambda: 6)
@@ -105,7 +105,7 @@ def test_backends_run_with_it(monkeypatch, tmp_path):
 
 
 def test_a_single_backend_has_both_processes(monkeypatch, tmp_path):
-    """Each answers half of the runs, which are reported in their order; what one of them loses is its own."""
+    """Each process answers half of the runs. The report keeps their order, and a crash affects only one half."""
     for each in (module, runner):
         monkeypatch.setattr(each, "cores", lambda: 2)
     monkeypatch.setenv("TOY_PROCESSES", str(tmp_path / "processes"))
@@ -127,7 +127,7 @@ def test_a_part_that_dies():
 
 
 def test_a_backend_that_only_one_process_can_hold(monkeypatch, tmp_path):
-    """What one of two processes could not start for is asked again when the other one has ended."""
+    """If one of two processes cannot start, its runs start again when the other process has ended."""
     monkeypatch.setenv("TOY_LOCK", str(tmp_path / "lock"))
     runs = all_runs(level="core")[:6]
     report = run_backend("toy_backends:Exclusive", runs=runs, parts=2)

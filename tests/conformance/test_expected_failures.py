@@ -1,4 +1,4 @@
-"""Failures that a backend expects."""
+"""Expected failures of a backend."""
 
 from selfattn_core.conformance.execution.runner import run_backend
 from tests.conformance.runs import FEW
@@ -28,4 +28,4 @@ def test_a_failure_that_is_no_more_is_a_failure(on_path):
     report = run_backend("toy_backends:StaleFailure", runs=FEW)
     bad = [outcome for outcome in report.outcomes if outcome.status != "pass"]
     assert [outcome.run.id for outcome in bad] == ["SA-FWD-001/float64/channels_last"]
-    assert "take SA-FWD-001/float64 out of expected_failures" in bad[0].message
+    assert "remove SA-FWD-001/float64 from expected_failures" in bad[0].message

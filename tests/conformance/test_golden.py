@@ -1,4 +1,4 @@
-"""The golden vectors: right, whole, reproducible bit for bit, of this version, and readable without this library."""
+"""The golden vectors are correct, complete, reproducible bit for bit, current, and readable without this library."""
 
 import decimal
 import hashlib
@@ -33,7 +33,7 @@ from selfattn_core.conformance.verdicts.tolerance import FACTOR
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "golden-vectors"
 CASES_BY_ID = {case.id: case for case in golden.golden_cases()}
-# One of each computation, and of each way a config can be: flat, pooled, with and without an out projection.
+# One case of each computation, and of each kind of config: flat, pooled, with and without an out projection.
 SOME = [
     *("SA-FWD-002", "SA-MAP-007", "SA-VJP-016", "SA-GAN-009", "SA-VJP-010", "SA-FWD-013", "SA-GAN-014"),
     *("SA-MIX-007", "SA-MIX-009", "SA-SPN-005", "SA-SPN-006", "SA-SPN-007", "SA-SPN-009", "SA-SPN-012"),
@@ -62,7 +62,7 @@ def frozen(name: str) -> dict[str, str]:
 
 
 def test_files_of_this_edition_are_frozen():
-    """Raise EDITION, freeze the new sums as a new list, and say in the changelog what is different.
+    """To change a file, raise EDITION, freeze the new sums as a new list, and list the changes in the changelog.
 
     A new case needs no other edition: its line is added to the list.
     """
@@ -73,7 +73,7 @@ def test_files_of_this_edition_are_frozen():
 
 
 def test_arrays_of_this_version_are_frozen():
-    """Other inputs or expectations are another function: raise spec.VERSION, and freeze the new sums as a new list.
+    """Other inputs or expected values mean another function. Raise spec.VERSION, and freeze the new sums as a new list.
 
     The arrays are what follows the header, so that another description leaves these sums as they are.
     """
@@ -96,7 +96,7 @@ def test_files_are_reproduced_bit_for_bit(case):
 
 @pytest.mark.parametrize("case", CASES_BY_ID.values(), ids=CASES_BY_ID)
 def test_the_float64_spec_gives_what_the_decimals_say(case):
-    """And the float32 spec does, within the tolerances in the file."""
+    """The float32 spec also passes, within the tolerances in the file."""
     content = (FOLDER / f"{case.id}.safetensors").read_bytes()
     arrays = safetensors.numpy.load(content)
     with safetensors.safe_open(FOLDER / f"{case.id}.safetensors", "numpy") as file:
@@ -142,7 +142,7 @@ def test_the_float64_spec_gives_what_the_decimals_say(case):
 
 @pytest.mark.parametrize("case", CASES_BY_ID.values(), ids=CASES_BY_ID)
 def test_the_tolerances_are_those_of_the_kit(case):
-    """Of the floor, all but the error of the spec, which in the kit is that of this machine's float32."""
+    """Compares the floor without the error of the spec, because the kit measures that error on this machine."""
     with safetensors.safe_open(FOLDER / f"{case.id}.safetensors", "numpy") as file:
         description = json.loads(file.metadata()["golden"])
     assert description["factor"] == FACTOR
@@ -163,7 +163,7 @@ def test_what_vanishes_has_the_ulp_of_its_terms(case):
 
 
 def test_terms_that_vanish_are_the_same_in_every_arithmetic():
-    """In decimals to the last bit of float64, first and second derivatives, with spectral norm and without."""
+    """First and second derivatives in decimals, to the last bit of float64, with and without spectral norm."""
     for case in (CASES_BY_ID[name] for name in ("SA-VJP-014", "SA-MIX-006", "SA-SPN-007", "SA-MIX-009")):
         sums = []
         for number in (to_decimals, to_singles, None):
@@ -186,7 +186,7 @@ def test_terms_that_vanish_are_the_same_in_every_arithmetic():
 
 @pytest.mark.parametrize("case", [name for name in CASES_BY_ID if name.startswith("SA-SPN")])
 def test_no_machine_draws_another_state(case):
-    """It is computed in float64, where the last bits are the BLAS', and no rounding to float32 hangs on them."""
+    """It is computed in float64. Its last bits depend on the BLAS, but no rounding to float32 depends on them."""
     drawn, rounded = (inputs(CASES_BY_ID[case], dtype).params for dtype in ("float64", "float32"))
     state = [name for name in drawn if name.endswith((".u", ".v"))]
     assert len(state) >= 6
@@ -206,7 +206,7 @@ def test_a_changed_function_is_refused_and_a_new_version_is_not(tmp_path, monkey
 
     forward = spec.forward
     monkeypatch.setattr(spec, "forward", lambda config, params, x: x + (forward(config, params, x) - x) * 2)
-    # Another edition is no licence for another function.
+    # A new edition must not hide a changed function.
     for edition in (golden.EDITION, golden.EDITION + 1):
         monkeypatch.setattr(golden, "EDITION", edition)
         refused = run(golden.main, [str(tmp_path)])
@@ -272,7 +272,7 @@ def test_one_bit_is_a_difference(tmp_path):
 
 
 READER = ROOT / "examples" / "golden_reader.py"
-# What a file shows, in the source of the reader, and a bug in its place.
+# Text in the source of the reader, and a bug that replaces it.
 BUGS = {
     "nothing is subtracted in the softmax's gradient": (
         ".swapaxes(1, 2) - subtracted)",
@@ -314,13 +314,13 @@ BUGS = {
 
 
 def reader(folder: Path, program: Path = READER) -> subprocess.CompletedProcess[str]:
-    # Isolated: neither the working folder nor PYTHONPATH can lend it this library.
+    # Isolated mode, so that it cannot import this library from the working folder or PYTHONPATH.
     command = [sys.executable, "-I", str(program), str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_a_reader_that_has_none_of_our_code():
-    """Its layer subtracts rowsum(G∘o) where the spec has rowsum(A∘dA), and takes second derivatives by complex steps."""
+    """Its layer subtracts rowsum(G∘o), not rowsum(A∘dA), and computes second derivatives by complex steps."""
     source = READER.read_text(encoding="utf-8")
     imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
     assert imported == {"hashlib", "json", "sys", "pathlib", "numpy"}

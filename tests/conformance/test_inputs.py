@@ -1,4 +1,4 @@
-"""The inputs of the cases can see bugs, and rounding decides nothing in them."""
+"""The inputs of the cases reveal bugs, and rounding decides nothing in them."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def test_inputs_can_see_bugs(case):
 
 
 def test_no_pooling_window_of_an_input_is_decided_by_rounding():
-    """Two right backends would send its gradient to different positions."""
+    """Otherwise two correct backends could send a gradient to different positions."""
     case = next(case for case in CASES if case.config.kv_pool == 2 and case.shape == (2, 5, 7))
     clear = inputs(case, "float64")
     assert _decided(case, clear)

@@ -1,7 +1,7 @@
-"""Backends from outside conform: two that share none of our code, by the command, as anybody's would be checked.
+"""Two backends that share no code with this library are conformant, checked with the command as users would.
 
-The values are asked by the command; of the derivatives, whose compilation takes JAX a second each, a few of each family.
-`selfattn conform examples.outside_backends.pure_jax:Backend` asks them all.
+The command runs all values. JAX needs a second to compile each derivative, so only a few of each family run here.
+`selfattn conform examples.outside_backends.pure_jax:Backend` runs them all.
 """
 
 import json
@@ -25,7 +25,7 @@ FEW = re.compile(r"SA-(VJP-00[1-5]|GAN-00[12]|TRN-00[14]|PAR-00[12]|MIX-001|SPN-
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    # Most of JAX's time is XLA's, for programs that are then run once.
+    # XLA uses most of JAX's time, to compile programs that run once.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0", prepend=" ")
 
 

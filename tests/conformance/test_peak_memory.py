@@ -1,4 +1,4 @@
-"""The peak of memory."""
+"""Measuring peak memory."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a framework does to float32 by default is measured, and a layer is held to as much."""
+"""The kit measures the format of a framework's default products, and judges its layers in that format."""
 
 import ast
 import inspect
@@ -110,11 +110,11 @@ def test_every_product_of_the_spec_rounds_its_operands(label):
     ],
 )
 def test_nothing_else_has_other_limits(id_, dtype, quantity, floor, cap):
-    """Floor and cap as they were before there were formats, at commit 549f443."""
+    """Floor and cap before formats were introduced, at commit 549f443."""
     case = next(case for case in CASES if case.id == id_)
     found = expect(case, dtype)[quantity]
     assert found.cap == pytest.approx(cap, rel=1e-9)
-    # The error of numpy in it depends on the order in which this processor sums.
+    # The error of numpy in the floor depends on the order in which this processor sums.
     assert found.floor == pytest.approx(floor, rel=0.5)
     assert FACTORS == {"float32": 8, "float64": 8, "bfloat16": 4, "float16": 4}
 

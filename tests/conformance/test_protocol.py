@@ -1,4 +1,4 @@
-"""What has the form of a backend, and what has not."""
+"""The kit accepts objects that follow the protocol of a backend, and refuses all others."""
 
 import os
 
@@ -13,19 +13,22 @@ from tests.conformance.runs import FEW
     ("target", "words"),
     [
         ("toy_backends:Lacking", "lacks attention_map"),
-        ("toy_backends:Boastful", "claims telepathy, where there are forward, map"),
+        ("toy_backends:Boastful", "claims telepathy, expected some of forward, map"),
         ("toy_backends:Placeless", "has no layouts"),
-        ("toy_backends:UnknownFailure", "expects SA-XYZ-001 to fail, which is no case; expects SA-FWD-001"),
+        (
+            "toy_backends:UnknownFailure",
+            "expects SA-XYZ-001 to fail, but there is no such case; expects SA-FWD-001",
+        ),
         (
             "toy_backends:UnclaimedFailure",
             (
-                "expects SA-FWD-001/float23 to fail, which names no run that it claims, as in "
-                "SA-FWD-001/float32/channels_last or its beginning; expects SA-CMP-001 to fail"
+                "expects SA-FWD-001/float23 to fail, but claims no run of that name; expected a name such as "
+                "SA-FWD-001/float32/channels_last, or its beginning; expects SA-CMP-001 to fail"
             ),
         ),
         (
             "toy_backends:UnclaimedFailure",
-            "expects SA-FWD-001/float32/channels_first to fail, which names no run that it claims",
+            "expects SA-FWD-001/float32/channels_first to fail, but claims no run of that name",
         ),
         ("toy_backends:Absent", "toy_backends has no 'Absent'"),
         ("no_such_module:Backend", "No module named 'no_such_module'"),
@@ -46,28 +49,28 @@ def test_a_backend_that_does_not_start(on_path, target, words):
         (
             "Formless",
             [
-                "versions() gives None, where a mapping of names to versions is needed",
-                "layouts() gives 'channels_last', where a tuple of channels_last, channels_first is needed",
-                "dtypes() gives 'float32', where a tuple of",
-                "expected_failures() gives ['SA-FWD-001'], where a mapping of runs to (reason, link) is needed",
-                "forward is 3, where a method is needed",
-                "update is 'later', where a method is needed",
-                "name is None, where a string is needed",
+                "versions() returns None, expected a mapping of names to versions",
+                "layouts() returns 'channels_last', expected a tuple of channels_last, channels_first",
+                "dtypes() returns 'float32', expected a tuple of",
+                "expected_failures() returns ['SA-FWD-001'], expected a mapping of runs to (reason, link)",
+                "forward is 3, expected a method",
+                "update is 'later', expected a method",
+                "name is None, expected a string",
             ],
         ),
-        ("ClaimsAWord", ["claims() gives 'forward', where a set of forward, map, vjp"]),
-        ("ClaimsNone", ["claims() gives None, where a set of forward"]),
-        ("ClaimsAttribute", ["claims is ('forward',), where a method is needed"]),
-        ("ClaimsOfSomething", ["claims() needs what, where it is called without arguments"]),
-        ("ClaimsMixed", ["claims 3, ['map'], where there are forward"]),
-        ("ExpectsNumber", ["lacks attention_map; expects 3 to fail, which is no case"]),
+        ("ClaimsAWord", ["claims() returns 'forward', expected a set of forward, map, vjp"]),
+        ("ClaimsNone", ["claims() returns None, expected a set of forward"]),
+        ("ClaimsAttribute", ["claims is ('forward',), expected a method"]),
+        ("ClaimsOfSomething", ["claims() needs what, but the kit calls it without arguments"]),
+        ("ClaimsMixed", ["claims 3, ['map'], expected some of forward"]),
+        ("ExpectsNumber", ["lacks attention_map; expects 3 to fail, but there is no such case"]),
         (
             "Configured",
             [
-                "it is called without arguments to make a backend, and needs path, device; name an object that",
+                "the kit calls it without arguments to make a backend, but it needs path, device; name a backend object",
             ],
         ),
-        ("configured", ["called without arguments to make a backend, and needs path;"]),
+        ("configured", ["calls it without arguments to make a backend, but it needs path;"]),
         ("sys", ["lacks name, versions, claims, layouts, build"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""The plugin as a third party uses it: items with the ids of the cases, and verdicts in place of tracebacks."""
+"""The plugin in the project of a user: items have the ids of runs, and failures show verdicts, not tracebacks."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def theirs(tmp_path):
-    """Somebody's project, with a test of its own."""
+    """The project of a user, with one test."""
     (tmp_path / "test_own.py").write_text("def test_own():\n    assert True\n", encoding="utf-8")
     return tmp_path
 
@@ -99,8 +99,8 @@ def test_a_failure_shows_the_verdict_and_no_traceback(theirs):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("ClaimsNothing", "unclaimed, as is everything else that is asked at level core"),
-        ("DeclinesAll", "channels today, as is everything else that is asked at level core"),
+        ("ClaimsNothing", "unclaimed, as is every other case of level core"),
+        ("DeclinesAll", "channels today, as is every other case of level core"),
     ],
 )
 def test_a_backend_that_answers_nothing_fails_as_in_the_command(theirs, name, words):
@@ -111,7 +111,7 @@ def test_a_backend_that_answers_nothing_fails_as_in_the_command(theirs, name, wo
 
 
 def test_what_was_not_chosen_might_have_been_answered(theirs):
-    """A backend without maps passes nothing among the maps, and fails nothing either."""
+    """A backend that does not claim `map` passes no map case and fails none."""
     chosen = ["--selfattn-backend", "toy_backends:InferenceOnly", "-k", "MAP-001"]
     result = run_pytest(theirs, *chosen)
     assert result.returncode == 0, result.stdout

@@ -1,4 +1,4 @@
-"""The spec, asked as a backend, conforms to itself."""
+"""The spec passes every case as a backend."""
 
 from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.table import all_runs

@@ -1,4 +1,4 @@
-"""The forms of a report: right data in, the same statements out of each, nothing that breaks them."""
+"""The forms of a report: all contain the same facts, and no text breaks them."""
 
 import copy
 import dataclasses
@@ -200,8 +200,8 @@ def test_a_backend_that_answers_nothing_is_told_why_it_fails():
     declined = [nothing[0], Outcome(runs[1], "unclaimed", (), "cannot pool")]
     some = [nothing[0], passing(runs[1])]
     data = as_data([report("a", nothing), report("b", declined), report("c", some)], level="core")
-    first = "claims nothing that was asked at level core"
-    second = "answers nothing that was asked at level core; the first reason: cannot pool"
+    first = "claims no case of level core"
+    second = "answers no case of level core; the first reason: cannot pool"
     assert f"a: {first}\n\nb: {second}" in as_table(data)
     assert "\nc: " not in as_table(data)
     for form in (as_markdown, as_html):
@@ -228,7 +228,7 @@ def test_a_terminal_shows_the_same_in_colours(data, monkeypatch, capsys):
 
 
 def test_a_terminal_takes_no_name_for_a_language_of_its_own(capsys):
-    """A library for tables made a cross of `…:X`, and of brackets a colour or an error."""
+    """A library for tables turned `…:X` into a cross, and brackets into a colour or an error."""
     name = "nosuch.mod:X or a.b:smile: [red] [/]"
     show(as_data([BackendReport(name, error="no :X: here")]))
     printed = capsys.readouterr().out
@@ -278,7 +278,7 @@ def test_markdown_is_whole(data):
 
 
 class Page(html.parser.HTMLParser):
-    """What a page holds, and whether its elements are closed in order."""
+    """Collects the content of a page, and checks that its elements are closed in order."""
 
     VOID = ("meta", "br")
 
@@ -318,7 +318,7 @@ def test_the_page_is_whole_and_needs_nothing_else(data):
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
     assert "1 of 5 backends pass" not in page.text
-    assert "2 of 5 backends pass, 2 of 3 planted bugs noticed" in page.text
+    assert "2 of 5 backends pass, 2 of 3 mutants caught" in page.text
     for words in (
         "good",
         "0.80 ×",
@@ -330,7 +330,7 @@ def test_the_page_is_whole_and_needs_nothing_else(data):
     ):
         assert words in page.text
     assert 'alert("1")' in page.text, "hostile text is shown, not run"
-    # The loss and the deviation of the one trajectory.
+    # The loss and the deviation of the only trajectory.
     assert page.tags.count("svg") == 2
     assert page.tags.count("polyline") == 5
     assert page.tags.count("polygon") == 1
@@ -340,7 +340,7 @@ def test_a_page_of_good_news(reports):
     page = Page(as_html(as_data(reports[:1])))
     assert "✓ The backend passes" in page.text
     assert "Problems" not in page.text
-    assert "good passed every check that it claims." in page.text
+    assert "good passed every claimed check." in page.text
 
 
 def test_a_curve_is_drawn_where_its_values_are(data):
@@ -414,7 +414,7 @@ def test_backends_that_come_and_go(data):
     new["spec"] += 1
     found = difference(data, new)
     assert found.regressions == ["good: did not start: ImportError: gone"]
-    assert "absent: starts; before: framework not installed" in found.fixed
+    assert "absent: starts, before: framework not installed" in found.fixed
     assert "others: conformant at core, before at none" in found.fixed
     assert set(found.versions) == {
         f"spec: spec {data['spec']} → {new['spec']}",
@@ -434,7 +434,9 @@ DAMAGES = {
         d.update(versions="new"),
     ),
     "backends[1]: got None, expected object": lambda d: d["backends"].__setitem__(1, None),
-    "backends[0].level: got 'perfect', which is none": lambda d: d["backends"][0].update(level="perfect"),
+    "backends[0].level: got 'perfect', which fits no alternative": lambda d: d["backends"][0].update(
+        level="perfect"
+    ),
     "backends[0].missing: got True, expected array": lambda d: d["backends"][0].update(missing=True),
     "outcomes[0].ratios.y: got '0.5', expected number or null": (
         lambda d: d["backends"][0]["outcomes"][0]["ratios"].update(y="0.5")
@@ -456,7 +458,7 @@ def test_what_is_no_report_is_not_compared(data, words):
     DAMAGES[words](damaged)
     with pytest.raises(ValueError, match=re.escape(words)) as told:
         difference(data, damaged)
-    assert "the second report is no report of selfattn conform --json: " in str(told.value)
+    assert "the second report is not a report of selfattn conform --json: " in str(told.value)
     with pytest.raises(ValueError, match="the first report"):
         difference(damaged, data)
 
@@ -486,7 +488,7 @@ def test_other_inputs_and_levels_are_not_compared(data):
     assert len(found.notes) == 2
     new.update(level="training")
     assert (
-        "good: 1 cases are no more, SA-TRN-001/float32/channels_last among them"
+        "good: 1 runs are missing, such as SA-TRN-001/float32/channels_last"
         in difference(data, new).regressions
     )
 
@@ -505,7 +507,7 @@ def test_the_command_tells_a_regression_by_its_exit_code(data, tmp_path):
     new.write_text("{}", encoding="utf-8")
     strange = run(main, ["conform", "--diff", str(old), str(new)])
     assert strange.exit_code == 2
-    assert "the second report has schema None, where this selfattn reads 1" in strange.output
+    assert "the second report has schema None, but this selfattn reads schema 1" in strange.output
     new.write_text('{"schema": 1, "backends": 3}', encoding="utf-8")
     damaged = run(main, ["conform", "--diff", str(old), str(new)])
     assert damaged.exit_code == 2

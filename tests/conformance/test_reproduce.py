@@ -1,4 +1,4 @@
-"""A failure can be repeated: by the command and the function that run one case, and by the lines in every report."""
+"""A failure can be repeated with the command and with `run_case`, and every report shows the command."""
 
 import html
 import json
@@ -34,7 +34,7 @@ def test_a_case_is_named_by_its_id_or_with_dtype_and_layout():
     assert named_runs(["SA-FWD-001"]) == of_case
     assert [run.dtype for run in named_runs(["SA-FWD-001/float64"])] == ["float64"]
     assert named_runs([FIRST, "SA-FWD-001/float32"]) == [run for run in of_case if run.dtype == "float32"]
-    # Only channels_last is listed where the layout does not matter, and a report may have the other.
+    # If the layout does not matter, the table lists only channels_last, but a report may name the other.
     assert [run.id for run in named_runs(["SA-FWD-001/float64/channels_first"])] == [
         "SA-FWD-001/float64/channels_last"
     ]

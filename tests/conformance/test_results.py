@@ -1,4 +1,4 @@
-"""Outcomes of runs, and the level that a backend reaches with them."""
+"""Outcomes, and the level that a backend reaches with them."""
 
 import pytest
 
@@ -26,16 +26,16 @@ def test_levels_are_reached_by_what_is_claimed_and_passed(on_path):
     assert whole.passed
     assert whole.level == "core"
     assert not whole.conformant("training")
-    # One dtype and one layout are enough, as is said in `conformant`.
+    # One dtype and one layout are enough, as the docstring of `conformant` explains.
     assert run_backend("toy_backends:SinglePrecision", runs=core).level == "core"
-    # What was not asked is not reached.
+    # A level whose cases did not run is not reached.
     assert run_backend("toy_backends:Core", runs=core[:8]).level is None
     spoilt = run_backend("toy_backends:NotANumber", runs=core)
     assert spoilt.level is None
 
 
 def in_16_bits(status, *dtypes):
-    """A report of a backend of these dtypes to which all came as its claims let it, but for one dtype."""
+    """A report of a backend with these dtypes. All claimed runs passed, except those in one dtype."""
 
     def outcome(run):
         if run.dtype not in dtypes:
@@ -47,7 +47,7 @@ def in_16_bits(status, *dtypes):
 
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
 def test_one_dtype_of_16_bits_is_enough_to_deploy(half):
-    """Some cases are there in float16 alone, which a backend of bfloat16 cannot be asked."""
+    """Some cases exist only in float16, so a backend with bfloat16 cannot run them."""
     assert {case.dtypes for case in CASES if case.family == "dtype"} >= {("float16",)}
     report = in_16_bits({}, "float32", "float64", half)
     assert report.level == "deploy"

@@ -1,4 +1,4 @@
-"""What the runner refuses, and reports as missing, before it starts a process."""
+"""The names that the runner refuses or reports as missing before it starts a process."""
 
 import dataclasses
 import time

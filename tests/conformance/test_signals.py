@@ -1,4 +1,4 @@
-"""A run that is ended from outside leaves nothing behind: no process, and where it can still tidy up, no files."""
+"""A run that is ended from outside leaves no process behind, and no files if it can still remove them."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from selfattn_core.conformance.execution.runner import run_backend
 
 PARTS = min(2, cores())
 
-# Of a shell that runs the tests in the background, processes inherit that SIGINT is ignored, and of `nohup` SIGHUP.
+# A shell that runs tests in the background makes processes ignore SIGINT, and `nohup` makes them ignore SIGHUP.
 COMMAND = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,7 +36,7 @@ def wait_for(condition, seconds: float = 30.0) -> bool:
 
 
 class Beats:
-    """What the processes of `NeverAnswers` write while they live."""
+    """The text that the processes of `NeverAnswers` write while they live."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -1,4 +1,4 @@
-"""Processes that crash, hang or leave: the other runs are asked all the same."""
+"""After a process crashes, hangs or exits, the other runs still get answers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The tolerances pass correct arithmetic and nothing else."""
+"""The tolerances accept correct arithmetic and reject everything else."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from selfattn_core.conformance.verdicts.tolerance import CAPS, EPS, FACTORS, jud
 
 
 def test_a_right_backend_need_not_cancel_exactly():
-    """Kernels in blocks have D from rowsum(G∘o): where there is one key, they leave rounding errors of zero."""
+    """Kernels in blocks compute D as rowsum(G∘o). With one key the gradient is zero, and they leave rounding errors."""
     in_blocks = edited(
         "no bug: D from the output",
         "vjp",
@@ -48,7 +48,7 @@ def test_a_right_backend_need_not_cancel_exactly():
     "edits",
     [
         (),
-        # As fused kernels have it: from an output and with factors of products that are rounded to 16 bits.
+        # As fused kernels compute it: from the output, with factors that are rounded to 16 bits.
         (
             ("return _rowsum(self.A * dA)", "return _rowsum(G * self.o)"),
             (
@@ -69,7 +69,7 @@ def test_right_arithmetic_in_bfloat16_is_right(edits):
 
 @pytest.mark.parametrize("family", ["vjp", "r1"])
 def test_what_vanishes_is_still_looked_at(family):
-    """A thousandth of the terms that cancel is no rounding error."""
+    """An error of a thousandth of the cancelling terms is larger than rounding."""
     case = next(case for case in CASES if case.family == family and case.title == "one pooled key")
     terms = _terms(case, inputs(case, "float64"))["query.kernel"]
     want = expect(case, "float32")["query.kernel"]
@@ -82,7 +82,7 @@ def test_what_vanishes_is_still_looked_at(family):
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("family", ["forward", "vjp", "r1", "mixed"])
 def test_the_cap_holds_whatever_the_floor(family, dtype):
-    """A spec that were as noisy as you like could not hide an error beyond the cap."""
+    """However noisy the spec is, it cannot hide an error beyond the cap."""
     case = next(case for case in CASES if case.family == family)
     name, expectation = next(iter(expect(case, dtype).items()))
     held = "float32" if dtype in ("float16", "bfloat16") else dtype
@@ -105,7 +105,7 @@ def test_the_cap_holds_whatever_the_floor(family, dtype):
 def test_sixteen_bits_in_a_wider_format_are_refused():
     case = next(case for case in CASES if case.family == "dtype")
     want = expect(case, "bfloat16")["y"]
-    assert "bfloat16 does not hold" in judge("y", want.want.astype(np.float32), want, "bfloat16").message
+    assert "bfloat16 cannot represent" in judge("y", want.want.astype(np.float32), want, "bfloat16").message
 
 
 def test_nan_is_wanted_where_the_spec_has_it():

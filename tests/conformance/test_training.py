@@ -1,4 +1,4 @@
-"""Training trajectories: their problems can see bugs, right layers stay within the noise, wrong gradients do not."""
+"""Training trajectories: problems reveal bugs, correct layers stay within the noise, and wrong gradients do not."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ TRAINING = {case.id: case for case in CASES if case.family == "trajectory"}
 
 
 class Trained:
-    """The spec behind the part of the protocol that training needs."""
+    """The spec with the part of the protocol that training needs."""
 
     def build(self, config, params, dtype, layout):
         return config, params
@@ -45,7 +45,7 @@ class Trained:
 
 
 class QueryGradientOff(Trained):
-    """By a tenth of a percent, which no single step shows to the eye."""
+    """An error of a tenth of a percent, which no single step shows."""
 
     def change(self, gradients, x, dy):
         return gradients | {"query.kernel": gradients["query.kernel"] * x.dtype.type(1.001)}
@@ -57,7 +57,7 @@ class GammaDetached(Trained):
 
 
 class FirstOfTheBatch(Trained):
-    """The gradient of the first map of each batch alone, times their number."""
+    """The gradient of only the first feature map of each batch, times the batch size."""
 
     def vjp(self, model, x, dy):
         gradients = spec.vjp(*model, x[:1], dy[:1])
@@ -80,7 +80,7 @@ class MapHeldConstant(Trained):
 
 
 class Forgetful(Trained):
-    """Keeps the weights it was built with, as a function compiled with weights for constants does."""
+    """Keeps its first weights, as a function that was compiled with the weights as constants."""
 
     def update(self, model, params):
         return model
@@ -129,7 +129,7 @@ def test_the_problem_is_learned_and_can_see_bugs(case):
 @pytest.mark.parametrize("case", TRAINING.values(), ids=TRAINING)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_spec_stays_within_its_own_noise(case, dtype, seed):
-    """In another order of the batch, too: the same function with other rounding."""
+    """Another order of the batch passes too. It is the same function with other rounding."""
 
     class Reversed(Trained):
         def forward(self, model, x):
@@ -165,7 +165,7 @@ def test_a_broken_backward_is_caught(broken, form, dtype):
 
 
 def test_a_factor_on_a_gradient_is_invisible_to_adam_and_not_to_momentum():
-    """Why there are two optimisers: Adam divides by the size of the gradient."""
+    """This is why the kit has two optimisers: Adam divides by the size of the gradient."""
     caught = {
         case.optimizer for case in TRAINING.values() if failed(judged(QueryGradientOff(), case, "float32"))
     }
@@ -225,7 +225,7 @@ def test_what_is_handed_to_the_backward_is_the_derivative_of_the_loss():
 
 
 def test_optimisers_by_hand():
-    """Two steps on one weight, worked out on paper: the gradients are 1 and 2."""
+    """Two steps on one weight, calculated by hand. The gradients are 1 and 2."""
     momentum, w = Momentum(rate=0.1, decay=0.5), {"w": np.array([1.0])}
     w = momentum.step(w, {"w": np.array([1.0])})
     assert w["w"] == pytest.approx([0.9])

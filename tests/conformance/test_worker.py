@@ -1,4 +1,4 @@
-"""A backend in a process of its own: its answers, its wrong answers and its exceptions."""
+"""A backend in its own process: right answers, wrong answers and exceptions."""
 
 import pytest
 

@@ -1,7 +1,6 @@
-"""Backends for testing the kit: the numpy spec behind the protocol, and copies that break the protocol.
+"""Backends for testing the kit: the spec with the protocol, and variants that break the protocol.
 
-Named "module:Class" on the command line, like anybody's own backend. Wrong answers are the business of the mutants that
-ship with the kit.
+Tests name them "module:Class", as users name their own backends. The mutants of the kit cover wrong answers.
 """
 
 import atexit
@@ -139,7 +138,7 @@ class LeavesAtOnce(Good):
 
 
 class InferenceOnly:
-    """The least that a backend can be."""
+    """The smallest possible backend."""
 
     name = "inference"
 
@@ -169,7 +168,7 @@ class Core(InferenceOnly):
 
 
 class NeverAnswers(InferenceOnly):
-    """Lives on for ever, and writes down that it does."""
+    """Never answers, and keeps writing to a file to show that it lives."""
 
     def forward(self, model, x):
         while True:
@@ -200,7 +199,7 @@ class SinglePrecision(Core):
 
 
 class Frugal(InferenceOnly):
-    """Of linear memory, if of no attention."""
+    """Uses linear memory, but computes no attention."""
 
     def claims(self):
         return frozenset({"forward", "memory"})
@@ -210,7 +209,7 @@ class Frugal(InferenceOnly):
 
 
 class NeverForgets(Frugal):
-    """On a system that does not forget the peak of a process."""
+    """Simulates a system that cannot reset the peak of a process."""
 
     def __init__(self):
         peak_memory._RESET = Path(__file__) / "clear_refs"
@@ -263,7 +262,7 @@ class Placeless(InferenceOnly):
 
 
 class Formless(Core):
-    """Nothing has the kind that it should have."""
+    """Every attribute has a wrong type."""
 
     name = None
     forward = 3
@@ -324,7 +323,7 @@ def configured(path):
 
 
 class Generous(Core):
-    """Says it all by other means than tuples, and takes what it does not need."""
+    """Returns other types than tuples, and has methods with optional arguments."""
 
     declines = update = eager = None
 
@@ -342,7 +341,7 @@ class Generous(Core):
 
 
 class Surroundings(InferenceOnly):
-    """Says in its versions what it finds in the environment, and writes down which processes it lives in."""
+    """Reports its environment variables as versions, and writes the ids of its processes to a file."""
 
     def __init__(self):
         if "TOY_PROCESSES" in os.environ:
@@ -355,7 +354,7 @@ class Surroundings(InferenceOnly):
 
 
 class Exclusive(Good):
-    """Holds what only one process can have, as a device, for a second after it has started."""
+    """For a second after its start it holds a resource that only one process can have, such as a device."""
 
     def __init__(self):
         lock = Path(os.environ["TOY_LOCK"])
@@ -370,7 +369,7 @@ class SaysMemory(Good):
 
 
 class OnTwo(Good):
-    """Computes in numpy wherever it is asked to, and says so."""
+    """Computes in numpy, and reports the requested device as the place of its answers."""
 
     def __init__(self):
         self.device = ""
@@ -434,7 +433,7 @@ class HangsInProducts(OnTwo):
 
 
 class DiesAsShipped(OnTwo):
-    """What asks for full precision is not set in that process alone."""
+    """In the process of the family "shipped", the variables for full precision are not set."""
 
     def __init__(self):
         super().__init__()
@@ -443,7 +442,7 @@ class DiesAsShipped(OnTwo):
 
 
 class RunsOut(OnTwo):
-    """A map of all positions does not fit its device."""
+    """Its device has no memory for a map of all positions."""
 
     def attention_map(self, model, x):
         raise MemoryError(f"{self.device}: out of memory")
@@ -459,7 +458,7 @@ class NoPlaces(OnTwo):
 
 
 class NowhereToGo(OnTwo):
-    """As the three methods are without a device."""
+    """Has None for the three methods of a device."""
 
     devices = on = places = None
 

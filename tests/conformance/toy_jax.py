@@ -1,4 +1,4 @@
-"""A layer of Flax whose answers lie on the first device, whichever is asked for."""
+"""A Flax layer whose answers are on the first device, even if another one is requested."""
 
 import jax
 

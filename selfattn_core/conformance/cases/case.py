@@ -18,30 +18,30 @@ DTYPES = ("float32", "float64", *SIXTEEN_BITS)
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed, by which layer, on which input.
+    """One layer, one input and one question.
 
     Args:
-        id: stable for ever; a case that changes gets a new one.
-        family: what is looked at.
-        title: what it is there to see.
+        id: the permanent id. A case that changes gets a new one.
+        family: the family of the question.
+        title: what the case tests.
         config: the layer.
         shape: (B, H, W) of the input.
-        gamma: the residual gain.
-        logits: standard deviation of the entries of q kᵀ.
-        constant: whether every position of the input is the same.
-        of: what it computes; "forward" stands for what its family computes.
-        dtypes: in which it is run.
+        gamma: the learned gain.
+        logits: the standard deviation of the entries of q kᵀ.
+        constant: whether all positions of the input are equal.
+        of: what the case computes. "forward" means what its family computes.
+        dtypes: the dtypes of its runs.
         second_shape: (B, H, W) of the other input of a "sizes" case.
-        integers: whether x and the weights are small multiples of a power of two: projections are exact, in 16 bits too,
-            and pooling windows hold equal values.
-        poison: (b, h, w, c) of the entry of x that is not finite, and what it is.
-        optimizer: what a "trajectory" takes its steps with.
-        eager: whether a "compiled" case asks for the layer uncompiled, operation by operation.
-        one_sign: whether no entry of x, dy and the weights of value and out projection is negative, so that sums over
+        integers: whether x and the weights are small multiples of a power of two. Then projections are exact, in 16 bits
+            too, and pooling windows contain equal values.
+        poison: (b, h, w, c) of the entry of x that is not finite, and its value.
+        optimizer: the optimiser of a "trajectory" case.
+        eager: whether a "compiled" case runs the layer uncompiled, operation by operation.
+        one_sign: whether no entry of x, dy and the weights of value and out projection is negative. Then sums over
             positions grow with their number.
-        zero: projections whose kernel is zero.
-        view: of what x and dy are views: "strided" of every other column and channel of larger arrays, "transposed" of
-            channels-first memory; by default of nothing, they are contiguous.
+        zero: the projections whose kernel is zero.
+        view: the memory of x and dy. "strided" is every other column and channel of larger arrays, and "transposed" is
+            channels-first memory. By default they are contiguous.
     """
 
     id: str
@@ -75,7 +75,7 @@ class Case:
 
     @property
     def needs(self) -> frozenset[Ability]:
-        """The abilities that a backend must claim to be asked this case.
+        """The abilities that a backend must claim for the kit to run this case.
 
         Example:
             >>> sorted(Case("mine", "saved", "", SelfAttentionConfig(8)).needs)
@@ -85,12 +85,12 @@ class Case:
 
     @property
     def order(self) -> int:
-        """The order of the derivatives that are computed, 0 for the function itself."""
+        """The order of the computed derivatives. 0 for the function itself."""
         return COMPUTATIONS[self.computation].order
 
     @property
     def narrow(self) -> bool:
-        """Whether it is asked in 16 bits alone."""
+        """Whether the case runs only in 16 bits."""
         return set(self.dtypes) <= set(SIXTEEN_BITS)
 
 
@@ -104,16 +104,16 @@ class Run:
 
     @property
     def id(self) -> str:
-        """As in "SA-FWD-001/float32/channels_last"."""
+        """The id of the run, such as "SA-FWD-001/float32/channels_last"."""
         return f"{self.case.id}/{self.dtype}/{self.layout}"
 
     @property
     def in_any_layout(self) -> bool:
-        """Whether a backend may answer in any layout it has: a second one would show nothing more."""
+        """Whether a backend may answer in any of its layouts, because a second one would test nothing new."""
         return self.dtype != "float32" or not FAMILIES[self.case.family].every_layout
 
     def is_named(self, key: str) -> bool:
-        """Whether a key of `Backend.expected_failures` means this run.
+        """Whether a key of `Backend.expected_failures` includes this run.
 
         Example:
             >>> run = Run(Case("SA-FWD-001", "forward", "", SelfAttentionConfig(8)), "float32", "channels_last")

@@ -45,9 +45,9 @@ class Computation:
 
     Args:
         needs: the abilities that a backend must claim.
-        order: of the derivatives; 0 for the function itself.
-        values: whether every answer is a value of the function or of a derivative; the other computations ask for what
-            a framework stores.
+        order: the order of the derivatives. 0 for the function itself.
+        values: whether every answer is a value of the function or of a derivative. The other computations ask for values
+            that a framework stores.
     """
 
     needs: tuple[Ability, ...]
@@ -70,5 +70,8 @@ COMPUTATIONS: Mapping[ComputationName, Computation] = {
     "init": Computation(("init",), values=False),
     "saved": Computation(("saved", "forward", "params"), values=False),
 }
-"""By name. "spectral_norm" is a forward pass in training mode, "training_vjp" its derivatives, and "evaluation" checks
-that calls in evaluation mode change neither the layer, nor their arguments, nor the answers of earlier calls."""
+"""The computations by name.
+
+"spectral_norm" is a forward pass in training mode, and "training_vjp" is its derivatives. "evaluation" checks that calls in
+evaluation mode do not change the layer, their arguments or earlier answers.
+"""

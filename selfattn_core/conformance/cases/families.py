@@ -4,12 +4,13 @@ The levels build on one another:
 
 | level | a backend that reaches it | families that it adds |
 |---|---|---|
-| core | computes the function, whatever is done to it | forward, map, sizes, batch, permutation, determinism, nonfinite |
-| training | can be trained, and its weights taken in and out | vjp, params, init, trajectory |
+| core | computes the function in every situation | forward, map, sizes, batch, permutation, determinism, nonfinite |
+| training | can be trained, and loads and returns weights | vjp, params, init, trajectory |
 | gan | can be trained under a gradient penalty | r1, mixed |
-| deploy | serves: in 16 bits, compiled, saved, in linear memory | dtype, compiled, saved, memory |
+| deploy | can serve: in 16 bits, compiled, saved, in linear memory | dtype, compiled, saved, memory |
 
-A backend is asked an optional family, spectral_norm, per_sample or shipped, if it claims it. No level needs one.
+The families spectral_norm, per_sample and shipped are optional. A backend that claims one is tested on it, but no level
+needs it.
 """
 
 from collections.abc import Mapping
@@ -51,14 +52,14 @@ class Family:
 
     Args:
         level: the level that adds it.
-        title: what reports call it.
-        computes: what its cases compute, except those with an `of` of their own.
-        needs: the abilities that a backend must claim, beside those that the computation needs.
-        optional: whether a level is reached without it.
-        every_layout: whether its float32 cases are asked in every layout.
-        default_precision: whether it asks float32 for the framework's default precision, in a process of its own. All
-            other families ask for full precision.
-        golden: whether its values are written as golden vectors.
+        title: its name in reports.
+        computes: what its cases compute, except cases with an `of`.
+        needs: the abilities that a backend must claim, in addition to those that the computation needs.
+        optional: whether a backend can reach the level without it.
+        every_layout: whether its float32 cases run in every layout.
+        default_precision: whether its cases run float32 in the framework's default precision, in their own process. All
+            other families run in full precision.
+        golden: whether golden vectors contain its values.
         calibrated: whether `release.calibrate` measures its values.
     """
 

@@ -1,4 +1,4 @@
-"""What the cases are run on: seeded draws, and another draw where two right implementations could come out differently."""
+"""The inputs of the cases: seeded draws. A draw is repeated if rounding could make two correct implementations disagree."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,14 +19,14 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a case is run on.
+    """The input of a case.
 
     Args:
         params: arrays by canonical name.
         x: (B, H, W, C).
         dy: the gradient of y, (B, H, W, C).
-        other: a second input, of the case's `second_shape`.
-        cotangents: of the first derivatives, by name; "x" is (B, H, W, C).
+        other: a second input, with the case's `second_shape` if it has one.
+        cotangents: the cotangents of the first derivatives, by name. "x" is (B, H, W, C).
     """
 
     params: Mapping[str, Array]
@@ -37,24 +37,24 @@ class Inputs:
 
 
 def inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
-    """The input of a case: equal arguments give equal bits.
+    """The input of a case. Equal arguments give equal bits.
 
     Args:
         case: the case.
-        dtype: of all arrays; for "bfloat16" and "float16" they are float32 arrays of values that the format holds.
-        seed: other seeds give other draws of the same design.
+        dtype: the dtype of all arrays. For "bfloat16" and "float16" they are float32 arrays whose values the format can
+            represent.
+        seed: another seed gives another draw of the same design.
 
     Returns:
-        Arrays in which no max-pooling window is decided by rounding: two implementations that differ in the last bit
-        would send its gradient to different positions, and both would be right. (Windows of a case of integers
-        are decided by the exact values, which 16 bits hold.) Nor is, where logits are beyond what 16 bits hold, any row
-        of the map.
+        Arrays in which rounding decides no max-pooling window. Otherwise two correct implementations that differ in the
+        last bit could send a gradient to different positions. In a case of integers the exact values decide the windows,
+        and 16 bits can represent these. Where logits exceed the range of 16 bits, rounding also decides no row of the map.
     """
     for attempt in range(400):
         drawn = _draw(case, [seed, attempt, *case.id.encode()])
         if _decided(case, drawn) and _clear(case, drawn) and _exact(case, drawn):
             return _rounded(drawn, dtype)
-    raise AssertionError(f"{case.id}: no draw in 400 had clear winners in all its pooling windows.")
+    raise AssertionError(f"{case.id}: none of 400 draws has clear winners in all pooling windows.")
 
 
 def _draw(case: Case, entropy: list[int]) -> Inputs:
@@ -98,9 +98,9 @@ def _draw(case: Case, entropy: list[int]) -> Inputs:
 def _state(
     config: SelfAttentionConfig, params: Mapping[str, Array], generator: np.random.Generator
 ) -> dict[str, Array]:
-    """A state that has not converged, and is not of unit length: what is applied is the drawn kernel over 0.8.
+    """A state that has not converged and does not have unit length. The layer applies the drawn kernel divided by 0.8.
 
-    The state of a kernel of zeros is that of no iteration.
+    A kernel of zeros gets the state before any iteration.
     """
     state: dict[str, Array] = {}
     for name in projections(config) if config.spectral_norm else ():
@@ -115,7 +115,7 @@ def _state(
 
 
 def rounded(array: Array, dtype: str) -> Array:
-    """An array in a dtype; for "bfloat16" and "float16", a float32 array of values that the format holds.
+    """An array in a dtype. For "bfloat16" and "float16" it is a float32 array whose values the format can represent.
 
     Args:
         array: finite numbers of any shape.
@@ -148,12 +148,12 @@ def _rounded(drawn: Inputs, dtype: str) -> Inputs:
 
 
 def _decided(case: Case, drawn: Inputs) -> bool:
-    """Whether in every window the largest value leads by far more than float32 rounding."""
+    """Whether the largest value of every window leads by far more than float32 rounding."""
     return case.integers or clear_windows(case.config, drawn.params, drawn.x, 1e-4)
 
 
 def _exact(case: Case, drawn: Inputs) -> bool:
-    """Whether bfloat16 holds what a case of integers projects: multiples of 1/8, of 8 bits up to 32."""
+    """Whether bfloat16 can represent the projections of a case of integers: multiples of 1/8 up to 32, which need 8 bits."""
     if not case.integers or not case.narrow:
         return True
     projected = (
@@ -164,13 +164,13 @@ def _exact(case: Case, drawn: Inputs) -> bool:
 
 
 def clear_windows(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array, margin: float) -> bool:
-    """Whether in every pooling window of key and value the largest value leads by at least `margin`.
+    """Whether the largest value of every pooling window of key and value leads by at least `margin`.
 
     Args:
-        config: the layer; without pooling the answer is yes.
+        config: the layer. Without pooling the answer is True.
         params: its weights.
-        x: maps (B, H, W, C).
-        margin: absolute, and far more than rounding.
+        x: feature maps (B, H, W, C).
+        margin: the absolute lead, which should be far larger than rounding.
 
     Example:
         >>> config = SelfAttentionConfig(8, kv_pool=2)
@@ -187,7 +187,7 @@ def clear_windows(config: SelfAttentionConfig, params: Mapping[str, Array], x: A
         values = x.astype(np.float64) @ params[f"{role}.kernel"].astype(np.float64)
         whole = values[:, : down * side, : across * side]
         windows = whole.reshape(-1, down, side, across, side, values.shape[-1]).swapaxes(2, 3)
-        # The two largest of each window.
+        # Partition so that the two largest values of each window are the last two.
         ordered = np.partition(windows.reshape(*windows.shape[:3], side * side, values.shape[-1]), -2, axis=3)
         if ordered.size and (ordered[..., -1, :] - ordered[..., -2, :]).min() < margin:
             return False
@@ -195,7 +195,7 @@ def clear_windows(config: SelfAttentionConfig, params: Mapping[str, Array], x: A
 
 
 def _clear(case: Case, drawn: Inputs) -> bool:
-    """Whether, of logits so large that rounding q and k moves them by whole units, one wins in every row."""
+    """Whether one logit of every row wins clearly, if logits are so large that rounding q and k moves them by units."""
     if case.logits < 1e4:
         return True
     x = drawn.x.reshape(drawn.x.shape[0], -1, case.config.channels)

@@ -1,7 +1,8 @@
-"""The cases, as data: what is computed, by which layer, on which input.
+"""The table of all cases, as data.
 
-Every input can see bugs: seeded and random, all axes of different size, biases and gamma not zero, logits of about 8
-so that the map is far from uniform. Cases named for an edge (one position, gamma 0, constant input) are the exceptions.
+Every input can reveal bugs. It is seeded and random, all axes have different sizes, biases and gamma are not zero, and
+logits are about 8 so that the map is far from uniform. The exceptions are cases named after an edge, such as one position,
+gamma 0 or a constant input.
 """
 
 from collections.abc import Iterable, Iterator
@@ -41,7 +42,7 @@ _SHAPES: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
     ("even map, pooled", _POOLED, (3, 4, 6)),
     ("empty batch, pooled", _POOLED, (0, 4, 6)),
 )
-# Drawn once and written down, for ids are for ever.
+# Drawn once and then fixed, because ids are permanent.
 _DRAWN: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
     (
         "drawn: query wider than value",
@@ -61,7 +62,7 @@ _DRAWN: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
     ),
     ("square out projection", SelfAttentionConfig(10, 3, out_projection=True), (2, 5, 7)),
 )
-# More positions than a block of query rows holds, and not a multiple of it.
+# More positions than a query block has, and not a multiple of it.
 _LARGE: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
     ("several blocks of query rows", SelfAttentionConfig(6, 2), (1, 37, 41)),
     (
@@ -70,7 +71,7 @@ _LARGE: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
         (1, 53, 59),
     ),
 )
-# Wider than vectors, tiles and heads of kernels are, with more samples than chunks of a batch may hold.
+# Wider than the vectors, tiles and heads of kernels, with more samples than a chunk of a batch may have.
 _WIDE: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
     ("wide, nine samples", SelfAttentionConfig(136), (9, 3, 4)),
     (
@@ -79,8 +80,8 @@ _WIDE: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
         (3, 4, 6),
     ),
 )
-# Most cases are asked in float64, which says that the mathematics is right, and in float32, which says that the
-# arithmetic is. Where a compiler takes seconds for a case, the dtype that every backend has is enough.
+# Most cases run in float64, which tests the mathematics, and in float32, which tests the arithmetic. If compilers need
+# seconds for a case, it runs only in the dtype that every backend has.
 _ONE_DTYPE = ("float32",)
 _FIRST: tuple[ComputationName, ...] = ("forward", "vjp")
 _TRAINED: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
@@ -106,7 +107,7 @@ def _rows() -> Iterator[Case]:
     def further(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
         for title, config, shape in _DRAWN:
             yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE)
-        # The map is not computed in blocks for the memory's sake, and R1 of the pooled one is long in coming.
+        # The attention map is not computed in blocks, and R1 of the large pooled layer takes long.
         for title, config, shape in _LARGE[: 2 if family in ("forward", "vjp") else 1]:
             yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE)
 
@@ -193,7 +194,7 @@ def _views(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
 
 
 def _unusual(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
-    """Widths, batches, gains, windows and logits beyond those of the other cases."""
+    """Cases with larger widths, batches, gains, windows and logits than the other cases."""
     for title, config, shape in _WIDE:
         yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE)
     title = "pooled by 4, gamma above 1"
@@ -204,7 +205,7 @@ def _unusual(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
 
 
 def _one_sided(family: FamilyName, ids: Iterator[str]) -> Case:
-    """With two keys, rows in which all logits are far below zero, and no other is the largest."""
+    """A case with two keys, in which both logits of some rows are far below zero."""
     _, config, shape = _DRAWN[1]
     return Case(next(ids), family, "large logits of two keys", config, shape, logits=120.0, dtypes=_ONE_DTYPE)
 
@@ -246,7 +247,7 @@ def _spectral(ids: Iterator[str]) -> Iterator[Case]:
 
 
 def _of_zeros(ids: Iterator[str]) -> Iterator[Case]:
-    """One kernel of zeros, for further ones would take gradients of the others to zero; then all of them."""
+    """Cases with one kernel of zeros, because more would make other gradients zero, and one case with all kernels zero."""
     config = SelfAttentionConfig(12, 3, 5, out_projection=True, spectral_norm=True)
     all_of_them = tuple(projections(config))
     rows: tuple[tuple[ComputationName, str, tuple[str, ...]], ...] = (
@@ -286,7 +287,7 @@ def _deploy() -> Iterator[Case]:
         (*_LAYERS[0], "map"),
     )
     for title, config, of in exact:
-        # Query and key are exact, so that nothing but the logits can be rounded before the softmax.
+        # Query and key are exact, so that only the logits can be rounded before the softmax.
         described = f"float32 logits of exact queries and keys: {title}"
         yield Case(
             next(ids), "dtype", described, config, logits=30.0, integers=True, of=of, dtypes=SIXTEEN_BITS
@@ -296,7 +297,7 @@ def _deploy() -> Iterator[Case]:
     for title, config in (_LAYERS[0], _LAYERS[5]):
         yield Case(next(ids), "compiled", title, config, dtypes=_ONE_DTYPE)
         yield Case(next(ids), "compiled", f"gradients: {title}", config, of="vjp", dtypes=_ONE_DTYPE)
-    # Frameworks compile as a whole, or operation by operation; what `build` gives does one of them.
+    # Frameworks compute a layer as a whole or operation by operation. A model from `build` does only one of the two.
     usual, empty = (2, 5, 7), (0, 4, 6)
     uncompiled: tuple[tuple[ComputationName, str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
         ("forward", *_LAYERS[5], usual),
@@ -329,7 +330,8 @@ def _deploy() -> Iterator[Case]:
         config = SelfAttentionConfig(8, 2)
         yield Case(next(ids), "memory", title, config, (1, 64, 96), of=of, dtypes=_ONE_DTYPE)
     ids = _number("SHP")
-    # Sizes that the units of accelerators which round their operands take; pooling would let roundings choose winners.
+    # Sizes that suit the accelerator units that round operands. The derivatives use
+    # no pooling, because rounding would choose its winners.
     shipped: tuple[tuple[str, SelfAttentionConfig, ComputationName], ...] = (
         ("forward, flat form", SelfAttentionConfig(64, 16), "forward"),
         ("forward, official pooled form", SelfAttentionConfig.pooled(64), "forward"),
@@ -346,11 +348,11 @@ def _gradients_in_16_bits(ids: Iterator[str]) -> Iterator[Case]:
     for title, config in (_LAYERS[0], _LAYERS[4]):
         yield Case(next(ids), "dtype", f"gradients: {title}", config, of="vjp", dtypes=SIXTEEN_BITS)
     for title, config in (_LAYERS[1], _LAYERS[5]):
-        # Rounding would decide windows that are not exact.
+        # Without exact values, rounding would decide the windows.
         described = f"gradients, {_TIES}: {title}"
         yield Case(next(ids), "dtype", described, config, of="vjp", dtypes=SIXTEEN_BITS, integers=True)
-    # Only rows in which two keys come close show how the logits were rounded, so there are many. In float16 the products
-    # of TensorFlow add up in it on some CPUs, which is noise at the same height.
+    # Only rows with two nearly equal keys show how the logits were rounded, so the batch is large. In float16,
+    # TensorFlow accumulates products in float16 on some CPUs, and that noise is as large as the bug.
     many = (64, 5, 7)
     for title, config in (_LAYERS[0], _LAYERS[4]):
         described = f"gradients, float32 logits of exact queries and keys: {title}"
@@ -367,7 +369,7 @@ def _gradients_in_16_bits(ids: Iterator[str]) -> Iterator[Case]:
         )
     title, config = _LAYERS[4]
     described = f"gradients, long sums: {title}"
-    # Right gradients of kernels are as far off in float16 where TensorFlow's products add up in it.
+    # In float16, correct kernel gradients are as far off if TensorFlow accumulates products in float16.
     yield Case(
         next(ids), "dtype", described, config, (128, 5, 7), of="vjp", dtypes=("bfloat16",), one_sign=True
     )
@@ -382,8 +384,8 @@ def all_runs(cases: Iterable[Case] = CASES, *, level: Level = "deploy") -> list[
     """The cases up to a level, in each of their dtypes and layouts.
 
     Args:
-        cases: from which to choose.
-        level: the highest.
+        cases: the cases to choose from.
+        level: the highest level.
 
     Example:
         >>> len(all_runs()) > len(all_runs(level="core")) > 100

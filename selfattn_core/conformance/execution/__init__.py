@@ -1,1 +1,1 @@
-"""Backends in processes of their own."""
+"""Running backends in separate processes."""

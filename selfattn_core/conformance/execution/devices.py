@@ -1,7 +1,7 @@
-"""Devices by name: what is asked for, what there is, and what the process of a backend is told about it.
+"""Devices by name: checking a requested name, choosing a device, and the environment variables for it.
 
-A device is a word of its framework, and a number where there are several of a kind: "cpu", "cuda:1". Here are words and
-numbers only; what is in a machine is for the backend to say, in its own process.
+A device name is a word of its framework, with a number if there are several devices of that kind: "cpu", "cuda:1". This
+file only handles names. The backend lists the devices of a machine, in its own process.
 """
 
 import re
@@ -24,30 +24,30 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "jax": ("cpu", "gpu", "cuda", "rocm", "tpu"),
     "tensorflow": ("cpu", "gpu"),
 }
-"""The kinds of device that each framework has a word for, whether or not there is one; a TPU of TensorFlow needs a strategy
-of its own around the training, and is not among them."""
+"""The words for kinds of device in each framework. A TPU in TensorFlow is not included, because it needs a strategy around
+the training."""
 
 _SPELLED = re.compile(r"([a-z]+)(?::(\d{1,4}))?")
 
 
 class DeviceUnknownError(ValueError):
-    """What was asked for is no device of this framework, or the backend takes none."""
+    """The framework has no kind of device with this name, or the backend accepts no device."""
 
 
 class DeviceAbsentError(Exception):
-    """The device is of a known kind, and not in this machine."""
+    """The kind of device is known, but this machine does not have the device."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What answers were computed on.
+    """The device that computed the answers.
 
     Args:
-        name: as its framework says, with its number, as in "cuda:0"; empty where the backend takes no device.
-        model: what it is.
-        driver: of it; empty where there is none, or it does not tell.
-        precisions: the format that the framework's own products of float32 arrays have by default, by product, as
-            measured; empty where that was not asked.
+        name: the framework's name for it, with a number, such as "cuda:0". Empty if the backend accepts no device.
+        model: the model of the device.
+        driver: the version of its driver. Empty if it has none, or if it is unknown.
+        precisions: the measured format of the framework's default products of float32 arrays, by product. Empty if it was
+            not measured.
     """
 
     name: str = ""
@@ -67,37 +67,37 @@ def kind_of(device: str) -> str:
 
 
 def device_problem(device: str, words: Sequence[str]) -> str:
-    """Why a device cannot be asked of a framework; empty if it can.
+    """The reason why a framework cannot have a device of this name. Empty if it can.
 
     Args:
-        device: as the user spells it.
-        words: the kinds that the framework knows.
+        device: the name that the user gave.
+        words: the framework's words for kinds of device.
 
     Example:
         >>> device_problem("cuda:1", WORDS["torch"])
         ''
         >>> device_problem("cuda", WORDS["tensorflow"])
-        "got device 'cuda'; expected one of cpu, gpu, and with a number where there are several, as in cpu:0"
+        "got device 'cuda'; expected one of cpu, gpu, with a number if there are several, as in cpu:0"
     """
     spelled = _SPELLED.fullmatch(device.lower())
     if spelled and spelled[1] in words:
         return ""
     return (
-        f"got device {device!r}; expected one of {', '.join(words)}, and with a number where there are several, "
+        f"got device {device!r}; expected one of {', '.join(words)}, with a number if there are several, "
         f"as in {next(iter(words), 'cpu')}:0"
     )
 
 
 def chosen(device: str, here: Mapping[str, Sequence[str]]) -> str:
-    """The device that is meant, under its framework's name for it.
+    """The framework's name of the requested device.
 
     Args:
-        device: a word of the framework's, with a number or without, which is the first.
-        here: by word, the names of the devices of that kind that there are.
+        device: a word of the framework, with or without a number. Without a number it is the first device.
+        here: the names of the devices of this machine, for each word.
 
     Raises:
-        DeviceUnknownError: if it is no word of the framework's.
-        DeviceAbsentError: if there is no such device; says which there are.
+        DeviceUnknownError: if the framework does not have the word.
+        DeviceAbsentError: if the machine does not have the device. The message lists the devices that it has.
 
     Example:
         >>> chosen("cuda:1", {"cpu": ("cpu:0",), "cuda": ("gpu:0", "gpu:1")})
@@ -114,15 +114,15 @@ def chosen(device: str, here: Mapping[str, Sequence[str]]) -> str:
 
 
 def device_variables(framework: str, device: str, inherited: Mapping[str, str]) -> dict[str, str | None]:
-    """What the process of a backend needs in its environment so that it computes on a device, and holds no other.
+    """The environment variables with which the process of a backend uses one device and reserves no other.
 
     Args:
-        framework: that its arrays are of.
+        framework: the framework of the backend.
         device: as for `chosen`.
         inherited: the environment of this process.
 
     Returns:
-        Values by name; None for a variable that is to be taken out.
+        Values by name. None means that the variable must be removed.
 
     Example:
         >>> device_variables("jax", "cpu", {})
@@ -131,7 +131,7 @@ def device_variables(framework: str, device: str, inherited: Mapping[str, str]) 
         {'JAX_PLATFORMS': None}
     """
     if kind_of(device.lower()) == "cpu":
-        # JAX would compute on a card that it finds, and TensorFlow take its memory.
+        # Otherwise JAX would compute on an accelerator that it finds, and TensorFlow would reserve its memory.
         hidden: dict[str, str | None] = {"CUDA_VISIBLE_DEVICES": ""}
         return hidden | ({"JAX_PLATFORMS": "cpu"} if framework == "jax" else {})
     return {"JAX_PLATFORMS": None} if "JAX_PLATFORMS" in inherited and framework == "jax" else {}

@@ -1,4 +1,4 @@
-"""What the process of a backend finds in its environment, where it has to stand before anything is imported."""
+"""The environment variables of a backend's process, which must be set before it imports anything."""
 
 import os
 import re
@@ -8,26 +8,26 @@ from pathlib import Path
 __all__ = ["THREADS", "cores", "environment", "kept_programs", "shared_accelerator"]
 
 _ARITHMETIC: Mapping[str, str] = {
-    # float64 needs x64 in JAX, and full float32 products need the reduced formats of accelerators off. They are set
-    # here, in a process that only checks, and nowhere in the library.
+    # JAX needs x64 for float64. Full float32 products need the reduced formats of accelerators switched off. The library
+    # itself sets neither. Only this process, which only tests, does.
     "JAX_ENABLE_X64": "1",
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     "NVIDIA_TF32_OVERRIDE": "0",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",
-    # oneDNN, in torch and TensorFlow; it looks at its older name, DNNL_DEFAULT_FPMATH_MODE, only where this is not set.
+    # oneDNN in torch and TensorFlow. It reads the older name DNNL_DEFAULT_FPMATH_MODE only if this one is not set.
     "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT",
-    # TensorFlow knows BF16 and takes all else for none.
+    # TensorFlow only recognises BF16. Any other value means full precision.
     "TF_SET_ONEDNN_FPMATH_MODE": "STRICT",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 
-# What a list of flags for XLA may hold that lowers the precision of float32. Others choose instructions, or say where to
-# write. Flags that `XLA_FLAGS` names by a file stay as they are.
+# The XLA flags that lower the precision of float32. Other flags choose instructions or output folders. If `XLA_FLAGS` names
+# a file of flags, the file stays as it is.
 _INEXACT_FLAGS = re.compile(
     r"(?<!\S)--xla_(?:cpu_enable_fast_math|enable_fast_math|gpu_default_to_alg_dot_bf16_bf16_f32)(?:=\S*)?(?!\S)\s*"
 )
 
-# Each by itself would take most of an accelerator's memory for its own.
+# Without these, a single process would reserve most of an accelerator's memory.
 _SHARED_ACCELERATOR: Mapping[str, str] = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
@@ -35,7 +35,7 @@ _SHARED_ACCELERATOR: Mapping[str, str] = {
 
 
 def shared_accelerator() -> dict[str, str]:
-    """The variables by which a process takes of an accelerator's memory what it needs, and no more.
+    """The variables that make a process allocate only the accelerator memory that it needs.
 
     Example:
         >>> sorted(shared_accelerator())
@@ -45,7 +45,7 @@ def shared_accelerator() -> dict[str, str]:
 
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
-"""The variables by which the libraries of a backend are told how many threads to take."""
+"""The variables that set the number of threads of the libraries of a backend."""
 
 
 def environment(
@@ -56,19 +56,19 @@ def environment(
     programs: Path | None = None,
     shipped: bool = False,
 ) -> dict[str, str]:
-    """The environment of this process, with what a backend needs.
+    """The environment of this process with the changes that a backend needs.
 
-    What lowers the precision of float32 is switched off, also where the caller's own environment asks for it; what chooses
-    instructions, `ONEDNN_MAX_CPU_ISA` or `TF_ENABLE_ONEDNN_OPTS`, stays.
+    Settings that lower the precision of float32 are switched off, even if the caller's environment sets them. Settings that
+    choose instructions, such as `ONEDNN_MAX_CPU_ISA` or `TF_ENABLE_ONEDNN_OPTS`, stay.
 
     Args:
-        own: what this backend needs beyond what all of them do.
-        processes: that run at once; each gets its share of the cores and, as it needs it, of an accelerator's
-            memory, unless the caller's own environment says otherwise.
-        least_threads: that each gets, however few cores there are.
-        programs: the folder in which JAX keeps what it has compiled. Two backends that make the same program of a case
-            then compile it once. The caller's own is taken if there is one; without either nothing is kept.
-        shipped: whether precisions are left as the frameworks, and the caller's own environment, have them.
+        own: the variables that this backend needs in addition to those of all backends.
+        processes: the number of processes that run at once. Each gets its share of the cores, and allocates accelerator
+            memory when it needs it, unless the caller's environment sets something else.
+        least_threads: the least number of threads of each process.
+        programs: the folder in which JAX caches compiled programs, so that two backends with the same program compile it
+            once. A cache folder in the caller's environment has precedence. Without either, JAX caches nothing.
+        shipped: whether to leave precisions as the frameworks and the caller's environment set them.
 
     Example:
         >>> environment({"KERAS_BACKEND": "jax"}, processes=10_000)["KERAS_BACKEND"]
@@ -77,7 +77,7 @@ def environment(
     threads = str(max(least_threads, cores() // processes))
     preferred: dict[str, str] = {}
     if processes > 1:
-        # A thread that spins while it waits takes the core from what it waits for.
+        # A thread that spins while it waits blocks the core that the other process needs.
         preferred = {**dict.fromkeys(THREADS, threads), "OMP_WAIT_POLICY": "PASSIVE", **_SHARED_ACCELERATOR}
     if programs is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         preferred |= kept_programs(programs)
@@ -85,17 +85,16 @@ def environment(
     if shipped:
         return {**preferred, **inherited, "TF_CPP_MIN_LOG_LEVEL": "2", **own}
     if "XLA_FLAGS" in inherited:
-        # Taken out, and not set to false: a flag that a later XLA does not know ends the process.
+        # The flags are removed, not set to false, because an unknown flag ends the process in a later XLA.
         inherited["XLA_FLAGS"] = _INEXACT_FLAGS.sub("", inherited["XLA_FLAGS"]).rstrip()
     return {**preferred, **inherited, **_ARITHMETIC, **own}
 
 
 def kept_programs(folder: Path) -> dict[str, str]:
-    """The variables by which JAX keeps all that it compiles in a folder.
+    """The variables that make JAX cache everything that it compiles in a folder.
 
     Args:
-        folder: of one process at a time, or of processes that take a damaged program for none: JAX does not write its
-            files atomically.
+        folder: the folder. JAX does not write its files atomically, so processes that share it must ignore damaged files.
 
     Example:
         >>> kept_programs(Path("programs"))["JAX_COMPILATION_CACHE_DIR"]
@@ -109,7 +108,7 @@ def kept_programs(folder: Path) -> dict[str, str]:
 
 
 def cores() -> int:
-    """How many cores this process may use.
+    """The number of cores that this process may use.
 
     Example:
         >>> cores() >= 1

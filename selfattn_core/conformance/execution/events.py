@@ -31,7 +31,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Ready:
-    """The backend was imported, and this is what it claims."""
+    """The backend was imported. The event contains its claims."""
 
     versions: Mapping[str, str]
     claims: Sequence[str]
@@ -42,13 +42,13 @@ class Ready:
 
     @property
     def claimed(self) -> Claims:
-        """All that it claims."""
+        """Everything that the backend claims."""
         return Claims(self.claims, self.layouts, self.dtypes)
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The backend did not start; `refused` and `absent` are those of `BackendReport`."""
+    """The backend did not start. `refused` and `absent` are as in `BackendReport`."""
 
     error: str
     refused: bool = False
@@ -57,24 +57,24 @@ class Failed:
 
 @dataclass(frozen=True)
 class Measuring:
-    """The framework's own products are about to be measured."""
+    """The measurement of the framework's default products starts."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The format of each of those products."""
+    """The format of each of the framework's default products."""
 
     precisions: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Started:
-    """A run is about to be asked."""
+    """A run starts."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A run has an answer. Its arrays are stored in a file of their own, not in the line."""
+    """A run has an answer. Its arrays are in a separate file, not in the line."""
 
     names: Sequence[str]
     seconds: float
@@ -83,7 +83,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Unanswered:
-    """A run has no answer that can be compared; status and message are those of its outcome."""
+    """A run has no answer that can be compared. Its outcome gets this status and message."""
 
     status: Status
     message: str
@@ -91,7 +91,7 @@ class Unanswered:
 
 @dataclass(frozen=True)
 class Finished:
-    """Every run was asked."""
+    """All runs are done."""
 
 
 Answer = Answered | Unanswered
@@ -104,9 +104,9 @@ def write(stream: TextIO, event: Event, run: int | None = None) -> None:
     """Write an event as a line.
 
     Args:
-        stream: of the file that the supervisor watches.
-        event: what happens.
-        run: the number of the run that it happens in; None outside of runs.
+        stream: the file that the supervisor watches.
+        event: the event.
+        run: the number of its run. None outside of runs.
     """
     if isinstance(event, Answered):
         event = replace(event, arrays=())
@@ -118,7 +118,7 @@ def read(path: Path) -> list[tuple[int | None, Event]]:
     """The events of a process, each with the number of its run. An unfinished last line is ignored.
 
     Args:
-        path: of the file, which need not exist.
+        path: the file. It may be missing.
     """
     written = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     lines = [json.loads(line) for line in written]

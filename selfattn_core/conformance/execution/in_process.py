@@ -1,4 +1,4 @@
-"""Asks a backend in this process. Workers, the self-test and the calibration all ask this way."""
+"""Running cases on a backend in this process. Workers, the self-test and the calibration use this."""
 
 import time
 import traceback
@@ -24,14 +24,14 @@ __all__ = ["ask", "judge_in_process", "malformed"]
 
 
 def ask(backend: Any, run: Run, seed: int = 0, *, device: str = "", build: Build | None = None) -> Answer:
-    """Ask a backend one run.
+    """The answer of a backend to one run.
 
     Args:
-        backend: one that claims the run.
-        run: in a layout that the backend has.
-        seed: of the inputs.
-        device: the one that answers must come from; empty for a backend that takes none.
-        build: makes the layer in place of `Backend.build`.
+        backend: a backend that claims the run.
+        run: the run, in a layout that the backend has.
+        seed: the seed of the inputs.
+        device: the device that must hold the answers. Empty for a backend that accepts none.
+        build: builds the layer in place of `Backend.build`.
     """
     began = time.perf_counter()
     try:
@@ -40,7 +40,7 @@ def ask(backend: Any, run: Run, seed: int = 0, *, device: str = "", build: Build
         given = inputs(run.case, run.dtype, seed)
         if device:
             backend.places()
-        # Overflow and NaN are what some cases are about.
+        # Some cases test overflow and NaN.
         with np.errstate(all="ignore"):
             found = answers(backend, run.case, given, run.dtype, run.layout, seed, build=build)
         seconds = round(time.perf_counter() - began, 4)
@@ -48,7 +48,7 @@ def ask(backend: Any, run: Run, seed: int = 0, *, device: str = "", build: Build
             return Unanswered("fail", problem)
         return Answered(list(found), seconds, [widen(np.asarray(value)) for value in found.values()])
     except Exception as error:
-        # In any other case, a backend could avoid a run with this error.
+        # Outside of memory cases, a backend could use this error to avoid a run.
         if isinstance(error, PeakUnknownError) and "memory" in run.case.needs:
             return Unanswered("unclaimed", str(error))
         return Unanswered("error", traceback.format_exc(limit=-3).strip())
@@ -60,10 +60,10 @@ def judge_in_process(
     """The outcomes of the runs that a backend claims.
 
     Args:
-        backend: any, as long as its framework may share this process.
-        runs: to ask; those that the backend does not claim are left out.
-        seed: of the inputs.
-        builds: the function that makes the layer of a run, in place of `Backend.build`.
+        backend: a backend whose framework may share this process.
+        runs: the runs. Those that the backend does not claim are left out.
+        seed: the seed of the inputs.
+        builds: returns the function that builds the layer of a run, in place of `Backend.build`.
     """
     claims = Claims.of(backend)
     claimed = [replace(run, layout=claims.layout(run)) for run in runs if claims.covers(run)]
@@ -76,7 +76,7 @@ def judge_in_process(
 
 
 def malformed(found: Any) -> str:
-    """What makes an answer unfit to be compared, by its types; empty if nothing does.
+    """The types in an answer that prevent its comparison. Empty if it can be compared.
 
     Example:
         >>> malformed({"y": [1.0]})
@@ -96,11 +96,11 @@ def malformed(found: Any) -> str:
 
 
 def _misplaced(backend: Any, device: str) -> str:
-    """Why answers do not count as computed on the device that was asked for; empty if they do."""
+    """The reason why answers do not count as computed on the requested device. Empty if they do."""
     if not device:
         return ""
     places = set(backend.places())
     if not places:
-        return f"places() named no device after an answer, where {device} was asked for"
+        return f"places() named no device after an answer, expected {device}"
     strange = sorted(places - {device})
-    return f"answers lay on {', '.join(strange)}, where {device} was asked for" if strange else ""
+    return f"answers are on {', '.join(strange)}, expected {device}" if strange else ""

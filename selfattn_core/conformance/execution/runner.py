@@ -1,4 +1,4 @@
-"""Runs backends in processes of their own, and compares what they answer with the spec."""
+"""Running backends in separate processes, and judging their answers."""
 
 import tempfile
 import time
@@ -40,24 +40,24 @@ def run_backend(
     stop: Event | None = None,
     device: str = "",
 ) -> BackendReport:
-    """Start a backend in a process of its own, ask it everything and compare.
+    """Run a backend in its own process, and judge its answers.
 
-    A run that hangs or takes the process down is an error in that run, and the runs after it are asked of a new process.
+    If a run hangs or ends the process, the run is an error. A new process continues with the next run.
 
     Args:
-        name: one of `REGISTRY`, or "module:object" for another one.
-        seed: of the inputs.
-        runs: which; by default all.
-        timeout: seconds that one run may take.
-        parts: processes of this backend that run at once, each with its part of the runs.
-        processes: that run at once in all, as for `environment`.
-        programs: where JAX keeps what it has compiled, as for `environment`.
-        stop: ends the processes when it is set, from another thread.
-        device: to compute on, as in "cuda:1"; empty for the CPU, or for a backend of your own that takes none.
+        name: a name in `REGISTRY`, or "module:object" for another backend.
+        seed: the seed of the inputs.
+        runs: the runs. By default all.
+        timeout: the seconds that one run may take.
+        parts: the number of processes of this backend that run at once. Each gets a part of the runs.
+        processes: the number of all processes that run at once, as for `environment`.
+        programs: the folder in which JAX caches compiled programs, as for `environment`.
+        stop: an event that another thread can set to end the processes.
+        device: the device to compute on, such as "cuda:1". Empty for the CPU, or for a backend that accepts no device.
 
     Raises:
-        ValueError: if the name is neither, or the device is none of its framework.
-        concurrent.futures.CancelledError: if it was told to stop.
+        ValueError: if the name has neither form, or the framework cannot have the device.
+        concurrent.futures.CancelledError: if `stop` is set.
     """
     if name not in REGISTRY and not is_target(name):
         raise ValueError(
@@ -70,12 +70,12 @@ def run_backend(
     if missing:
         return BackendReport(name, missing=tuple(missing), extra=registered.extra)
     began = time.monotonic()
-    # Of a backend in parts there is nothing but them: in one thread, what threads do to one another would not be seen.
+    # A backend that runs in parts runs alone. Each part gets two threads, because one would hide threading bugs.
     asked = all_runs() if runs is None else runs
     shipped = [index for index, run in enumerate(asked) if FAMILIES[run.case.family].default_precision]
     strict = [index for index in range(len(asked)) if index not in shipped]
     parts = max(1, min(parts, len(strict)))
-    # What the framework does by default is asked of a process that is told nothing else.
+    # The framework's default precision needs its own process, without the variables for full precision.
     shares = [strict[first::parts] for first in range(parts)] + [shipped]
     shares = [share for share in shares if share] or [[]]
     stop = Event() if stop is None else stop
@@ -111,18 +111,18 @@ def run_backend(
     with _threads(parts, stop) as pool:
         reports = list(pool.map(part, range(len(shares))))
     if any(not each.error for each in reports):
-        # Some things, such as a device, only one process can hold.
+        # Some resources, such as a device, allow only one process. Run the failed parts again, one after another.
         reports = [part(index) if each.error else each for index, each in enumerate(reports)]
     report = _whole(asked, shares, reports)
     return replace(report, seconds=time.monotonic() - began)
 
 
 def unknown_device(name: str, device: str | None) -> str:
-    """Why a backend cannot be asked for a device; empty if it can, or only its own process knows.
+    """The reason why a backend cannot have a device of this name. Empty if it can, or if only its own process knows.
 
     Args:
-        name: of the backend.
-        device: as the user spells it; None for none.
+        name: the name of the backend.
+        device: the name that the user gave. None for no option.
 
     Example:
         >>> unknown_device("torch", None)
@@ -133,7 +133,7 @@ def unknown_device(name: str, device: str | None) -> str:
     if device is None:
         return ""
     if name not in REGISTRY:
-        # To its process an empty word would be none.
+        # Its process would treat an empty name as no option.
         own = "expected a word of this backend's own, or no option at all for its default"
         return "" if device else f"got device {device!r}; {own}"
     return device_problem(device, WORDS[REGISTRY[name].framework])
@@ -148,15 +148,15 @@ def run_backends(
     device: str = "",
     tell: Callable[[str, str], None] = lambda _, __: None,
 ) -> list[BackendReport]:
-    """Run backends in two processes at a time where there is more than one core; of a single one, each has half the runs.
+    """Run backends in two processes at a time if there are two cores. A single backend is divided between both.
 
     Args:
         names: as for `run_backend`.
-        seed: of the inputs.
-        level: how far to go.
-        timeout: seconds that one run may take.
+        seed: the seed of the inputs.
+        level: the highest level.
+        timeout: the seconds that one run may take.
         device: as for `run_backend`.
-        tell: called with a name and what is happening to it, from another thread.
+        tell: called from another thread with the name of each finished backend and a summary of its results.
 
     Returns:
         One report for each name, in their order.
@@ -215,7 +215,7 @@ def _report(name: str, supervised: Supervisor) -> BackendReport:
 
 @contextmanager
 def _threads(number: int, stop: Event) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose work is told to stop where an exception, such as that of Ctrl-C, ends the wait for it."""
+    """A pool of threads. An exception while waiting for it, such as that of Ctrl-C, sets `stop`."""
     with ThreadPoolExecutor(number) as pool:
         try:
             yield pool
@@ -228,13 +228,13 @@ def _threads(number: int, stop: Event) -> Iterator[ThreadPoolExecutor]:
 def _whole(
     asked: Sequence[Run], shares: Sequence[Sequence[int]], parts: Sequence[BackendReport]
 ) -> BackendReport:
-    """One report of what was divided; of a backend that did not start, the first that says so.
+    """One report from the reports of the parts. If the backend did not start, it is the first report with that error.
 
-    That the process of the family "shipped" alone did not start is an error of its runs: the others have their answers.
+    If only the process of the family "shipped" did not start, its runs are errors, and the other runs keep their answers.
 
     Args:
         asked: all runs.
-        shares: by part, the places of its runs among all.
+        shares: for each part, the indices of its runs in `asked`.
         parts: the reports of the parts.
     """
     started = [part for part in parts if not part.error]
@@ -260,7 +260,7 @@ def _whole(
 
 
 def _died(runs: Sequence[Run], part: BackendReport, other: BackendReport) -> list[Outcome]:
-    """What becomes of the runs of a part that did not start, of a backend that claims what another part says."""
+    """The outcomes of a part that did not start. `other` is a part that did start, and shows the claims of the backend."""
     return [
         Outcome(run, "error", (), f"its process did not start: {part.error}")
         if other.claimed.covers(run)

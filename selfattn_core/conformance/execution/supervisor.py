@@ -1,4 +1,4 @@
-"""Starts the processes of a backend, watches them, and ends those that stand still."""
+"""Starts the processes of a backend, watches them, and ends those that hang."""
 
 import json
 import subprocess
@@ -34,23 +34,23 @@ _LOOK_AGAIN_SECONDS = 0.02
 
 
 class Supervisor:
-    """Starts processes that ask the same runs, one process after the other, until every run has an answer or an end.
+    """Starts one process after another, until every run has an answer or an error.
 
     Args:
         target: "module:object".
         variables: the environment of a process.
-        folder: for what the processes write, empty.
-        runs: to ask.
-        seed: of the inputs.
-        timeout: seconds that one run may take.
-        stop: set where nobody waits for the answers any more.
-        device: to compute on; empty for the CPU of a backend that takes one.
-        shipped: whether the format of the framework's own products is measured.
+        folder: an empty folder for the files of the processes.
+        runs: the runs.
+        seed: the seed of the inputs.
+        timeout: the seconds that one run may take.
+        stop: an event that another thread sets to end the processes.
+        device: the device to compute on. If empty, a backend that accepts devices uses the CPU.
+        shipped: whether to measure the format of the framework's default products.
 
     Attributes:
-        ready: what the backend claims; None if it did not start.
-        failed: why it did not start, or how its last process ended.
-        precisions: the formats of the framework's own products, if they were measured.
+        ready: the claims of the backend. None if it did not start.
+        failed: why the backend did not start, or how its last process ended.
+        precisions: the formats of the framework's default products, if they were measured.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Supervisor:
         """Start processes until every claimed run has an answer, or until another process would not help.
 
         Raises:
-            CancelledError: if it was told to stop.
+            CancelledError: if `stop` is set.
         """
         for number in range(_MOST_PROCESSES):
             pending = self._pending()
@@ -88,10 +88,10 @@ class Supervisor:
                 return
 
     def answer(self, index: int) -> Answer:
-        """The answer to a run that the backend claims, or an error if no process reached it.
+        """The answer to a claimed run, or an error if no process reached the run.
 
         Args:
-            index: of the run.
+            index: the index of the run.
         """
         answer = self._answers.get(index, Unanswered("error", f"not reached: {self.failed.error}"))
         if not isinstance(answer, Answered):
@@ -125,7 +125,7 @@ class Supervisor:
         measured = next((event for event in events if isinstance(event, Measured)), Measured({}))
         self.precisions = self.precisions or measured.precisions
         if isinstance(last, Measuring):
-            ending = f"{ending} while the framework's own products were measured: {_tail(output)}"
+            ending = f"{ending} while the framework's default products were measured: {_tail(output)}"
         ended = {run: event for run, event in lines if run is not None}
         for run, event in ended.items():
             if isinstance(event, Answer):
@@ -145,7 +145,7 @@ class Supervisor:
     def _start(
         self, number: int, pending: list[int], progress: Path, output: Path
     ) -> subprocess.Popen[bytes]:
-        """A worker for these runs."""
+        """A worker process for these runs."""
         runs = [
             (index, run.case.id, run.dtype, run.layout)
             for index, run in ((index, self.runs[index]) for index in pending)
@@ -165,14 +165,14 @@ class Supervisor:
             return subprocess.Popen(
                 [sys.executable, "-m", "selfattn_core.conformance.execution.worker", str(job_file)],
                 env=dict(self.variables),
-                # Never written to: it ends with this process, and the worker with it.
+                # Nothing writes to this pipe. It closes when this process ends, which ends the worker.
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
 
     def _watch(self, process: subprocess.Popen[bytes], progress: Path) -> tuple[str, bool]:
-        """Wait until the process ends, or end it where it stands still; how it ended if not by itself, and if so."""
+        """Wait for the process, and end it if it hangs. Return a description of any failure, and whether it hung."""
         size, since = -1, time.monotonic()
         try:
             while process.poll() is None:
@@ -188,7 +188,7 @@ class Supervisor:
                 time.sleep(_LOOK_AGAIN_SECONDS)
         finally:
             process.kill()
-            # It waits, and closes what was held open.
+            # This waits for the process and closes the pipe.
             process.communicate()
         code = process.returncode
         if code == 0:
@@ -198,6 +198,6 @@ class Supervisor:
 
 
 def _tail(path: Path) -> str:
-    """The last that the process printed."""
+    """The last lines that the process printed."""
     text = path.read_text(encoding="utf-8", errors="replace").strip()
     return " | ".join(text.splitlines()[-3:]) or "it printed nothing"

@@ -1,4 +1,4 @@
-"""The devices that each framework sees, which only a process that imports it can say."""
+"""The devices that each framework sees. Only a process that imports the framework can list them."""
 
 import json
 import os
@@ -16,10 +16,10 @@ _LONGEST_SECONDS = 120
 
 
 def devices_of(frameworks: Sequence[str]) -> dict[str, str]:
-    """What each framework sees, in words: the names of devices and their models, or why that cannot be said.
+    """A description of the devices that each framework sees, or the reason why they are unknown.
 
     Args:
-        frameworks: that are installed.
+        frameworks: the installed frameworks.
 
     Example:
         >>> devices_of([])
@@ -32,11 +32,11 @@ def devices_of(frameworks: Sequence[str]) -> dict[str, str]:
 
 
 def seen(framework: str, variables: Mapping[str, str | None] | None = None) -> dict[str, Any]:
-    """The devices that a framework sees, by its words for their kinds, and their models.
+    """The devices that a framework sees, with their kinds in the framework's words and their models.
 
     Args:
-        framework: one that is installed; it is imported in a process of its own.
-        variables: what that process has in its environment besides; None for what is taken out.
+        framework: an installed framework. A separate process imports it.
+        variables: further environment variables of that process. None removes a variable.
 
     Returns:
         {"kinds": {word: names}, "models": {name: model}}.

@@ -1,12 +1,10 @@
-"""One backend in its own process: it computes the cases it is asked for and writes the answers to a folder.
+"""The process of one backend. It computes the runs of a job and writes the answers to a folder.
 
-Started by the runner as `python -m selfattn_core.conformance.execution.worker JOB.json`, after the environment that a backend
-needs has been set, with a standard input that lasts as long as the runner. What it prints is only kept for the report
-of a failure.
+The supervisor starts it as `python -m selfattn_core.conformance.execution.worker JOB.json`, in the environment that the
+backend needs. Its standard input stays open as long as the supervisor lives. Its output is used only to report a failure.
 
-The folder receives `progress-<k>.jsonl` for the k-th process of a backend, one line when the backend is up, one before
-each run and one after it, so that a crash names the run that it happened in, and `<index>.npz` with the answers of
-that run.
+The k-th process of a backend writes `progress-<k>.jsonl`: one line when the backend has started, one before each run and
+one after it. If it crashes, the last line shows in which run. The arrays of a run are in `<index>.npz`.
 """
 
 import json
@@ -44,10 +42,10 @@ __all__ = ["end_with_parent", "main"]
 
 
 def end_with_parent() -> None:
-    """End this process when standard input does, which the runner holds open as long as it lives.
+    """End this process when standard input closes, which happens when the parent process ends.
 
-    A runner that is killed can end nobody, and a backend that hangs would stay for ever. What the backend reads from
-    standard input is empty.
+    A parent that is killed cannot end its children, and a backend that hangs would run for ever. The backend itself gets
+    an empty standard input.
     """
     watched = os.dup(0)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -55,7 +53,7 @@ def end_with_parent() -> None:
     os.close(nothing)
 
     def watch() -> None:
-        # A backend may close what it did not open; that is no end of the runner.
+        # The backend may close this file. That does not mean that the parent has ended.
         with suppress(OSError):
             if not os.read(watched, 1):
                 os._exit(1)
@@ -64,7 +62,7 @@ def end_with_parent() -> None:
 
 
 def main(job_file: str) -> None:
-    """Run the job that the file describes."""
+    """Run the job in a file."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     with Path(job["progress"]).open("w", encoding="utf-8") as progress, ExitStack() as stack:
         try:
@@ -91,12 +89,12 @@ def main(job_file: str) -> None:
             return
         unmeasured = ""
         if job["shipped"] and "shipped" in claims.abilities:
-            # Of its own, for this may raise, hang or crash, and what is known of the backend by now is to be kept.
+            # A separate event, because this may raise, hang or crash, and the report needs the facts in `Ready` anyway.
             write(progress, Measuring())
             try:
                 write(progress, Measured(measured(backend.default_products)))
             except Exception:
-                unmeasured = f"the framework's own products: {traceback.format_exc(limit=-3).strip()}"
+                unmeasured = f"the framework's default products: {traceback.format_exc(limit=-3).strip()}"
         cases = {case.id: case for case in CASES}
         for index, case, dtype, layout in job["runs"]:
             run = Run(cases[case], dtype, layout)
@@ -114,11 +112,11 @@ def main(job_file: str) -> None:
 
 
 def _device(backend: Any, asked: str, stack: ExitStack) -> tuple[str, dict[str, str]]:
-    """The name of the device that all is computed on until the stack ends, and what the backend says about it."""
+    """Select the device until the stack closes. Return its name, and its model and driver."""
     if not takes_device(backend):
         if asked:
             raise DeviceUnknownError(
-                f"got device {asked!r}; this backend takes none: it has no methods devices, on and places."
+                f"got device {asked!r}; this backend accepts none: it has no methods devices, on and places."
             )
         return "", {}
     device = chosen(asked or "cpu", backend.devices())

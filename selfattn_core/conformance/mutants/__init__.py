@@ -1,4 +1,4 @@
-"""Broken implementations that the kit has to catch: published bugs, bugs one edit away, and bugs of derivatives."""
+"""The mutants: deliberately broken implementations that the kit must catch. Many have a published bug."""
 
 from selfattn_core.conformance.mutants import (
     behaviour,

@@ -1,4 +1,4 @@
-"""Mutants of what surrounds the function: state, layouts, dtypes, weights in and out, and what an engine makes of it."""
+"""Mutants of everything around the function: state, layouts, dtypes, loading and saving of weights, and compilers."""
 
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ class Jitters(Reference):
 
 
 class StateMoves(Reference):
-    """As one that iterates a spectral norm in evaluation too: every call starts from other weights."""
+    """Every call changes the weights, as in a layer that updates spectral norm in evaluation too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,20 +111,20 @@ class ChannelsFirstAsWidthHeight(Reference):
 
 
 def as_contiguous_memory(maps: Array) -> Array:
-    """What stands in memory from the first entry on, whatever the strides are."""
+    """The memory from the first entry on, read as if it were contiguous."""
     strides = np.zeros(maps.shape, maps.dtype).strides
     return np.lib.stride_tricks.as_strided(maps, maps.shape, strides, writeable=False)
 
 
 class StridesIgnored(Reference):
-    """As one that hands the address of x to compiled code."""
+    """Ignores the strides of x, as compiled code that only gets its address."""
 
     def forward(self, model: Model, x: Array) -> Array:
         return super().forward(model, as_contiguous_memory(x))
 
 
 class OrderOfMemory(Reference):
-    """Flattened in the order of memory, which after a transposition is not that of the axes."""
+    """Flattens in the order of memory, which differs from the order of the axes after a transposition."""
 
     def forward(self, model: Model, x: Array) -> Array:
         return super().forward(model, x.ravel(order="K").reshape(x.shape))
@@ -136,7 +136,7 @@ class StridesOfGradientIgnored(Reference):
 
 
 class PenaltySpoilsKernels(Reference):
-    """The penalty scales the layer's own arrays, and does not scale them back."""
+    """The penalty scales the arrays of the layer and never restores them."""
 
     def r1(self, model: Model, x: Array, w: Array) -> tuple[float, dict[str, Array]]:
         found = super().r1(model, x, w)
@@ -147,7 +147,7 @@ class PenaltySpoilsKernels(Reference):
 
 
 class MapSpoilsGamma(Reference):
-    """As one that switches the residual off to look at the map."""
+    """Leaves gamma at zero after `attention_map`, as a layer that switches gamma off to compute the map."""
 
     def attention_map(self, model: Model, x: Array) -> Array:
         found = super().attention_map(model, x)
@@ -156,7 +156,7 @@ class MapSpoilsGamma(Reference):
 
 
 class GradientsInOneBuffer(Reference):
-    """As one that hands out its own memory, which the next call writes to."""
+    """Returns its own buffers, which the next call overwrites."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class GradientOverwritesItsArgument(Reference):
 
 
 class KernelsRepeat(Reference):
-    """As one filled by a generator that is seeded again for every tile."""
+    """Repeats the first half of a kernel, as a generator that is seeded again for every tile."""
 
     def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
         found = super().initial(config, seed)
@@ -192,7 +192,7 @@ class KernelsRepeat(Reference):
 
 
 class Exports(Reference):
-    """Weights that are right inside and wrong outside."""
+    """Computes with the right weights and returns wrong ones."""
 
     def export(self, params: dict[str, Array]) -> dict[str, Array]:
         return params
@@ -234,7 +234,7 @@ class HalfWeights(Exports):
 
 
 class Draws(Reference):
-    """New layers whose weights are drawn in another way."""
+    """New layers whose weights have another distribution."""
 
     def changed(self, name: str, array: Array, generator: np.random.Generator) -> Array:
         return array
@@ -270,7 +270,7 @@ class GlorotNormal(Draws):
 
 
 class TorchDefault(Draws):
-    """U(±1/sqrt(C_in)), which is what a 1×1 Conv2d of PyTorch starts from."""
+    """U(±1/sqrt(C_in)), the initial distribution of a 1×1 Conv2d in PyTorch."""
 
     def changed(self, name: str, array: Array, generator: np.random.Generator) -> Array:
         limit = array.shape[0] ** -0.5
@@ -278,7 +278,7 @@ class TorchDefault(Draws):
 
 
 class OneSeedForAll(Draws):
-    """Every projection drawn from a fresh generator of the same seed."""
+    """Draws every projection from a new generator with the same seed."""
 
     def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
         drawn = super().initial(config, seed)
@@ -291,7 +291,7 @@ class SeedIgnored(Draws):
 
 
 class OutLikeValue(Draws):
-    """Two kernels of one size, drawn from generators of the same seed."""
+    """Draws two kernels of equal size from generators with the same seed."""
 
     def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
         drawn = super().initial(config, seed)
@@ -361,7 +361,7 @@ class EagerInHalf(CompiledInHalf):
 
 
 class EagerWithoutKeyBackward(CompiledWithoutKeyBackward):
-    """As a rule of derivation that only the compiler has."""
+    """Lacks the key gradient in eager mode, as if only the compiler had the derivative."""
 
     def compiled(self, model: Model) -> Model:
         return model
@@ -379,14 +379,14 @@ class PerSampleMean(Reference):
 
 
 class ParametersDetached(Reference):
-    """Gradients of a layer of which only what is registered as a parameter has any."""
+    """No gradient of gamma, as in a layer that does not register gamma as a parameter."""
 
     def vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
         return {name: array for name, array in super().vjp(model, x, dy).items() if name != "gamma"}
 
 
 class Dense(Reference):
-    """Claims linear memory, and has an N×N map like the spec."""
+    """Claims linear memory, but allocates an N×N map as the spec does."""
 
     def claims(self) -> frozenset[str]:
         return super().claims() | {"memory"}
@@ -417,8 +417,8 @@ _TABLE: tuple[tuple[str, FamilyName, type[Reference], str], ...] = (
     ("strides of the input ignored", "forward", StridesIgnored, ""),
     ("input flattened in the order of memory", "forward", OrderOfMemory, ""),
     ("strides of the gradient ignored", "vjp", StridesOfGradientIgnored, ""),
-    ("penalty leaves other kernels behind", "r1", PenaltySpoilsKernels, ""),
-    ("gamma switched off by a look at the map", "vjp", MapSpoilsGamma, ""),
+    ("penalty changes the kernels", "r1", PenaltySpoilsKernels, ""),
+    ("gamma left at zero after a call of attention_map", "vjp", MapSpoilsGamma, ""),
     ("gradients in memory that the next call overwrites", "vjp", GradientsInOneBuffer, ""),
     ("gradient written over its argument", "vjp", GradientOverwritesItsArgument, ""),
     ("second half of a kernel repeats the first", "init", KernelsRepeat, ""),
@@ -452,7 +452,7 @@ _TABLE: tuple[tuple[str, FamilyName, type[Reference], str], ...] = (
     ("uncompiled without the key's backward", "compiled", EagerWithoutKeyBackward, ""),
     ("mean gradient for each sample", "per_sample", PerSampleMean, ""),
     ("gamma has no gradient", "vjp", ParametersDetached, "the published f/g/h layer for PyTorch"),
-    ("N×N array where none was asked for", "memory", Dense, "every published layer"),
+    ("N×N array although memory should be linear", "memory", Dense, "every published layer"),
 )
 
 MUTANTS: tuple[Mutant, ...] = tuple(

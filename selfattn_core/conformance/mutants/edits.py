@@ -1,4 +1,4 @@
-"""Broken versions of the spec, made of its own text."""
+"""Broken versions of the spec, made by replacing text in its source."""
 
 import inspect
 from types import ModuleType
@@ -9,14 +9,14 @@ __all__ = ["edited_spec"]
 
 
 def edited_spec(name: str, edits: tuple[tuple[str, str], ...]) -> ModuleType:
-    """The spec with some of its text replaced, as a module.
+    """A module with the source of the spec, in which some text is replaced.
 
     Args:
-        name: of what is made, for messages.
-        edits: (what stands in `selfattn_core/spec.py` exactly once, what shall stand there).
+        name: the name of the module, for messages.
+        edits: (text that `selfattn_core/spec.py` contains exactly once, its replacement).
 
     Raises:
-        ValueError: if what is to be replaced does not stand in the spec exactly once.
+        ValueError: if the spec does not contain a text exactly once.
 
     Example:
         >>> edited_spec("negated", (("layer.gamma * layer.z + layer.x", "-layer.x"),)).VERSION
@@ -26,11 +26,11 @@ def edited_spec(name: str, edits: tuple[tuple[str, str], ...]) -> ModuleType:
     for old, new in edits:
         if source.count(old) != 1:
             raise ValueError(
-                f"edit {name!r}: {old!r} stands {source.count(old)} times in the spec; expected once: "
-                "the spec has changed, and the edit is to follow."
+                f"edit {name!r}: got {source.count(old)} places with {old!r} in the spec, expected one: "
+                "the spec has changed, so change the edit too."
             )
         source = source.replace(old, new)
     module = ModuleType(spec.__name__)
-    # The source is this package's own, with the replacements of the table.
+    # The source belongs to this package. The replacements come from the tables of mutants.
     exec(compile(source, f"<{name}>", "exec"), module.__dict__)  # noqa: S102
     return module

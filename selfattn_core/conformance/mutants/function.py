@@ -1,4 +1,4 @@
-"""Mutants of the function: of y and of the map."""
+"""Mutants of the function: bugs in y and in the map."""
 
 from selfattn_core.conformance.mutants.mutant import Mutant, edited
 
@@ -17,9 +17,9 @@ _GATHER = "return rows if winners is None else np.asarray(np.take_along_axis(row
 _FIRST = "first = rows[:, windows].argmax(axis=2)"
 _RETURNED_MAP = "return layer.A.astype(layer.dtype)"
 
-# (B, N, D) whose memory is taken for (B, D, N).
+# Reads the memory of (B, N, D) as (B, D, N).
 _UNTRANSPOSED = "(lambda rows: rows.reshape(rows.shape[0], rows.shape[2], rows.shape[1]).swapaxes(1, 2))"
-# Positions h·W + w taken for w·H + h.
+# Reads positions h·W + w as w·H + h.
 _COLUMN_MAJOR = (
     "(lambda rows: rows.reshape(x.shape[0], x.shape[2], x.shape[1], -1 if rows.size else rows.shape[2])"
     ".swapaxes(1, 2).reshape(rows.shape))"
@@ -286,7 +286,7 @@ MUTANTS: tuple[Mutant, ...] = (
         seen_in="NVIDIA/apex#453",
     ),
     edited(
-        "answers in float32 whatever it is given",
+        "answers in float32 for every dtype",
         "dtype",
         (
             "return layer.unflatten(layer.store(layer.gamma * layer.z + layer.x))",
@@ -294,12 +294,12 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     edited(
-        "no shortcut is right: at gamma 0 it returns x",
+        "returns x at gamma 0 without computing the attention",
         "nonfinite",
         (_Y, f"({_Y} if layer.gamma.any() else layer.x)"),
     ),
     edited(
-        "NaN passed over by the pooling",
+        "NaN ignored by the pooling",
         "nonfinite",
         (_FIRST, "first = np.nan_to_num(rows, nan=-np.inf)[:, windows].argmax(axis=2)"),
         seen_in="tf.nn.max_pool2d",

@@ -1,4 +1,4 @@
-"""What a mutant is: a broken implementation that the kit has to catch."""
+"""A mutant: a deliberately broken implementation that the kit must catch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class Mutant:
     """One broken implementation.
 
     Args:
-        name: of the bug.
-        family: the cases that have to see it.
-        make: a backend with the bug.
-        seen_in: where the bug was published or is habit; empty if it is merely one edit away.
-        raises: whether the bug is an exception; the others have to give a wrong answer.
+        name: the name of the bug.
+        family: the family whose cases must catch it.
+        make: returns a backend with the bug.
+        seen_in: where the bug was published or is common. Empty if it is only one edit away.
+        raises: whether the bug is an exception. The cases must show a wrong answer for all other bugs.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Mutant:
 def edited(
     name: str, family: FamilyName, *edits: tuple[str, str], seen_in: str = "", raises: bool = False
 ) -> Mutant:
-    """A mutant that is the spec with some of its text replaced.
+    """A mutant from the source of the spec with some text replaced.
 
     Args:
-        name: of the bug.
-        family: the cases that have to see it.
-        edits: (what stands in `selfattn_core/spec.py` exactly once, what shall stand there).
+        name: the name of the bug.
+        family: the family whose cases must catch it.
+        edits: (text that `selfattn_core/spec.py` contains exactly once, its replacement).
         seen_in: where the bug was published.
         raises: as for `Mutant`.
 

@@ -1,4 +1,4 @@
-"""The kit on broken implementations: each has to be caught by the cases that are there for it."""
+"""The self-test: runs the kit on the mutants. The cases of its family must catch each one."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from selfattn_core.conformance.results import Outcome
 
 __all__ = ["Kill", "self_test", "small_runs"]
 
-# More positions do not show a numpy mutant more than few do, and take a hundred times as long.
+# Larger feature maps catch no further numpy mutants, and take a hundred times as long.
 _MOST_POSITIONS = 100
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What became of a mutant.
+    """The result of one mutant.
 
     Args:
-        mutant: which.
-        outcome: the run that saw it best: of those that failed, the one with the largest finite error, or else the
-            first; None if it survived.
-        failed: how many runs of its family saw it.
-        asked: how many there were.
-        unasked: why there were none, on this system; empty if there were.
+        mutant: the mutant.
+        outcome: the failed run with the largest finite error. Without a finite error it is the first failed run. None if
+            the mutant survived.
+        failed: the number of runs of its family that caught it.
+        asked: the number of runs of its family.
+        unasked: why this system can run none of them. Empty if it can.
     """
 
     mutant: Mutant
@@ -39,7 +39,7 @@ class Kill:
 
     @property
     def multiple(self) -> float:
-        """The largest error in noise floors; infinite if what came could not be compared with one."""
+        """The largest error in noise floors. Infinite if the answer could not be compared with one."""
         return 0.0 if self.outcome is None else self.outcome.ratio
 
 
@@ -49,9 +49,9 @@ def self_test(
     """Run every mutant on the cases of its family, in this process.
 
     Args:
-        mutants: which; by default all that ship with the kit.
-        seed: of the inputs.
-        tell: called with each result as it comes.
+        mutants: the mutants. By default all of `MUTANTS`.
+        seed: the seed of the inputs.
+        tell: called with each result when it is ready.
     """
     kills = []
     for mutant in MUTANTS if mutants is None else mutants:
@@ -63,10 +63,10 @@ def self_test(
 
 
 def small_runs(families: Sequence[FamilyName] | None = None) -> list[Run]:
-    """The runs that take no time in numpy, and those about memory.
+    """The runs that are fast in numpy, and those about memory.
 
     Args:
-        families: which; by default all.
+        families: the families. By default all.
     """
     return [
         run
@@ -77,7 +77,7 @@ def small_runs(families: Sequence[FamilyName] | None = None) -> list[Run]:
 
 
 def _kill(mutant: Mutant, outcomes: list[Outcome]) -> Kill:
-    # One that breaks down shows nothing of what the cases see.
+    # An exception does not show that the comparison catches the bug.
     seen = ("fail", "error") if mutant.raises else ("fail",)
     bad = [outcome for outcome in outcomes if outcome.status in seen]
     asked = [outcome for outcome in outcomes if outcome.status != "unclaimed"]

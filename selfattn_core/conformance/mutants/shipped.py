@@ -1,4 +1,4 @@
-"""Mutants of the family shipped: layers that round more than the products of their framework do by default."""
+"""Mutants of the family shipped: layers that round more than the default products of their framework."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ Array = NDArray[Any]
 
 
 class RoundsOperands(LayerReference):
-    """The spec with its products in one format, over a framework whose own products have another by default.
+    """The spec with its products in one format, in a framework whose default products have another format.
 
     Args:
         computes: the format of the layer, one of `FORMATS`.
-        default: that of the framework.
+        default: the default format of the framework, one of `FORMATS`.
     """
 
     def __init__(self, computes: str, default: str) -> None:
@@ -27,7 +27,7 @@ class RoundsOperands(LayerReference):
         self.default = default
 
     def default_products(self, left: Array, right: Array) -> dict[str, Array]:
-        """Numpy's, of rounded operands."""
+        """The matrix product of numpy with rounded operands."""
         return {"matrix product": kept_bits(left, self.default) @ kept_bits(right, self.default)}
 
 

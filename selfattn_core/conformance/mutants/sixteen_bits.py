@@ -1,8 +1,8 @@
-"""Mutants of the derivatives in 16 bits: what is right in float32, and loses digits where the arithmetic is too narrow.
+"""Mutants of the derivatives in 16 bits: code that is correct in float32, but loses digits in narrower arithmetic.
 
-numpy has no bfloat16: the spec's text is edited to store in it, over float32 arrays. Roundings of single terms, as of the
-row sums D, of the map or of dS, are not here: they are no larger than those of right backends, and nothing tells them
-apart. Sums that stand still and logits that are rounded are told.
+numpy has no bfloat16, so the edited spec stores bfloat16 values in float32 arrays. The mutants are sums that stop growing
+and logits that are rounded. Roundings of single terms, such as the row sums D, the map or dS, are not included. They are no
+larger than those of correct backends, so that no limit can separate them.
 """
 
 from collections.abc import Mapping
@@ -37,23 +37,23 @@ _ADD_UP = (
 
 
 class InBfloat16(Reference):
-    """The spec in bfloat16: stored in it wherever 16 bits are stored, computed in float32."""
+    """The spec in bfloat16. It stores bfloat16 where a 16-bit layer stores 16 bits, and computes in float32."""
 
     def __init__(self, *edits: tuple[str, str]) -> None:
         super().__init__(edited_spec("bfloat16", ((_STORE, _STORED), *edits)))
 
     def dtypes(self) -> tuple[str, ...]:
-        """That one."""
+        """Only bfloat16."""
         return ("bfloat16",)
 
     def build(
         self,
         config: SelfAttentionConfig,
         params: Mapping[str, Array],
-        dtype: str,  # noqa: ARG002 - there is but one
+        dtype: str,  # noqa: ARG002 - there is only one
         layout: str,
     ) -> Model:
-        """The weights, which hold values of the format already."""
+        """A layer with the weights, whose values bfloat16 can represent already."""
         return super().build(config, params, "float32", layout)
 
     def forward(self, model: Model, x: Array) -> Array:
@@ -79,10 +79,10 @@ def _all_rounded(arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def added_up(terms: Array) -> Array:
-    """The sum over the first axis in bfloat16, one term after the other.
+    """The sum over the first axis in bfloat16, one term after another.
 
     Args:
-        terms: of any shape.
+        terms: an array of any shape.
 
     Example:
         >>> added_up(np.ones((1000, 1)))
@@ -95,10 +95,10 @@ def added_up(terms: Array) -> Array:
 
 
 def in_bfloat16(name: str, *edits: tuple[str, str], seen_in: str = "") -> Mutant:
-    """A mutant of the family dtype that is the spec in bfloat16 with some of its text replaced.
+    """A mutant of the family dtype: the spec in bfloat16 with some text of its source replaced.
 
     Args:
-        name: of the bug.
+        name: the name of the bug.
         edits: as for `edited`.
         seen_in: where the bug was published.
     """

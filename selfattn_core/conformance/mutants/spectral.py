@@ -1,4 +1,4 @@
-"""Mutants of spectral norm: how it is derived, and what a pass in training does to the state."""
+"""Mutants of spectral norm: bugs in its derivatives, and in the state after a training pass."""
 
 from dataclasses import replace
 from typing import Any
@@ -38,7 +38,7 @@ class OutputOfTheOldState(Reference):
 
 
 class KernelOverwritten(Reference):
-    """As Keras' and Flax' own: the raw kernel is replaced by the normalised one."""
+    """Replaces the raw kernel by the normalised one, as Keras and Flax do."""
 
     def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
         answer = super().training_pass(model, x)
@@ -48,7 +48,7 @@ class KernelOverwritten(Reference):
 
 
 class IteratesFromU(Reference):
-    """First v is updated, from the stored u, as in many sources; both are right about the norm in the end."""
+    """Updates v first, from the stored u, as many implementations do. Both orders converge to the norm."""
 
     def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
         params = dict(model.params)
@@ -66,14 +66,14 @@ class StateNotExported(Reference):
 
 
 class IteratesInEvaluation(Reference):
-    """The norm of an evaluation is that of one more iteration, which is not kept."""
+    """Adds one power iteration to each evaluation, and does not store it."""
 
     def forward(self, model: Model, x: Array) -> Array:
         return super().forward(replace(model, params=spec.power_iteration(model.config, model.params)), x)
 
 
 class MovesInEvaluation(Reference):
-    """Keeps the state outside the model, as a layer does, and improves it at every call."""
+    """Stores the state outside the model, as a layer does, and moves it at every call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class MovesInEvaluation(Reference):
 
 
 class MovesWithGradients(MovesInEvaluation):
-    """The state is left alone by an evaluation, unless its gradient is taken."""
+    """Moves the state in evaluation when the gradient is computed."""
 
     def forward(self, model: Model, x: Array) -> Array:
         return Reference.forward(self, replace(model, params=self.held), x)
@@ -110,7 +110,7 @@ class MovesWithGradients(MovesInEvaluation):
 
 
 class ThroughTheIteration(Reference):
-    """The gradient goes through the power iteration, as if u and v were not constants: by differences of the loss."""
+    """Differentiates through the power iteration, as if u and v were not constants. It uses differences of the loss."""
 
     def training_vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
         wide = {name: array.astype(np.float64) for name, array in model.params.items()}
@@ -129,7 +129,7 @@ class ThroughTheIteration(Reference):
 
 
 class StateAsBefore(Reference):
-    """The derivatives of a training pass are those of the state before it."""
+    """Computes the derivatives of a training pass with the state before it."""
 
     def training_vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
         return self.vjp(model, x, dy)
@@ -144,7 +144,7 @@ class SavesWithoutState(Reference):
 
 
 class StateOfNoKernel(Reference):
-    """u and v of unit length, and of no power iteration."""
+    """u and v of unit length, without a power iteration."""
 
     def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
         drawn = super().initial(config, seed)
@@ -154,7 +154,7 @@ class StateOfNoKernel(Reference):
 
 
 class DeadState(Reference):
-    """The state of a kernel of zeros becomes zero, and stays it."""
+    """The state of a kernel of zeros becomes zero and remains zero."""
 
     def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
         answer = super().training_pass(model, x)
@@ -165,7 +165,7 @@ class DeadState(Reference):
 
 
 class StateLeftAtZero(Reference):
-    """The state of a kernel of zeros stays as it was, which may be orthogonal to what the kernel becomes."""
+    """The state of a kernel of zeros does not change, so it may be orthogonal to the later kernel."""
 
     def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
         answer = super().training_pass(model, x)
@@ -192,9 +192,9 @@ _TABLE: tuple[tuple[str, type[Reference], str], ...] = (
         MovesInEvaluation,
         "taki0112/Self-Attention-GAN-Tensorflow, rosinality/sagan-pytorch, compare_gan",
     ),
-    ("norm moves where a gradient is taken in evaluation", MovesWithGradients, ""),
+    ("norm moves with a gradient in evaluation", MovesWithGradients, ""),
     ("gradient through the power iteration", ThroughTheIteration, "u and v that are not detached"),
-    ("derivatives in training of the state before", StateAsBefore, ""),
+    ("derivatives of a training pass with the state before", StateAsBefore, ""),
     ("state not saved", SavesWithoutState, ""),
     ("state of a new layer not warmed up", StateOfNoKernel, ""),
     ("state of a kernel of zeros is zero", DeadState, "torch.nn.utils.parametrizations.spectral_norm"),
@@ -235,7 +235,7 @@ MUTANTS: tuple[Mutant, ...] = (
         seen_in="torch.nn.utils.parametrizations.spectral_norm",
     ),
     edited(
-        "norm of a kernel of zeros is the smallest that is divided by",
+        "norm of a kernel of zeros is an epsilon",
         _FAMILY,
         (
             "            return _Kernel(kernel)\n        with",

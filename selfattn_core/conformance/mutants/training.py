@@ -1,4 +1,4 @@
-"""Bugs that show over many steps: weights that are not taken over, gradients that are kept, or off by little."""
+"""Mutants of training: bugs that show over many steps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,14 +16,14 @@ Array = NDArray[Any]
 
 
 class KeepsItsWeights(Reference):
-    """As a function does that was compiled with the weights for constants."""
+    """Ignores new weights, as a function that was compiled with the weights as constants."""
 
     def update(self, model: Model, _: Mapping[str, Array]) -> Model:
         return model
 
 
 class GammaPlain(Reference):
-    """As a tensor is that no optimiser was told of."""
+    """Never updates gamma, as if gamma were a plain tensor that no optimiser knows."""
 
     gamma: Array | None = None
 
@@ -35,7 +35,7 @@ class GammaPlain(Reference):
 
 
 class AddsUp(Reference):
-    """Gradients that are never set back to zero."""
+    """Gradients that are never reset to zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class AddsUp(Reference):
 
 
 class LateByOne(Reference):
-    """The gradients of the step before."""
+    """The gradients of the previous step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class OffByAThousandth(Reference):
 
 
 class FirstOfTheBatch(Reference):
-    """The gradient of the first map of each batch, times their number."""
+    """The gradient of the first feature map of each batch, times the batch size."""
 
     def vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
         gradients = super().vjp(model, x[:1], dy[:1])

@@ -1,1 +1,1 @@
-"""What the kit asks of a backend."""
+"""The questions that the kit asks a backend."""

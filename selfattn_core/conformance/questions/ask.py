@@ -1,4 +1,4 @@
-"""What each family asks of a backend. The reference is asked the same, and its answers are what is expected."""
+"""The question that each family asks a backend. The answers of the reference are the expected values."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ __all__ = ["INITIAL_DRAWS", "answers"]
 Array = NDArray[Any]
 
 INITIAL_DRAWS = 4
-"""New layers that are drawn to look at the distribution of their weights; the last repeats the first."""
+"""The number of new layers whose weights are compared with the distribution. The last one repeats the seed of the first."""
 
 
 def answers(
@@ -34,19 +34,19 @@ def answers(
     *,
     build: Build | None = None,
 ) -> Mapping[str, Any]:
-    """What a backend says to a case, by quantity.
+    """The answers of a backend to a case, by quantity.
 
     Args:
-        backend: which claims what the case needs.
+        backend: a backend that claims the abilities that the case needs.
         case: the case.
         given: its input.
-        dtype: to compute in.
-        layout: to compute in.
-        seed: of the input, for the families that draw more than that.
-        build: makes the layers in place of `Backend.build`.
+        dtype: the dtype to compute in.
+        layout: the layout to compute in.
+        seed: the seed of the input. Some families draw further values from it.
+        build: builds the layers in place of `Backend.build`.
 
     Raises:
-        PeakUnknownError: if the case is about memory, which cannot be measured on this system or device.
+        PeakUnknownError: if the case is about memory, and this system or device cannot measure it.
     """
 
     def built() -> Any:
@@ -75,7 +75,7 @@ def answers(
 
 
 def _view(case: Case, maps: Array) -> Array:
-    """The same values, not contiguous."""
+    """The same values in memory that is not contiguous."""
     if case.view == "transposed":
         return np.moveaxis(np.ascontiguousarray(np.moveaxis(maps, 3, 1)), 1, 3)
     batch, height, width, channels = maps.shape
@@ -113,7 +113,7 @@ def _batch(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str,
 
 def _permutation(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
     batch, height, width, channels = given.x.shape
-    # Seven positions on, with the last six first: no symmetry of the map is one of these.
+    # Reverse the positions and roll them by seven. No symmetry of the map gives this order.
     order = np.roll(np.arange(height * width)[::-1], 7)
     permuted = given.x.reshape(batch, -1, channels)[:, order].reshape(given.x.shape)
     y = _array(backend.forward(model, permuted))
@@ -130,7 +130,7 @@ def _nonfinite(backend: Backend, model: Any, case: Case, given: Inputs) -> Mappi
 
 def _params(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
     if case.config.spectral_norm:
-        # An evaluation leaves the state where it is.
+        # A forward pass in evaluation mode must not change the state.
         backend.forward(model, given.x)
     return backend.params(model)
 
@@ -143,7 +143,7 @@ def _evaluation(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapp
     if "r1" in case.needs:
         backend.r1(model, given.x, given.dy)
     again, y_again = backend.vjp(model, given.x, given.dy), backend.forward(model, given.x)
-    # What has been answered is not to change with what is asked next.
+    # Later calls must not change earlier answers.
     backend.vjp(model, given.other, given.x)
     backend.forward(model, given.other)
     return {
@@ -179,15 +179,16 @@ def _memory(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[
     call = calls[case.computation]
     peak = getattr(backend, "peak_memory", peak_growth)
     _require_counters(peak)
-    # What threads, libraries and compilers take once is no part of the case.
+    # The first call also allocates memory for threads, libraries and compilers. The case does not count that.
     call(given.x[:, :8, :9], given.dy[:, :8, :9])
     return {"bytes": np.array(peak(lambda: call(given.x, given.dy)))}
 
 
 def _require_counters(peak: Callable[[Callable[[], None]], int]) -> None:
-    """Raise before the work where it would be for nothing: nothing is called where nothing counts.
+    """Raise `PeakUnknownError` before the work if this system or device cannot measure memory.
 
-    Where something does, the peak of no work may be unknown all the same, for an earlier one was higher.
+    `peak` then raises without calling its argument. If it did call it, the error only means that an earlier peak was
+    higher than the peak of this empty call.
     """
     called = False
 
@@ -232,11 +233,11 @@ _BY_FAMILY: Mapping[FamilyName, _Question] = {
     "memory": _memory,
     "shipped": _shipped,
 }
-"""Of the families that do more than compute what their cases say."""
+"""The questions of the families that do more than the computation of their cases."""
 
 
 def _array(answer: Any) -> Array:
-    """A part of an answer is taken of arrays only; what else it may be, is told by its type."""
+    """An answer that will be indexed. Raise `TypeError` if it is not an array."""
     if not isinstance(answer, np.ndarray):
         raise TypeError(f"forward returned {type(answer).__name__}; expected a numpy array")
     return answer

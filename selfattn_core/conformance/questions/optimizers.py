@@ -1,4 +1,4 @@
-"""The optimisers of the training cases, in numpy: differences between frameworks' own do not count."""
+"""The optimisers of the training cases, in numpy, so that every backend takes the same steps."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ Params = Mapping[str, Array]
 
 
 class Optimizer(Protocol):
-    """Something that turns weights and gradients into the next weights."""
+    """Computes the next weights from weights and gradients."""
 
     def step(self, params: Params, gradients: Params) -> dict[str, Array]:
         """The next weights, in the dtype of the weights."""

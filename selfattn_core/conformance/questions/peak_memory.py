@@ -1,4 +1,4 @@
-"""How much memory a call takes at its peak."""
+"""Measuring the peak memory of a call."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,20 +10,20 @@ _RESET = Path("/proc/self/clear_refs")
 
 
 class PeakUnknownError(Exception):
-    """The peak of a call cannot be told from earlier ones here; why is the message."""
+    """The peak memory of a call cannot be measured here. The message gives the reason."""
 
 
 def peak_growth(call: Callable[[], object]) -> int:
-    """Bytes by which the resident memory of this process rises, at its highest, while the call runs.
+    """The bytes by which the resident memory of this process rises, at its highest, while a call runs.
 
-    Linux can forget the peak that a process has had. Elsewhere only a new record would be seen, and what stays below an
-    earlier peak would count as nothing.
+    Linux can reset the recorded peak of a process. Other systems cannot, so a call that stays below an earlier peak would
+    appear to use no memory.
 
     Args:
-        call: what to measure; it is called once.
+        call: the call to measure. It runs once.
 
     Raises:
-        PeakUnknownError: if the system does not forget; nothing is called.
+        PeakUnknownError: if the system cannot reset the peak. The call does not run.
 
     Example:
         >>> peak_growth(lambda: None) < 2**26
@@ -33,7 +33,7 @@ def peak_growth(call: Callable[[], object]) -> int:
         _RESET.write_text("5", encoding="ascii")
     except OSError as error:
         raise PeakUnknownError(
-            f"memory cannot be measured here: the peak of the process cannot be reset ({error}), as on Linux"
+            f"memory cannot be measured here: the peak of the process cannot be reset, which only Linux allows ({error})"
         ) from error
     before = _status("VmRSS")
     call()

@@ -1,11 +1,12 @@
-"""Training as a case: equal weights and batches, 200 optimiser steps.
+"""The training of a backend and of the definition: equal weights and batches, 200 optimiser steps.
 
 A student learns the maps of a teacher, a layer of the same kind with other weights:
 
     loss = ½ · mean over batch and positions of ‖y − target‖²        ḡ = (y − target) / (B·H·W)
 
-Objective and optimisers are numpy, the same for everybody; a backend gives y and the gradients, so that only its layer
-counts. The key bias has no gradient but noise, which Adam turns into steps, and no effect: it is trained and left out.
+Objective and optimisers are in numpy. A backend only computes y and the gradients, so that the case tests nothing but its
+layer. The gradient of the key bias is only noise, and Adam turns noise into steps. As the key bias has no effect on y, it
+is trained but not compared.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,22 +44,22 @@ Answers = Callable[[Params, Array], Array]
 
 STEPS = 200
 BATCHES = 8
-"""Batches that the steps go through in turn."""
+"""The number of batches. The steps use them in turn."""
 
 _CLEAR = 3e-5
-"""By how much the largest value of a pooling window leads at every step; float32 trajectories part by about 1e-6."""
+"""The least lead of the largest value in a pooling window, at every step. Float32 trajectories differ by about 1e-6."""
 
 _UNCOMPARED = ("key.bias",)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is learned, in float64 arrays whose values float32 can hold.
+    """A training problem, in float64 arrays whose values float32 can represent.
 
     Args:
-        start: the weights at first.
-        x: maps (BATCHES, B, H, W, C).
-        target: the teacher's answers to them.
+        start: the initial weights.
+        x: feature maps (BATCHES, B, H, W, C).
+        target: the answers of the teacher, shaped like `x`.
     """
 
     start: Params
@@ -68,10 +69,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """How a training went.
+    """The course of a training.
 
     Args:
-        losses: before each step, (STEPS,), float64.
+        losses: the loss before each step, (STEPS,), float64.
         params: the weights after the last step.
     """
 
@@ -80,14 +81,14 @@ class Trajectory:
 
 
 def problem(case: Case, seed: int = 0) -> Problem:
-    """The problem of a training case: equal arguments give equal bits.
+    """The problem of a training case. Equal arguments give equal bits.
 
     Args:
-        case: of the family "trajectory".
-        seed: other seeds give other draws of the same design.
+        case: a case of the family "trajectory".
+        seed: another seed gives another draw of the same design.
 
     Returns:
-        A problem on whose float64 trajectory no pooling window is decided by rounding at any step.
+        A problem in whose float64 trajectory rounding decides no pooling window at any step.
     """
     return _drawn(case, seed)[0]
 
@@ -97,7 +98,7 @@ def reference(case: Case, seed: int = 0) -> Trajectory:
     """The trajectory of the float64 spec.
 
     Args:
-        case: of the family "trajectory".
+        case: a case of the family "trajectory".
         seed: as for `problem`.
     """
     return _drawn(case, seed)[1]
@@ -109,11 +110,11 @@ def follow(
     """Train for `STEPS` steps.
 
     Args:
-        given: what.
-        optimizer: a new one.
-        dtype: of weights, maps and gradients; the loss is float64.
-        forward: (params, x) to y.
-        vjp: (params, x, dy) to the gradients by name.
+        given: the problem.
+        optimizer: a new optimiser.
+        dtype: the dtype of weights, feature maps and gradients. The loss is float64.
+        forward: computes y from (params, x).
+        vjp: computes the gradients by name from (params, x, dy).
     """
     params = {name: value.astype(dtype) for name, value in given.start.items()}
     losses = []
@@ -138,15 +139,15 @@ def train(
     """Train a backend's layer.
 
     Args:
-        backend: which; with a method `update` it keeps one layer, without one it builds a layer for each step.
-        case: of the family "trajectory".
+        backend: the backend. With a method `update` it keeps one layer, without one it builds a layer for each step.
+        case: a case of the family "trajectory".
         dtype: "float32" or "float64".
-        layout: of its maps.
+        layout: the layout of the feature maps.
         seed: as for `problem`.
-        build: makes its layers in place of `Backend.build`.
+        build: builds the layers in place of `Backend.build`.
 
     Returns:
-        "loss" (STEPS,), and the final weights by canonical name, less the key bias.
+        "loss" (STEPS,), and the final weights by canonical name, without the key bias.
     """
     given = problem(case, seed)
     model: Any = None
@@ -163,7 +164,7 @@ def train(
             weights = params
         return model
 
-    # NumPy's warnings of an overflow say less than the report of the curve does.
+    # The report shows an overflow in the curve, so that NumPy's warnings would add nothing.
     with np.errstate(all="ignore"):
         found = follow(
             given,
@@ -176,7 +177,7 @@ def train(
 
 
 def trained(case: Case) -> tuple[str, ...]:
-    """What `train` returns for a case: the curve and the weights that are compared.
+    """The names that `train` returns for a case: the loss and the compared weights.
 
     Example:
         >>> from selfattn_core.conformance.cases.table import CASES
@@ -187,7 +188,7 @@ def trained(case: Case) -> tuple[str, ...]:
 
 
 def _fitting(params: Params, gradients: Params) -> Params:
-    """The gradients, if there is one of the right shape for each parameter: numpy would broadcast a wrong one."""
+    """The gradients. Raise if a shape is wrong or one is missing, because numpy would broadcast a wrong shape."""
     problems = [f"{name} is missing" for name in params if name not in gradients]
     problems += [
         f"{name} is {np.shape(gradients[name])}, should be {value.shape}"
@@ -200,10 +201,10 @@ def _fitting(params: Params, gradients: Params) -> Params:
 
 
 def quantities(case: Case, found: Trajectory) -> dict[str, Array]:
-    """What of a trajectory is compared, by name.
+    """The compared quantities of a trajectory, by name.
 
     Args:
-        case: of the family "trajectory".
+        case: a case of the family "trajectory".
         found: its trajectory.
     """
     return {"loss": found.losses} | {name: found.params[name] for name in trained(case)[1:]}
@@ -215,10 +216,10 @@ def spec_trained(
     """The trajectory of the spec.
 
     Args:
-        case: of the family "trajectory".
+        case: a case of the family "trajectory".
         given: its problem.
-        dtype: to compute in.
-        vjp: in place of the spec's, (params, x, dy) to gradients.
+        dtype: the dtype to compute in.
+        vjp: computes gradients from (params, x, dy), in place of `spec.vjp`.
     """
     return follow(
         given,
@@ -243,7 +244,7 @@ def _drawn(case: Case, seed: int) -> tuple[Problem, Trajectory]:
         trajectory = spec_trained(case, given, "float64", watched)
         if clear:
             return given, trajectory
-    raise AssertionError(f"{case.id}: no draw in 200 had clear winners in all its pooling windows.")
+    raise AssertionError(f"{case.id}: none of 200 draws has clear winners in all pooling windows.")
 
 
 def _draw(case: Case, seed: int, attempt: int) -> Problem:

@@ -1,1 +1,1 @@
-"""What only a maintainer runs: golden vectors and the calibration of the limits."""
+"""Tools for a release: writing golden vectors, and calibrating the limits."""

@@ -1,9 +1,11 @@
-"""How near right backends come to the limits: `python -m selfattn_core.conformance.release.calibrate [BACKEND …]`.
+"""Measures how close correct backends come to the limits.
 
-Every backend answers every case that is compared with the noise floor, in each of its dtypes, for 200 seeds, in its
-layouts by turns; a training trajectory, which is 200 steps, for every tenth seed. The result is `calibration.json`
-beside this file: the worst error in noise floors by backend, family and dtype, and the false alarms, of which there are
-to be none. Where a backend is named, its part of the file alone is measured anew.
+    python -m selfattn_core.conformance.release.calibrate [BACKEND …]
+
+Every backend answers every case that has a noise floor, in each of its dtypes, for 200 seeds. The layout alternates. A
+training trajectory has 200 steps, so it runs only for every tenth seed. The result is `calibration.json` in this folder:
+the worst error in noise floors by backend, family and dtype, and the false alarms. There must be no false alarms. If
+backends are named, only their parts of the file are replaced.
 """
 
 import argparse
@@ -54,7 +56,7 @@ _MOST_POSITIONS = 100
 
 
 def calibrated_runs() -> list[Run]:
-    """The runs that are calibrated: values, at sizes that 200 seeds can be had of; of each dtype one layout."""
+    """The calibrated runs: values, at sizes that are fast enough for 200 seeds, and one layout for each dtype."""
     return [
         run
         for run in all_runs()
@@ -66,9 +68,9 @@ def calibrated_runs() -> list[Run]:
 
 
 def policy() -> dict[str, dict[str, float]]:
-    """The limits that were calibrated; errors near others say nothing about these.
+    """The calibrated limits. The file stores them, because its errors mean nothing for other limits.
 
-    Those of the family "shipped" are not among them: no backend was asked it for many seeds.
+    The limits of the family "shipped" are not included, because it is not calibrated.
     """
     return {
         "limits": dict(FACTORS),
@@ -81,9 +83,9 @@ def measure(backend: Backend, seeds: int, runs: Sequence[Run] | None = None) -> 
     """The worst errors of a backend, in this process.
 
     Args:
-        backend: which.
-        seeds: how many.
-        runs: which; by default all that are calibrated.
+        backend: the backend.
+        seeds: the number of seeds.
+        runs: the runs. By default `calibrated_runs()`.
     """
     began = time.monotonic()
     layouts, builds = backend.layouts(), _one_layer_for_each(backend)
@@ -125,9 +127,9 @@ def measure(backend: Backend, seeds: int, runs: Sequence[Run] | None = None) -> 
 
 
 def _one_layer_for_each(backend: Backend) -> Callable[[Run], Build]:
-    """The function that makes the layer of a run. A backend with `update` has one layer for all seeds of a run.
+    """Returns the function that builds the layer of a run. A backend with `update` keeps one layer for all seeds of a run.
 
-    What its framework compiles for that layer then serves every seed.
+    Its framework then compiles that layer only once.
     """
     kept: Any = backend
     if not hasattr(kept, "update"):
@@ -147,10 +149,10 @@ def _one_layer_for_each(backend: Backend) -> Callable[[Run], Build]:
 
 
 def main() -> int:
-    """Measure backends, each in a process of its own, and write what was found."""
+    """Measure each backend in a separate process, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument(
-        "backends", nargs="*", metavar="BACKEND", help=f"of {', '.join(REGISTRY)}; by default all"
+        "backends", nargs="*", metavar="BACKEND", help=f"some of {', '.join(REGISTRY)}; by default all"
     )
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--in-process", metavar="TARGET", help=argparse.SUPPRESS)

@@ -1,8 +1,9 @@
-"""Numbers for arrays of dtype object, with which the spec computes the same bits on every machine.
+"""Numbers for arrays of dtype object. With them the spec computes the same bits on every machine.
 
-numpy leaves sums to the BLAS and functions to the processor's vector units, so the last bits of a float64 result differ
-between machines. `decimal` is integer arithmetic: fifty digits of it, rounded once to float64 at the end, are the same
-everywhere, and right to the last bit. `Single` is float32 arithmetic in one fixed order, for the size of its errors.
+numpy uses the BLAS for sums and the processor's vector units for functions, so the last bits of a float64 result differ
+between machines. `decimal` uses integer arithmetic. Fifty digits of it, rounded once to float64, are the same on every
+machine and correct to the last bit. `Single` is float32 arithmetic in one fixed order. It measures the size of float32
+errors.
 """
 
 import decimal
@@ -24,20 +25,20 @@ DIGITS = 50
 
 @contextmanager
 def fifty_digits() -> Iterator[None]:
-    """A context in which decimals have `DIGITS` digits, whatever the caller's own context is."""
+    """A context in which decimals have `DIGITS` digits, independent of the caller's context."""
     context = decimal.Context(prec=DIGITS, rounding=decimal.ROUND_HALF_EVEN)
     with decimal.localcontext(context):
         yield
 
 
 class Single:
-    """A float32 number, every operation of which is rounded correctly.
+    """A float32 number whose operations are all rounded correctly.
 
-    Sums, products, quotients and roots of float32 values are computed in float64 and rounded: with more than twice the
-    digits, that is the same as rounding once.
+    Sums, products, quotients and roots of float32 values are computed in float64 and then rounded. As float64 has more than
+    twice the digits, this equals rounding once.
 
     Args:
-        value: a number that float32 holds.
+        value: a number that float32 can represent.
 
     Example:
         >>> float(Single(16777216.0) + Single(1.0))
@@ -101,16 +102,16 @@ class Single:
         return hash(self.value)
 
     def sqrt(self) -> "Single":
-        """The square root; numpy's `sqrt` calls it on arrays of dtype object."""
+        """The square root. numpy's `sqrt` calls it on arrays of dtype object."""
         return _rounded(math.sqrt(self.value))
 
     def exp(self) -> "Single":
-        """The exponential, by way of fifty digits; numpy's `exp` calls it on arrays of dtype object."""
+        """The exponential, computed with fifty digits. numpy's `exp` calls it on arrays of dtype object."""
         with fifty_digits():
             return _rounded(float(Decimal(self.value).exp()))
 
     def log(self) -> "Single":
-        """The natural logarithm, likewise."""
+        """The natural logarithm, computed with fifty digits. numpy's `log` calls it on arrays of dtype object."""
         with fifty_digits():
             return _rounded(float(Decimal(self.value).ln()))
 
@@ -119,7 +120,7 @@ def to_decimals(array: Array) -> Array:
     """The same values as decimals, exactly.
 
     Args:
-        array: of float32 or float64 values.
+        array: an array of float32 or float64 values.
 
     Example:
         >>> to_decimals(np.array([0.5]))[0]
@@ -132,7 +133,7 @@ def to_singles(array: Array) -> Array:
     """The same values as `Single`s.
 
     Args:
-        array: of values that float32 holds.
+        array: an array of values that float32 can represent.
     """
     return _objects(array, Single)
 
@@ -141,7 +142,7 @@ def to_floats(array: Array) -> Array:
     """Decimals or `Single`s rounded to float64.
 
     Args:
-        array: of dtype object.
+        array: an array of dtype object.
 
     Example:
         >>> to_floats(to_decimals(np.array([0.1])) + to_decimals(np.array([0.2])))
@@ -157,10 +158,10 @@ def _objects(array: Array, number: Any) -> Array:
 
 
 def _value(number: object) -> float | None:
-    """What float32 arithmetic takes a number for; None of what is none, arrays for example, which then take over."""
+    """The float32 value of a number. None for other objects, such as arrays, which then handle the operation themselves."""
     if type(number) is Single:
         return number.value
-    # The zeros of numpy's own making, the spec's factors 2, and its constants, which numpy rounds alike.
+    # Zeros that numpy creates, the factors 2 in the spec, and its constants. numpy rounds these in the same way.
     return float(np.float32(number)) if isinstance(number, int | float) else None
 
 

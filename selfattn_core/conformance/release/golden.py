@@ -1,15 +1,14 @@
-"""Golden vectors: cases with their float64 expectations as files, for backends in any language.
+"""Writes and checks golden vectors: cases as files with the expected float64 values, for layers in any language.
 
-    python -m selfattn_core.conformance.release.golden FOLDER           # write what is not there yet
-    python -m selfattn_core.conformance.release.golden FOLDER --check   # compute all of it again, compare every bit
+    python -m selfattn_core.conformance.release.golden FOLDER           # write the missing files
+    python -m selfattn_core.conformance.release.golden FOLDER --check   # compute all files again, and compare every bit
 
-The expectations are the spec's, computed in fifty-digit decimals and rounded once, so they do not depend on the
-machine; the noise floors are those of float32 arithmetic in one fixed order, which do not either.
+The spec computes the expected values in fifty-digit decimals and rounds them once. The noise floors use float32 arithmetic
+in one fixed order. So neither depends on the machine.
 
-A file that is there is never replaced by one that differs in silence. Two numbers in it say which one it is: `version`
-is that of the function (`spec.VERSION`), and other arrays need another one; `edition` is that of the files (`EDITION`),
-and arrays that are the same with other tolerances, or described in another way, need another one. Files of new cases
-need neither.
+An existing file is replaced only if a number in it changes too. `version` is the version of the function (`spec.VERSION`).
+Changed arrays need a new version. `edition` is the edition of the files (`EDITION`). Changed tolerances or descriptions with
+equal arrays need a new edition. Files of new cases need neither.
 
 docs/golden-vectors.md describes the files.
 """
@@ -47,7 +46,7 @@ FORMAT = "selfattn golden vector"
 SUMS = "SHA256SUMS"
 
 EDITION = 2
-"""Of the files: another one whenever one that is there changes, though the function gives the same. CHANGELOG.md says how."""
+"""The edition of the files. Raise it if a file changes and its arrays do not. CHANGELOG.md lists the changes."""
 
 _CONFIG = (
     "channels",
@@ -58,24 +57,24 @@ _CONFIG = (
     "kv_pool",
     "spectral_norm",
 )
-"""The options that a file gives; those that came later are at their defaults."""
+"""The options in a file. Newer options have their defaults."""
 
 _OUTPUT_GRADIENTS = {"vjp": "dy", "training_vjp": "dy", "mixed": "dy", "r1": "w"}
-"""What the gradient of y is called, by computation."""
+"""The name of the gradient of y, by computation."""
 
 _POSITIONS = 60
-"""Of the largest maps: their N×M attention is written out."""
+"""The largest number of positions, because a file contains the whole N×M map."""
 
 
 def golden_cases() -> list[Case]:
-    """The cases that have a file: the values and derivatives of every layer on maps of moderate size."""
+    """The cases that have a file: values and derivatives of every layer, on feature maps of moderate size."""
     return [
         case
         for case in CASES
         if FAMILIES[case.family].golden
         and COMPUTATIONS[case.computation].values
         and case.shape[1] * case.shape[2] <= _POSITIONS
-        # A file has no views, and nobody to leave anything behind.
+        # A file contains no views, and cannot test that calls have no side effects.
         and not case.view
         and case.computation != "evaluation"
     ]
@@ -88,7 +87,7 @@ def vector(case: Case) -> bytes:
         case: one of `golden_cases()`.
 
     Returns:
-        A .safetensors file: the input (float32), the expectations (float64), and a description as JSON.
+        A .safetensors file with the input (float32), the expected values (float64), and a description as JSON.
     """
     given = inputs(case, "float32")
     with fifty_digits():
@@ -126,17 +125,17 @@ def vector(case: Case) -> bytes:
 
 
 def write(folder: Path) -> list[str]:
-    """Write the files that are not there yet, and the sums of all.
+    """Write the missing files, and the checksums of all files.
 
     Args:
-        folder: must exist.
+        folder: an existing folder.
 
     Returns:
         The names of the files that were written.
 
     Raises:
-        ValueError: if a file that is there has other arrays at the same version of the spec, or another description
-            at the same edition; nothing is written.
+        ValueError: if an existing file has other arrays at the same version, or another description at the same edition.
+            Then nothing is written.
     """
     contents = dict(_contents())
     changed = [
@@ -156,14 +155,14 @@ def write(folder: Path) -> list[str]:
 
 
 def differences(folder: Path, cases: list[Case] | None = None) -> list[str]:
-    """Compute files again and say which are not there bit for bit.
+    """Compute the files again, and compare them with a folder bit for bit.
 
     Args:
-        folder: of the files.
-        cases: which; by default all.
+        folder: the folder with the files.
+        cases: the cases. By default `golden_cases()`.
 
     Returns:
-        One line for each file that differs, naming the tensors.
+        One line for each missing or different file. It names the tensors that differ.
     """
     lines = []
     for name, content in _contents(cases):
@@ -176,9 +175,9 @@ def differences(folder: Path, cases: list[Case] | None = None) -> list[str]:
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--check", is_flag=True, help="Write nothing; exit 1 if a file is not what it should be.")
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 if a file is missing or differs.")
 def main(folder: Path, check: bool) -> None:
-    """Write the golden vectors to FOLDER, or check those that are there."""
+    """Write the golden vectors to FOLDER, or check the files in it."""
     if check:
         lines = differences(folder)
         click.echo("\n".join(lines) or f"{len(golden_cases())} files are there bit for bit")
@@ -198,7 +197,7 @@ def _contents(cases: list[Case] | None = None) -> Iterator[tuple[str, bytes]]:
 
 
 def _computation(case: Case) -> str:
-    """What is computed, in the words of the files."""
+    """The computation, as the files name it."""
     return "training_pass" if case.computation == "spectral_norm" else case.computation
 
 
@@ -209,28 +208,28 @@ def _map(given: Inputs, number: Any) -> Inputs:
 
 
 def _answers(case: Case, given: Inputs, right: Reference | None = None) -> dict[str, Array]:
-    """What the spec, or another version of it, says, rounded to float64; scalars as arrays of one."""
+    """The answers of the spec, or of a variant of it, rounded to float64. Scalars are arrays with one entry."""
     found = answers(right or Reference(), case, given, "object", "channels_last")
     return {name: np.atleast_1d(to_floats(value)) for name, value in found.items()}
 
 
 def _refusal(path: Path, content: bytes) -> str:
-    """Why a file that is there may not be replaced by this content; empty if it may."""
+    """The reason why this content may not replace an existing file. Empty if it may."""
     try:
         version, edition, arrays = _opened(path)
     except (KeyError, TypeError, ValueError) as error:
-        return f"cannot be read ({error}): delete it if it is to be written again"
+        return f"cannot be read ({error}): delete it to write it again"
     if version < spec.VERSION:
         return ""
     if names := _differing(arrays, read_all(io.BytesIO(content))[1]):
         return (
-            f"{', '.join(names)} would be different, and version {version} is what the function has: "
-            "raise VERSION in selfattn_core/spec.py if the function is meant to be another one"
+            f"{', '.join(names)} would be different, but the version is still {version}: "
+            "raise VERSION in selfattn_core/spec.py if the function has changed on purpose"
         )
     if edition >= EDITION:
         return (
-            f"the description would be different, and edition {edition} is what the files have: "
-            "raise EDITION in selfattn_core/conformance/release/golden.py if it is meant"
+            f"the description would be different, but the edition is still {edition}: "
+            "raise EDITION in selfattn_core/conformance/release/golden.py if this is on purpose"
         )
     return ""
 
@@ -240,7 +239,7 @@ def _opened(path: Path) -> tuple[int, int, dict[str, Array]]:
     with path.open("rb") as file:
         metadata, arrays = read_all(file)
     description = json.loads(metadata["golden"])
-    # Files of the first edition do not say so.
+    # Files of the first edition do not contain the edition.
     return int(description["version"]), int(description.get("edition", 1)), arrays
 
 

@@ -1,4 +1,4 @@
-"""The reports of a conformance run: one set of data, and the forms that people and programs read it in."""
+"""The reports of a conformance run: the data, and the forms that people and programs read."""
 
 from selfattn_core.conformance.report.difference import Difference, difference
 from selfattn_core.conformance.report.document import as_data, schema

@@ -1,4 +1,4 @@
-"""What changed between two reports."""
+"""The difference of two reports."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,10 +9,10 @@ from selfattn_core.conformance.report.summary import Data, allowed, device_words
 __all__ = ["Difference", "difference"]
 
 _MOVED = 2.0
-"""By which factor a ratio has to change to be told."""
+"""The factor by which a ratio must change to be listed."""
 
 _NOTICED = 0.5
-"""Of what is allowed: ratios that stay below this share may move as they like."""
+"""The share of the factor below which changes of a ratio are not listed."""
 
 _MOST_PROBLEMS = 20
 
@@ -22,10 +22,10 @@ class Difference:
     """What changed, one line each.
 
     Args:
-        regressions: what was right and is no more: new failures, lost claims and levels, backends that do not start.
-        fixed: what was wrong and is right.
-        moved: ratios that changed much.
-        versions: of libraries, the spec and the cases.
+        regressions: new failures, lost claims and levels, and backends that no longer start.
+        fixed: failures and other problems that no longer occur.
+        moved: ratios that changed by a large factor.
+        versions: changed versions of libraries, the spec and the cases, and changed devices.
         notes: what could not be compared, and why.
     """
 
@@ -51,21 +51,21 @@ def difference(old: Data, new: Data) -> Difference:
     """Compare two reports.
 
     Args:
-        old: the earlier one.
-        new: the later one.
+        old: the earlier report.
+        new: the later report.
 
     Raises:
-        ValueError: if one of them is of another schema, or is no report.
+        ValueError: if one of them has another schema, or is not a report.
     """
     for which, data in (("first", old), ("second", new)):
         if data.get("schema") != 1:
             raise ValueError(
-                f"the {which} report has schema {data.get('schema')!r}, where this selfattn reads 1: write it again."
+                f"the {which} report has schema {data.get('schema')!r}, but this selfattn reads schema 1: write it again."
             )
         if wrong := report_problems(data):
             more = f"; and {len(wrong) - _MOST_PROBLEMS} more" if len(wrong) > _MOST_PROBLEMS else ""
             raise ValueError(
-                f"the {which} report is no report of selfattn conform --json: "
+                f"the {which} report is not a report of selfattn conform --json: "
                 f"{'; '.join(wrong[:_MOST_PROBLEMS])}{more}. Write it again."
             )
     found = Difference()
@@ -78,7 +78,7 @@ def difference(old: Data, new: Data) -> Difference:
         )
     if old["level"] != new["level"]:
         found.notes.append(
-            f"{old['level']} was asked for, then {new['level']}: only what both hold is compared"
+            f"the levels differ ({old['level']} and {new['level']}), so only the runs in both reports are compared"
         )
     before = {backend["name"]: backend for backend in old["backends"]}
     after = {backend["name"]: backend for backend in new["backends"]}
@@ -93,13 +93,13 @@ def difference(old: Data, new: Data) -> Difference:
 def _compare(found: Difference, old: Data, new: Data, first: Data, second: Data) -> None:
     name = new["name"]
     found.versions.extend(_versions(name, old["versions"], new["versions"]))
-    # Reports before there were devices say nothing about it.
+    # Older reports do not contain the device.
     if "device" in old and "device" in new:
         devices = [{"device": device_words(each) or "its own"} for each in (old, new)]
         found.versions.extend(_versions(name, *devices))
     was, now = _state(old), _state(new)
     if was != now:
-        (found.regressions if now else found.fixed).append(f"{name}: {now or f'starts; before: {was}'}")
+        (found.regressions if now else found.fixed).append(f"{name}: {now or f'starts, before: {was}'}")
     if was or now:
         return
     runs = {run_id(outcome): outcome for outcome in old["outcomes"]}
@@ -111,7 +111,7 @@ def _compare(found: Difference, old: Data, new: Data, first: Data, second: Data)
                 _ratio(found, f"{name}: {run}", runs[run], outcome, allowed(second, outcome))
     gone = [run for run in runs if run not in others]
     if gone and first["level"] == second["level"]:
-        found.regressions.append(f"{name}: {len(gone)} cases are no more, {gone[0]} among them")
+        found.regressions.append(f"{name}: {len(gone)} runs are missing, such as {gone[0]}")
     if first["level"] == second["level"] and old["level"] != new["level"]:
         ranks = [None, *second["levels"]]
         better = ranks.index(new["level"]) > ranks.index(old["level"])

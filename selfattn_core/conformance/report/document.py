@@ -1,4 +1,4 @@
-"""The report as data: the content of the JSON file, which `schema.json` describes and every other form is made from."""
+"""The report as data: the content of the JSON file. `schema.json` describes it, and the other forms are made from it."""
 
 import datetime as dt
 import json
@@ -19,7 +19,7 @@ __all__ = ["SCHEMA", "as_data", "schema"]
 
 SCHEMA = 1
 
-# The control characters of ASCII and Latin-1, and what XML has no place for besides.
+# The control characters of ASCII and Latin-1, and the other characters that XML does not allow.
 _UNSHOWN = {code: None for code in (*range(32), *range(127, 160), 0xFFFE, 0xFFFF) if chr(code) not in "\t\n"}
 
 
@@ -31,14 +31,14 @@ def as_data(
     kills: Sequence[Kill] = (),
     device: str = "",
 ) -> dict[str, Any]:
-    """Everything that was found, with every verdict.
+    """All results, with every verdict.
 
     Args:
         reports: one for each backend.
-        seed: of the inputs.
-        level: that was asked for.
-        kills: what became of each planted bug.
-        device: that was asked for; empty for none.
+        seed: the seed of the inputs.
+        level: the requested level.
+        kills: the result of each mutant.
+        device: the requested device. Empty for none.
     """
     labels = {outcome.label for report in reports for outcome in report.outcomes}
     return {
@@ -118,7 +118,7 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
 
 
 def _trajectories(reports: Sequence[BackendReport]) -> list[dict[str, Any]]:
-    """The curves of each training case, with that of the spec and how far from it they may be."""
+    """The loss curves of each training case, with the curve of the spec and its noise floors."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for report in reports:
         for outcome in report.outcomes:
@@ -157,10 +157,10 @@ def _kill(kill: Kill) -> dict[str, Any]:
 
 
 def _shown(words: str) -> str:
-    """As every form can hold it: without what moves a terminal's cursor, and lone surrogates as escapes."""
+    """Text for every form: without characters that move a terminal's cursor, and with lone surrogates escaped."""
     return words.translate(_UNSHOWN).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _number(value: float) -> float | None:
-    """JSON has neither infinity nor NaN."""
+    """A number for JSON, which has no infinity and no NaN. These become None."""
     return float(value) if np.isfinite(value) else None

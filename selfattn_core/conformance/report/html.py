@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no script, no network, light and dark, desktop and phone."""
+"""The report as one HTML page without scripts and without a network, for light and dark mode, desktop and phone."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -30,7 +30,7 @@ _FEW_PROBLEMS = 5
 
 
 def as_html(data: Data) -> str:
-    """Verdict, scorecard, errors by family, problems, worst cases, trajectories, planted bugs.
+    """The page with verdict, scorecard, errors by family, problems, worst cases, trajectories and mutants.
 
     Args:
         data: the report.
@@ -54,7 +54,7 @@ def as_html(data: Data) -> str:
 
 
 def _escaped(value: Any) -> Any:
-    """The report with every word as HTML, so that the rest of this file can put any of them into the page."""
+    """The report with every string escaped for HTML, so that the rest of this file can insert any of them."""
     if isinstance(value, Mapping):
         return {escape(name): _escaped(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -92,7 +92,7 @@ def _headline(data: Data) -> str:
         parts.append(whole if passed == number else some)
     if data["kills"]:
         killed = sum(kill["killed"] for kill in data["kills"])
-        parts.append(f"{killed} of {len(data['kills'])} planted bugs noticed")
+        parts.append(f"{killed} of {len(data['kills'])} mutants caught")
     return ", ".join(parts) or "Nothing was run"
 
 
@@ -101,8 +101,8 @@ def _scorecard(data: Data) -> str:
     return (
         "<h2>Scorecard</h2>\n"
         "<p>Each number is the largest error of a level, as a multiple of the noise floor: the error that the numpy "
-        f"definition itself makes in the same arithmetic on the same input. {_limits(data['factors'])}; the bars show how much of "
-        f'that is used.</p>\n<div class="cards">\n{cards}\n</div>'
+        f"definition itself makes in the same arithmetic on the same input. {_limits(data['factors'])}. "
+        f'The bars show the share of that.</p>\n<div class="cards">\n{cards}\n</div>'
     )
 
 
@@ -120,7 +120,7 @@ def _card(data: Data, backend: Data) -> str:
     elif backend["level"]:
         badge = f'<span class="badge good">conformant at {backend["level"]}</span>'
     else:
-        badge = '<span class="badge unclaimed">right in what it claims</span>'
+        badge = '<span class="badge unclaimed">passed all claims, no level</span>'
     rows = []
     for level in tested_levels(data):
         cell = level_cell(data, backend, level)
@@ -227,9 +227,9 @@ def _trajectories(data: Data) -> str:
         more = f'<details><summary>The same in {rest[0]["dtype"]}</summary><div class="figures">{others}</div></details>'
     return (
         "<h2>Training</h2>\n"
-        "<p>200 optimiser steps from equal weights on equal batches, the gradients being each backend's own: the loss, "
-        "and how far it strays from that of the float64 definition. The green area is what is allowed, a multiple of how "
-        "far the definition itself strays in the same arithmetic.</p>\n"
+        "<p>200 optimiser steps from equal weights on equal batches, with the gradients of each backend. The charts show "
+        "the loss, and its deviation from the loss of the float64 definition. The green area is allowed: a multiple of the "
+        "deviation of the definition itself in the same arithmetic.</p>\n"
         f'<ul class="legend">{legend}</ul>\n<div class="figures">{figures}</div>{more}'
     )
 
@@ -259,7 +259,7 @@ def _figures(row: Data, styles: Mapping[str, str], data: Data) -> str:
 
 
 def _deviation(losses: Sequence[float | None], reference: Sequence[float]) -> list[float | None]:
-    """Absolute differences; none where there is nothing to draw on a logarithmic axis."""
+    """Absolute differences. None where a logarithmic axis cannot show the difference."""
     return [
         None if loss is None or loss == wanted else abs(loss - wanted)
         for loss, wanted in zip(losses, reference, strict=False)
@@ -281,10 +281,11 @@ def _kills(data: Data) -> str:
         )
     killed = sum(kill["killed"] for kill in data["kills"])
     return (
-        "<h2>Planted bugs</h2>\n"
-        f"<p>{killed} of {len(data['kills'])} broken implementations were noticed. Each was run on the cases "
-        "that have to see it; the table names the one that saw it best, and by which multiple of the noise floor.</p>\n"
-        '<div class="scroll"><table><thead><tr><th>bug</th><th>noticed by</th><th>× noise floor</th>'
+        "<h2>Mutants</h2>\n"
+        f"<p>{killed} of {len(data['kills'])} mutants were caught. A mutant is a deliberately broken "
+        "implementation. The kit runs it on the cases that should catch it. The table names the case with the largest "
+        "error, in multiples of the noise floor.</p>\n"
+        '<div class="scroll"><table><thead><tr><th>mutant</th><th>caught by</th><th>× noise floor</th>'
         f"<th>cases</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 

@@ -1,4 +1,4 @@
-"""The report as JUnit XML, which continuous-integration services show test by test."""
+"""The report as JUnit XML, for continuous-integration services that show each test."""
 
 from xml.etree import ElementTree as ET
 
@@ -8,7 +8,7 @@ __all__ = ["as_junit"]
 
 
 def as_junit(data: Data) -> str:
-    """One test suite for each backend, one for the planted bugs; unclaimed cases are skipped tests.
+    """One test suite for each backend, and one for the mutants. Unclaimed runs are skipped tests.
 
     Args:
         data: the report.
@@ -22,7 +22,7 @@ def as_junit(data: Data) -> str:
             case = ET.SubElement(suite, "testcase", name=kill["mutant"], classname="self-test")
             if not kill["killed"]:
                 ET.SubElement(
-                    case, "failure", message=f"none of {kill['asked']} cases of {kill['family']} notices it"
+                    case, "failure", message=f"none of {kill['asked']} runs of {kill['family']} catches it"
                 )
         _count(suite)
     ET.indent(root)

@@ -21,7 +21,7 @@ _MOST_PROBLEMS = 50
 
 
 def as_markdown(data: Data) -> str:
-    """Verdict, scorecard by level, worst error by family, problems, planted bugs, versions.
+    """The report with verdict, scorecard by level, worst error by family, problems, mutants and versions.
 
     Args:
         data: the report.
@@ -103,7 +103,7 @@ def _worst(data: Data) -> list[str]:
 
 
 def _kills(data: Data) -> list[str]:
-    lines = ["| planted bug | seen in | noticed by | multiple of the floor |", "|---|---|---|---|"]
+    lines = ["| mutant | seen in | caught by | multiple of the floor |", "|---|---|---|---|"]
     for kill in data["kills"]:
         ratio = "–" if kill["ratio"] is None else multiple(kill["ratio"])
         by = f"{kill['case']} ({kill['dtype']})" if kill["killed"] else "❌ nothing"
@@ -112,12 +112,12 @@ def _kills(data: Data) -> list[str]:
 
 
 def _code(words: str) -> str:
-    """As code, unless there is something in it that would end the code."""
+    """Markdown code, or escaped text if the words contain a character that would end the code."""
     return _escaped(words) if "`" in words or "\n" in words else f"`{words}`"
 
 
 def _escaped(words: str) -> str:
-    """On one line, and with nothing in it that Markdown or a table would take for its own."""
+    """One line in which Markdown and tables find no markup."""
     flat = " ".join(words.split())
     for character in "\\`|<>*_":
         flat = flat.replace(character, f"\\{character}")

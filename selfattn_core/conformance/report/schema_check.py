@@ -1,7 +1,7 @@
-"""Checks the report files that `selfattn conform --diff` is given, which somebody may have edited.
+"""Checking the report files that `selfattn conform --diff` reads, because somebody may have edited them.
 
-A user does not have jsonschema, which only the tests install. Seventy lines understand the part of JSON Schema that
-`schema.json` uses, so the schema stays the only description of a report.
+Only the tests install jsonschema. Seventy lines here implement the part of JSON Schema that `schema.json` uses, so that
+the schema stays the only description of a report.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,9 +23,9 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 def report_problems(data: object) -> list[str]:
-    """Where data is not what a report is: values of another type, names that are missing, words that do not exist.
+    """The places where data is not a valid report: values of a wrong type, missing names, and unknown words.
 
-    What a report holds beyond the schema is no problem: a later version may have written it.
+    Names that the schema does not list are allowed, because a later version may have written the report.
 
     Args:
         data: the content of a JSON file.
@@ -44,7 +44,7 @@ def _problems(data: Any, rule: Mapping[str, Any], rules: Mapping[str, Any], plac
         rule = rules[rule["$ref"].removeprefix("#/$defs/")]
     if "oneOf" in rule:
         if all(list(_problems(data, choice, rules, place)) for choice in rule["oneOf"]):
-            yield f"{place}: got {_short(data)}, which is none of what it may be"
+            yield f"{place}: got {_short(data)}, which fits no alternative of the schema"
         return
     types = rule.get("type", [])
     types = [types] if isinstance(types, str) else types
@@ -65,7 +65,7 @@ def _problems(data: Any, rule: Mapping[str, Any], rules: Mapping[str, Any], plac
 
 
 def _loose_ends(data: Any) -> Iterator[str]:
-    """What a value names and the report does not have."""
+    """The names that a value refers to and the report does not define."""
     dtypes = {outcome["dtype"] for backend in data["backends"] for outcome in backend["outcomes"]}
     dtypes |= {
         outcome["label"]
@@ -79,7 +79,7 @@ def _loose_ends(data: Any) -> Iterator[str]:
 
 
 def _is_of(data: object, name: str) -> bool:
-    """Whether a value is of a type of JSON, in which True is no number."""
+    """Whether a value has a JSON type. In JSON, True is not a number."""
     return isinstance(data, _TYPES[name]) and (name == "boolean" or not isinstance(data, bool))
 
 

@@ -1,6 +1,6 @@
-"""What a report says in short: cells of its tables, worst cases, problems. Every form of it reads these.
+"""The summary of a report: cells of tables, worst cases and problems. Every form of the report uses it.
 
-A report is the content of the JSON file (`schema.json`), so that one that was kept can be shown again.
+A report is the content of the JSON file (`schema.json`), so that a stored report can be shown again.
 """
 
 import shlex
@@ -35,11 +35,11 @@ Data = Mapping[str, Any]
 
 
 class Problem(NamedTuple):
-    """What is wrong with a backend.
+    """One problem of a backend.
 
     Args:
-        words: one line, or more of a traceback.
-        command: that repeats it; empty if it is not about one run.
+        words: the description. A traceback has several lines.
+        command: the command that repeats the failure. Empty if the problem is not about one run.
     """
 
     words: str
@@ -52,9 +52,9 @@ class Cell:
 
     Args:
         kind: "good", "bad", "expected" (a known failure), "unclaimed" or "absent".
-        text: what it says.
-        share: the worst error as a share of what is allowed, 0 to 1; None where nothing was measured.
-        case: where that was.
+        text: the text of the field.
+        share: the worst error as a share of the largest multiple that passes, 0 to 1. None without a measured error.
+        case: the case with that error.
     """
 
     kind: Literal["good", "bad", "expected", "unclaimed", "absent"]
@@ -64,7 +64,7 @@ class Cell:
 
 
 def family_title(family: str) -> str:
-    """A family in words.
+    """The name of a family in reports.
 
     Example:
         >>> family_title("r1"), family_title("determinism")
@@ -75,18 +75,18 @@ def family_title(family: str) -> str:
 
 
 def run_id(outcome: Data) -> str:
-    """As in "SA-FWD-001/float32/channels_last"."""
+    """The id of a run, such as "SA-FWD-001/float32/channels_last"."""
     return f"{outcome['case']}/{outcome['dtype']}/{outcome['layout']}"
 
 
 def ratio_of(outcome: Data) -> float | None:
-    """The worst error of an outcome in noise floors; None if there is none to give."""
+    """The worst error of an outcome in noise floors. None if it has no finite one."""
     ratios = list(outcome["ratios"].values())
     return None if not ratios or None in ratios else max(ratios)
 
 
 def multiple(ratio: float) -> str:
-    """A multiple of the noise floor in few digits.
+    """A multiple of the noise floor as text with few digits.
 
     Example:
         >>> multiple(0.634), multiple(6.5e11)
@@ -96,20 +96,20 @@ def multiple(ratio: float) -> str:
 
 
 def allowed(data: Data, outcome: Data) -> float:
-    """How many noise floors an error may reach.
+    """The factor of an outcome: the largest multiple of the noise floor that passes.
 
     Args:
         data: the report.
-        outcome: of a backend, or a trajectory.
+        outcome: an outcome of a backend, or a trajectory.
     """
     return float(data["factors"][outcome.get("label") or outcome["dtype"]])
 
 
 def device_words(backend: Data) -> str:
-    """The device of a backend, its model, driver and default precisions, as far as they are known.
+    """The device of a backend, with its model, driver and default precisions if they are known.
 
     Args:
-        backend: of `data["backends"]`.
+        backend: an entry of `data["backends"]`.
 
     Example:
         >>> precisions = {"matrix product": "float32", "convolution": "tf32"}
@@ -128,17 +128,17 @@ def device_words(backend: Data) -> str:
 
 
 def _why_unmeasured(backend: Data) -> str:
-    """Why a backend that has a device has no default precisions in its report."""
+    """The reason why the report of a backend with a device has no default precisions."""
     if "shipped" not in backend["claims"]:
-        return f"not measured, for the backend does not claim {family_title('shipped')}"
-    # Of a report before there was this family, and of one that did not ask for it, there is no such outcome.
+        return f"not measured, because the backend does not claim {family_title('shipped')}"
+    # A report has no such outcome if it is older than this family or did not include it.
     if any(outcome["family"] == "shipped" for outcome in backend["outcomes"]):
         return "could not be measured"
-    return "not measured, which the level deploy does"
+    return "not measured, only the level deploy measures it"
 
 
 def tested_levels(data: Data) -> dict[str, list[str]]:
-    """The families of each level that this report asked for."""
+    """The families of each level up to the level of this report."""
     levels: dict[str, list[str]] = {}
     for level, families in data["levels"].items():
         levels[level] = list(families)
@@ -152,32 +152,32 @@ def family_cell(data: Data, backend: Data, family: str) -> Cell:
 
     Args:
         data: the report.
-        backend: of `data["backends"]`.
-        family: of the cases.
+        backend: an entry of `data["backends"]`.
+        family: the family.
     """
     return _cell(data, backend, (family,))
 
 
 def level_cell(data: Data, backend: Data, level: str) -> Cell:
-    """The families that a level adds, of one backend.
+    """The families that a level adds, for one backend.
 
     Args:
         data: the report.
-        backend: of `data["backends"]`.
-        level: of `data["levels"]`.
+        backend: an entry of `data["backends"]`.
+        level: a name of `data["levels"]`.
     """
     return _cell(data, backend, data["levels"][level])
 
 
 def worst(data: Data, number: int) -> list[tuple[Data, Data, float]]:
-    """The outcomes that come closest to what is allowed, or exceed it.
+    """The outcomes with the largest errors, relative to their factor.
 
     Args:
         data: the report.
-        number: how many.
+        number: the number of outcomes.
 
     Returns:
-        (backend, outcome, share of what is allowed), the worst first, one for each backend and case.
+        (backend, outcome, share of the factor), the worst first, one for each backend and case.
     """
     found: dict[tuple[str, str], tuple[Data, Data, float]] = {}
     for backend in data["backends"]:
@@ -193,29 +193,29 @@ def worst(data: Data, number: int) -> list[tuple[Data, Data, float]]:
 
 
 def unanswered(data: Data, backend: Data) -> str:
-    """Why a backend that was asked answered nothing at all, which is no pass; empty if it did answer.
+    """The reason why a backend answered no run. Empty if it answered one. A backend without answers does not pass.
 
     Args:
         data: the report.
-        backend: of `data["backends"]`.
+        backend: an entry of `data["backends"]`.
     """
     outcomes = backend["outcomes"]
     if not outcomes or any(outcome["status"] != "unclaimed" for outcome in outcomes):
         return ""
     reason = next((outcome["message"] for outcome in outcomes if outcome["message"]), "")
     if reason:
-        return f"answers nothing that was asked at level {data['level']}; the first reason: {reason}"
-    return f"claims nothing that was asked at level {data['level']}"
+        return f"answers no case of level {data['level']}; the first reason: {reason}"
+    return f"claims no case of level {data['level']}"
 
 
 def command_line(backend: str, run: str, *, seed: int = 0, device: str = "") -> str:
     """The command that repeats a run.
 
     Args:
-        backend: its name.
-        run: its id.
-        seed: of the random inputs.
-        device: that was asked for; empty for none.
+        backend: the name of the backend.
+        run: the id of the run.
+        seed: the seed of the random inputs.
+        device: the requested device. Empty for none.
 
     Example:
         >>> command_line("torch", "SA-FWD-001/float32/channels_last", seed=3)
@@ -228,11 +228,11 @@ def command_line(backend: str, run: str, *, seed: int = 0, device: str = "") -> 
 
 
 def problems(data: Data, backend: Data) -> list[Problem]:
-    """What is wrong with a backend.
+    """The problems of a backend.
 
     Args:
         data: the report.
-        backend: of `data["backends"]`.
+        backend: an entry of `data["backends"]`.
     """
     if backend["missing"]:
         missing = ", ".join(backend["missing"])
@@ -253,7 +253,7 @@ def problems(data: Data, backend: Data) -> list[Problem]:
 
 
 def counts(outcomes: Iterable[Data]) -> dict[str, int]:
-    """How many outcomes have each status."""
+    """The number of outcomes with each status."""
     found: dict[str, int] = {}
     for outcome in outcomes:
         found[outcome["status"]] = found.get(outcome["status"], 0) + 1
@@ -261,7 +261,7 @@ def counts(outcomes: Iterable[Data]) -> dict[str, int]:
 
 
 def verdict(data: Data) -> tuple[bool, str]:
-    """The whole report in a sentence, and whether it is good news.
+    """The whole report in a sentence, and whether everything passed.
 
     Args:
         data: the report.
@@ -275,23 +275,20 @@ def verdict(data: Data) -> tuple[bool, str]:
         missing = [backend["name"] for backend in backends if backend["missing"]]
         good = not failed and not missing and not absent
         if passed:
-            everything = "every check that it claims" if len(passed) == 1 else "every check that they claim"
-            parts.append(f"{_listed(passed)} passed {everything}")
+            parts.append(f"{_listed(passed)} passed every claimed check")
         if failed:
             parts.append(f"{_listed(failed)} failed")
         if missing:
-            parts.append(f"{_listed(missing)} could not be run: something is not installed")
+            parts.append(f"{_listed(missing)} did not run: a package is not installed")
         if absent:
-            parts.append(f"{_listed(absent)} could not be run: there is no such device here")
+            parts.append(f"{_listed(absent)} did not run: this machine does not have the device")
     if data["kills"]:
         alive = [kill["mutant"] for kill in data["kills"] if not kill["killed"]]
         good = good and not alive
         if alive:
-            parts.append(
-                f"{len(alive)} of {len(data['kills'])} planted bugs were not noticed: {_listed(alive)}"
-            )
+            parts.append(f"{len(alive)} of {len(data['kills'])} mutants were not caught: {_listed(alive)}")
         else:
-            parts.append(f"all {len(data['kills'])} planted bugs were noticed")
+            parts.append(f"all {len(data['kills'])} mutants were caught")
     return good, "; ".join(parts) + "."
 
 

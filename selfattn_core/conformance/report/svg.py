@@ -1,4 +1,4 @@
-"""Line charts as SVG that follows the colours of the page it is in."""
+"""Line charts as SVG in the colours of the surrounding page."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ class Line:
     """One curve.
 
     Args:
-        name: for the title that a pointer brings up, as HTML.
-        values: one for each step; None where there is none.
-        style: a class of the page.
+        name: the tooltip, as HTML.
+        values: one for each step. None where the line has a gap.
+        style: a CSS class of the page.
     """
 
     name: str
@@ -27,13 +27,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn.
+    """One chart.
 
     Args:
-        title: for people who cannot see it, as HTML.
-        lines: drawn in this order.
-        log: whether the axis is logarithmic; it is linear from zero otherwise.
-        band: values below which everything is allowed, drawn as an area; empty for none.
+        title: the text for screen readers, as HTML.
+        lines: the lines in drawing order.
+        log: whether the axis is logarithmic. Otherwise it is linear from zero.
+        band: the largest allowed values, drawn as an area below them. Empty for none.
     """
 
     title: str
@@ -46,7 +46,7 @@ def as_svg(chart: Chart) -> str:
     """The chart as an element of a page.
 
     Args:
-        chart: of lines of equal length.
+        chart: a chart whose lines have equal length.
 
     Example:
         >>> as_svg(Chart("a line", [Line("a", [1.0, 2.0], "c0")])).startswith("<svg ")

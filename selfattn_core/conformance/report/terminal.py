@@ -1,4 +1,4 @@
-"""The report for a terminal, in the colours of click, which is always installed. A library for tables would not be."""
+"""The report for a terminal. It uses the colours of click, which is always installed, and no library for tables."""
 
 from collections.abc import Sequence
 
@@ -29,22 +29,22 @@ _COLOURS = {
 
 
 def show(data: Data, *, error_stream: bool = False) -> None:
-    """Print the report, in colours where it goes to a terminal.
+    """Print the report, with colours if the output is a terminal.
 
     Args:
         data: the report.
-        error_stream: whether to standard error, because standard output is used for something else.
+        error_stream: whether to print to standard error, because another report uses standard output.
     """
-    # click takes the colours out where there is no terminal.
+    # click removes the colours if the output is not a terminal.
     click.echo(as_table(data, colours=True), err=error_stream)
 
 
 def as_table(data: Data, *, colours: bool = False) -> str:
-    """Case family × backend: the worst error in noise floors.
+    """A table of the worst errors in noise floors, with a row for each family and a column for each backend.
 
     Args:
         data: the report.
-        colours: whether cells have the colour codes of terminals.
+        colours: whether to add the colour codes of terminals.
     """
     lines = []
     if data["backends"]:
@@ -127,7 +127,7 @@ def _below(data: Data) -> list[str]:
 
 def _kill_table(kills: Sequence[Data]) -> list[str]:
     width = max(len(kill["mutant"]) for kill in kills)
-    lines = ["Mutants, and the case that saw each best:"]
+    lines = ["Mutants, and the case that caught each with the largest multiple:"]
     for kill in kills:
         if kill["killed"]:
             how = multiple(kill["ratio"]) if kill["ratio"] is not None else _first_line(kill["message"])

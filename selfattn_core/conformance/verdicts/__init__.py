@@ -1,1 +1,1 @@
-"""Whether an answer is right: expectations, tolerances, comparison."""
+"""Judging answers: expected values, tolerances and comparison."""

@@ -1,8 +1,8 @@
-"""How large the terms are of derivatives that vanish because all their terms cancel.
+"""The size of the terms in derivatives that vanish because all their terms cancel.
 
-With one key, or one position, the map does not depend on the logits, so nothing depends on query and key. What is
-subtracted is then equal only if both sides are rounded alike: D computed as rowsum(G∘o), and not as rowsum(A∘dA), leaves
-rounding errors of the terms before they cancel.
+With one key, or one position, the map does not depend on the logits, so nothing depends on query and key. The terms then
+cancel exactly only if an implementation rounds both sides in the same way. An implementation that computes D as
+rowsum(G∘o), and not as rowsum(A∘dA), leaves rounding errors in proportion to the terms.
 """
 
 from collections.abc import Mapping
@@ -27,17 +27,17 @@ def terms_through_the_map(
     *,
     cotangents: Mapping[str, Array] | None = None,
 ) -> dict[str, float]:
-    """Sums of the absolute terms by which derivatives depend on query and key, before anything is subtracted.
+    """Sums of the absolute terms through which derivatives depend on query and key, before any subtraction.
 
     Args:
         config: as for `spec.forward`.
         params: as for `spec.forward`.
         x: feature maps (B, H, W, C).
-        dy: ḡ.
+        dy: ḡ, the gradient of y.
         cotangents: as for `spec.magnitudes`.
 
     Returns:
-        The largest sum of each of "x", the kernels and biases of query and key and, of second derivatives, the bias of
+        The largest sum for each of "x" and the kernels and biases of query and key. With `cotangents` also for the bias of
         the value.
 
     Example:
@@ -92,7 +92,7 @@ def terms_through_the_map(
         second, along = through(A * centred(U * dA + R), q, k), through(A * dA, dot_q, dot_k)
         projected = {name: second[name] + along[name] for name in second}
         kernels = {name: outer(dot_x, first[name]) + outer(rows, d) for name, d in projected.items()}
-        # The gradient of the values depends on the map, too.
+        # The gradient of the values also depends on the map.
         to_values = (A * U).mT @ (gamma * back) + A.mT @ dot_G
         projected["value"] = layer.pool.scatter(to_values, layer.value_winners)
         to_x = np.asarray(sum(d @ W[name].mT for name, d in projected.items()))

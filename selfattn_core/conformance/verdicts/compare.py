@@ -1,4 +1,4 @@
-"""The judgement of one run: most quantities against the noise floor, some bit for bit, weights by their distribution."""
+"""Judging one run: most quantities by the noise floor, some bit for bit, and initial weights by their distribution."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -28,10 +28,10 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "f
     """Judge the answers of one run.
 
     Args:
-        run: which.
-        found: array by quantity.
-        seed: of the inputs.
-        label: the format of `FORMATS` that the family "shipped" is held to.
+        run: the run.
+        found: the answers, an array for each quantity.
+        seed: the seed of the inputs.
+        label: the format of `FORMATS` in which the family "shipped" is judged.
     """
     family, computation = run.case.family, run.case.computation
     losses: tuple[float, ...] = ()
@@ -62,7 +62,7 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "f
         weighed = computation in ("params", "saved", "spectral_norm")
         exact = inputs(run.case, run.dtype, seed).params if weighed else {}
         if computation == "spectral_norm":
-            # A pass moves the state, and nothing else.
+            # A pass may change only the state.
             exact = {name: array for name, array in exact.items() if name in parameter_table(run.case.config)}
         if computation == "evaluation":
             given = inputs(run.case, run.dtype, seed)
@@ -73,7 +73,7 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "f
         if problem := _names(found, [*close, *exact]):
             return Outcome(run, "fail", (), problem)
         verdicts = [judge(name, found[name], want, run.dtype) for name, want in close.items()]
-        verdicts += [_bits(name, found[name], want, "put in") for name, want in exact.items()]
+        verdicts += [_bits(name, found[name], want, "that was given") for name, want in exact.items()]
         if family == "determinism":
             verdicts += [
                 _bits(name, found[name], found["y"], "of the first call") for name in ("again", "rebuilt")
@@ -92,12 +92,12 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "f
 
 
 def memory_limit(case: Case) -> int:
-    """Bytes of one N×N array in float32, which no case of the family "memory" may reach."""
+    """The bytes of one N×N array in float32. The memory of a case of the family "memory" must stay below this."""
     _, height, width = case.shape
     return (height * width) ** 2 * 4
 
 
-# The table of one level in all its dtypes; the arrays of larger ones would be kept for nothing.
+# Enough for the cases of one level in all dtypes. A larger cache would hold arrays that are not used again.
 @lru_cache(maxsize=512)
 def _expectations(case: Case, dtype: str, seed: int) -> Mapping[str, Expectation]:
     return expect(case, dtype, seed)
@@ -124,7 +124,7 @@ def _memory(case: Case, rise: int) -> Verdict:
     message = (
         ""
         if fits
-        else f"memory rose by {rise / 2**20:.0f} MiB; one N×N array is {limit / 2**20:.0f}, and not even that is needed"
+        else f"memory rose by {rise / 2**20:.0f} MiB, expected less than one N×N array ({limit / 2**20:.0f} MiB)"
     )
     return Verdict("bytes", float(rise), 0.0 if fits else np.inf, fits, message)
 

@@ -1,4 +1,4 @@
-"""What each quantity of a case should be, with its noise floor and hard cap: the spec is run for all three."""
+"""The expected value, noise floor and cap of each quantity of a case, all three computed with the spec."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,16 +33,16 @@ _NOISE = {"float64": "float32", "float32": "float32", "float16": "float16", "bfl
 
 def quantities(case: Case, given: Inputs, dtype: str, reference: Reference | None = None) -> dict[str, Array]:
     """The answers of the spec, or of a variant of it, to a case in a dtype that numpy has."""
-    # Overflow and NaN are what some cases are about.
+    # Some cases test overflow and NaN.
     with np.errstate(all="ignore"):
         return dict(answers(reference or Reference(), case, given, dtype, "channels_last"))
 
 
 def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
-    """What each quantity of a case should be, and how far from it an error may be.
+    """The expected value of each quantity of a case, and the error that is allowed.
 
     Args:
-        case: of any family whose quantities are compared with the noise floor.
+        case: a case of any family whose quantities are compared with the noise floor.
         dtype: one of `EPS`.
         seed: as for `inputs`.
     """
@@ -52,13 +52,13 @@ def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
 
 
 def expect_on(case: Case, given: Inputs, noisy: Inputs, dtype: str) -> dict[str, Expectation]:
-    """The same on an input that is given.
+    """The expectations of `expect` for a given input.
 
     Args:
         case: as for `expect`.
-        given: the input, as `inputs` gives it in the dtype.
-        noisy: the input on which the spec's error is measured: the same, or for a dtype that borrows the error of another
-            one in that dtype.
+        given: the input, as `inputs` returns it in the dtype.
+        noisy: the input on which the spec's error is measured. It is the same object, or the input in the dtype whose
+            error this dtype borrows.
         dtype: one of `EPS`.
     """
     other = _NOISE[dtype]
@@ -78,13 +78,13 @@ def expect_on(case: Case, given: Inputs, noisy: Inputs, dtype: str) -> dict[str,
 
 
 def expect_shipped(case: Case, label: str, seed: int = 0) -> dict[str, Expectation]:
-    """What each quantity of a float32 case should be where products are computed in a format, and how far off it may be.
+    """The expected value of each quantity of a float32 case, and the error that is allowed for products in a format.
 
-    The error that makes the floor is that of the spec with the operands of all its products rounded to the format. Of
-    float32 it is that of `expect`.
+    The noise floor comes from the error of the spec with the operands of all its products rounded to the format. For the
+    format float32 it is that of `expect`.
 
     Args:
-        case: of the family "shipped".
+        case: a case of the family "shipped".
         label: one of `FORMATS`.
         seed: as for `inputs`.
     """
@@ -101,14 +101,14 @@ def expect_shipped(case: Case, label: str, seed: int = 0) -> dict[str, Expectati
 def expectations(
     case: Case, wide: Inputs, want: Mapping[str, Array], errors: Mapping[str, float], dtype: str
 ) -> dict[str, Expectation]:
-    """What each quantity should be and the noise floor and cap around it, of a spec with these errors.
+    """The expected value, noise floor and cap of each quantity, from the errors of the spec.
 
     Args:
-        case: of any family whose quantities are compared with the noise floor.
-        wide: its input, in at least float64; arrays of dtype object are computed with as the spec does.
-        want: what each quantity should be, in float64.
-        errors: the largest absolute error that the spec makes in each.
-        dtype: one of `EPS` or `FORMATS`, which the errors are in.
+        case: a case of any family whose quantities are compared with the noise floor.
+        wide: its input, in at least float64. Arrays may have dtype object, as for the spec.
+        want: the expected value of each quantity, in float64.
+        errors: the largest absolute error of the spec in each quantity.
+        dtype: the one of `EPS` or `FORMATS` in which the spec made the errors.
     """
     sums, growth = _sizes(case, wide)
     eps = EPS[dtype] if dtype in EPS else FORMATS[dtype].eps
@@ -129,14 +129,14 @@ def expectations(
 
 
 def _most_allowed(dtype: str) -> float:
-    """The most ulp that are added to the error of the spec."""
+    """The largest number of ulp that is added to the error of the spec."""
     if dtype in SIXTEEN_BITS:
         return NARROW_ALLOWANCE
     return SHIPPED_ALLOWANCE if dtype not in EPS else np.inf
 
 
 def _kind(case: Case, quantity: str) -> str:
-    """Which allowance and cap a quantity has."""
+    """The key of `ALLOWANCES` and `CAPS` for a quantity."""
     if case.order == 2:
         return "r1"
     if quantity == "map":
@@ -145,7 +145,7 @@ def _kind(case: Case, quantity: str) -> str:
 
 
 def _sizes(case: Case, wide: Inputs) -> tuple[dict[str, float], float]:
-    """The sums of absolute terms by quantity, and by how much the logits let errors grow."""
+    """The sums of absolute terms by quantity, and the factor by which the logits let errors grow."""
     sums: dict[str, float] = {}
     for x, dy in _samples(case, wide):
         cotangents = _cotangents(case, wide, x, dy)
@@ -153,13 +153,13 @@ def _sizes(case: Case, wide: Inputs) -> tuple[dict[str, float], float]:
             case.config, wide.params, x, dy if case.order else None, cotangents=cotangents
         )
         sums = {name: max(value, sums.get(name, 0.0)) for name, value in found.items()}
-    # Equal logits are rounded alike by the spec, so its map has no error to show; by others they need not be.
+    # The spec rounds equal logits alike, so its uniform map has no error. Other implementations may round them differently.
     ordinary = 1.0 if case.constant and case.computation == "map" else ORDINARY_LOGITS
     return sums, max(1.0, sums.pop("logits") / ordinary)
 
 
 def _terms(case: Case, wide: Inputs) -> dict[str, float]:
-    """The sums of absolute terms of what vanishes, by quantity."""
+    """The sums of absolute terms of quantities that may vanish, by quantity."""
     sums: dict[str, float] = {}
     for x, dy in _samples(case, wide) if case.order else ():
         found = terms_through_the_map(
@@ -170,14 +170,14 @@ def _terms(case: Case, wide: Inputs) -> dict[str, float]:
 
 
 def _samples(case: Case, wide: Inputs) -> list[tuple[Array, Array]]:
-    """What is derived at once: x and dy."""
+    """The pairs of x and dy that are differentiated together."""
     if case.computation != "per_sample":
         return [(wide.x, wide.dy)]
     return [(wide.x[b : b + 1], wide.dy[b : b + 1]) for b in range(wide.x.shape[0])]
 
 
 def _cotangents(case: Case, wide: Inputs, x: Array, dy: Array) -> Mapping[str, Array] | None:
-    """Of the first derivatives, if the case is about second ones."""
+    """The cotangents of the first derivatives, or None if the case does not compute second derivatives."""
     if case.computation == "mixed":
         return wide.cotangents
     if case.order == 2:

@@ -1,4 +1,4 @@
-"""Whether the weights of new layers are drawn as the table of parameters says."""
+"""Judging whether the weights of new layers follow the distributions of the table of parameters."""
 
 from collections.abc import Mapping
 from itertools import combinations
@@ -17,21 +17,21 @@ __all__ = ["distribution_verdicts"]
 
 Array = NDArray[Any]
 
-# Of sqrt(n) times the Kolmogorov-Smirnov statistic, and of a correlation in standard errors: a right backend is beyond
-# them once in 10⁹ draws.
+# The largest sqrt(n) times the Kolmogorov-Smirnov statistic, and the largest correlation in standard errors. A correct
+# backend exceeds each once in 10⁹ draws.
 _LARGEST_DEPARTURE = 3.3
 _LARGEST_CORRELATION = 6.0
 
 _LEAST_SHARE = 0.7
-"""Of the norm, which 15 power iterations from a random start find at least."""
+"""The least share of the norm that 15 power iterations find from a random start."""
 
 
 def distribution_verdicts(config: SelfAttentionConfig, found: Mapping[str, Array]) -> list[Verdict]:
-    """One verdict for each parameter, and one for the independence of what was drawn.
+    """One verdict for each parameter, and one for the independence of the draws.
 
     Args:
-        config: of the layers.
-        found: "<draw>: <canonical name>" to array, the last draw with the seed of the first.
+        config: the configuration of the layers.
+        found: an array for each "<draw>: <canonical name>". The last draw has the seed of the first.
     """
     verdicts = [
         _verdict(row.name, _strange(row, found) or _problem(row, _draws(row, found)))
@@ -40,16 +40,18 @@ def distribution_verdicts(config: SelfAttentionConfig, found: Mapping[str, Array
     rows = parameter_table(config)
     drawn = [name for name, row in rows.items() if row.initial != "zeros" and not _strange(row, found)]
     problems = [
-        f"{one} and {other} of one layer are alike"
+        f"{one} and {other} of one layer are correlated"
         for one, other in combinations(drawn, 2)
         if np.prod(rows[one].shape) == np.prod(rows[other].shape)
         and _alike(found[f"0: {one}"], found[f"0: {other}"])
     ]
     problems += [
-        f"{name} of two seeds is alike" for name in drawn if _alike(found[f"0: {name}"], found[f"1: {name}"])
+        f"{name} of two seeds is correlated"
+        for name in drawn
+        if _alike(found[f"0: {name}"], found[f"1: {name}"])
     ]
     problems += [
-        f"one seed gives two different {name}"
+        f"{name} differs between two layers of one seed"
         for name in drawn
         if not np.array_equal(found[f"0: {name}"], found[f"{INITIAL_DRAWS - 1}: {name}"])
     ]
@@ -66,7 +68,7 @@ def _state_problem(found: Mapping[str, Array], name: str) -> str:
     for draw in range(INITIAL_DRAWS):
         kernel, u, v = (found[f"{draw}: {name}.{part}"].astype(np.float64) for part in ("kernel", "u", "v"))
         if (v.shape + u.shape) != kernel.shape:
-            return f"got u {u.shape} and v {v.shape} of a kernel {kernel.shape}"
+            return f"got u {u.shape} and v {v.shape} for a kernel {kernel.shape}"
         lengths = float(np.linalg.norm(u)), float(np.linalg.norm(v))
         if not all(abs(length - 1) < 1e-5 for length in lengths):
             return f"u and v have lengths {lengths[0]:.6g} and {lengths[1]:.6g}, expected 1"
@@ -96,11 +98,11 @@ def _problem(row: Parameter, draws: list[Array]) -> str:
     limit = glorot_limit(*row.shape)
     if any(np.unique(draw, axis=axis).shape != draw.shape for draw in draws for axis in (0, 1)):
         return "repeats a row or a column"
-    # The last draw is the first again.
+    # The last draw repeats the first.
     values = np.sort(np.concatenate([draw.ravel() for draw in draws[:-1]]).astype(np.float64))
     if not np.isfinite(values).all():
         return "is not finite"
-    # Glorot's interval, to the rounding of its ends.
+    # Allow rounding at the ends of Glorot's interval.
     beyond = float(np.abs(values).max()) / limit
     if beyond > 1 + 2.0**-20:
         return f"reaches {beyond:.3g} × the limit ±{limit:.3g} of Glorot's interval"
@@ -110,7 +112,7 @@ def _problem(row: Parameter, draws: list[Array]) -> str:
     if departure > _LARGEST_DEPARTURE:
         return (
             f"is not uniform on ±{limit:.3g}: the Kolmogorov-Smirnov statistic of {values.size} values is "
-            f"{departure:.3g} / √n, where {_LARGEST_DEPARTURE:g} is exceeded once in 10⁹"
+            f"{departure:.3g} / √n, expected at most {_LARGEST_DEPARTURE:g} / √n, which chance exceeds once in 10⁹"
         )
     return ""
 

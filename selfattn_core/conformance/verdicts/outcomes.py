@@ -1,4 +1,4 @@
-"""From the answer to a run to its outcome, with the failures that the backend expects."""
+"""Turning the answer to a run into an outcome, with the failures that the backend expects."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,8 +16,8 @@ def outcome_of(run: Run, answer: Answer, seed: int = 0, label: str = "float32") 
 
     Args:
         run: the run that was asked.
-        answer: of the backend.
-        seed: of the inputs.
+        answer: the answer of the backend.
+        seed: the seed of the inputs.
         label: as for `compare`.
     """
     if not isinstance(answer, Answered):
@@ -30,8 +30,8 @@ def as_expected(outcome: Outcome, expected_failures: Mapping[str, Sequence[str]]
     """Mark the failure of a run that the backend expects to fail, and fail the run if it passes.
 
     Args:
-        outcome: as `outcome_of` gives it.
-        expected_failures: as `Backend.expected_failures` gives them.
+        outcome: the outcome, from `outcome_of`.
+        expected_failures: the failures, from `Backend.expected_failures`.
     """
     for key, (reason, link) in expected_failures.items():
         if outcome.run.is_named(key):
@@ -41,7 +41,7 @@ def as_expected(outcome: Outcome, expected_failures: Mapping[str, Sequence[str]]
             if outcome.status == "fail":
                 return replace(outcome, status="expected-failure", reason=reason, link=link)
             stale = (
-                f"passes, and was expected to fail ({reason}; {link}): take {key} out of expected_failures"
+                f"passes, but was expected to fail ({reason}; {link}): remove {key} from expected_failures"
             )
             return replace(outcome, status="fail", message=stale, reason=reason, link=link)
     return outcome

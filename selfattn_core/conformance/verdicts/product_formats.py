@@ -1,8 +1,8 @@
-"""The formats that products of float32 arrays are computed in, as measured; and the layer of the spec with its products in one of them.
+"""The formats of float32 products, a measurement of the format, and the spec's layer with its products in a format.
 
-Accelerators round the operands of float32 products, some by default and some when asked: TF32 keeps 10 bits of a
-fraction, bfloat16 7, and sums of three bfloat16 products about 15. Some round to the nearest number and some drop the
-other bits, which is twice as far off, and to one side. The sums themselves are in float32.
+Accelerators round the operands of float32 products, some by default and some on request. TF32 keeps 10 bits of the
+fraction, bfloat16 keeps 7, and sums of three bfloat16 products keep about 15. Some round to the nearest number. Others
+drop the remaining bits, which doubles the error and biases it to one side. The sums themselves are in float32.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,8 +26,8 @@ class Format:
     """How the operands of a product are rounded.
 
     Args:
-        bits: of the fraction that are kept.
-        nearest: whether to the nearest number; otherwise towards zero.
+        bits: the number of bits of the fraction that remain.
+        nearest: whether operands are rounded to the nearest number. Otherwise they are rounded towards zero.
     """
 
     bits: int
@@ -40,7 +40,7 @@ class Format:
 
     @property
     def most(self) -> float:
-        """The largest error of a number, as a share of it; products by one of float32 have none."""
+        """The largest relative error of a number times one. It is 0 in float32."""
         if self.bits == 23:
             return 0.0
         return self.eps / 2 if self.nearest else self.eps
@@ -54,13 +54,13 @@ FORMATS: Mapping[str, Format] = {
     "bf16": Format(7),
     "bf16 truncated": Format(7, nearest=False),
 }
-"""From the finest to the coarsest."""
+"""The formats by name, from the finest to the coarsest."""
 
 _SIDE = 64
 
 
 def kept_bits(array: Array, label: str) -> Array:
-    """The operand of a product as a format keeps it.
+    """The operand of a product, rounded to a format.
 
     Args:
         array: float32.
@@ -76,23 +76,23 @@ def kept_bits(array: Array, label: str) -> Array:
         return array
     raw = np.ascontiguousarray(array, np.float32).view(np.uint32)
     if format_.nearest:
-        # Ties to even; what overflows the fraction moves the exponent.
+        # Ties go to even. An overflow of the fraction carries into the exponent.
         raw = raw + ((np.uint32(1) << (dropped - 1)) - 1) + ((raw >> dropped) & 1)
     kept = (raw >> dropped) << dropped
     return np.where(np.isfinite(array), kept.view(np.float32).reshape(array.shape), array)
 
 
 def measured(products: Callable[[Array, Array], Mapping[str, Array]]) -> dict[str, str]:
-    """The format of each product that a backend has by default.
+    """The format of each of a backend's default products.
 
-    Numbers with all bits of a fraction are multiplied by one, from either side: what comes back is what a product keeps of
-    its operands. A format is the finest whose rounding explains it.
+    The measurement multiplies numbers that use all bits of the fraction by one, from either side. The result shows how the
+    product rounds its operands. The format is the finest one whose rounding explains the error.
 
     Args:
-        products: two float32 matrices to their product, by name of the way it is computed.
+        products: computes the product of two float32 matrices, by name of the operation.
 
     Raises:
-        ValueError: if a product is no product: coarser than any format, or of another shape.
+        ValueError: if a product has another shape, or is less precise than every format.
 
     Example:
         >>> measured(lambda left, right: {"matmul": left @ right})
@@ -115,14 +115,15 @@ def measured(products: Callable[[Array, Array], Mapping[str, Array]]) -> dict[st
         fits = [label for label, format_ in FORMATS.items() if error <= format_.most]
         if not fits:
             raise ValueError(
-                f"{name}: a number times one is off by {error:.2g} of itself, which is coarser than any format that is known"
+                f"{name}: a number times one has a relative error of {error:.2g}, "
+                "which is coarser than any format that the kit knows"
             )
         found[name] = fits[0]
     return found
 
 
 def coarsest(precisions: Mapping[str, str]) -> str:
-    """The coarsest of the formats of several products; float32 of none.
+    """The coarsest of the formats of several products. Without products it is float32.
 
     Example:
         >>> coarsest({"matrix product": "float32", "convolution": "tf32"})
@@ -135,8 +136,8 @@ def coarsest(precisions: Mapping[str, str]) -> str:
 def rounding_layer(label: str) -> type[Layer]:
     """The spec's layer with the operands of every matrix product rounded to a format.
 
-    At least one operand of each product in the spec is an `Operand` here. The tests prove it: they compare this layer with
-    a spec in which every `@` of the syntax tree is replaced.
+    At least one operand of each product in the spec is an `Operand` here. The tests prove this. They compare this layer
+    with a spec in which every `@` of the syntax tree is replaced.
 
     Args:
         label: one of `FORMATS`.

@@ -1,17 +1,24 @@
-"""One policy for every comparison: the error beside the noise floor of the same arithmetic on the same input.
+"""The tolerances: how large an error may be, as a multiple of the noise floor of the same arithmetic on the same input.
 
-The floor of a quantity is the error of the numpy spec, run in the dtype under test, against the spec in float64, plus
-a few ulp, since that error is one draw and can be small by luck. In float32 it is the larger one of two errors: the
-spec divides exponentials by their sum, fused kernels subtract its logarithm from the logits and take D from the
-output, and both are right. A comparison passes if the error is at most `FACTORS` floors, and at most a hard cap in
-ulp so that a noisy spec cannot hide a bug. Two dtypes borrow the error of another, times the ratio of the epsilons:
-float64 has nothing wider to be compared with, and numpy has no bfloat16.
+The noise floor of a quantity is the error of the spec in the dtype under test, compared with the spec in float64, plus a
+few ulp. The added ulp are there because that error is one draw and can be small by luck. In float32 the floor uses the
+larger of two errors. The spec divides exponentials by their sum. Fused kernels subtract the logarithm of the sum from the
+logits, and compute D from the output. Both are correct.
 
-An ulp here is eps times the largest wanted value, and grows with the logits beyond 8, as the softmax's own error
-does (from 1 on where the map is uniform, and the spec makes no such error); but not in 16 bits where queries and keys
-are exact, for what rounds their logits then is float32. Gradients of biases and of gamma are sums that cancel: their ulp
-is eps times the sum of their absolute terms (`spec.magnitudes`). What is exactly zero because all its terms cancel has
-the ulp of those terms (`cancellation.terms_through_the_map`), and where nearly all cancel they raise the cap.
+A comparison passes if the error is at most `FACTORS` floors, and at most a hard cap in ulp. The cap keeps a noisy spec from
+hiding a bug. Two dtypes borrow the error of another one, times the ratio of the epsilons: float64, because no wider dtype
+exists for the comparison, and bfloat16, because numpy does not have it.
+
+An ulp here is eps times the largest expected value. Four rules change it:
+
+- It grows in proportion to the logits beyond 8, as the error of the softmax does. Where the map is uniform, the spec makes
+  no such error, and the ulp grows beyond 1. In 16 bits with exact queries and keys it does not grow, because only float32
+  rounds the logits there.
+- Gradients of biases and of gamma are sums that cancel. Their ulp is eps times the sum of their absolute terms
+  (`spec.magnitudes`).
+- A quantity that is exactly zero because all its terms cancel has the ulp of those terms
+  (`cancellation.terms_through_the_map`).
+- Where nearly all terms cancel, the terms raise the cap.
 """
 
 from collections.abc import Mapping
@@ -44,31 +51,31 @@ __all__ = [
 Array = NDArray[Any]
 
 FACTOR = 8.0
-"""Noise floors that an error may reach in float32 and float64."""
+"""The largest multiple of the noise floor that passes in float32 and float64."""
 
 FACTORS: Mapping[str, float] = {"float32": FACTOR, "float64": FACTOR, "bfloat16": 4.0, "float16": 4.0}
-"""The same by dtype: in 16 bits the roundings that the spec does too are nearly all of the error."""
+"""The factor by dtype. In 16 bits it is smaller, because the spec makes nearly all of the roundings too."""
 
 SHIPPED_FACTORS: Mapping[str, float] = {label: FACTOR if label == "float32" else 4.0 for label in FORMATS}
-"""The same of the family "shipped", by format: where operands are rounded, that is nearly all of the error, as in 16 bits."""
+"""The factor of the family "shipped" by format. It is smaller where rounded operands cause nearly all of the error."""
 
 ALLOWANCES: Mapping[str, float] = {"forward": 1.0, "map": 2.0, "vjp": 2.0, "r1": 8.0}
-"""Ulp that are added to the error of the spec to make the floor, by kind of quantity."""
+"""The ulp that the floor adds to the error of the spec, by kind of quantity."""
 
 NARROW_ALLOWANCE = 2.0
-"""The most of them in 16 bits, where the error of the spec is nearly all of the floor."""
+"""The most ulp that the floor adds in 16 bits, where the error of the spec is nearly all of the floor."""
 
 SHIPPED_ALLOWANCE = 0.25
-"""The most of them where operands of products are rounded: that is all of the error, and twice the floor tells formats apart."""
+"""The most ulp that the floor adds where operands of products are rounded. A larger floor would hide a coarser format."""
 
 CAPS: Mapping[str, float] = {"forward": 16.0, "map": 16.0, "vjp": 128.0, "r1": 512.0}
-"""Ulp that an error may reach, by kind of quantity."""
+"""The cap in ulp, by kind of quantity."""
 
 TERMS_CAP = 2.0
-"""Or so many of the terms that cancel, where little of them is left."""
+"""The cap in eps times the cancelling terms, where that is larger."""
 
 ORDINARY_LOGITS = 8.0
-"""An ulp grows with the logits beyond this."""
+"""The logits beyond which an ulp grows."""
 
 EPS: Mapping[str, float] = {
     "float64": 2.0**-52,
@@ -81,12 +88,12 @@ EPS: Mapping[str, float] = {
 
 @dataclass(frozen=True)
 class Expectation:
-    """What one quantity of a case should be.
+    """The expected value of one quantity of a case.
 
     Args:
-        want: the spec in float64; NaN where NaN is right.
+        want: the value of the spec in float64. NaN where NaN is expected.
         floor: the noise floor, absolute.
-        cap: the largest error, absolute.
+        cap: the cap, absolute.
     """
 
     want: Array
@@ -96,14 +103,14 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one quantity compares.
+    """The comparison of one quantity.
 
     Args:
         quantity: "y", "map", "r1", "x" or a canonical parameter name.
-        error: the largest absolute difference; infinite where a finite value was wanted and none came.
-        ratio: error in noise floors; of what is not compared with one, 0 if it is right and infinite if it is not.
-        passed: whether it is within the policy.
-        message: why not; empty if it passed.
+        error: the largest absolute difference. Infinite if a value is not finite where a finite one is expected.
+        ratio: the error in noise floors. Without a noise floor, 0 if the quantity is right and infinite if it is wrong.
+        passed: whether the error is allowed.
+        message: why the quantity did not pass. Empty if it passed.
     """
 
     quantity: str
@@ -122,27 +129,29 @@ def judge(
         quantity: its name, for the message.
         got: the backend's answer.
         expectation: from `expected.expect`.
-        dtype: that the answer should have; for 16 bits float32 is right too, if the values are those of the format.
-        factor: noise floors that the error may reach; by default those of the dtype.
+        dtype: the dtype that the answer should have. A 16-bit answer may be float32 if the format can represent its values.
+        factor: the largest multiple that passes. By default that of the dtype.
     """
     half = dtype in SIXTEEN_BITS
     if str(got.dtype) != dtype and quantity != "r1" and not (half and got.dtype == np.float32):
         return _unusable(quantity, f"dtype {got.dtype}, expected {dtype}")
     answer = got.astype(np.float64)
-    # The penalty is a number, of no dtype.
+    # The penalty is a Python number without a dtype.
     if half and quantity != "r1" and not _held(answer, dtype):
-        return _unusable(quantity, f"values that {dtype} does not hold: it is computed in something wider")
+        return _unusable(
+            quantity, f"values that {dtype} cannot represent, expected a result rounded to {dtype}"
+        )
     return measure(quantity, answer, expectation, FACTORS[dtype] if factor is None else factor)
 
 
 def measure(quantity: str, answer: Array, expectation: Expectation, factor: float) -> Verdict:
-    """Compare the values of one quantity, whatever they were stored in.
+    """Compare the values of one quantity, independent of the dtype that stored them.
 
     Args:
         quantity: its name, for the message.
-        answer: in float64.
+        answer: the values in float64.
         expectation: from `expected.expect` or `expected.expectations`.
-        factor: noise floors that an error may reach.
+        factor: the largest multiple that passes.
 
     Example:
         >>> ones = np.ones(2)
@@ -174,7 +183,7 @@ def _unusable(quantity: str, received: str) -> Verdict:
 
 
 def _held(values: Array, dtype: str) -> bool:
-    """Whether a 16-bit format holds these values exactly."""
+    """Whether a 16-bit format can represent these values exactly."""
     finite = values[np.isfinite(values)]
     if dtype == "float16":
         return bool((finite.astype(np.float16).astype(np.float64) == finite).all())

@@ -1,8 +1,8 @@
-"""How far a training may stray from the float64 spec's.
+"""Judging a training: how far it may deviate from the training of the float64 spec.
 
-Rounding errors grow along a trajectory. How much they may is measured: the spec, trained in float32, strays from the
-spec trained in float64, and no backend may stray further than `FACTOR` times that, plus a few ulp, nor beyond a hard
-cap. float64 takes the same growth times 2⁻²⁹.
+Rounding errors grow along a trajectory. The spec trained in float32 shows how much, compared with the spec trained in
+float64. A backend may deviate by `FACTOR` times that plus a few ulp, and by no more than a hard cap. In float64 the same
+growth counts times 2⁻²⁹.
 """
 
 from collections.abc import Mapping
@@ -27,12 +27,12 @@ __all__ = ["curve_floors", "judge_trajectory"]
 Array = NDArray[Any]
 
 _CURVE_ULP, _CURVE_CAP = 4.0, 256.0
-"""Ulp of the first loss: added to the floor of the curve, and never to be exceeded."""
+"""In ulp of the first loss: the addition to the floor of the curve, and its cap."""
 
 _WEIGHT_ULP, _WEIGHT_CAP = 4.0, 2048.0
 """The same for final weights, in ulp of the largest weight of the tensor, at the start or at the end.
 
-A gamma that comes down from 0.5 to 0.03 has been rounded as 0.5.
+The start counts because a gamma that falls from 0.5 to 0.03 was rounded at 0.5.
 """
 
 
@@ -42,14 +42,14 @@ def judge_trajectory(
     """Compare a trajectory with that of the float64 spec.
 
     Args:
-        case: of the family "trajectory".
-        found: from `train`.
-        dtype: it was trained in.
+        case: a case of the family "trajectory".
+        found: the answers, from `train`.
+        dtype: the dtype of the training.
         seed: as for `problem`.
 
     Returns:
-        A verdict on the curve and one on each tensor of final weights. The ratio is the error in floors: on the
-        curve, at the worst step, the floor being the largest error up to there of the spec in float32.
+        A verdict on the curve and one on each tensor of final weights. The ratio is the error in floors. On the curve it
+        is that of the worst step, and the floor there is the largest error of the spec in float32 up to that step.
     """
     want = reference(case, seed)
     noise = _noise(case, seed)
@@ -71,7 +71,7 @@ def curve_floors(case: Case, dtype: str, seed: int = 0) -> Array:
     """The noise floor of the loss at each step, (STEPS,), absolute.
 
     Args:
-        case: of the family "trajectory".
+        case: a case of the family "trajectory".
         dtype: "float32" or "float64".
         seed: as for `problem`.
     """
@@ -107,5 +107,5 @@ def _verdict(quantity: str, got: Array, want: Array, floors: Array, cap: float, 
 
 @cache
 def _noise(case: Case, seed: int) -> Trajectory:
-    """The spec's own training in float32."""
+    """The training of the spec in float32."""
     return spec_trained(case, problem(case, seed), "float32")

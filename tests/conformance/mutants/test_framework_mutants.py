@@ -1,4 +1,4 @@
-"""Broken layers that need a framework to be broken are caught by the families that are there for them."""
+"""The families catch broken layers that only exist in a framework."""
 
 import pytest
 
@@ -9,7 +9,7 @@ KERAS = "selfattn_keras.conformance.mutants"
 
 
 def statuses(target, cases):
-    """The outcomes of these cases, by case, where they are claimed, and the report."""
+    """The outcomes of the claimed cases, by case, and the report."""
     report = run_backend(target, runs=[run for run in all_runs() if run.case.id in cases])
     assert not report.error
     return report, {
@@ -19,7 +19,7 @@ def statuses(target, cases):
 
 
 def test_a_gamma_that_is_no_parameter_of_torch():
-    """As in the published f/g/h layer: its output is right, but it is neither trained nor saved."""
+    """As in the published f/g/h layer. The output is right, but gamma is not trained and not saved."""
     report, status = statuses(
         "selfattn_torch.conformance.mutants:PlainGamma", {"SA-FWD-001", "SA-SAV-001", "SA-VJP-001"}
     )
@@ -43,7 +43,7 @@ def test_a_gamma_that_is_no_variable_of_keras(framework, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["tensorflow", "jax"])
 def test_a_projection_that_is_created_in_every_call(framework, monkeypatch):
-    """As in copies of DANet, whose answers are never twice the same."""
+    """As in copies of DANet, where every answer is different."""
     monkeypatch.setenv("KERAS_BACKEND", framework)
     _, status = statuses(f"{KERAS}:ProjectsAnew", {"SA-MAP-001", "SA-FWD-001", "SA-DET-001"})
     assert status["SA-MAP-001"] == {"pass"}

@@ -1,4 +1,4 @@
-"""Every broken implementation that ships with the kit is caught by the family that is there for it."""
+"""The family of each mutant catches it."""
 
 import dataclasses
 
@@ -31,11 +31,11 @@ def test_all_are_caught(kills):
 
 
 def test_errors_are_far_beyond_what_passes(kills):
-    """A mutant that is caught by a hair is caught by luck."""
+    """A mutant that is caught only narrowly is caught by luck."""
     finite = [kill for kill in kills if 0 < kill.multiple < np.inf]
     assert len(finite) > len(kills) / 2
     close = {kill.mutant.name for kill in finite if kill.multiple < 16}
-    # In 16 bits a floor is as high as the error of one more rounding is large, and a gradient of R1 some twenty of them.
+    # In 16 bits a floor is as large as one more rounding, and a gradient of R1 has about twenty roundings.
     backward = "in 16 bits in the backward pass"
     assert close <= {
         "logits in 16 bits",
@@ -43,7 +43,7 @@ def test_errors_are_far_beyond_what_passes(kills):
         f"logits and softmax {backward}",
         "penalty in bfloat16 without the factor 2 of its gradient",
         "penalty in bfloat16: no gradient of gamma",
-        # Eight times the rounding, of which four would pass.
+        # Eight times the rounding. Four times would pass.
         "products in bf16 where tf32 is the default",
     }
 
@@ -101,12 +101,12 @@ def test_what_cannot_be_asked_here_is_said_and_is_no_survivor(monkeypatch, tmp_p
 
 def test_an_edit_that_fits_no_longer_is_told():
     mutant = edited("stale", "forward", ("no such text", ""))
-    with pytest.raises(ValueError, match="'no such text' stands 0 times in the spec"):
+    with pytest.raises(ValueError, match="got 0 places with 'no such text' in the spec"):
         self_test([mutant])
 
 
 def test_no_gradient_of_a_mutant_warns_at_the_empty_batch():
-    # Warnings are errors here, and an error of a mutant is an outcome.
+    # Warnings are errors here, and an error in a mutant becomes an outcome.
     warning = [
         (mutant.name, outcome.run.id)
         for mutant in MUTANTS
@@ -139,7 +139,7 @@ OTHER_SOFTMAX = (QUOTIENT, f"return np.asarray(np.exp(scores - ({LOGARITHM})))")
 OTHER_ROW_SUM = ("return _rowsum(self.A * dA)", "return _rowsum(G * self.o)")
 
 
-# Where derivatives of few keys nearly cancel, these were taken for wrong as long as there was but one noise floor.
+# Derivatives with few keys nearly cancel. With a single noise floor, these correct variants would fail.
 @pytest.mark.parametrize("seed", [4, 8, 29, 135, 169, 176])
 @pytest.mark.parametrize(
     "edits",
