@@ -302,7 +302,7 @@ def test_tensors_that_are_no_plain_arrays(tmp_path):
 def test_reading_after_the_end_and_unknown_names(samples):
     with open_tensors(samples / "plain.npz") as opened, pytest.raises(PortError, match="has no tensor 'q'"):
         opened.read("q")
-    with pytest.raises(PortError, match="is closed; read gamma before"):
+    with pytest.raises(PortError, match=r"is closed[.] Read gamma before"):
         opened.read("gamma")
 
 

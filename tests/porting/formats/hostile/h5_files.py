@@ -51,7 +51,8 @@ def write(folder: Path) -> dict[str, tuple[Path, str]]:
             "query/vars/1", (1,), np.float32, chunks=(2**28,), maxshape=(None,), compression=9
         )
     with case(
-        "circle", "/query/again is reached twice: the file is damaged or made so that reading does not end"
+        "circle",
+        "/query/again is reached twice: the file is damaged, or it was made so that reading does not end",
     ) as file:
         file["query/again"] = file["query"]
     with case("text", "query/vars/1: holds no plain numbers; expected numbers") as file:
