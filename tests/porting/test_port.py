@@ -252,7 +252,7 @@ NAN = np.full((C,), np.nan, np.float32)
         ("heykeetae, plain", drop("gamma"), "missing: gamma"),
         ("heykeetae, plain", drop("query_conv.bias", "value_conv.weight"), "missing: value_conv/weight"),
         ("fgh, gamma never saved", lambda _: None, 'settings={"gamma": VALUE}'),
-        ("heykeetae, plain", put("gamma", np.ones((5, 1, 1, 1), np.float32)), "a gain per sample"),
+        ("heykeetae, plain", put("gamma", np.ones((5, 1, 1, 1), np.float32)), "A gain per sample"),
         ("heykeetae, plain", put("norm.weight", np.ones(C, np.float32)), "unused: net.attn.norm.weight"),
         ("biggan, plain", put("theta.bias", np.ones(3, np.float32)), "unused: blocks.3.1.theta.bias"),
         ("heykeetae, plain", put("value_conv.bias", NAN), "net.attn.value_conv.bias holds NaN or infinity"),
@@ -266,7 +266,11 @@ NAN = np.full((C,), np.nan, np.float32)
             put("key_conv.weight", np.ones((4, C, 1, 1), np.float32)),
             "the key, goes from 24 to 4",
         ),
-        ("heykeetae, plain", put("value_conv.weight", np.ones((5, C, 1, 1), np.float32)), "they are added"),
+        (
+            "heykeetae, plain",
+            put("value_conv.weight", np.ones((5, C, 1, 1), np.float32)),
+            "the layer adds the two",
+        ),
         ("heykeetae, plain", put("query_conv.bias", np.ones(4, np.float32)), "expected (3,)"),
         (
             "heykeetae, plain",
@@ -471,7 +475,7 @@ def test_a_canonical_file_that_contradicts_itself_is_refused(tmp_path):
             metadata=metadata,
             overwrite=True,
         )
-        with pytest.raises(PortError, match=f"spectral_norm = {other.spectral_norm}, and its tensors"):
+        with pytest.raises(PortError, match=f"spectral_norm = {other.spectral_norm}, but its tensors"):
             load(tmp_path / "a.safetensors")
         (fit,) = (
             each for each in inspect(tmp_path / "a.safetensors").blocks[0].fits if each.dialect == "canonical"

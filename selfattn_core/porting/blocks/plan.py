@@ -136,7 +136,7 @@ class _Planner:
         if norms != {self.own.spectral_norm}:
             self._problem(
                 "contradiction",
-                f"its metadata says spectral_norm = {self.own.spectral_norm}, but its tensors u and v show the opposite",
+                f"its metadata says spectral_norm = {self.own.spectral_norm}, but its tensors u and v do not fit that",
             )
 
     def _kernel(self, found: Projection) -> tuple[int, int] | None:

@@ -344,7 +344,7 @@ def check_arguments(
     if dialect is not None and not isinstance(dialect, str):
         problems.append(f"dialect={dialect!r}; expected a name of `selfattn dialects` or a .toml file")
     if dialect is None and match is None:
-        problems.append("neither dialect nor match; say what the layers are, which modules, or both")
+        problems.append("neither dialect nor match is given; pass dialect=, match= or both")
     if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
         problems.append(f"block_size={block_size!r}; expected a positive whole number or None")
     if problems:

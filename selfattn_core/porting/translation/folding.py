@@ -10,7 +10,7 @@ and n is one of
     "max"        t / max(‖t‖, eps)              "add"        t / (‖t‖ + eps)
     "root-max"   t / √max(Σt², eps)             "root-add"   t / √(Σt² + eps)
 
-The largest singular value is none of these until u has converged, and a σ that was logged in training is of an earlier W.
+None of these is the largest singular value until u has converged. A σ that was logged in training belongs to an earlier W.
 """
 
 from collections.abc import Callable

@@ -317,7 +317,7 @@ class Hdf5:
         info = TensorInfo(shape, dtype)
         needed = stored_bytes(info)
         if 7 in places:
-            raise PortError(f"{where}: lies in other files, which are not opened")
+            raise PortError(f"{where}: is in other files, which are not opened")
         place, size = places[8]
         version, kind = self._bytes(place, 2)
         if version not in (3, 4) or kind > 3:
@@ -325,7 +325,7 @@ class Hdf5:
                 f"{where}: is stored in a way that Keras never does; load it with Keras and save it again"
             )
         if kind == 3:
-            raise PortError(f"{where}: lies in other files, which are not opened")
+            raise PortError(f"{where}: is in other files, which are not opened")
         if kind == 2:
             raise PortError(
                 f"{where}: is stored in pieces or compressed, which Keras never does, and would expand to {needed} bytes; "

@@ -54,7 +54,7 @@ class Member:
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise PortError(f"{self._where}: is damaged ({error}).") from None
         if more:
-            raise PortError(f"{self._where}: holds more bytes than its header says.")
+            raise PortError(f"{self._where}: has more bytes than its header declares.")
 
     def close(self) -> None:
         """Close the member."""

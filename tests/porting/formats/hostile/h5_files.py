@@ -31,9 +31,9 @@ def write(folder: Path) -> dict[str, tuple[Path, str]]:
         file["query/vars/1"] = h5py.SoftLink("/query/vars/0")
     with case("external link", "query/vars/1: is an external link, to another file") as file:
         file["query/vars/1"] = h5py.ExternalLink(str(secret), "/secret")
-    with case("external data", "lies in other files, which are not opened") as file:
+    with case("external data", "is in other files, which are not opened") as file:
         file.create_dataset("query/vars/1", (15,), np.float32, external=[(str(raw), 0, 60)])
-    with case("virtual data", "lies in other files, which are not opened") as file:
+    with case("virtual data", "is in other files, which are not opened") as file:
         layout = h5py.VirtualLayout((7,), np.float32)
         layout[:] = h5py.VirtualSource(str(secret), "secret", (7,))
         file.create_virtual_dataset("query/vars/1", layout)
