@@ -651,14 +651,14 @@ def test_a_layer_held_outside_the_modules():
     [
         ({}, "neither dialect nor match"),
         ({"dialect": "heykeetae", "match": nn.LSTM}, "has no module that match="),
-        ({"dialect": "fgh"}, "has no module with the keys of fgh, .* its modules are of Conv2d, Flat"),
+        ({"dialect": "fgh"}, "has no module with the keys of fgh, .* Its modules are of the classes Conv2d, Flat"),
         (
             {"dialect": "heykeetae", "match": "stem"},
             r"stem \(Conv2d\): is not heykeetae .*it has no query_conv",
         ),
         ({"dialect": "heykeetae", "match": "*"}, "lies inside"),
         ({"dialect": "torchgan", "match": Flat}, "cannot be converted"),
-        ({"dialect": "heykeetae", "settings": {"use_scale": True}}, "use_scale is no setting"),
+        ({"dialect": "heykeetae", "settings": {"use_scale": True}}, "use_scale is not a setting"),
         ({"dialect": "heykeetae", "returns": "both"}, "expected 'same' or 'output'"),
         (
             {"dialect": 3, "match": 123, "settings": "x", "size": 5},

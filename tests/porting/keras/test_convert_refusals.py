@@ -248,7 +248,7 @@ def test_what_goes_is_noted():
     ("case", "said"),
     [
         (_unbuilt, "has no weights yet; build it"),
-        (_no_match, "no layer with the keys of keras.*its layers are of Conv2D, Sequential"),
+        (_no_match, "no layer with the keys of keras.*Its layers are of the classes Conv2D, Sequential"),
         (_no_such_layer, "is not keras .*it has no query"),
         (_quantised, "is quantised .*convert the floating-point model"),
         (_lent, "is a layer of lent.* too, and the two would part"),
