@@ -651,7 +651,10 @@ def test_a_layer_held_outside_the_modules():
     [
         ({}, "neither dialect nor match"),
         ({"dialect": "heykeetae", "match": nn.LSTM}, "has no module that match="),
-        ({"dialect": "fgh"}, "has no module with the keys of fgh, .* Its modules are of the classes Conv2d, Flat"),
+        (
+            {"dialect": "fgh"},
+            "has no module with the keys of fgh, .* Its modules are of the classes Conv2d, Flat",
+        ),
         (
             {"dialect": "heykeetae", "match": "stem"},
             r"stem \(Conv2d\): is not heykeetae .*it has no query_conv",

@@ -61,7 +61,7 @@ def unread_file(path: Path, start: bytes) -> str:
 
     Example:
         >>> unread_file(Path("a.pth"), b"version https://git-lfs.github.com/spec/v1")[:30]
-        'is a pointer of Git LFS, not th'
+        'is a pointer of Git LFS, not t'
     """
     for sign, text in _SIGNS:
         if start.startswith(sign) if isinstance(sign, bytes) else sign(start):
