@@ -123,7 +123,7 @@ def write_tensorflow(folder: Path) -> dict[str, tuple[Path, str]]:
         cases[f"tensorflow {name}"] = (prefix, words)
 
     whole = index((b"w", entry(checksum=checksum)))
-    case("half index", "is truncated or no index", whole[:-20])
+    case("half index", "is truncated, or is not an index", whole[:-20])
     case("flipped index", "the checksum of a block differs", bytes([whole[0] ^ 1]) + whole[1:])
     case(
         "half data",
@@ -138,7 +138,7 @@ def write_tensorflow(folder: Path) -> dict[str, tuple[Path, str]]:
     case("dtype", "has the dtype number 20", index((b"w", entry(dtype=20))))
     case("partitioned", "is a partitioned variable", index((b"w", entry(extra=b"\x3a\x00"))))
     case("other shard", "is in data file 9 of 1", index((b"w", entry(shard=9))))
-    case("key twice", "holds the key b'w' twice", index((b"w", entry()), (b"w", entry())))
+    case("key twice", "it has the key b'w' twice", index((b"w", entry()), (b"w", entry())))
     case("name twice", "is there twice", index((b"w", entry()), (b"w/.ATTRIBUTES/VARIABLE_VALUE", entry())))
     case(
         "big endian",
