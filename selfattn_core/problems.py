@@ -1,4 +1,4 @@
-"""What went wrong, as data: a problem has a kind and names, a remedy names an option, and Python and the command each spell it."""
+"""Errors as data. A problem has a kind and names, and a remedy names an option, in the words of Python or of the command."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _OPTIONS = {
     "to": "--to",
     "whole": "--whole",
 }
-"""The command's options by the keywords of the functions."""
+"""The command's options by their keywords in Python."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Remedy:
 
     Args:
         option: the keyword in Python.
-        value: to give it; None where only the user knows.
-        setting: for the option `settings`, the name of the setting.
-        choices: what it can be.
+        value: the value to pass. None if only the user knows it.
+        setting: the name of the setting, for the option `settings`.
+        choices: the possible values.
 
     Example:
         >>> print(Remedy("prefix"), Remedy("prefix").in_command())
@@ -52,7 +52,7 @@ class Remedy:
         return f"{text} one of: {', '.join(self.choices)}" if self.choices else text
 
     def in_command(self) -> str:
-        """As it is typed on the command line."""
+        """The option as a user types it on the command line."""
         option = _OPTIONS[self.option]
         if self.setting:
             return f"{option} {self.setting}={'VALUE' if self.value is None else self.value}"
@@ -62,15 +62,15 @@ class Remedy:
 
 
 Text = str | tuple[str | Remedy, ...]
-"""A message, in which an option is a `Remedy`; `str` of each part gives Python's words."""
+"""A message. Each option in it is a `Remedy`, whose `str` gives the words of Python."""
 
 
 def in_python(text: Text) -> str:
-    """A message in Python's words.
+    """A message in the words of Python.
 
     Example:
-        >>> in_python(("say which with ", Remedy("prefix"), "."))
-        'say which with prefix=.'
+        >>> in_python(("choose one with ", Remedy("prefix"), "."))
+        'choose one with prefix=.'
     """
     return _joined(text, str)
 
@@ -79,8 +79,8 @@ def in_command(text: Text) -> str:
     """A message in the words of the command.
 
     Example:
-        >>> in_command(("say which with ", Remedy("prefix"), "."))
-        'say which with --prefix.'
+        >>> in_command(("choose one with ", Remedy("prefix"), "."))
+        'choose one with --prefix.'
     """
     return _joined(text, Remedy.in_command)
 
@@ -129,7 +129,7 @@ Kind = Literal[
     "whole",
     "widths",
 ]
-"""What can be wrong. "unusable" is a file that cannot be read or written."""
+"""The kinds of problems. "unusable" is a file that cannot be read or written."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ class Problem:
     """One reason why something cannot be done.
 
     Args:
-        kind: which reason, for example "missing".
-        text: what was received, what was expected and what to do.
-        names: the tensors, blocks, dialects or options that it is about.
+        kind: the kind of the reason, for example "missing".
+        text: the message: what was received, what was expected, and what to do.
+        names: the tensors, blocks, dialects or options that the problem is about.
 
     Example:
         >>> problem = Problem("unused", ("unused: norm.weight. Pass ", Remedy("strict", value=False)), ("norm.weight",))
@@ -155,25 +155,25 @@ class Problem:
 
     @property
     def remedies(self) -> tuple[Remedy, ...]:
-        """The options that would help."""
+        """The options that solve the problem."""
         return tuple(part for part in _parts(self.text) if isinstance(part, Remedy))
 
     def __str__(self) -> str:
         return in_python(self.text)
 
     def within(self, where: str) -> "Problem":
-        """The same problem with its place before it."""
+        """The same problem, with its place at the beginning of the message."""
         return Problem(self.kind, (where, *_parts(self.text)), self.names) if where else self
 
 
 class ProblemError(ValueError):
-    """An error that carries its problems; `str` gives its message in Python's words.
+    """An error that carries its problems as data. `str` gives its message in the words of Python.
 
     Args:
         text: the whole message.
-        problems: the reasons; by default one, the message itself.
-        kind: of that one.
-        names: of that one.
+        problems: the reasons. By default there is one: the message itself.
+        kind: the kind of that one reason.
+        names: the names of that one reason.
 
     Example:
         >>> error = ProblemError(("holds 2 blocks, pass ", Remedy("block", choices=("g", "d"))), kind="several_blocks")
@@ -200,10 +200,10 @@ class ProblemError(ValueError):
         """An error with a message that lists every problem.
 
         Args:
-            head: before the first one.
-            problems: at least one.
-            between: what separates them.
-            end: after the last one.
+            head: the text before the first problem.
+            problems: one problem or more.
+            between: the text between two problems.
+            end: the text after the last problem.
         """
         parts: list[str | Remedy] = [head]
         for number, problem in enumerate(problems):

@@ -61,6 +61,9 @@ class _Size(click.ParamType[tuple[int, int]]):
     help="A setting that WEIGHTS does not store, as for `selfattn port`. Can be repeated.",
 )
 @click.option(
+    "--allow-unused", is_flag=True, help="Continue even if some tensors under the prefix are unused."
+)
+@click.option(
     "--container", metavar="NAME", help="Format of ARTIFACT. Needed only if the suffix does not determine it."
 )
 @click.option("--runtime", metavar="NAME", help="Runtime for ARTIFACT. Needed only if there are several.")
@@ -106,6 +109,7 @@ def verify(
     prefix: str | None,
     block: str | None,
     settings: tuple[str, ...],
+    allow_unused: bool,
     container: str | None,
     runtime: str | None,
     input_name: str | None,
@@ -136,9 +140,9 @@ def verify(
     read = {"ARTIFACT": artifact, "WEIGHTS": str(weights), "the file of --features": str(features or "")}
     keep = {name: path for name, path in read.items() if path and Path(path).exists()}
     problems = target_problems(targets, keep=keep) + shared_targets(targets)
-    if dialect is None and (prefix or given):
+    if dialect is None and (prefix or given or allow_unused):
         problems.append(
-            "--prefix and --set say something of a file that is not canonical: name its dialect with --from"
+            "--prefix, --set and --allow-unused are for a file that is not canonical: name its dialect with --from"
         )
     if dialect is not None and block is not None:
         problems.append(
@@ -167,6 +171,7 @@ def verify(
                 dialect=dialect,
                 prefix=prefix,
                 settings=given or None,
+                strict=not allow_unused,
             )
         except ValueError as error:
             raise click.UsageError(in_words_of_the_command(error)) from error

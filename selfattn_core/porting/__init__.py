@@ -1,4 +1,4 @@
-"""Weights from other people's checkpoints, and into other frameworks' files: exactly, or a refusal that explains."""
+"""Ports weights between other people's checkpoints and the files of all frameworks, exactly or with an error that explains."""
 
 from selfattn_core.porting.errors import PortError, VerificationError
 from selfattn_core.porting.formats import TensorInfo, Tensors, open_tensors

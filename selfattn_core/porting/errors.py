@@ -1,4 +1,4 @@
-"""What porting says when it cannot go on."""
+"""The errors of porting."""
 
 import os
 
@@ -9,29 +9,29 @@ __all__ = ["PortError", "VerificationError", "target_exists"]
 
 
 class PortError(ProblemError):
-    """A file, a dialect or a target that cannot be used: what was received, what was expected and what to do.
+    """A file, a dialect or a target that cannot be used. The message gives what was received, what was expected and what to do.
 
-    `problems` lists the reasons as data: the kind of each, the names that it is about, and the options that would help. The
-    command turns the error into one paragraph and exit code 2. Nothing has been executed or written when it is raised.
+    `problems` lists the reasons as data: the kind of each, the names that it is about, and the options that solve it. The
+    command turns the error into one paragraph and exit code 2. Nothing was executed or written before the error.
 
     Example:
-        >>> raise PortError("layer.pth: is empty; expected a checkpoint.")
+        >>> raise PortError("layer.pth: is empty. Expected a checkpoint.")
         Traceback (most recent call last):
         ...
-        selfattn_core.porting.errors.PortError: layer.pth: is empty; expected a checkpoint.
+        selfattn_core.porting.errors.PortError: layer.pth: is empty. Expected a checkpoint.
     """
 
     def within(self, where: str, after: str = "") -> "PortError":
-        """The same problems with their place before the message, and with more words after it."""
+        """The same problems, with their place before the message and more text after it."""
         parts = (self.text,) if isinstance(self.text, str) else self.text
         return PortError((where, *parts, after), self.problems)
 
 
 class VerificationError(PortError):
-    """A port whose verification failed; nothing has been written. The command prints the report and exits with 1.
+    """A port whose verification failed. Nothing was written. The command prints the report and exits with 1.
 
     Args:
-        report: all of the port, the failed checks among it.
+        report: the report of the whole port, with the failed checks.
     """
 
     def __init__(self, report: PortReport) -> None:
@@ -46,10 +46,10 @@ class VerificationError(PortError):
 
 
 def target_exists(target: str | os.PathLike[str]) -> PortError:
-    """What to raise where a file is in the place of a target and may not be replaced."""
+    """The error for a target that exists and may not be replaced."""
     return PortError(
         (
-            f"{target}: exists already and was left as it is; to replace it, pass ",
+            f"{target}: exists already and was left as it is. To replace it, pass ",
             Remedy("overwrite", value=True),
             ".",
         ),

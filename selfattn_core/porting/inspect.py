@@ -1,4 +1,4 @@
-"""What a checkpoint holds: its attention blocks, the dialects that fit each, and why others do not."""
+"""Lists the attention blocks of a checkpoint, the dialects that fit each block, and why other dialects do not fit."""
 
 import math
 import os
@@ -41,13 +41,13 @@ class Fit:
 
     Args:
         dialect: its name.
-        title: what it is.
-        verdict: "fits"; "refused", if it fits and cannot be ported; "almost", if keys or shapes stand in the way.
-        variant: of the dialect.
-        config: the layer that it would become, None where the shapes give none.
-        reasons: for "refused" and "almost", why.
+        title: its description in a few words.
+        verdict: "fits"; "refused", if it fits and its layer cannot be ported; "almost", if some keys or shapes differ.
+        variant: the variant of the dialect.
+        config: the resulting layer. None if the shapes do not determine one.
+        reasons: the reasons for "refused" and "almost".
         assumptions: what a port would assume.
-        notes: what a person must know to choose.
+        notes: what a user must know to choose.
     """
 
     dialect: str
@@ -65,8 +65,8 @@ class BlockFound:
     """An attention block.
 
     Args:
-        prefix: before its keys, in the file's own spelling.
-        tensors: how many there are under it.
+        prefix: the beginning of its keys, in the file's own spelling.
+        tensors: the number of tensors under the prefix.
         fits: the dialects that have names for its query, key and value.
     """
 
@@ -80,17 +80,17 @@ class InspectReport:
     """A checkpoint.
 
     Args:
-        path: of the file.
-        format: of the file.
-        metadata: what it says of itself.
+        path: the path of the file.
+        format: the format of the file.
+        metadata: the metadata of the file.
         tensors: shape and dtype by key.
-        parameters: numbers in all of them.
+        parameters: the number of elements of all tensors.
         blocks: attention blocks, in the order of their prefixes.
-        left_out: what else is there under names of tensors, by name: why it is none.
-        optimiser_state: keys of an optimiser's state, which are passed over.
-        note: what a person must know of the whole file.
-        nearest: where no dialect fits, those that have most of their keys there.
-        groups: where no dialect fits, tensors that could be such a layer by their shapes.
+        left_out: the entries that look like tensors and are not, by name, with the reason.
+        optimiser_state: keys of an optimiser's state. A port ignores them.
+        note: what a user must know about the whole file.
+        nearest: if no dialect fits, the dialects with the most keys in the file.
+        groups: if no dialect fits, tensors whose shapes could be such a layer.
     """
 
     path: str
@@ -106,22 +106,22 @@ class InspectReport:
     groups: tuple[Group, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """The report as a dictionary that JSON can hold."""
         return {"kind": "selfattn inspection", "version": 1, **asdict(self)}
 
     def to_text(self) -> str:
-        """What a person wants to know."""
+        """The report as text."""
         lines = [f"{self.path}: {self.format}, {len(self.tensors)} tensors, {self.parameters:,} numbers"]
         if self.left_out:
-            lines.append(f"left out, since they are no numbers: {listed(list(self.left_out))}")
+            lines.append(f"left out, since they are not numbers: {listed(list(self.left_out))}")
         if self.optimiser_state:
             lines.append(
-                f"passed over: {len(self.optimiser_state)} tensors of an optimiser's state ({listed(self.optimiser_state, 3)})"
+                f"ignored: {len(self.optimiser_state)} tensors of an optimiser's state ({listed(self.optimiser_state, 3)})"
             )
         if self.note:
             lines.append(f"note: {self.note}")
         for block in self.blocks:
-            kind = ", averaged copies by their name" if is_averaged(block.prefix) else ""
+            kind = ", averaged copies, judging by the name" if is_averaged(block.prefix) else ""
             lines.append(f"block {block.prefix or 'at the top of the file'}, {block.tensors} tensors{kind}")
             for fit in block.fits:
                 lines += _fit_lines(fit)
@@ -130,22 +130,24 @@ class InspectReport:
             lines += self._without_a_dialect()
         if "fits" in verdicts:
             lines.append(
-                "Equal keys do not mean equal functions: choose the dialect of the code that wrote the file, and give it to "
+                "Equal keys do not mean equal functions. Choose the dialect of the code that wrote the file, and pass it to "
                 "`selfattn port` with --from."
             )
         return "\n".join(lines)
 
     def _without_a_dialect(self) -> list[str]:
-        head = "No dialect fits" if self.blocks else "No attention block that a dialect has names for"
+        head = (
+            "No dialect fits" if self.blocks else "No dialect has names for an attention block of this file"
+        )
         if self.groups:
-            tail = "; the shapes of these tensors could be one"
+            tail = ", but the shapes of these tensors could be an attention layer"
         else:
             tail = (
-                ", and no tensors under one prefix have its shapes: 1×1 kernels C → D, C → D and C → C, or C → V and V → C, "
-                "and one number"
+                ", and no tensors under one prefix have the shapes of an attention layer: 1×1 kernels C → D, C → D and C → C, "
+                "or C → V and V → C, and one number"
             )
         return [
-            f"{head}{tail}. `selfattn dialects` lists what is known, --tensors what is here; a TOML file describes another.",
+            f"{head}{tail}. `selfattn dialects` lists the dialects, --tensors the tensors here. A TOML file describes your own.",
             *as_lines(self.nearest if not self.blocks else (), self.groups),
         ]
 
@@ -161,14 +163,14 @@ def _fit_lines(fit: Fit) -> list[str]:
 
 
 def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> InspectReport:
-    """What a checkpoint holds; of the values, u and v of spectral norm alone are read, to see whether they are averages.
+    """List what a checkpoint holds. The only values that are read are u and v of spectral norm, which may be averages.
 
     Args:
-        path: a checkpoint, of a whole network or of the layer alone.
-        dialects: TOML files of your own, to be considered with the built-in ones.
+        path: a checkpoint of a whole network or of the layer alone.
+        dialects: TOML files of your own, which are tried with the built-in dialects.
 
     Raises:
-        PortError: if the file, or one of the dialects, cannot be read.
+        PortError: if the file or one of the dialects cannot be read.
         ModuleNotFoundError: if the format's own library is not installed.
 
     Example:
@@ -200,10 +202,10 @@ def inspect(path: str | os.PathLike[str], *, dialects: Sequence[str] = ()) -> In
 
 
 def source_dialect(tensors: Tensors, name: str | None) -> Dialect:
-    """The dialect that was named, or that of a canonical file, which alone says itself what it is.
+    """The dialect of this name. Without a name, "canonical" for a canonical file, the only one that records its dialect.
 
     Raises:
-        PortError: if nobody says it; names those that fit.
+        PortError: if the file is not canonical and there is no name. The message names the dialects that fit.
     """
     if name is not None:
         return dialect(name)
@@ -212,9 +214,9 @@ def source_dialect(tensors: Tensors, name: str | None) -> Dialect:
     fits, names = fitting(tensors)
     raise PortError(
         (
-            f"{tensors.path}: say with ",
+            f"{tensors.path}: choose its dialect with ",
             Remedy("dialect"),
-            f" which dialect it is: {fits}. Equal keys do not mean equal functions: what wrote the file decides.",
+            f": {fits}. Equal keys do not mean equal functions. Choose the dialect of the code that wrote the file.",
         ),
         kind="dialect_needed",
         names=names,
@@ -222,23 +224,25 @@ def source_dialect(tensors: Tensors, name: str | None) -> Dialect:
 
 
 def fitting(tensors: Tensors) -> tuple[str, list[str]]:
-    """For a message, which dialects fit the file; in words, and their names."""
+    """The dialects that fit the file, as words for a message and as names."""
     found = candidates(tensors)
     text = (
-        f"its keys fit {named(found)}" if found else "its keys fit none of them; `selfattn inspect` says why"
+        f"its keys fit {named(found)}"
+        if found
+        else "its keys fit no dialect, and `selfattn inspect` shows why"
     )
     return text, list(found)
 
 
 def candidates(tensors: Tensors) -> dict[str, Fit]:
-    """How each dialect fits that fits a block of the file, by name; the refused ones come last."""
+    """The dialects that fit a block of the file, by name. Refused ones are last."""
     fits = [fit for block in _blocks(tensors, ()) for fit in block.fits if fit.verdict != "almost"]
     fits.sort(key=lambda fit: fit.verdict == "refused")
     return {fit.dialect: fit for fit in fits}
 
 
 def named(fits: Mapping[str, Fit]) -> str:
-    """The names of dialects, and which of them are refused."""
+    """The names of dialects. Refused ones are marked."""
     return ", ".join(f"{name}{' (refused)' * (fit.verdict == 'refused')}" for name, fit in fits.items())
 
 
@@ -269,13 +273,13 @@ def _fit(chosen: Dialect, index: KeyIndex, prefix: str, tensors: Tensors) -> Fit
         reasons.append(f"missing: {listed(found.missing)}")
     if found.unused:
         reasons.append(f"unused: {listed(found.unused)}")
-    # A gamma to be given is an assumption, not a misfit.
+    # A gamma that the user must give is an assumption, not a misfit.
     given = [in_command(one.text) for one in planned.problems if one.kind == "gamma_not_stored"]
     reasons += [in_command(one.text) for one in planned.problems if one.kind != "gamma_not_stored"]
     name, title, variant = chosen.name, chosen.title, found.variant.name
     if reasons:
         if chosen.refused:
-            reasons += [f"if it is this one all the same: {chosen.reason}", f"instead: {chosen.instead}"]
+            reasons += [f"if it is this layer nevertheless: {chosen.reason}", f"instead: {chosen.instead}"]
         return Fit(name, title, "almost", variant, config, tuple(reasons))
     if chosen.refused:
         return Fit(

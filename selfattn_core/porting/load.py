@@ -1,4 +1,4 @@
-"""One layer of a file as a config and canonical parameters: of anybody's checkpoint, or for an adapter of a canonical file too."""
+"""Reads one layer from a checkpoint or a canonical file, as a config and canonical parameters."""
 
 import warnings
 from collections.abc import Mapping
@@ -34,20 +34,20 @@ def load(
     keep_spectral_norm: bool = False,
     strict: bool = True,
 ) -> tuple[SelfAttentionConfig, dict[str, Array]]:
-    """One block of a checkpoint as a config and canonical parameters.
+    """Read one block of a checkpoint as a config and canonical parameters.
 
     Args:
         path: a checkpoint.
         dialect: as in `port`.
-        prefix: which block; by default the only one.
+        prefix: the prefix of the block. By default the file must have one block only.
         settings: as in `port`.
         dtype: as in `port`.
         keep_spectral_norm: as in `port`.
         strict: as in `port`.
 
     Warns:
-        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
-            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
+        UserWarning: if stored vectors u and v of spectral norm do not have length 1, which happens if they are averages.
+            Also if neither the file of a layer of this library nor `settings` contains its `kv_pool`.
 
     Raises:
         PortError: as `port`.
@@ -75,7 +75,7 @@ def load(
         if len(found) > 1:
             names = ", ".join(block.prefix for block in found)
             raise PortError(
-                f"{path}: {prefix!r} names {len(found)} blocks: {names}; name one.",
+                f"{path}: {prefix!r} names {len(found)} blocks: {names}. Name one of them.",
                 kind="several_blocks",
                 names=[block.prefix for block in found],
             )
@@ -85,8 +85,8 @@ def load(
             assert found[0].plan.config is not None  # noqa: S101 - it has no problems
             pool = found[0].plan.config.kv_pool
             warnings.warn(
-                f"{path}: does not say whether the layer pools key and value, and its tensors do not show it: kv_pool = {pool} is "
-                f'assumed. Say it with settings={{"kv_pool": {pool}}}, or with the window of the layer that was saved.',
+                f"{path}: does not record whether the layer pools key and value, and its tensors do not show it: kv_pool = {pool} "
+                f'is assumed. Pass settings={{"kv_pool": {pool}}}, or the window of the layer that was saved.',
                 stacklevel=2,
             )
         block = import_block(found[0].plan, tensors.read, dtype=dtype, keep_spectral_norm=keep_spectral_norm)
@@ -104,36 +104,37 @@ def load_any(
     settings: Mapping[str, str | bool | float] | None = None,
     strict: bool = True,
 ) -> tuple[SelfAttentionConfig, dict[str, Array]]:
-    """One layer as a config and canonical parameters.
+    """Read one layer of a canonical file or of a checkpoint as a config and canonical parameters.
 
     Args:
         path: the file.
-        block: which layer of a canonical file that holds several.
-        dialect: of another file; None for a canonical one.
-        prefix: which block of another file.
-        settings: what another file does not say.
-        strict: whether tensors of another file under the prefix that nothing reads are an error.
+        block: the name of the layer, for a canonical file with several.
+        dialect: the dialect of a checkpoint. None for a canonical file.
+        prefix: the prefix of the block, for a checkpoint.
+        settings: facts that a checkpoint does not contain.
+        strict: whether unused tensors of a checkpoint under the prefix are an error.
 
     Warns:
-        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
-            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
+        UserWarning: if stored vectors u and v of spectral norm do not have length 1, which happens if they are averages.
+            Also if neither the file of a layer of this library nor `settings` contains its `kv_pool`.
 
     Raises:
         FileNotFoundError: if there is no such canonical file.
-        ValueError: if the file does not fit, or `block` is given with `dialect`, or the others without it.
+        ValueError: if the file does not fit, if `block` is passed with `dialect`, or if `prefix` or `settings` is passed
+            without it.
 
     Example:
         >>> load_any("gan.pth", prefix="blocks.3.1")
         Traceback (most recent call last):
         ...
-        ValueError: load: prefix says something of another file than a canonical one: pass dialect= as well; a layer of a canonical file is named by block=.
+        ValueError: load: prefix is for a checkpoint, not for a canonical file. Pass dialect= as well, or name a layer of a canonical file with block=.
     """
     given = [name for name, value in (("prefix", prefix), ("settings", settings)) if value is not None]
     if dialect is None:
         if given:
             raise ValueError(
-                f"load: {' and '.join(given)} says something of another file than a canonical one: pass dialect= as well; a "
-                "layer of a canonical file is named by block=."
+                f"load: {' and '.join(given)} {'are' if len(given) > 1 else 'is'} for a checkpoint, not for a canonical file. Pass "
+                "dialect= as well, or name a layer of a canonical file with block=."
             )
         try:
             return selfattn_core.load(path, block=block)
@@ -142,13 +143,13 @@ def load_any(
             raise
     if block is not None:
         raise ValueError(
-            f"load: block={block!r} names a layer of a canonical file; with dialect= pass prefix=, the beginning of its keys."
+            f"load: block={block!r} names a layer of a canonical file. With dialect=, pass prefix=, the beginning of its keys."
         )
     return load(path, dialect=dialect, prefix=prefix, settings=settings, strict=strict)
 
 
 def _check_canonical(path: Path) -> None:
-    """Say what to pass for a checkpoint that is none of ours; what cannot be read at all is refused by what reads ours."""
+    """Raise an error that says what to pass, if the file is somebody else's checkpoint. The caller refuses unreadable files."""
     try:
         with open_tensors(path) as tensors:
             if is_canonical(tensors):
@@ -158,9 +159,9 @@ def _check_canonical(path: Path) -> None:
         return
     raise PortError(
         (
-            f"{path}: is not a selfattn file, but a checkpoint of another kind ({tensors.format}): say with ",
+            f"{path}: is not a selfattn file, but a checkpoint of another kind ({tensors.format}). Choose its dialect with ",
             Remedy("dialect"),
-            f" which: {fits}.",
+            f": {fits}.",
         ),
         kind="dialect_needed",
         names=names,

@@ -1,4 +1,4 @@
-"""A port from one file to another: open, find, convert, verify, write."""
+"""Ports attention weights from one file to another: open, find, translate, verify, write."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -47,32 +47,32 @@ def port(
     overwrite: bool = False,
     whole: bool = False,
 ) -> PortReport:
-    """Bring attention weights from one file into another.
+    """Port attention weights from one file to another.
 
     Nothing is written unless every check that ran has passed.
 
     Args:
-        source: a checkpoint, of a whole network or of the layer alone.
-        target: where to; its suffix chooses the format.
-        dialect: what the source is: a built-in name or a `.toml` file. Only a canonical file says so itself.
-        prefix: which block, or several, with * for any text; by default the only one.
-        to: dialect of the target.
-        settings: what the source does not say, by name, for example {"use_scale": False}.
-        check: an `.npz` with x and y, an input of the source's layer and its output, in its layout.
-        dtype: "float16", "float32" or "float64"; by default the source's.
-        keep_spectral_norm: keep raw kernels with u and v where both sides have them, instead of dividing.
-        strict: whether keys under a block's prefix that nothing reads are an error.
-        dry_run: do everything but write.
+        source: a checkpoint of a whole network or of the layer alone.
+        target: the path to write. Its suffix chooses the format.
+        dialect: the dialect of the source: a built-in name or a `.toml` file. Only a canonical file needs none.
+        prefix: the prefix of one block or of several, with * for any text. By default the file must have one block only.
+        to: the dialect of the target.
+        settings: facts that the source does not contain, by name, for example {"use_scale": False}.
+        check: an `.npz` with x and y, an input of the source's layer and its output, in the source's layout.
+        dtype: "float16", "float32" or "float64". The default is the source's.
+        keep_spectral_norm: keep raw kernels with u and v if both sides have them, instead of dividing.
+        strict: whether unused keys under a block's prefix are an error.
+        dry_run: do everything except writing.
         overwrite: whether an existing target may be replaced.
-        whole: whether the target is the whole source, in its own format, with every attention block that the dialect finds
-            (or those of `prefix`) in the form of `to` and every other tensor as it is. An optimiser's state is left out.
+        whole: write the whole source in its own format. Every attention block that the dialect finds (or those of `prefix`)
+            gets the form of `to`, and every other tensor stays as it is. An optimiser's state is left out.
 
     Returns:
-        What was done. Every check that ran has passed.
+        The report. Every check that ran has passed.
 
     Raises:
-        VerificationError: a PortError whose `report` says which check failed; nothing was written.
-        PortError: if it cannot be done, with every reason; nothing was written.
+        VerificationError: a PortError whose `report` has the failed check. Nothing was written.
+        PortError: if the port is not possible, with every reason. Nothing was written.
         ModuleNotFoundError: if a format's own library is not installed.
 
     Example:
@@ -87,10 +87,10 @@ def port(
     """
     for what, path in (("source", source), ("target", target), ("file of check", check)):
         if path is not None and not os.fspath(path):
-            raise PortError(f"the path of the {what} is empty; name a file.", kind="path", names=[what])
+            raise PortError(f"the path of the {what} is empty. Name a file.", kind="path", names=[what])
     check_dtype(dtype)
     read = {"source": source, "file of check": check}
-    # A dialect is a name, or else a file of this kind.
+    # A dialect is a built-in name or a .toml file.
     read |= {
         what: name
         for what, name in (("dialect", dialect), ("dialect of to", to))
@@ -134,7 +134,7 @@ def port(
                 raise VerificationError(report)
             if dry_run:
                 return report
-            # From here on an error is the target's, and not that of the folder of the trial.
+            # From here on an error is about the target, not about the folder of the trial.
             trial_files = stack.pop_all()
         report = replace(report, written=True)
         try:
@@ -146,7 +146,7 @@ def port(
 
 
 def _place(found: Found, goal: Target, *, alone: bool) -> tuple[str, str]:
-    """The name of a block in the target, and what is before its keys."""
+    """The name of a block in the target, and its prefix there."""
     if goal.whole:
         return found.prefix.rstrip("./"), found.prefix
     if alone:
@@ -157,12 +157,12 @@ def _place(found: Found, goal: Target, *, alone: bool) -> tuple[str, str]:
 
 
 def _check_source(check: PathLike | None, chosen: Dialect, blocks: Sequence[Block]) -> list[Check]:
-    """Compare with an output of the source's own layer."""
+    """Compare the block with an output of the source's own layer."""
     name = "source's own output"
     if check is None:
-        return [Check(name, "not run", "not asked for; --check io.npz with its x and y does")]
+        return [Check(name, "not run", "pass --check io.npz, with an x and a y of that layer")]
     if len(blocks) > 1:
-        text = f": x and y are of one block, and {len(blocks)} are ported: name one with "
+        text = f": x and y belong to one block, but {len(blocks)} blocks are ported. Choose one with "
         raise PortError(
             (Remedy("check"), text, Remedy("prefix"), "."),
             kind="several_blocks",

@@ -1,4 +1,4 @@
-"""What a port did: every tensor's way, what was assumed, what was checked; as text, as JSON, and inside the target."""
+"""The report of a port, as text and as JSON: every change of every tensor, the assumptions and the checks."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,15 +12,15 @@ class TensorReport:
     """One tensor of the target.
 
     Args:
-        sources: keys of the source; none for a tensor that was made.
-        source_shape: of the first of them.
-        source_dtype: of the first of them.
-        roles: canonical names that it passed through.
-        steps: what was done, in order.
-        target: its key.
-        shape: as written.
-        dtype: as written.
-        sha256: of its bytes, in C order.
+        sources: its keys in the source. Empty for a new tensor.
+        source_shape: the shape of the first source.
+        source_dtype: the dtype of the first source.
+        roles: the canonical names whose values it contains.
+        steps: every change, in order.
+        target: its key in the target.
+        shape: its shape in the target.
+        dtype: its dtype in the target.
+        sha256: the SHA-256 of its bytes, in C order.
     """
 
     sources: tuple[str, ...]
@@ -39,15 +39,15 @@ class BlockReport:
     """One attention block.
 
     Args:
-        prefix: before its keys in the source.
-        block: its name in the target, "" for the only one.
-        variant: of the source's dialect.
-        config: the layer, as `SelfAttentionConfig.to_dict` gives it.
-        tensors: of the target.
-        assumptions: what the file does not show.
-        notes: what else a person must know.
-        ignored: keys under the prefix that say nothing about the function.
-        unused: keys under the prefix that nothing reads.
+        prefix: the beginning of its keys in the source.
+        block: its name in the target. "" if it is the only block.
+        variant: the variant of the source's dialect.
+        config: the layer, from `SelfAttentionConfig.to_dict`.
+        tensors: its tensors in the target.
+        assumptions: facts that the file does not show.
+        notes: other facts that a user must know.
+        ignored: keys under the prefix that do not change the function.
+        unused: keys under the prefix that the dialect does not read.
     """
 
     prefix: str
@@ -66,9 +66,9 @@ class Check:
     """One verification.
 
     Args:
-        name: what was verified.
-        outcome: a check that was not asked for, or could not run, is listed as "not run".
-        detail: numbers, or why not.
+        name: what the check verifies.
+        outcome: the result. "not run" means that nobody asked for the check, or that it could not run.
+        detail: the numbers, or the reason why the check did not run.
     """
 
     name: str
@@ -81,17 +81,17 @@ class PortReport:
     """A port.
 
     Args:
-        source: the file.
-        source_format: its format.
-        source_dialect: what it was read as.
-        target: the file.
-        target_format: its format.
-        target_dialect: what it was written as.
-        tensors_elsewhere: how many tensors of the source belong to no ported block.
-        blocks: what was ported.
-        checks: what was verified.
-        written: whether the target is there now.
-        optimiser_state: how many tensors of the source are an optimiser's state, which is not carried.
+        source: the source's file.
+        source_format: the source's format.
+        source_dialect: the dialect that the source was read in.
+        target: the target's file.
+        target_format: the target's format.
+        target_dialect: the dialect that the target was written in.
+        tensors_elsewhere: the number of tensors of the source outside the ported blocks.
+        blocks: the ported blocks.
+        checks: the checks.
+        written: whether the target was written.
+        optimiser_state: the number of tensors of the source that are an optimiser's state. They are not ported.
     """
 
     source: str
@@ -112,19 +112,19 @@ class PortReport:
         return all(check.outcome != "failed" for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """The report as a dictionary that JSON can hold."""
         return {"format": "selfattn port report", "version": 1, "passed": self.passed, **asdict(self)}
 
     def to_text(self) -> str:
-        """All of it, for a person."""
+        """The report as text."""
         lines = [f"{self.source} ({self.source_format}) read as {self.source_dialect}"]
         for block in self.blocks:
             lines += _block_lines(block)
         if self.tensors_elsewhere:
-            lines.append(f"{self.tensors_elsewhere} tensors of the source belong to no ported block.")
+            lines.append(f"{self.tensors_elsewhere} tensors of the source are outside the ported blocks.")
         if self.optimiser_state:
             lines.append(
-                f"{self.optimiser_state} tensors of the source are an optimiser's state, and are not carried."
+                f"{self.optimiser_state} tensors of the source are an optimiser's state, which was not ported."
             )
         lines.append("checks")
         lines += [f"  {check.outcome:<7}  {check.name}: {check.detail}" for check in self.checks]
@@ -138,7 +138,7 @@ def _block_lines(block: BlockReport) -> list[str]:
     variant = f" ({block.variant})" if block.variant else ""
     lines = [f"block {block.prefix or 'at the top of the file'}{variant}: {config}"]
     for tensor in block.tensors:
-        where = " + ".join(tensor.sources) or "made"
+        where = " + ".join(tensor.sources) or "new"
         shape = f" {tensor.source_shape} {tensor.source_dtype}" if tensor.sources else ""
         role = (
             ""
@@ -155,14 +155,14 @@ def _block_lines(block: BlockReport) -> list[str]:
     lines += [f"  assumed: {text}" for text in block.assumptions]
     lines += [f"  note: {text}" for text in block.notes]
     if block.ignored:
-        lines.append(f"  without meaning for the function: {listed(block.ignored)}")
+        lines.append(f"  ignored, since they do not change the function: {listed(block.ignored)}")
     if block.unused:
         lines.append(f"  unused, as allowed: {listed(block.unused)}")
     return lines
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """Some names, and how many more there are.
+    """The first names of a list, and the number of the others.
 
     Example:
         >>> listed(["a", "b", "c"], most=2)

@@ -1,4 +1,4 @@
-"""The target written to a folder of our own, read back and compared, bit for bit, before it is written where it belongs."""
+"""Compares a target with what was read back from a trial folder, bit for bit, before the target is written."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,17 +28,17 @@ NAME = "round trip"
 
 
 def compare_blocks(blocks: Sequence[Block], to: Dialect, written: Tensors) -> list[Check]:
-    """A file of nothing but blocks: the same tensors, and for the target's dialect the same layers.
+    """Check a file of blocks: the tensors must be the same, and for the target's dialect the layers too.
 
     Args:
-        blocks: what was written.
-        to: dialect of the target.
-        written: what was read back.
+        blocks: the blocks that were written.
+        to: the dialect of the target.
+        written: the tensors that were read back.
     """
     wrong = _changed(blocks, written)
     held = sum(len(block.exported.tensors) for block in blocks)
     if wrong or len(written) != held:
-        text = f"{len(wrong)} of {held} tensors came back changed: {', '.join(wrong)}"
+        text = f"{len(wrong)} of {held} tensors changed: {', '.join(wrong)}"
         return [Check(NAME, "failed", text)]
     return [
         Check(NAME, "passed", f"{held} tensors written, read back and compared bit for bit"),
@@ -47,13 +47,13 @@ def compare_blocks(blocks: Sequence[Block], to: Dialect, written: Tensors) -> li
 
 
 def compare_whole(blocks: Sequence[Block], to: Dialect, written: Tensors, source: Tensors) -> list[Check]:
-    """A whole checkpoint: the blocks as they were made, and everything else as it was.
+    """Check a whole checkpoint: the blocks must be the written ones, and everything else must be unchanged.
 
     Args:
-        blocks: what was written in another form.
-        to: dialect of the target.
-        written: what was read back.
-        source: the whole of it, of which an optimiser's state is left out.
+        blocks: the blocks that were written in another form.
+        to: the dialect of the target.
+        written: the tensors that were read back.
+        source: the tensors of the whole source. An optimiser's state is left out of the target.
     """
     new = [key for block in blocks for key in block.exported.tensors]
     gone = {key for block in blocks for key in block.source_keys} | optimiser_keys(source)
@@ -68,10 +68,10 @@ def compare_whole(blocks: Sequence[Block], to: Dialect, written: Tensors, source
     known = {*new, *others}
     wrong = [*_changed(blocks, written), *changed, *(key for key in written if key not in known)]
     if wrong:
-        return [Check(NAME, "failed", f"came back changed: {', '.join(wrong[:20])}")]
+        return [Check(NAME, "failed", f"changed: {', '.join(wrong[:20])}")]
     return [
         Check(NAME, "passed", f"{len(new)} tensors written, read back and compared bit for bit"),
-        Check("everything else", "passed", f"{len(others)} tensors are the source's, bit for bit"),
+        Check("everything else", "passed", f"{len(others)} tensors are equal to the source's, bit for bit"),
         *(_check_reimport(block, to, written) for block in blocks),
     ]
 
@@ -86,7 +86,7 @@ def _changed(blocks: Sequence[Block], written: Tensors) -> list[str]:
 
 
 def _check_reimport(block: Block, to: Dialect, written: Tensors) -> Check:
-    """What the target's dialect reads from the target is the same layer."""
+    """Check that the target's dialect reads the same layer from the target."""
     name = f"read back as {to.name}{f', {block.name}' if block.name else ''}"
     given: dict[str, str | bool | float] = {}
     if not to.kv_pool_stored:
@@ -111,22 +111,20 @@ def _check_reimport(block: Block, to: Dialect, written: Tensors) -> Check:
 
 
 def _comparison(block: Block, again: Imported) -> tuple[Literal["passed", "failed"], str]:
-    """Whether what was read back is the same layer bit for bit; biases of zeros that one side lacks are the same function."""
+    """Compare the layer that was read back, bit for bit. Zero biases that one side lacks do not change the function."""
     there, here = again.origins, block.imported.origins
     if _without_biases(again.config) != _without_biases(block.config):
-        return "failed", f"another layer: {again.config}"
+        return "failed", f"it is another layer: {again.config}"
     wrong = [name for name in there if name in here and there[name].sha256 != here[name].sha256]
     made = [name for name in there if name not in here]
     gone = [name for name in here if name not in there]
     wrong += [name for name in made if again.params[name].any()]
     wrong += [name for name in gone if block.imported.params[name].any()]
     if wrong:
-        return "failed", f"other tensors: {', '.join(wrong)}"
+        return "failed", f"these tensors differ: {', '.join(wrong)}"
     detail = "the same config and bits"
     if made or gone:
-        detail = (
-            f"the same bits; {', '.join(made or gone)} {'are made, and' if made else 'are left out:'} zeros"
-        )
+        detail = f"the same bits; {', '.join(made or gone)} {'are new zeros' if made else 'were zeros and are left out'}"
     return "passed", detail
 
 

@@ -1,4 +1,4 @@
-"""The target of a port: whether it may be written, in which format, and how."""
+"""The target of a port: checks that it may be written, finds its format, and writes it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -38,14 +38,14 @@ _SUFFIXES = {
 
 @dataclass(frozen=True)
 class Target:
-    """Where a port goes.
+    """The file or folder that a port writes.
 
     Args:
-        path: of the file or folder.
-        dialect: that it is written in.
-        format: of the file.
-        source: what is ported.
-        whole: whether it is the whole source with other blocks.
+        path: the path of the file or folder.
+        dialect: the dialect of the target.
+        format: the format of the target.
+        source: the path of the source.
+        whole: whether the target is the whole source, with its blocks in another form.
     """
 
     path: Path
@@ -55,15 +55,15 @@ class Target:
     whole: bool
 
     def check_whole(self, tensors: Tensors) -> None:
-        """Refuse a whole checkpoint in another format than the source's, or in names that no model loads."""
+        """Refuse a whole checkpoint in another format than the source's, or with names that no model loads."""
         whole = Remedy("whole", value=True)
         if tensors.format not in WHOLE or self.format != tensors.format or self.source.is_dir():
             raise PortError(
                 (
                     f"{self.path}: ",
                     whole,
-                    f" writes a file of torch or .safetensors in the source's own format, and {self.source} is ",
-                    f"{tensors.format}; port its blocks without ",
+                    f" writes a PyTorch or .safetensors file in the source's own format, and {self.source} is ",
+                    f"{tensors.format}. Port its blocks without ",
                     whole,
                     ".",
                 ),
@@ -83,17 +83,17 @@ class Target:
         *,
         overwrite: bool = False,
     ) -> None:
-        """Write it, or the same to another path.
+        """Write the target, or its content to another path.
 
         Args:
-            path: where to.
-            blocks: what is ported.
+            path: the path to write.
+            blocks: the ported blocks.
             arrays: their tensors, by the keys of the target.
-            report: kept in the file.
-            overwrite: whether what is there may be replaced.
+            report: the report, which is stored in the file.
+            overwrite: whether an existing file or folder may be replaced.
 
         Raises:
-            PortError: if it cannot be written; what is there is as it was.
+            PortError: if it cannot be written. An existing file or folder is then unchanged.
         """
         metadata = {"source": f"{self.source.name} ({report.source_dialect})" if report else ""}
         if self.dialect.name == "canonical":
@@ -127,15 +127,15 @@ def checked_target(
     """A target that may be written.
 
     Args:
-        path: of the target.
-        to: its dialect.
-        source: what is ported.
+        path: the path of the target.
+        to: the dialect of the target.
+        source: the path of the source.
         whole: as in `port`.
-        overwrite: whether what is there may be replaced.
-        read: files that the port reads, by what they are; none may be replaced.
+        overwrite: whether an existing target may be replaced.
+        read: the files that the port reads, by what they are. The target must not replace one of them.
 
     Raises:
-        PortError: if it may not.
+        PortError: if the target may not be written.
     """
     chosen = dialect(to)
     chosen.check_expressible("written")
@@ -144,20 +144,20 @@ def checked_target(
         raise target_exists(path)
     if not path.parent.is_dir():
         raise PortError(
-            f"{path}: there is no folder {path.parent}; nothing was written.", kind="folder_missing"
+            f"{path}: there is no folder {path.parent}. Nothing was written.", kind="folder_missing"
         )
     _check_kept(path, read)
     return Target(path, chosen, format, source, whole)
 
 
 def _format(target: Path, to: Dialect) -> str:
-    """The format that the target's name asks for."""
+    """The format that the suffix of the target chooses."""
     format = _SUFFIXES.get(target.suffix, "" if target.suffix else "orbax")
     if target.suffix == ".orbax":
         format = "orbax"
     if not format:
         raise PortError(
-            f"{target}: {target.suffix} cannot be written; expected {', '.join(_SUFFIXES)}, or a folder without suffix for Orbax.",
+            f"{target}: {target.suffix} cannot be written. Expected {', '.join(_SUFFIXES)}, or a folder without suffix for Orbax.",
             kind="target_format",
         )
     owner = {"keras": "Keras", "orbax": "Orbax", "msgpack": "Flax"}.get(format)
@@ -165,17 +165,19 @@ def _format(target: Path, to: Dialect) -> str:
         better = Remedy("to", "keras" if format == "keras" else "flax")
         raise PortError(
             (
-                f"{target}: a file of {owner} has no keys like those of {to.name}; say ",
+                f"{target}: a file of {owner} cannot have the keys of {to.name}. Pass ",
                 better,
                 ", or name a .safetensors file.",
             ),
             kind="target_format",
         )
     if format != "safetensors" and to.name == "canonical":
-        other: Text = ("; for a state dict of ours say ", Remedy("to", "torch")) if format == "torch" else ()
+        other: Text = (
+            (", or, for a PyTorch state dict, pass ", Remedy("to", "torch")) if format == "torch" else ()
+        )
         raise PortError(
             (
-                f"{target}: the canonical form is a .safetensors file, and nothing would load another; name one",
+                f"{target}: the canonical form is a .safetensors file, and `load` reads no other format. Name one",
                 *other,
                 ".",
             ),
@@ -185,11 +187,11 @@ def _format(target: Path, to: Dialect) -> str:
 
 
 def _check_kept(target: Path, read: Mapping[str, PathLike | None]) -> None:
-    """Refuse a target that is read from: what a port writes is less than what it reads."""
+    """Refuse a target that the port reads, because a port writes less than it reads."""
     for what, path in read.items():
         if path and (would_replace(target, path) or (target.is_dir() and would_replace(path, target))):
             raise PortError(
-                f"{target}: is the {what}, a part of it, or the folder that it is in; a port would lose what it does not carry. "
+                f"{target}: is the {what}, a part of it, or its folder. The port would delete what it does not write. "
                 "Name another target. Nothing was written.",
                 kind="target_is_read",
                 names=[what],

@@ -1,4 +1,4 @@
-"""Verification of a port: the same tensors after a round trip, the same function in the target's framework and in the source."""
+"""Verifies a port: the target's layer and the source's own output are compared with the definition."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ BACKENDS: Mapping[str, tuple[str, ...]] = {
     "keras": ("keras-tensorflow", "keras-jax", "keras-torch"),
     "flax": ("flax-nnx", "flax-linen"),
 }
-"""The backends of the conformance kit in which a target's layer is, by dialect; Keras' first that is installed is used."""
+"""The backends of the conformance kit that have a target's layer, by dialect. For Keras only the first installed one is used."""
 
 _TIMEOUT = 300
 _LOGITS = 3.0
@@ -43,15 +43,15 @@ _LOGITS = 3.0
 def designed_input(
     config: SelfAttentionConfig, params: Mapping[str, Array], *, size: tuple[int, int] | None = None
 ) -> tuple[dict[str, Array], Array, str]:
-    """An input on which a wrong layer shows: H ≠ W, a map that is neither flat nor one-hot, gamma not 0.
+    """An input that reveals a wrong layer: H ≠ W, a map between flat and one-hot, gamma not 0.
 
     Args:
         config: the layer.
         params: its arrays.
-        size: (H, W); by default a few positions, where a window of pooling over key and value is cut off.
+        size: (H, W). By default a few positions, so that a pooling window is cut off.
 
     Returns:
-        The parameters in at least float32, x (2, H, W, C) in their dtype, and what was changed of them, "" if nothing.
+        The parameters in float32 or wider, x (2, H, W, C) in their dtype, and a note on a changed gamma, "" if unchanged.
     """
     dtype = np.result_type(params["gamma"].dtype, np.float32)
     generator = np.random.Generator(np.random.PCG64(0))
@@ -62,9 +62,9 @@ def designed_input(
     changed = ""
     if not params["gamma"].any():
         used["gamma"] = np.full(1, 0.7, dtype)
-        changed = "with 0.7 for the gamma of 0, which would hide everything"
+        changed = "with gamma = 0.7, because gamma = 0 would hide every error"
     logits = spec.magnitudes(config, {n: a.astype(np.float64) for n, a in used.items()}, x)["logits"]
-    # Logits of many or of none would hide the keys; those of biases do not grow with x.
+    # Very large or very small logits would hide the keys. Logits from biases do not grow with x.
     scale = float(np.sqrt(_LOGITS * 3 / max(logits, 1e-6)))
     return used, (x * np.clip(scale, 1e-3, 1e3)).astype(dtype), changed
 
@@ -72,14 +72,14 @@ def designed_input(
 def check_output(
     name: str, config: SelfAttentionConfig, params: Mapping[str, Array], x: Array, y: Array
 ) -> Check:
-    """Compare an output with the spec's, by the policy of the conformance kit.
+    """Compare an output with the definition, within the limits of the conformance kit.
 
     Args:
-        name: of the check.
+        name: the name of the check.
         config: the layer.
         params: its arrays.
         x: (B, H, W, C).
-        y: (B, H, W, C), by another implementation; its precision is the coarser of its dtype and the parameters'.
+        y: (B, H, W, C), from another implementation. Its precision is the coarser of its dtype and the parameters' dtype.
     """
     dtypes = (y.dtype, params["gamma"].dtype)
     coarse = str(max((dtype for dtype in dtypes if dtype.kind == "f"), key=lambda dtype: np.finfo(dtype).eps))
@@ -90,13 +90,13 @@ def check_output(
     verdict = measure("y", y.astype(np.float64), expectation, FACTORS[coarse])
     limit = min(FACTORS[coarse] * expectation.floor, expectation.cap)
     attention = float(np.abs(expectation.want - x).max(initial=0))
-    detail = f"largest error {verdict.error:.2g}, at most {limit:.2g} is the noise of {coarse}"
+    detail = f"largest error {verdict.error:.2g}, and the noise of {coarse} allows {limit:.2g}"
     if attention <= limit:
         return Check(
             name,
             "not run",
-            f"the noise of {coarse} ({limit:.2g}) is larger than what the layer adds ({attention:.2g}): whatever it computed "
-            "would pass",
+            f"the noise of {coarse} ({limit:.2g}) is larger than what the layer adds to x ({attention:.2g}), so any answer would "
+            "pass",
         )
     return Check(name, "passed" if verdict.passed else "failed", detail)
 
@@ -107,16 +107,14 @@ def _inputs(params: Mapping[str, Array], x: Array, dtype: str) -> Inputs:
 
 
 def check_framework(dialect: str, blocks: Mapping[str, Layer]) -> list[Check]:
-    """Compare the layers of the target's framework with the spec, in a process of its own for each backend.
+    """Compare the layers of the target's framework with the definition, each backend in its own process.
 
     Args:
-        dialect: of the target.
-        blocks: config and arrays of each layer, as they are in the target, by name.
+        dialect: the dialect of the target.
+        blocks: config and arrays of each layer in the target, by name.
     """
     if dialect not in BACKENDS:
-        return [
-            Check("target's layer", "not run", f"{dialect} is not the form of a framework's layer of ours")
-        ]
+        return [Check("target's layer", "not run", f"runs only for {', '.join(BACKENDS)}, not for {dialect}")]
     names = BACKENDS[dialect]
     missing = {name: missing_modules(REGISTRY[name].requires) for name in names}
     ready = [name for name in names if not missing[name]]
@@ -155,7 +153,7 @@ def _run_backend(
 
 
 def _run_job(job: str, own: Mapping[str, str]) -> str:
-    """Why the process gave no answers; empty if it did."""
+    """The reason why the process gave no answers, "" if it did."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "selfattn_core.porting.verify", job],
@@ -172,7 +170,7 @@ def _run_job(job: str, own: Mapping[str, str]) -> str:
 
 
 def main(job_file: str) -> None:
-    """Run the job of a process of its own: build the framework's layers and store what they compute."""
+    """Run the job of a backend's process: build the framework's layers and store their outputs."""
     from selfattn_core.conformance.backends import resolve
 
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
@@ -188,36 +186,34 @@ def main(job_file: str) -> None:
 
 
 def read_io(path: Path, layout: str, opened: Callable[[Path], Any]) -> tuple[Array, Array]:
-    """The x and y of an `io.npz`, as (B, H, W, C).
+    """Read x and y from an `io.npz`, as (B, H, W, C).
 
     Args:
-        path: of the file.
-        layout: of the arrays in it, "BCHW" or "BHWC".
-        opened: opens a file of tensors.
+        path: the path of the file.
+        layout: the layout of its arrays, "BCHW" or "BHWC".
+        opened: a function that opens a file of tensors.
 
     Raises:
-        PortError: if it lacks one, they are not two floating-point arrays of one shape and four axes, or one is empty or not
-            finite.
+        PortError: if x or y is missing, empty or not finite, or if they are not two floating-point arrays of one shape with
+            four axes.
     """
     with opened(path) as tensors:
         lacking = [name for name in ("x", "y") if name not in tensors]
         if lacking:
             reasons = "".join(f"; {tensors.left_out[name]}" for name in lacking if name in tensors.left_out)
             raise PortError(
-                f"{path}: lacks {' and '.join(lacking)}{reasons}; expected x and y, the source layer's input and its output."
+                f"{path}: lacks {' and '.join(lacking)}{reasons}. Expected x and y, an input and the output of the source's layer."
             )
         x, y = tensors.read("x"), tensors.read("y")
     if x.ndim != 4 or x.shape != y.shape or x.dtype.kind != "f" or y.dtype.kind != "f":
         raise PortError(
-            f"{path}: x is {x.dtype} {x.shape} and y {y.dtype} {y.shape}; expected two floating-point arrays of one shape, "
+            f"{path}: x is {x.dtype} {x.shape} and y is {y.dtype} {y.shape}. Expected two floating-point arrays of one shape, "
             f"({', '.join(layout)})."
         )
     bad = [name for name, array in (("x", x), ("y", y)) if not np.isfinite(array).all()]
     if bad or not x.size:
         what = f"there is NaN or infinity in {' and '.join(bad)}" if bad else f"x and y are empty, {x.shape}"
-        raise PortError(
-            f"{path}: {what}; nothing can be compared with that. Give an input and its output in numbers."
-        )
+        raise PortError(f"{path}: {what}, so nothing can be compared. Expected finite values.")
     return (x.transpose(0, 2, 3, 1), y.transpose(0, 2, 3, 1)) if layout == "BCHW" else (x, y)
 
 

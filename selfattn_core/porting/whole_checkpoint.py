@@ -1,8 +1,8 @@
-"""A whole checkpoint in which attention blocks have other names and everything else stays as it is.
+"""Writes a whole checkpoint in which attention blocks have other names and everything else stays as it is.
 
-Of a file of torch the structure is torch's own, loaded with `weights_only=True` after our reader has seen that the pickle holds
-nothing but tensors and settings: nested dictionaries, dtypes, shared tensors and the versions of modules stay. Of a
-`.safetensors` file the bytes are copied.
+A PyTorch file is loaded by torch with `weights_only=True`, after our reader has checked that the pickle holds only tensors and
+settings. So nested dictionaries, dtypes, shared tensors and the versions of modules stay. The bytes of a `.safetensors` file
+are copied.
 """
 
 import io
@@ -39,10 +39,10 @@ class Renamed:
     """A block in its new form.
 
     Args:
-        prefix: before its keys, as our reader shows them.
+        prefix: the beginning of its keys, as our reader shows them.
         gone: its keys in the source, as our reader shows them.
-        tensors: its new tensors by key without the prefix.
-        kv_pool: of the layer.
+        tensors: its new tensors by key, without the prefix.
+        kv_pool: the pooling of the layer.
     """
 
     prefix: str
@@ -64,15 +64,15 @@ def write_whole(
 
     Args:
         source: a checkpoint that has been opened.
-        target: where to.
-        format: of both, one of `WHOLE`.
-        blocks: what changes.
-        metadata: of the port, put where the format has a place for it.
+        target: the path to write.
+        format: the format of both, one of `WHOLE`.
+        blocks: the blocks in their new form.
+        metadata: the metadata of the port, which is stored if the format has a place for it.
         overwrite: whether an existing target may be replaced.
 
     Raises:
-        PortError: if the tensors of a block do not lie together in one dictionary.
-        ModuleNotFoundError: if torch is not installed and it is its file.
+        PortError: if the tensors of a block are not all in one dictionary.
+        ModuleNotFoundError: if the file is PyTorch's and torch is not installed.
     """
     content: Iterator[bytes] = (
         iter([_torch(source, blocks, metadata)])
@@ -85,7 +85,7 @@ def write_whole(
         raise target_exists(target) from None
     except OSError as error:
         raise PortError(
-            f"{target}: cannot be written: {error.strerror or error}. Nothing was written, and what was there is as it was."
+            f"{target}: cannot be written: {error.strerror or error}. Nothing was written or replaced."
         ) from error
 
 
@@ -96,8 +96,8 @@ def _torch(source: Path, blocks: list[Renamed], metadata: Mapping[str, str]) -> 
         root = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
         raise PortError(
-            f"{source}: torch does not load the whole of it with weights_only=True ({str(error).splitlines()[0][:200]}). Load it "
-            "where it was written, save the state dicts in it alone, and port that."
+            f"{source}: torch cannot load all of it with weights_only=True ({str(error).splitlines()[0][:200]}). Load it with "
+            "the code that wrote it, save only its state dicts, and port that file."
         ) from None
     found = list(_leaves(root, (), torch.Tensor))
     names = names_of([tuple(map(str, keys)) for keys in found], root)
@@ -108,7 +108,7 @@ def _torch(source: Path, blocks: list[Renamed], metadata: Mapping[str, str]) -> 
         keys, prefix = _together(source, block, places)
         held = _at(root, keys)
         state = _renamed(held, prefix, block, {places[name][-1] for name in block.gone}, torch)
-        state._metadata = _versions(held, prefix, block)  # noqa: SLF001 - where torch keeps the like
+        state._metadata = _versions(held, prefix, block)  # noqa: SLF001 - torch keeps such data there
         if not keys:
             root = state
         else:
@@ -121,7 +121,7 @@ def _torch(source: Path, blocks: list[Renamed], metadata: Mapping[str, str]) -> 
 
 
 def _leaves(value: Any, keys: Keys, kind: type) -> Iterator[Keys]:
-    """The keys that lead to every tensor, in the order of our reader."""
+    """The keys on the way to each tensor, in the order of our reader."""
     if isinstance(value, kind):
         yield keys or ("tensor",)
     elif isinstance(value, dict | list | tuple):
@@ -136,7 +136,7 @@ def _at(value: Any, keys: Keys) -> Any:
 
 
 def _together(source: Path, block: Renamed, places: Mapping[str, Keys]) -> tuple[Keys, str]:
-    """The dictionary that a block's tensors lie in, and what is before their names there."""
+    """The dictionary that contains a block's tensors, and the prefix of their names in it."""
     found = set()
     for name in block.gone:
         keys, rest = places[name], name.removeprefix(block.prefix)
@@ -148,8 +148,8 @@ def _together(source: Path, block: Renamed, places: Mapping[str, Keys]) -> tuple
             return keys, prefix
     raise PortError(
         (
-            f"{source}: the tensors of the block {block.prefix!r} lie in several dictionaries, and not in one state dict; port ",
-            "the block alone, without ",
+            f"{source}: the tensors of the block {block.prefix!r} are in several dictionaries, not in one state dict. Port the ",
+            "block alone, without ",
             Remedy("whole", value=True),
             ".",
         ),
@@ -184,7 +184,7 @@ def _versions(held: Any, prefix: str, block: Renamed) -> Any:
 
 
 def _safetensors(source: Path, blocks: list[Renamed], metadata: Mapping[str, str]) -> Iterator[bytes]:
-    """The file in pieces; the tensors of others are copied as they lie."""
+    """The file in pieces. The bytes of all other tensors are copied."""
     file = Source(source)
     try:
         length = int.from_bytes(file.bytes_at(0, 8), "little")

@@ -54,6 +54,7 @@ def verify(
     dialect: str | None = None,
     prefix: str | None = None,
     settings: Mapping[str, str | bool | float] | None = None,
+    strict: bool = True,
 ) -> VerifyReport:
     """Run an exported file on designed inputs, and compare with the definition at these weights.
 
@@ -78,6 +79,7 @@ def verify(
         dialect: of other weights.
         prefix: which block of other weights.
         settings: what other weights do not say.
+        strict: whether unused tensors under the prefix of other weights are an error.
 
     Returns:
         What was found; `passed` says whether every answer is within the limits.
@@ -103,7 +105,9 @@ def verify(
     name = container_of(artifact, container)
     _check_options(name, layout, precision, size, features)
     chosen = _runtime(CONTAINERS[name], runtime, artifact)
-    config, given = load_any(weights, block=block, dialect=dialect, prefix=prefix, settings=settings)
+    config, given = load_any(
+        weights, block=block, dialect=dialect, prefix=prefix, settings=settings, strict=strict
+    )
     params = {key: array.astype(np.float64) for key, array in given.items()}
     names = tuple(each for each in (output_name, map_name) if each is not None)
     with Process(chosen, artifact, input_name=input_name, output_names=names) as process:

@@ -64,7 +64,7 @@ def test_json(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("port", "a.npz", "o.safetensors"), "say with --from which dialect it is"),
+        (("port", "a.npz", "o.safetensors"), "choose its dialect with --from"),
         (
             ("port", "a.npz", "o.safetensors", "--from", "torchgan"),
             "the softmax runs over the output positions",
@@ -75,7 +75,10 @@ def test_json(run, tmp_path):
             "absent.toml: cannot be read as a dialect: no such file.",
         ),
         (("port", "a.npz", "o.safetensors", "--from", "biggan", "--set", "sn_eps"), "expected NAME=VALUE"),
-        (("port", "a.npz", "o.safetensors", "--from", "biggan", "--set", "eps=1"), "eps is no setting of it"),
+        (
+            ("port", "a.npz", "o.safetensors", "--from", "biggan", "--set", "eps=1"),
+            "eps is not a setting of this dialect",
+        ),
         (("port", "a.npz", "o.safetensors", "--from", "biggan", "--prefix", "x"), "has no block 'x'"),
         (("port", "absent.npz", "o.npz", *OTHERS), "absent.npz: no such file"),
         (("port", "a.npz", "a.npz", *OTHERS), "exists already"),
@@ -181,7 +184,7 @@ def test_arrays_that_are_no_numbers_are_left_out_of_an_npz(run, tmp_path):
     np.savez(tmp_path / "a.npz", **held, names=np.array(["a"]), any=np.array([print], dtype=object))
     found = run("inspect", "a.npz")
     assert found.exit_code == 0, found.output
-    assert "left out, since they are no numbers: __metadata__.json, names, any" in found.output
+    assert "left out, since they are not numbers: __metadata__.json, names, any" in found.output
     assert run("port", "a.npz", "o.safetensors", "--from", "biggan").exit_code == 0
     held |= {key: np.array([print], dtype=object) for key in kernels}
     np.savez(tmp_path / "b.npz", **held)

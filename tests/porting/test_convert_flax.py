@@ -423,7 +423,7 @@ def test_spectral_norm_that_no_dialect_knows_is_refused(rngs, tmp_path, untouche
     path = dialect(tmp_path, axes="HWIO")
     text = (tmp_path / "mine.toml").read_text().replace("{path}/", "{path}/layer_instance/")
     (tmp_path / "mine.toml").write_text(text)
-    refused(net, "nothing reads its to_f/batch_stats", untouched, dialect=path)
+    refused(net, "unused: to_f/batch_stats", untouched, dialect=path)
 
 
 def test_ours_stays_ours(rngs):
@@ -452,7 +452,7 @@ def test_a_layer_that_returns_the_map(rngs):
     assert_same(report.model, model, images())
     plain = convert(model, dialect="flax", match=Flat, returns="output")
     assert not plain.layers[0].returns_map
-    assert any("change what calls it" in note for note in plain.layers[0].notes)
+    assert any("change its callers" in note for note in plain.layers[0].notes)
     assert type(plain.model.attention) is SelfAttention2D
     with pytest.raises(ValueError, match="'same' or 'output'"):
         convert(model, dialect="flax", returns="map")
@@ -502,7 +502,7 @@ def test_what_the_old_layer_has_not_is_not_trained(rngs, tmp_path):
 
     layer = randomised(Ones())
     report = convert(layer, dialect=dialect(tmp_path, axes="OI", gamma="value = 1.0"), match=Ones)
-    assert any(note.startswith("gamma: the old layer has none") for note in report.layers[0].notes)
+    assert any(note.startswith("gamma: not in the old layer") for note in report.layers[0].notes)
     assert type(report.model.gamma) is nnx.Variable
     assert_same(report.model, layer, images())
 
@@ -733,7 +733,7 @@ def test_no_such_layer(rngs, untouched):
     refused(net, "has no module that match=", untouched, dialect="flax", match="nowhere")
     refused(net, "has no module with the keys of biggan", untouched, dialect="biggan")
     refused(net, "stem .Linear.: is not flax", untouched, dialect="flax", match=nnx.Linear)
-    refused(net, "say with dialect= what it is: its keys fit", untouched, match=nnx.Linear)
+    refused(net, "choose its dialect with dialect=: its keys fit", untouched, match=nnx.Linear)
     refused(net, "attention lies inside the model itself", untouched, dialect="flax", match=(Small, Flat))
     refused(net, "'flux' is unknown", untouched, dialect="flux")
 
@@ -742,7 +742,7 @@ def test_keys_that_two_dialects_fit(rngs, untouched):
     """Ours of Flax and of Keras have the same names, which are named and not chosen."""
     net = randomised(Small(Flat, rngs))
     error = refused(net, "keras, flax", untouched, match=Flat)
-    assert "the layer computes what keras and flax say" in str(error)
+    assert "the layer computes what keras and flax describe" in str(error)
 
 
 def test_a_layer_of_two_inputs(rngs, untouched):

@@ -264,7 +264,7 @@ def test_scaled_and_normed():
     layer = report.layers[0]
     assert "scores are multiplied" in " ".join(layer.assumptions)
     assert any("batch norm" in note for note in layer.notes)
-    assert any(note.startswith("gamma: the old layer has none") for note in layer.notes)
+    assert any(note.startswith("gamma: not in the old layer") for note in layer.notes)
     frozen = [
         name for name, parameter in report.model.attention.named_parameters() if not parameter.requires_grad
     ]
@@ -368,7 +368,7 @@ def test_dry_run_and_output_alone():
     assert report.model is None
     assert report.passed
     assert "would be replaced" in str(report)
-    assert any("change what calls it" in note for note in report.layers[0].notes)
+    assert any("change its callers" in note for note in report.layers[0].notes)
     made = convert(network, dialect="heykeetae", returns="output").model.attention
     assert type(made) is SelfAttention2d
     assert report.to_dict()["layers"][0]["was"] == "Flat"
@@ -392,7 +392,7 @@ def test_zeros_hide_nothing():
 
 @pytest.mark.parametrize(
     ("dialect", "hint"),
-    [("pytorch-advanced", "the layer computes what danet and heykeetae say"), ("heykeetae", "off by y")],
+    [("pytorch-advanced", "the layer computes what danet and heykeetae describe"), ("heykeetae", "off by y")],
 )
 def test_another_function(dialect, hint):
     network = trained(Flat, axis=1 if dialect == "heykeetae" else -1)
@@ -407,7 +407,9 @@ def test_another_function(dialect, hint):
 
 def test_several_dialects_are_named_and_not_chosen():
     network = trained(Flat)
-    with pytest.raises(PortError, match=r"its keys fit .*the layer computes what danet and heykeetae say"):
+    with pytest.raises(
+        PortError, match=r"its keys fit .*the layer computes what danet and heykeetae describe"
+    ):
         convert(network, match=Flat)
 
 
@@ -499,7 +501,7 @@ def test_several_power_iterations_are_told():
     several = lambda conv: parametrizations.spectral_norm(conv, n_power_iterations=4)  # noqa: E731 - as `norm` is given
     for norm, told in ((several, True), (parametrizations.spectral_norm, False)):
         (layer,) = convert(Flat(24, norm=norm), dialect="heykeetae").layers
-        assert any("its spectral norm moves in another way" in note for note in layer.notes) == told
+        assert any("its spectral norm is updated differently" in note for note in layer.notes) == told
 
 
 def test_further_arguments_and_other_shapes_of_the_map_are_told():
@@ -649,14 +651,17 @@ def test_a_layer_held_outside_the_modules():
     [
         ({}, "neither dialect nor match"),
         ({"dialect": "heykeetae", "match": nn.LSTM}, "has no module that match="),
-        ({"dialect": "fgh"}, "has no module with the keys of fgh, .* its modules are of Conv2d, Flat"),
+        (
+            {"dialect": "fgh"},
+            "has no module with the keys of fgh, .* Its modules are of the classes Conv2d, Flat",
+        ),
         (
             {"dialect": "heykeetae", "match": "stem"},
             r"stem \(Conv2d\): is not heykeetae .*it has no query_conv",
         ),
         ({"dialect": "heykeetae", "match": "*"}, "lies inside"),
         ({"dialect": "torchgan", "match": Flat}, "cannot be converted"),
-        ({"dialect": "heykeetae", "settings": {"use_scale": True}}, "use_scale is no setting"),
+        ({"dialect": "heykeetae", "settings": {"use_scale": True}}, "use_scale is not a setting"),
         ({"dialect": "heykeetae", "returns": "both"}, "expected 'same' or 'output'"),
         (
             {"dialect": 3, "match": 123, "settings": "x", "size": 5},

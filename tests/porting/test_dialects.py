@@ -167,18 +167,18 @@ reason = "r"
         "[roles] lacks value",
         "roles.val is unknown: did you mean value?",
         "gives query and key the same name 'a'",
-        "gamma.needs either key or value, and has both",
+        "gamma.needs either key or value, but has both",
         "scale.factor = 'dk^0.5' should be a number",
         "batch_norm.var (a string) is missing",
         "batch_norm.eps = -1 should be a number of at least 0",
         "[batch_norm] is folded into the out projection",
         "kernels[0].axes = 'OIXY' should be",
-        "kernels[0].kernel = '{role}.weight' has {role}; known are {prefix}, {module}, {path}",
+        "kernels[0].kernel = '{role}.weight' has {role}; the placeholders are {prefix}, {module}, {path}",
         "kernels[0].spectral_norm.sigma = 'iterated' should be one of",
         "kernels[1].spectral_norm.v is not used",
         "kernels[1].spectral_norm.normalize and eps are needed",
         "kernels[2].spectral_norm.v is missing",
-        "kernels[2].spectral_norm.eps says nothing",
+        "kernels[2].spectral_norm.eps has no effect",
         "telltales[0].needs either key or missing",
         "refusal.instead (a string) is missing",
     ):
@@ -191,7 +191,7 @@ reason = "r"
         (("[[kernels]]\n", "[kernels]\n"), "kernels = "),
         (('bias = "{path}.bias"\n', ""), "kernels[0].bias is missing"),
         (("[gamma]\n", "[gama]\n"), "gama is unknown: did you mean gamma?"),
-        (('key = "gain"\n', ""), "needs either key or value, and has none"),
+        (('key = "gain"\n', ""), "needs either key or value, but has neither"),
         (('value = "c"\n', 'value = "c"\nout = "d"\n'), "[roles] has out"),
         (('kernel = "{path}.weight"', 'kernel = "{prefix}.{path}.weight"'), "{path} as its only placeholder"),
         (("[gamma]\n", '[[variants]]\nroles = { key = "a" }\n\n[gamma]\n'), "variants[0].name"),
@@ -223,7 +223,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(PortError, match="has more than 1048576 bytes"):
         dialect(str(tmp_path / "endless.toml"))
     for name, text, words in (
-        ("digits", f"title = {'9' * 6000}", "holds a number with thousands of digits"),
+        ("digits", f"title = {'9' * 6000}", "contains a number with thousands of digits"),
         ("nested", f"title = {'[' * 50_000}", "is not TOML"),
     ):
         (tmp_path / f"{name}.toml").write_text(text)
@@ -248,7 +248,7 @@ def test_settings():
         "did you mean use_scale?",
         "bn_eps=-1 should be 0 or more",
         "use_scale=perhaps should be true or false",
-        "gamma is no setting",
+        "gamma is not a setting",
     ):
         assert part in str(caught.value)
     for value in ("nan", "inf", "x", True):

@@ -162,15 +162,15 @@ FLAT, POOLED = SelfAttentionConfig(24), SelfAttentionConfig.pooled(24)
         (
             "heykeetae",
             POOLED,
-            "it has no out projection; its kv_pool is 1; it makes value_channels = 24 of 24 channels",
+            "it has no out projection; its kv_pool is 1; its value_channels is 24 for 24 channels",
         ),
         ("biggan", FLAT, "it has an out projection; its kv_pool is 2"),
         (
             "biggan",
             SelfAttentionConfig(24, 3, 12, out_projection=True, kv_pool=2),
-            "it has no bias of the query",
+            "it has no query bias",
         ),
-        ("heykeetae", SelfAttentionConfig(24, 5), "it makes qk_channels = 3 of 24 channels"),
+        ("heykeetae", SelfAttentionConfig(24, 5), "its qk_channels is 3 for 24 channels"),
         ("mmcv", FLAT, "sub_sample, norm_cfg: it has an out projection"),
         (
             "torchgan",
@@ -228,7 +228,7 @@ def test_gamma_goes_into_the_value_only_where_nothing_pools_it(tmp_path):
     assert check(str(path), FLAT, params)
     path.write_text(GAMMALESS.replace("POOL", "2"), encoding="utf-8")
     pooled = SelfAttentionConfig(24, kv_pool=2)
-    with pytest.raises(PortError, match="max pooling does not let a negative factor pass"):
+    with pytest.raises(PortError, match="a negative factor does not commute with max pooling"):
         export_block(dialect(str(path)), pooled, params)
 
 

@@ -97,9 +97,9 @@ def test_a_network_without_attention(tmp_path):
     np.savez(tmp_path / "a.npz", **{"conv.weight": np.ones((3, 3)), "gamma": np.ones(1)})
     report = inspect(tmp_path / "a.npz")
     assert report.blocks == ()
-    assert "No attention block" in report.to_text()
+    assert "No dialect has names for an attention block" in report.to_text()
     with pytest.raises(
-        PortError, match=r"expected keys that end with theta.weight, phi.weight, g.weight, o.weight"
+        PortError, match=r"Expected keys that end with theta.weight, phi.weight, g.weight, o.weight"
     ):
         port(tmp_path / "a.npz", tmp_path / "o.safetensors", dialect="biggan")
 

@@ -252,7 +252,7 @@ NAN = np.full((C,), np.nan, np.float32)
         ("heykeetae, plain", drop("gamma"), "missing: gamma"),
         ("heykeetae, plain", drop("query_conv.bias", "value_conv.weight"), "missing: value_conv/weight"),
         ("fgh, gamma never saved", lambda _: None, 'settings={"gamma": VALUE}'),
-        ("heykeetae, plain", put("gamma", np.ones((5, 1, 1, 1), np.float32)), "a gain per sample"),
+        ("heykeetae, plain", put("gamma", np.ones((5, 1, 1, 1), np.float32)), "A gain per sample"),
         ("heykeetae, plain", put("norm.weight", np.ones(C, np.float32)), "unused: net.attn.norm.weight"),
         ("biggan, plain", put("theta.bias", np.ones(3, np.float32)), "unused: blocks.3.1.theta.bias"),
         ("heykeetae, plain", put("value_conv.bias", NAN), "net.attn.value_conv.bias holds NaN or infinity"),
@@ -266,7 +266,11 @@ NAN = np.full((C,), np.nan, np.float32)
             put("key_conv.weight", np.ones((4, C, 1, 1), np.float32)),
             "the key, goes from 24 to 4",
         ),
-        ("heykeetae, plain", put("value_conv.weight", np.ones((5, C, 1, 1), np.float32)), "they are added"),
+        (
+            "heykeetae, plain",
+            put("value_conv.weight", np.ones((5, C, 1, 1), np.float32)),
+            "the layer adds the two",
+        ),
         ("heykeetae, plain", put("query_conv.bias", np.ones(4, np.float32)), "expected (3,)"),
         (
             "heykeetae, plain",
@@ -324,11 +328,9 @@ def test_every_problem_is_said_at_once(tmp_path):
 
 def test_files_of_taki0112_and_of_its_unused_layer_are_not_confused(tmp_path):
     path, _ = written(tmp_path, "taki0112-out")
-    assert "value_channels is 24, and taki0112 makes 12" in refusal(path, tmp_path, dialect="taki0112")
+    assert "value_channels is 24, but taki0112 uses 12" in refusal(path, tmp_path, dialect="taki0112")
     path, _ = written(tmp_path, "taki0112")
-    assert "value_channels is 12, and taki0112-out makes 24" in refusal(
-        path, tmp_path, dialect="taki0112-out"
-    )
+    assert "value_channels is 12, but taki0112-out uses 24" in refusal(path, tmp_path, dialect="taki0112-out")
 
 
 def test_a_copy_with_other_widths_is_read_and_said_to_be_one(tmp_path):
@@ -341,9 +343,7 @@ def test_a_copy_with_other_widths_is_read_and_said_to_be_one(tmp_path):
     np.savez(tmp_path / "a.npz", **tensors)
     report = port(tmp_path / "a.npz", tmp_path / "o.safetensors", dialect="heykeetae")
     assert report.blocks[0].config["qk_channels"] == 5
-    assert any(
-        "qk_channels is 5, where the original makes 3" in text for text in report.blocks[0].assumptions
-    )
+    assert any("qk_channels is 5, but the original uses 3" in text for text in report.blocks[0].assumptions)
 
 
 def test_unused_tensors_can_be_allowed(tmp_path):
@@ -394,7 +394,7 @@ def test_what_does_not_fit_into_16_bits_is_refused(tmp_path):
 def test_keys_that_cannot_be_told_apart(tmp_path):
     path, original = written(tmp_path, "heykeetae, plain")
     np.savez(path, **original.tensors, **{"net/attn/gamma": np.ones(1)})
-    assert "cannot be told apart: net.attn.gamma and net/attn/gamma" in refusal(
+    assert "keys that differ only in their separators: net.attn.gamma and net/attn/gamma" in refusal(
         path, tmp_path, dialect="heykeetae"
     )
 
@@ -416,7 +416,7 @@ def network(tmp_path):
 
 
 def test_several_blocks_need_a_name(network, tmp_path):
-    assert "holds 2 blocks that look like heykeetae: attn1, attn2. Say" in refusal(
+    assert "holds 2 blocks that look like heykeetae: attn1, attn2. Choose" in refusal(
         network, tmp_path, dialect="heykeetae"
     )
     said = refusal(network, tmp_path, dialect="heykeetae", prefix="attn3")
@@ -438,7 +438,7 @@ def test_several_blocks_into_one_file(network, tmp_path):
     assert load(tmp_path / "o.npz", dialect="torch", prefix="attn2")[1]["gamma"] == np.float32(1.4)
     with pytest.raises(PortError, match="names 2 blocks"):
         load(network, dialect="heykeetae", prefix="*")
-    with pytest.raises(PortError, match="are of one block"):
+    with pytest.raises(PortError, match="belong to one block"):
         port(network, tmp_path / "p.safetensors", dialect="heykeetae", prefix="*", check=network)
 
 
@@ -475,7 +475,7 @@ def test_a_canonical_file_that_contradicts_itself_is_refused(tmp_path):
             metadata=metadata,
             overwrite=True,
         )
-        with pytest.raises(PortError, match=f"spectral_norm = {other.spectral_norm}, and its tensors"):
+        with pytest.raises(PortError, match=f"spectral_norm = {other.spectral_norm}, but its tensors"):
             load(tmp_path / "a.safetensors")
         (fit,) = (
             each for each in inspect(tmp_path / "a.safetensors").blocks[0].fits if each.dialect == "canonical"
@@ -562,7 +562,7 @@ def test_a_kernel_of_zeros_is_ported_as_one(tmp_path, keep):
         tmp_path / "a.safetensors", tmp_path / "b.safetensors", dialect="canonical", keep_spectral_norm=keep
     )
     steps = " ".join(report.to_text().split())
-    assert keep or "zeros, which no sigma divides" in steps
+    assert keep or "zeros, left as they are" in steps
     # A kernel that is not zero, with vectors that are, has no norm to divide by.
     params["key.u"] *= 0
     selfattn_core.save(tmp_path / "c.safetensors", config, params)
@@ -667,7 +667,7 @@ def test_an_output_that_shows_nothing_is_no_proof(tmp_path):
     )
     assert outcomes(report)["source's own output"] == "not run"
     assert "noise of float32" in details(report)["source's own output"]
-    assert "is larger than what the layer adds (0)" in details(report)["source's own output"]
+    assert "is larger than what the layer adds to x (0)" in details(report)["source's own output"]
 
 
 @pytest.mark.parametrize(
@@ -676,11 +676,11 @@ def test_an_output_that_shows_nothing_is_no_proof(tmp_path):
         ({"x": np.zeros((2, C, 4, 6), np.float32)}, "lacks y"),
         (
             {"x": np.zeros((2, C, 4)), "y": np.zeros((2, C, 4))},
-            "expected two floating-point arrays of one shape",
+            "Expected two floating-point arrays of one shape",
         ),
         (
             {"x": np.zeros((2, C, 4, 6), int), "y": np.zeros((2, C, 4, 6))},
-            "expected two floating-point arrays",
+            "Expected two floating-point arrays",
         ),
         ({"x": np.zeros((2, 4, 6, C)), "y": np.zeros((2, 4, 6, C))}, "channels should be 24"),
         ({"x": np.zeros((2, C, 4, 6)), "y": np.full((2, C, 4, 6), np.nan)}, "there is NaN or infinity in y"),
@@ -839,7 +839,7 @@ def test_made_biases_that_are_not_zero_fail(tmp_path, monkeypatch):
     selfattn_core.save(tmp_path / "a.safetensors", config, params)
     monkeypatch.setattr(_Exporter, "_constant", lambda self, length, _: np.ones(length, self.dtype))
     report = failed_report(tmp_path / "a.safetensors", tmp_path / "o.npz", to="danet")
-    assert "other tensors: query.bias" in details(report)["read back as danet"]
+    assert "these tensors differ: query.bias" in details(report)["read back as danet"]
     assert not (tmp_path / "o.npz").exists()
 
 
@@ -862,10 +862,10 @@ def test_a_target_that_exists_is_left_alone(tmp_path):
     ("target", "to", "message"),
     [
         ("o.onnx", "canonical", ".onnx cannot be written"),
-        ("o.weights.h5", "canonical", "say to='keras'"),
-        ("o", "torch", "say to='flax'"),
-        ("o.pt", "canonical", "say to='torch'"),
-        ("o.npz", "canonical", "the canonical form is a .safetensors file, .*; name one[.]"),
+        ("o.weights.h5", "canonical", "Pass to='keras'"),
+        ("o", "torch", "Pass to='flax'"),
+        ("o.pt", "canonical", "pass to='torch'"),
+        ("o.npz", "canonical", "the canonical form is a .safetensors file, .*[.] Name one[.]"),
         ("absent/o.npz", "torch", "there is no folder"),
         ("o.npz", "nosuch", "dialect 'nosuch' is unknown"),
     ],

@@ -49,7 +49,12 @@ def test_shapes_make_a_dialect_file_with_questions(tmp_path):
     assert group.others == ()
     text = report.to_text()
     assert text.count('= "?"') == 2
-    for part in ("which acts as query, key", 'value = "third"', 'kernel = "{path}.conv.weight"', "1/sqrt"):
+    for part in (
+        "which one acts as query, key",
+        'value = "third"',
+        'kernel = "{path}.conv.weight"',
+        "1/sqrt",
+    ):
         assert part in text
     assert json.loads(json.dumps(report.to_dict()))["groups"][0]["prefix"] == "net.4."
 
@@ -57,7 +62,7 @@ def test_shapes_make_a_dialect_file_with_questions(tmp_path):
 def test_a_question_is_no_dialect_until_it_is_answered(tmp_path):
     (group,) = inspected(tmp_path, TORCH).groups
     (tmp_path / "mine.toml").write_text(group.toml, encoding="utf-8")
-    with pytest.raises(PortError, match=r'roles.query = "\?" is still a question.*\n.*roles.key = "\?"'):
+    with pytest.raises(PortError, match=r'roles.query = "\?" is an open question.*\n.*roles.key = "\?"'):
         port(tmp_path / "net.npz", tmp_path / "o.safetensors", dialect=str(tmp_path / "mine.toml"))
     assert not (tmp_path / "o.safetensors").exists()
 
@@ -187,7 +192,10 @@ def test_what_is_no_such_layer_is_not_called_one(shapes, tmp_path):
     report = inspected(tmp_path, shapes)
     assert report.groups == ()
     text = report.to_text()
-    assert "no tensors under one prefix have its shapes: 1×1 kernels C → D, C → D and C → C" in text
+    assert (
+        "no tensors under one prefix have the shapes of an attention layer: 1×1 kernels C → D, C → D and C → C"
+        in text
+    )
 
 
 def test_the_nearest_dialects_with_the_first_key_that_differs(tmp_path):
@@ -245,5 +253,5 @@ def test_a_block_that_almost_is_a_refused_one_says_why(tmp_path):
 
 def test_a_question_in_any_field_is_one(tmp_path):
     text = dialect("biggan").text.replace('key = "gamma"', 'key = "?"')
-    with pytest.raises(PortError, match=r'gamma.key = "\?" is still a question: write what the code says'):
+    with pytest.raises(PortError, match=r'gamma.key = "\?" is an open question; answer it from the code'):
         parse_dialect(text, "mine.toml")

@@ -299,6 +299,23 @@ def test_weights_of_anybody(tmp_path, monkeypatch):
     assert "name its dialect with --from" in " ".join(done.output.split())
 
 
+def test_weights_with_unused_tensors_can_be_allowed_as_the_error_advises(tmp_path, monkeypatch):
+    own = stored(tmp_path / "layer.safetensors", SelfAttentionConfig(16), monkeypatch)
+    port(own, tmp_path / "net.npz", to="heykeetae")
+    stray = tmp_path / "stray.npz"
+    np.savez(stray, **np.load(tmp_path / "net.npz"), **{"norm.weight": np.ones(16)})
+    with pytest.raises(ValueError, match="pass strict=False"):
+        verified("right", stray, dialect="heykeetae")
+    assert verified("right", stray, dialect="heykeetae", strict=False).passed
+    options = ["--from", "heykeetae", "--layout", "channels_last", "--size", "4x5"]
+    command = ["verify", f"{FUNCTIONS}:right", str(stray), *options]
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 2
+    assert "pass --allow-unused" in " ".join(refused.output.split())
+    done = CliRunner().invoke(main, [*command, "--allow-unused"])
+    assert done.exit_code == 0, done.output
+
+
 def test_the_page_lists_every_container_and_runtime():
     page = (ROOT / "docs" / "verify.md").read_text(encoding="utf-8")
     for container in CONTAINERS.values():

@@ -1,1 +1,1 @@
-"""Which tensors of a file are one attention block, and what layer it is."""
+"""Finds the attention blocks in the tensors of a file, and the layer that each block is."""

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that are no weights of a layer: the optimiser's state, which mirrors them, and averaged copies.
+"""Recognises tensors that are not the weights of a layer: an optimiser's state and averaged copies.
 
 Sources: torch/optim for the names of its slots; optax/_src/transform.py; tensorflow/python/training/slot_creator.py and
 moving_averages.py; keras/src/optimizers; flax/optim of Flax before 0.6; paddle/optimizer.
@@ -43,7 +43,7 @@ _AVERAGED = re.compile(r"(.*[_-])?(ema|shadow|swa|averaged?|avg)([_-].*)?", re.I
 
 
 def optimiser_keys(keys: Iterable[str]) -> set[str]:
-    """The keys of an optimiser's state, in the form of every framework.
+    """The keys of an optimiser's state, as any of the frameworks names them.
 
     Example:
         >>> sorted(optimiser_keys(["params/w", "opt_state/0/mu/w", "d.weight", "optim_d.state.0.exp_avg", "w", "w/Adam"]))
@@ -70,7 +70,7 @@ def _is_optimiser(parts: list[str], names: dict[str, str]) -> bool:
 
 
 def _has_twin(parts: list[str], place: int, names: dict[str, str]) -> bool:
-    """Whether a `mu` or `nu` is a moment of Optax: beside the number of steps, or in a list with the other one."""
+    """Whether a `mu` or `nu` is a moment of Optax. Then the number of steps is beside it, or the other moment in a list."""
     if "/".join((*parts[:place], "count")) in names:
         return True
     listed = place and parts[place - 1].isdecimal()
@@ -78,7 +78,7 @@ def _has_twin(parts: list[str], place: int, names: dict[str, str]) -> bool:
 
 
 def is_averaged(prefix: str) -> bool:
-    """Whether the name of a block says that it is an averaged copy.
+    """Whether a block is an averaged copy, judging by its name.
 
     Example:
         >>> is_averaged("params_ema.attn."), is_averaged("G.attn.")
@@ -88,7 +88,7 @@ def is_averaged(prefix: str) -> bool:
 
 
 def averages_without_names(keys: Iterable[str]) -> str:
-    """What to say of averaged copies that stand in a list, or under names without separators; "" if there are none.
+    """A note on averaged copies in a list, or under names without separators. "" if there are none.
 
     Example:
         >>> averages_without_names(["shadow_params.0", "decay"])[:45]

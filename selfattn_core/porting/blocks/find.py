@@ -1,4 +1,4 @@
-"""The blocks of a file that a dialect describes, or everything that stands in the way, at once."""
+"""Finds the blocks of a file that a dialect describes, or raises one error with every problem."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ __all__ = ["Found", "find_blocks", "index_of", "shown"]
 
 @dataclass(frozen=True)
 class Found:
-    """A block and what it becomes."""
+    """A block of a file, and the plan of its port."""
 
     prefix: str
     plan: Plan
@@ -32,7 +32,7 @@ def index_of(tensors: Tensors) -> KeyIndex:
     """The keys of a file, without those of an optimiser's state.
 
     Raises:
-        PortError: if two of them differ in nothing but separators.
+        PortError: if two keys differ only in their separators.
     """
     passed_over = optimiser_keys(tensors)
     index = KeyIndex(key for key in tensors if key not in passed_over)
@@ -40,13 +40,15 @@ def index_of(tensors: Tensors) -> KeyIndex:
         pairs = "; ".join(f"{one} and {other}" for one, other in index.clashes[:8])
         names = [name for pair in index.clashes for name in pair]
         raise PortError(
-            f"{tensors.path}: keys that cannot be told apart: {pairs}.", kind="keys_alike", names=names
+            f"{tensors.path}: keys that differ only in their separators: {pairs}.",
+            kind="keys_alike",
+            names=names,
         )
     return index
 
 
 def shown(prefix: str, index: KeyIndex) -> str:
-    """A prefix with the separators that the file has."""
+    """A prefix with the separators of the file."""
     first = next(iter(index.under(prefix)), "")
     return index.original(prefix + first)[: len(prefix)] if first else prefix
 
@@ -59,17 +61,18 @@ def find_blocks(
     prefix: Sequence[str] | None = None,
     strict: bool = True,
 ) -> list[Found]:
-    """The blocks to port.
+    """Find the blocks to port.
 
     Args:
-        tensors: of the file.
-        dialect: that it is read as.
-        settings: of the dialect.
-        prefix: which blocks, with * for any text; None for the only one.
-        strict: whether a key under a block's prefix that nothing reads is an error.
+        tensors: the tensors of the file.
+        dialect: the dialect that the file is read in.
+        settings: the settings of the dialect.
+        prefix: the prefixes of the blocks, with * for any text. None for the only block.
+        strict: whether an unused key under a block's prefix is an error.
 
     Raises:
-        PortError: if the dialect is refused, no block or several fit, keys are missing, unused or misshapen; every problem.
+        PortError: with every problem, if the dialect is refused, no block or several blocks fit, or keys are missing, unused
+            or have a wrong shape.
     """
     dialect.check_expressible("ported", where=f"{tensors.path}: ")
     index = index_of(tensors)
@@ -95,7 +98,7 @@ def find_blocks(
         if part := of_several(tensors.path):
             problems.append(Problem("split", part))
         raise PortError.of(
-            f"{tensors.path}: does not fit {dialect.name} ({dialect.title}); `selfattn inspect` lists the dialects that fit:\n  ",
+            f"{tensors.path}: does not fit {dialect.name} ({dialect.title}). `selfattn inspect` lists the dialects that fit.\n  ",
             problems,
         )
     return found
@@ -110,9 +113,9 @@ def _chosen(
             raise PortError(
                 (
                     f"{tensors.path}: holds {len(there)} blocks that look like {dialect.name}: {listed(known, 20)}. ",
-                    "Say which with ",
+                    "Choose with ",
                     Remedy("prefix"),
-                    ", which may be repeated and may hold *.",
+                    ", which accepts several prefixes and *.",
                 ),
                 kind="several_blocks",
                 names=known,
@@ -129,14 +132,14 @@ def _chosen(
         if not some or (some == [name] and not index.under(name)):
             if any(normal(key).startswith(name) for key in optimiser_keys(tensors)):
                 raise PortError(
-                    f"{tensors.path}: {wanted!r} is the state of an optimiser, which mirrors a layer and is none; name the "
-                    f"layer's own weights{f': {listed(known, 20)}' if known else ''}.",
+                    f"{tensors.path}: {wanted!r} is the state of an optimiser, which has a layer's keys but not its weights. "
+                    f"Name the layer's own weights{f': {listed(known, 20)}' if known else ''}.",
                     kind="optimiser_state",
                     names=[wanted],
                 )
-            blocks = f"it has {listed(known, 20)}" if known else "it has none"
+            blocks = f"It has {listed(known, 20)}" if known else "It has no such block"
             raise PortError(
-                f"{tensors.path}: has no block {wanted!r} that looks like {dialect.name}; {blocks}.",
+                f"{tensors.path}: has no block {wanted!r} that looks like {dialect.name}. {blocks}.",
                 kind="no_block",
                 names=[wanted],
             )
@@ -145,7 +148,7 @@ def _chosen(
 
 
 def _nearest(tensors: Tensors, dialect: Dialect, index: KeyIndex) -> str:
-    """Where most of a dialect's keys are, for the message; one key of a role must be there at least."""
+    """The prefix with the most keys of a dialect, for the message. At least one key of a role must be in the file."""
     places: dict[str, None] = {}
     for variant in dialect.variants:
         for path in variant.roles.values():
@@ -159,11 +162,11 @@ def _nearest(tensors: Tensors, dialect: Dialect, index: KeyIndex) -> str:
         return min(matches, key=lambda found: (len(found.missing), len(found.unused))).prefix
     variant, form = dialect.variants[0], dialect.kernels[0]
     wanted = [form.kernel.replace("{path}", path) for path in variant.roles.values()]
-    left_out = f", and without numbers {listed(list(tensors.left_out), 6)}" if tensors.left_out else ""
+    left_out = f", and {listed(list(tensors.left_out), 6)} without numbers" if tensors.left_out else ""
     alone = of_several(tensors.path)
     raise PortError(
-        f"{tensors.path}: has no block that looks like {dialect.name} ({dialect.title}): expected keys that end with "
-        f"{', '.join(wanted)}; it holds {listed(list(tensors), 6)}{left_out}. {f'{alone}. ' * bool(alone)}`selfattn inspect` lists the dialects that fit.",
+        f"{tensors.path}: has no block that looks like {dialect.name} ({dialect.title}). Expected keys that end with "
+        f"{', '.join(wanted)}. It holds {listed(list(tensors), 6)}{left_out}. {f'{alone}. ' * bool(alone)}`selfattn inspect` lists the dialects that fit.",
         kind="no_block",
         names=wanted,
     )
@@ -173,11 +176,11 @@ def _mismatch(found: Match, *, strict: bool) -> list[Problem]:
     reasons = [Problem("other_function", telltale.reason, (telltale.key,)) for telltale in found.telltales]
     reasons += [Problem("missing", f"missing: {name}", (name,)) for name in found.missing]
     if found.ambiguous:
-        text = f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike: the dialect cannot tell them apart"
+        text = f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit equally well, so the dialect is ambiguous"
         reasons.append(Problem("ambiguous", text, (found.variant.name, *found.ambiguous)))
     if strict and found.unused:
         said = (
-            f"unused: {listed(found.unused, 20)}; a tensor that nothing reads may change what the layer computes. ",
+            f"unused: {listed(found.unused, 20)}. An unused tensor may change what the layer computes. ",
             "If it does not, pass ",
             Remedy("strict", value=False),
         )

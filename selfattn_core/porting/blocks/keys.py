@@ -1,4 +1,4 @@
-"""The keys of a file, compared without the separators in which frameworks differ."""
+"""Compares the keys of a file independently of the separators that frameworks use."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -7,10 +7,10 @@ __all__ = ["KeyIndex", "normal"]
 
 
 class KeyIndex:
-    """The keys of a file, found by names in which `.` and `/` are the same and TensorFlow's `:0` is absent.
+    """An index of the keys of a file. It treats `.` and `/` as equal and ignores TensorFlow's `:0`.
 
     Args:
-        keys: as the file has them.
+        keys: the keys of the file.
 
     Example:
         >>> index = KeyIndex(["net.attn.theta.weight", "net.attn.gamma"])
@@ -44,11 +44,11 @@ class KeyIndex:
         return self._originals[name]
 
     def prefixes_of(self, suffix: str) -> list[str]:
-        """Every prefix, "" or ending with "/", under which there is a key of this name."""
+        """Every prefix of a key with this ending. A prefix is "" or ends with "/"."""
         return self._by_suffix.get(suffix, [])
 
     def under(self, prefix: str) -> list[str]:
-        """The names under a prefix, without it, sorted."""
+        """The names under a prefix, sorted and without the prefix."""
         start = bisect_left(self._sorted, prefix)
         found = []
         for name in self._sorted[start:]:
@@ -59,7 +59,7 @@ class KeyIndex:
 
 
 def normal(key: str) -> str:
-    """A key as it is compared.
+    """A key in the form that is compared.
 
     Example:
         >>> normal("module.Generator/attention/gamma:0")

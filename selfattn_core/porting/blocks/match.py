@@ -1,4 +1,4 @@
-"""Where in a file the tensors of a dialect are: by whole sets of keys under one prefix, never by order or shape alone."""
+"""Finds the tensors of a dialect in a file by whole sets of keys under one prefix, never by order or shape."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ __all__ = ["Match", "Projection", "filled", "match", "prefixes"]
 
 @dataclass(frozen=True)
 class Projection:
-    """Where one role is stored: keys as the file has them, "" for what it does not have.
+    """The keys of one role, in the file's own spelling. A key that the file does not have is "".
 
     Args:
         role: "query", "key", "value" or "out".
         form: the way in which it is stored.
-        kernel: key of the kernel.
-        bias: key of the bias.
-        u: key of the spectral norm's vector.
-        v: key of the other one.
+        kernel: the key of the kernel.
+        bias: the key of the bias.
+        u: the key of spectral norm's vector u.
+        v: the key of spectral norm's vector v.
     """
 
     role: str
@@ -36,20 +36,20 @@ class Match:
     """What a dialect finds under a prefix.
 
     Args:
-        dialect: which.
-        prefix: normalised, "" or ending with "/".
+        dialect: the dialect.
+        prefix: the prefix in the form of `normal`. It is "" or ends with "/".
         variant: the variant that fits best.
-        projections: by role, those found whole.
-        gamma: key of gamma, "" if it is not in the file.
+        projections: the projections whose keys are complete, by role.
+        gamma: the key of gamma, "" if it is not in the file.
         batch_norm: keys by part ("weight", "bias", "mean", "var").
         averaged: whether kernels, biases and gamma are the averaged copies.
-        averages: whether there are averaged copies.
+        averages: whether the file has averaged copies.
         missing: names under the prefix that the dialect needs and the file lacks.
-        unused: the file's keys under the prefix that nothing reads.
-        ignored: those that say nothing about the function.
-        used: those that the dialect reads, or that must be there.
-        telltales: what shows that this is another function.
-        ambiguous: names of other variants that fit as well.
+        unused: keys under the prefix that the dialect does not read.
+        ignored: keys under the prefix that do not change the function.
+        used: keys that the dialect reads or requires.
+        telltales: the telltales that show another function.
+        ambiguous: names of other variants that fit equally well.
     """
 
     dialect: Dialect
@@ -69,7 +69,7 @@ class Match:
 
     @property
     def whole(self) -> bool:
-        """Whether everything that the dialect needs is there."""
+        """Whether the file has everything that the dialect needs."""
         return not self.missing and not self.telltales
 
     @property
@@ -79,7 +79,7 @@ class Match:
 
 
 def prefixes(dialect: Dialect, index: KeyIndex) -> list[str]:
-    """Every prefix under which the kernels of query, key and value of a dialect are.
+    """Every prefix that has the query, key and value kernels of a dialect.
 
     Example:
         >>> from selfattn_core.porting.dialects.catalogue import dialect
@@ -106,10 +106,10 @@ def match(dialect: Dialect, index: KeyIndex, prefix: str, *, averaged: bool | No
     """What a dialect finds under a prefix, in its best variant.
 
     Args:
-        dialect: with keys.
-        index: of the file.
-        prefix: normalised.
-        averaged: whether averaged copies are preferred where there are some; by default as the dialect says.
+        dialect: a dialect with keys.
+        index: the keys of the file.
+        prefix: the prefix in the form of `normal`.
+        averaged: whether to prefer averaged copies, if there are any. The dialect has the default.
     """
     prefer = dialect.ema_first if averaged is None else averaged
     found = [_Matcher(dialect, variant, index, prefix, prefer).match() for variant in dialect.variants]
@@ -127,7 +127,7 @@ def match(dialect: Dialect, index: KeyIndex, prefix: str, *, averaged: bool | No
 
 
 def filled(pattern: str, *, path: str = "", prefix: str = "") -> str:
-    """A pattern as a normalised name; a whole key keeps its leading "//"."""
+    """A pattern as a name in the form of `normal`. A whole key keeps its leading "//"."""
     bare = prefix.rstrip("/")
     text = (
         pattern.replace("{prefix}", bare).replace("{module}", bare.partition("/")[2]).replace("{path}", path)
@@ -138,7 +138,7 @@ def filled(pattern: str, *, path: str = "", prefix: str = "") -> str:
 
 @dataclass(frozen=True)
 class _Try:
-    """One role in one form: names by part, those that the file lacks, and whole names of what it reads or ignores."""
+    """One role in one form: names by part, names that the file lacks, and full names that are read or ignored."""
 
     form: KernelForm
     names: Mapping[str, str]
@@ -197,7 +197,7 @@ class _Matcher:
         )
 
     def _averages(self) -> str:
-        """The suffix of the averaged copies that are there."""
+        """The suffix of the averaged copies in the file, "" if there are none."""
         for suffix in self.dialect.ema:
             for form in self.dialect.kernels:
                 name = filled(form.kernel + suffix, path=self.variant.roles.get("query", ""))
@@ -218,7 +218,7 @@ class _Matcher:
         )
 
     def _projection(self, role: str) -> Projection | None:
-        """In the form whose keys are there; of several, in the one that explains the most keys."""
+        """The role in the form whose keys are in the file. Of several forms, the one that explains most keys."""
         tries = [self._try(role, form) for form in self.dialect.kernels]
         whole = [found for found in tries if not found.lacking]
         if not whole:
@@ -279,7 +279,7 @@ class _Matcher:
             return True
         if any(fnmatchcase(name, filled(pattern)) for pattern in self.dialect.ignore):
             return True
-        # The other copy of something that is used: averaged where the raw one is, and the reverse.
+        # The other copy of a used tensor: the averaged copy of a raw one, or the reverse.
         absolute = self.prefix + name
         for suffix in self.dialect.ema:
             tail = f"/{filled(suffix)}"

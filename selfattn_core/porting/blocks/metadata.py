@@ -1,4 +1,4 @@
-"""What a file itself says of its layers: the configs of a canonical file, the pooling that no tensor shows."""
+"""Reads what a file records about its layers: the configs of a canonical file, and the pooling, which no tensor shows."""
 
 import json
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ __all__ = ["Stated", "is_canonical", "stated"]
 
 @dataclass(frozen=True)
 class Stated:
-    """What a file says of its layers, by block, whose name is as `normal` makes it.
+    """What a file records about its layers, by the name of the block in the form of `normal`.
 
     Args:
-        configs: of a canonical file; None for any other.
-        pools: the `kv_pool` of other layers of this library.
+        configs: the configs of a canonical file. None for any other file.
+        pools: the `kv_pool` of layers of this library in any other file.
     """
 
     configs: Mapping[str, SelfAttentionConfig] | None = None
@@ -28,15 +28,15 @@ class Stated:
 
 
 def is_canonical(tensors: Tensors) -> bool:
-    """Whether a file says of itself that it is a canonical one."""
+    """Whether the metadata of a file says that it is canonical."""
     return tensors.metadata.get("format") == FORMAT
 
 
 def stated(tensors: Tensors, chosen: Dialect) -> Stated:
-    """What a file says of the layers that a dialect finds in it.
+    """What a file records about the layers that a dialect finds in it.
 
     Raises:
-        PortError: if a canonical file is of a newer version, or its config cannot be read.
+        PortError: if a canonical file has a newer version, or its config cannot be read.
     """
     if chosen.name == "canonical" and is_canonical(tensors):
         try:
@@ -48,7 +48,7 @@ def stated(tensors: Tensors, chosen: Dialect) -> Stated:
 
 
 def _pools(tensors: Tensors, chosen: Dialect) -> dict[str, int]:
-    """A reader finds them where a layer of this library left them; a file that `port` wrote has them in the report it carries."""
+    """The pooling that a layer of this library stored in the file, or the pooling in the report that `port` stored there."""
     found = {normal(prefix): pool for prefix, pool in tensors.pools.items()}
     try:
         report = json.loads(tensors.metadata["port"])
@@ -57,6 +57,6 @@ def _pools(tensors: Tensors, chosen: Dialect) -> dict[str, int]:
                 config = SelfAttentionConfig.from_dict(block["config"])
                 found.setdefault(normal(block["block"]), config.kv_pool)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        # Any file may have metadata of that name.
+        # Any program may write metadata with that name.
         return found
     return found

@@ -1,7 +1,7 @@
-"""What there is to say of a file that no dialect fits: the nearest dialects, and tensors that could be such a layer.
+"""Describes a file that no dialect fits: the nearest dialects, and tensors that could be an attention layer.
 
-Shapes tell which kernels there are, and not what they do: the query and the key have the same. So nothing here is used by a
-port; what is undecided is a question in a dialect file, which is no dialect until it is answered.
+Shapes show which kernels exist, but not what they do: query and key have equal shapes. So no port uses this module. It writes
+a dialect file with a question for every open choice, and that file is refused until all questions are answered.
 """
 
 import itertools
@@ -21,11 +21,11 @@ __all__ = ["Group", "Nearest", "as_lines", "groups", "nearest"]
 
 _MOST = 3
 _MOST_GROUPS = 4
-# Levels between a layer's prefix and a kernel of it: `theta.conv.parametrizations.weight.original` has five.
+# Levels between a layer's prefix and its kernels: `theta.conv.parametrizations.weight.original` has five.
 _LEVELS = 5
 _AXES = {4: ("OIHW", "HWIO"), 3: ("OIL", "LIO"), 2: ("OI", "IO")}
 
-# How PyTorch stores a kernel with spectral norm, whose sigma is uᵀWv of what it stores: kernel, u and v.
+# The names of kernel, u and v where PyTorch stores spectral norm. Sigma is uᵀWv of them.
 _NORMS = (
     ("weight_orig", "weight_u", "weight_v"),
     ("parametrizations/weight/original", "parametrizations/weight/0/_u", "parametrizations/weight/0/_v"),
@@ -34,15 +34,15 @@ _NORMS = (
 
 @dataclass(frozen=True)
 class Nearest:
-    """A dialect that has some of its keys here.
+    """A dialect that has some of its keys in the file.
 
     Args:
         dialect: its name.
-        title: what it is.
-        prefix: where, in the file's own spelling.
-        found: how many keys of it are there.
-        missing: the first key that is not, or "" if none is missing.
-        unused: the first key there that it does not read, or "".
+        title: its description in a few words.
+        prefix: the prefix of the keys, in the file's own spelling.
+        found: the number of its keys in the file.
+        missing: the first missing key, or "".
+        unused: the first key under the prefix that it does not read, or "".
     """
 
     dialect: str
@@ -58,12 +58,12 @@ class Group:
     """Tensors under one prefix whose shapes could be such a layer.
 
     Args:
-        prefix: before their keys, in the file's own spelling.
-        kernels: keys of the 1×1 kernels under it, and (C_in, C_out) of each.
-        numbers: keys of the tensors of one element, of which gamma could be one.
+        prefix: the beginning of their keys, in the file's own spelling.
+        kernels: keys of the 1×1 kernels under the prefix, and (C_in, C_out) of each.
+        numbers: keys of the tensors with one element. One of them could be gamma.
         others: keys that the shapes do not explain.
-        questions: what only the code that wrote the file can tell.
-        toml: a dialect file as far as shapes tell; where a value is "?", a question is to be answered first.
+        questions: the questions that only the code of the network answers.
+        toml: a dialect file with everything that the shapes show. A value "?" is an open question.
     """
 
     prefix: str
@@ -75,7 +75,7 @@ class Group:
 
 
 def nearest(index: KeyIndex) -> list[Nearest]:
-    """The dialects that have most of their kernels somewhere, best first.
+    """The dialects with two or more of their kernels under one prefix, best first.
 
     Example:
         >>> index = KeyIndex(["a.theta.weight", "a.phi.weight", "a.gg.weight", "a.gamma"])
@@ -103,7 +103,7 @@ def nearest(index: KeyIndex) -> list[Nearest]:
 
 
 def _places(chosen: Dialect, index: KeyIndex) -> list[str]:
-    """Prefixes under which at least one kernel of the dialect is."""
+    """The prefixes that have at least one kernel of the dialect."""
     places: dict[str, None] = {}
     for variant in chosen.variants:
         for path in variant.roles.values():
@@ -113,7 +113,7 @@ def _places(chosen: Dialect, index: KeyIndex) -> list[str]:
 
 
 def groups(index: KeyIndex, infos: Mapping[str, Listed]) -> list[Group]:
-    """Groups of tensors that could be such a layer by their shapes, in the order of their prefixes.
+    """Groups of tensors whose shapes could be an attention layer, in the order of their prefixes.
 
     Args:
         index: the keys of the file.
@@ -157,7 +157,7 @@ def _is_float(info: Listed) -> bool:
 
 
 def _axes(info: Listed) -> tuple[str, ...]:
-    """The layouts that a 1×1 kernel of this shape can have; none if it is no such kernel."""
+    """The possible orders of axes of a 1×1 kernel of this shape. Empty if it is not such a kernel."""
     shape = info.shape
     if not _is_float(info) or max(shape, default=0) < 2:
         return ()
@@ -173,7 +173,7 @@ def _axes(info: Listed) -> tuple[str, ...]:
 
 
 class _Shapes:
-    """The 1×1 kernels under one prefix, in one layout; names are without the prefix."""
+    """The 1×1 kernels under one prefix, in one order of axes. Names are without the prefix."""
 
     def __init__(
         self, index: KeyIndex, infos: Mapping[str, Listed], prefix: str, names: list[str], axes: str
@@ -187,7 +187,7 @@ class _Shapes:
         self.explained: set[str] = set()
 
     def group(self, *, other_axes: bool) -> Group | None:
-        """What the dialect file would be; None if the widths make no such layer, or larger kernels lie beside."""
+        """The group and its dialect file. None if the widths are not an attention layer's, or if there are larger kernels too."""
         widths = {name: self._widths(name) for name in self.names}
         roles = _possible(widths)
         if not roles or any(sum(size > 1 for size in self._info(name).shape) > 1 for name in self.rest):
@@ -200,7 +200,7 @@ class _Shapes:
             and "/bias" not in f"/{name}"
         ]
         if not numbers and (len(self.axes) == 2 or len({*widths.values()}) == 1):
-            # Any three layers of equal widths would be one.
+            # Without this, any three layers of equal widths would be a group.
             return None
         questions: list[str] = []
         toml = [
@@ -214,17 +214,17 @@ class _Shapes:
             *self._kernels(),
         ]
         questions.append(
-            "whether the code multiplies the scores, as with 1/sqrt of a width: if so, add a table [scale], factor = "
+            "does the code multiply the scores, for example by 1/sqrt of a width? If so, add a table [scale] with factor = "
             '"qk_channels^-0.5"'
         )
         if other_axes:
             questions.append(
-                f"whether a kernel is (C_out, C_in) or (C_in, C_out): axes {' or '.join(_AXES[len(self.axes)])}"
+                f"is a kernel (C_out, C_in) or (C_in, C_out)? Set axes to {' or '.join(_AXES[len(self.axes)])}"
             )
         others = [name for name in self.rest if name not in self.explained and name not in numbers]
         if others:
             questions.append(
-                f"what these do, which a port refuses to leave unread: {listed(self._originals(others), 6)}"
+                f"what do these tensors do? A port is refused while they are unused: {listed(self._originals(others), 6)}"
             )
         return Group(
             shown(self.prefix, self.index),
@@ -247,7 +247,7 @@ class _Shapes:
         return (shape[self.axes.index("I")], shape[self.axes.index("O")]) if same else (0, 0)
 
     def _ending(self) -> str:
-        """The parts that the names of all kernels end with."""
+        """The ending that the names of all kernels share."""
         parts = [name.split("/") for name in self.names]
         shared = 0
         while shared < min(map(len, parts)) - 1 and len({tuple(part[-shared - 1 :]) for part in parts}) == 1:
@@ -266,7 +266,7 @@ class _Shapes:
             f"out_projection = {str('out' in roles).lower()}",
             f"use_bias = {str(bool(biases)).lower()}",
             *([f"bias_free = [{', '.join(map(_quoted, bare))}]"] if bare else []),
-            "kv_pool = 1  # 2 if the code pools key and value, which no tensor shows",
+            "kv_pool = 1  # 2 if the code pools key and value. No tensor shows it",
             "kv_pool_stored = false",
         ]
 
@@ -281,8 +281,8 @@ class _Shapes:
         undecided = [role for role, names in roles.items() if len(names) > 1]
         if undecided:
             questions.append(
-                f"which acts as {', '.join(undecided)}: their kernels have equal shapes, and names prove nothing. The query is "
-                f"the one {_ASKED['query']}"
+                f"which one acts as {', '.join(undecided)}? Their kernels have equal shapes, and names prove nothing. The query "
+                f"is the one {_ASKED['query']}"
             )
         return found
 
@@ -291,13 +291,13 @@ class _Shapes:
         if len(keys) == 1:
             return ["", "[gamma]", f"key = {keys[0]}"]
         if keys:
-            questions.append(f"which is the gain of the residual: {', '.join(keys)}")
+            questions.append(f"which one is the gain of the residual? {', '.join(keys)}")
             return ["", "[gamma]", f'key = "?"  # {" or ".join(keys)}']
         questions.append(
-            'the gain of the residual, for no single number is there: value = 1.0 if the code has none; key = "gamma" and '
-            "saved = false if it is a plain tensor, which no file holds"
+            "where is the gain of the residual? The file has no single number. Write value = 1.0 if the code has no gain, or "
+            'key = "gamma" and saved = false if the gain is a plain tensor, which no file holds'
         )
-        return ["", "[gamma]", 'key = "?"  # or value = 1.0 in its place, if the code has no gain']
+        return ["", "[gamma]", 'key = "?"  # or write value = 1.0 instead, if the code has no gain']
 
     def _kernels(self) -> list[str]:
         found = ["", "[[kernels]]", f'axes = "{self.axes}"', f'kernel = "{self._key("{path}", self.ending)}"']
@@ -323,7 +323,7 @@ class _Shapes:
         return f"{self.paths[name]}/{tail}"
 
     def _biases(self) -> dict[str, str]:
-        """What follows the path in the key of a bias, by the kernels that have one; alike for all."""
+        """The ending of the key of a bias, by kernel. All kernels that have a bias share it."""
         parts = self.ending.split("/")[:-1] if self.ending else []
         for length in range(len(parts), -1, -1):
             for leaf in ("bias", "b"):
@@ -340,13 +340,13 @@ class _Shapes:
 
 
 def _possible(widths: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
-    """The names that could be each role by their (C_in, C_out), over all ways to be such a layer; empty if there is none."""
+    """The names that could have each role, judging by (C_in, C_out). Empty if the kernels are not an attention layer."""
     roles = ("query", "key", "value", "out")[: len(widths)]
     found: dict[str, dict[str, None]] = {role: {} for role in roles}
     for names in itertools.permutations(widths):
         query, key, value, *rest = (widths[name] for name in names)
         channels, narrow = query
-        # Without an out projection the value is added to the map.
+        # Without an out projection the layer adds the value to the feature map.
         (out,) = rest or [(channels, channels)]
         if query == key and narrow <= channels == value[0] == out[1] and out[0] == value[1]:
             for role, name in zip(roles, names, strict=True):
@@ -355,10 +355,10 @@ def _possible(widths: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
 
 
 _ASKED = {
-    "query": "whose positions make the rows, so that the softmax sums to 1 over the other one's",
+    "query": "whose positions are the rows, so that the softmax sums to 1 over the positions of the other",
     "key": "the other one",
-    "value": "what the map is multiplied with",
-    "out": "what comes last",
+    "value": "the one that the map is multiplied by",
+    "out": "the last one",
 }
 
 
@@ -367,15 +367,15 @@ def _quoted(text: str) -> str:
 
 
 def as_lines(near: Sequence[Nearest], found: Sequence[Group]) -> Iterator[str]:
-    """Both, for a person."""
+    """Both as lines of text."""
     for one in near:
         differing = f"missing: {one.missing}" if one.missing else f"unused: {one.unused}"
         yield f"  near    {one.dialect}: {one.title}, at {one.prefix or 'the top of the file'}, {differing}"
     for group in found:
-        yield f"could be such a layer by its shapes: {group.prefix or 'the top of the file'}"
+        yield f"could be an attention layer, judging by its shapes: {group.prefix or 'the top of the file'}"
         for key, (fan_in, fan_out) in group.kernels.items():
             yield f"  {key}: {fan_in} → {fan_out} channels"
         yield from (f"  {key}: one number" for key in group.numbers)
         yield from (f"  ? {question}" for question in group.questions)
-        yield '  As a dialect file, for `--from mine.toml` once every "?" is answered:'
+        yield '  Its dialect file, for `--from mine.toml` when every "?" is answered:'
         yield from (f"    {line}".rstrip() for line in group.toml.splitlines())

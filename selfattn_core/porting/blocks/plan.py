@@ -1,4 +1,4 @@
-"""What a block becomes, from its keys and shapes, the settings and what the file itself says; nothing is read."""
+"""Plans the port of a block from its keys and shapes, the settings and the metadata of the file, without reading a tensor."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,29 +17,29 @@ __all__ = ["Listed", "Plan", "plan"]
 
 
 class Listed(Protocol):
-    """What is known of a tensor before it is read."""
+    """The facts about a tensor that is not read yet."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As stored."""
+        """The stored shape."""
 
     @property
     def dtype(self) -> str:
-        """As stored, in numpy's and ml_dtypes' names."""
+        """The stored dtype, as numpy or ml_dtypes names it."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a block becomes, known from keys and shapes alone.
+    """The plan of a block's port, from keys and shapes only.
 
     Args:
-        match: what the dialect found.
-        config: the layer; None where the shapes give none.
-        scale: what the scores are multiplied by.
-        settings: of the dialect.
-        assumptions: what the file does not show.
-        problems: why it cannot be ported.
-        dtype: that the source has, widened to one that numpy has.
+        match: the keys that the dialect found.
+        config: the layer. None if the shapes do not determine one.
+        scale: the factor of the scores.
+        settings: the settings of the dialect.
+        assumptions: facts that the file does not show.
+        problems: the reasons why the block cannot be ported.
+        dtype: the dtype of the source, widened to a dtype of numpy.
     """
 
     match: Match
@@ -52,14 +52,14 @@ class Plan:
 
 
 def plan(match: Match, infos: Mapping[str, Listed], settings: Settings, stated: Stated | None = None) -> Plan:
-    """What a block becomes; nothing is read.
+    """Plan the port of a block, without reading a tensor.
 
     Args:
-        match: a whole one.
+        match: a match with all keys.
         infos: shapes and dtypes by key.
-        settings: of the dialect.
-        stated: what the file says of its layers. It decides what the tensors do not show; settings and tensors that contradict
-            it are problems.
+        settings: the settings of the dialect.
+        stated: the file's own record of its layers. It determines what the tensors do not show. A setting or tensor that
+            contradicts it is a problem.
     """
     return _Planner(match, infos, settings, stated or Stated()).plan()
 
@@ -107,7 +107,7 @@ class _Planner:
         self.problems.append(Problem(kind, text, names))
 
     def _take(self, stated: Stated) -> None:
-        """Put what the file says of this block into the settings."""
+        """Put the file's record of this block into the settings."""
         block = self.match.prefix.rstrip("/")
         pool = stated.pools.get(block)
         if stated.configs is not None:
@@ -127,16 +127,16 @@ class _Planner:
         self.settings = replace(self.settings, kv_pool=pool, plain=plain)
 
     def _compare(self, shapes: SelfAttentionConfig) -> None:
-        """The tensors of a canonical file make the config of its metadata, but for spectral norm, which no shape shows."""
+        """Compare the tensors of a canonical file with the config of its metadata."""
         if self.own is None:
             return
         if replace(shapes, spectral_norm=self.own.spectral_norm) != self.own:
-            self._problem("contradiction", f"its tensors make {shapes}, its metadata says {self.own}")
+            self._problem("contradiction", f"its tensors are {shapes}, but its metadata says {self.own}")
         norms = {found.form.spectral_norm is not None for found in self.match.projections.values()}
         if norms != {self.own.spectral_norm}:
             self._problem(
                 "contradiction",
-                f"its metadata says spectral_norm = {self.own.spectral_norm}, and its tensors u and v say otherwise",
+                f"its metadata says spectral_norm = {self.own.spectral_norm}, but its tensors u and v do not fit that",
             )
 
     def _kernel(self, found: Projection) -> tuple[int, int] | None:
@@ -171,8 +171,8 @@ class _Planner:
             key = self.match.projections["value"].kernel
             self._problem(
                 "shape",
-                f"{key}, the value, has {value_channels} channels and the map {channels}: without an out projection they are "
-                "added, and should be as many",
+                f"{key}, the value, has {value_channels} channels, but the feature map has {channels}. Without an out projection "
+                "the layer adds the two, so both need the same number",
                 key,
             )
         if len(self.problems) > before or min(channels, qk_channels, value_channels) < 1:
@@ -189,7 +189,7 @@ class _Planner:
         )
 
     def _vectors(self, config: SelfAttentionConfig) -> None:
-        """Sizes of biases and of the batch norm."""
+        """Check the sizes of the biases and of the batch norm."""
         outputs = {
             "query": config.qk_channels,
             "key": config.qk_channels,
@@ -212,16 +212,16 @@ class _Planner:
             if dialect.widths_required:
                 self._problem(
                     "widths",
-                    f"{name} is {found}, and {dialect.name} makes {width} of {config.channels} channels: another "
-                    "implementation with the same keys; `selfattn inspect` lists those that fit",
+                    f"{name} is {found}, but {dialect.name} uses {width} for {config.channels} channels, so another "
+                    "implementation with the same keys wrote it; `selfattn inspect` lists the dialects that fit",
                     name,
                 )
             else:
                 self.assumptions.append(
                     Assumption(
                         "",
-                        f"{name} is {found}, where the original makes {width} of {config.channels} channels: "
-                        "the file is from a changed copy, taken to compute the same function",
+                        f"{name} is {found}, but the original uses {width} for {config.channels} channels: "
+                        "a changed copy wrote the file, and its function is assumed to be the same",
                     )
                 )
 
@@ -232,7 +232,7 @@ class _Planner:
             if int(np.prod(shape)) != 1:
                 self._problem(
                     "shape",
-                    f"{key} has shape {shape}; expected one element, the gain of the whole residual: a gain per sample "
+                    f"{key} has shape {shape}; expected one element, the gain of the whole residual. A gain per sample "
                     "(as in heykeetae before 8 June 2018) or per channel cannot be expressed",
                     key,
                 )
@@ -243,10 +243,10 @@ class _Planner:
                 )
         elif dialect.gamma_value is None and self.settings.gamma is None:
             text = (
-                "gamma is not in the file: give the value that it had with ",
+                "gamma is not in the file. Pass its value with ",
                 Remedy("settings", setting="gamma"),
-                " (a plain tensor that was never made a parameter was never trained: it has its initial value, 0 in the ",
-                "published layers, and the layer is the identity)",
+                " (a plain tensor that is not a parameter was not trained. It still has its initial value, 0 in the ",
+                "published layers, and then the layer is the identity)",
             )
             self._problem("gamma_not_stored", text)
 
@@ -264,9 +264,13 @@ class _Planner:
                 )
             )
         if settings.gamma is not None:
-            add(Assumption("gamma", f"gamma = {settings.gamma:g}, as it was set"))
+            add(Assumption("gamma", f"gamma = {settings.gamma:g}, from the settings"))
         elif dialect.gamma_value is not None:
-            add(Assumption("", f"the original has no gamma and acts like {dialect.gamma_value:g}"))
+            add(
+                Assumption(
+                    "", f"the original has no gamma and behaves as with gamma = {dialect.gamma_value:g}"
+                )
+            )
         rules = {found.form.spectral_norm for found in match.projections.values()}
         for rule in sorted((r for r in rules if r and r.sigma == "iterate"), key=repr):
             eps = rule.eps if settings.sn_eps is None else settings.sn_eps
@@ -276,7 +280,7 @@ class _Planner:
             add(Assumption("bn_eps", f"bn_eps = {eps:g}, of the batch norm"))
         if dialect.ema_first or match.averages:
             which = "averaged" if match.averaged else "raw"
-            add(Assumption("ema", f"the {which} copies of kernels, biases and gamma are taken"))
+            add(Assumption("ema", f"the {which} copies of kernels, biases and gamma are used"))
         roles: dict[str, list[str]] = {}
         for role, found in match.projections.items():
             if text := self._form_assumption(found):
@@ -288,8 +292,8 @@ class _Planner:
         form = found.form
         if form.spectral_norm is None and form.requires:
             return (
-                "the kernel in the file is taken as the effective one, as torch before 1.0 stored it; where an implementation "
-                "keeps the previous step's there (rosinality), its own dialect does otherwise"
+                "the kernel in the file is the effective one, as torch before 1.0 stored it. Implementations that store the kernel "
+                "of the previous step there (rosinality) have a dialect of their own"
             )
         others = [
             other

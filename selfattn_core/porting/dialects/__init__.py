@@ -1,1 +1,1 @@
-"""Dialects: what published implementations call their tensors, and what they compute with them."""
+"""Dialects: how implementations name, store and use their tensors."""

@@ -1,4 +1,4 @@
-"""Dialects by name: those that are built in, and files of your own."""
+"""Finds a dialect by name: a built-in one, or a file of your own."""
 
 import difflib
 from functools import cache
@@ -13,7 +13,7 @@ from selfattn_core.porting.errors import PortError
 
 __all__ = ["dialect", "dialect_names"]
 
-# Bytes. A dialect has a few thousand.
+# In bytes. A dialect has a few thousand.
 _LARGEST_FILE = 2**20
 
 
@@ -33,10 +33,10 @@ def dialect(name: str) -> Dialect:
     """A built-in dialect by its name, or your own from a TOML file.
 
     Args:
-        name: as `dialect_names` lists them, or a path that ends in ".toml".
+        name: a name from `dialect_names`, or a path that ends in ".toml".
 
     Raises:
-        PortError: if there is no such dialect, or the file is not a whole and consistent one (lists every problem).
+        PortError: if there is no such dialect, or if the file is incomplete or inconsistent (with every problem).
 
     Example:
         >>> dialect("deoldify").variants[0].roles["query"]
@@ -44,7 +44,7 @@ def dialect(name: str) -> Dialect:
         >>> dialect("fastia")
         Traceback (most recent call last):
         ...
-        selfattn_core.porting.errors.PortError: dialect 'fastia' is unknown; did you mean fastai or fastai-1? `selfattn dialects` lists them, and a file of your own ends in .toml.
+        selfattn_core.porting.errors.PortError: dialect 'fastia' is unknown; did you mean fastai or fastai-1? `selfattn dialects` lists all. A file of your own ends in .toml.
     """
     if name.endswith(".toml"):
         return parse_dialect(_read(Path(name)), name)
@@ -53,7 +53,7 @@ def dialect(name: str) -> Dialect:
         near = difflib.get_close_matches(name.lower(), known, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise PortError(
-            f"dialect {name!r} is unknown; {hint}`selfattn dialects` lists them, and a file of your own ends in .toml.",
+            f"dialect {name!r} is unknown; {hint}`selfattn dialects` lists all. A file of your own ends in .toml.",
             kind="unknown_dialect",
             names=near,
         )

@@ -1,4 +1,4 @@
-"""A dialect: what a published implementation calls its tensors, and what it computes with them. `parse` describes its file."""
+"""A dialect as data: how an implementation names, stores and uses its tensors. `parse` describes the file."""
 
 import re
 from collections.abc import Mapping
@@ -20,23 +20,23 @@ __all__ = [
 
 ROLES = ("query", "key", "value", "out")
 WIDTH = re.compile(r"channels(?://([1-9]\d*))?")
-"""What a rule for a width looks like."""
+"""The pattern of a rule for a width."""
 POWER = re.compile(r"(channels|qk_channels)\^(-?\d+(?:\.\d+)?)")
-"""What a rule for the scale looks like, unless it is a number."""
+"""The pattern of a rule for the scale, unless it is a number."""
 
 
 @dataclass(frozen=True)
 class SpectralNorm:
-    """How the original makes sigma from what it stores; its kernel acts divided by sigma.
+    """How the original computes sigma. It divides its kernel by sigma.
 
     Args:
-        u: pattern of the key of the stored vector.
-        v: pattern of the other one, "" if it is not used.
+        u: the pattern of the key of the stored vector u.
+        v: the pattern of the key of v, "" if the original does not use it.
         sigma: "stored" or "iterate".
-        side: the axis of the kernel that u belongs to, "out", "in" or, by u's own shape, "shape".
-        normalize: "max", "add", "root-max" or "root-add", the rule that keeps a division by zero away.
-        eps: of that rule.
-        iterations: power iterations from the stored u.
+        side: the axis of the kernel that u belongs to: "out", "in", or "shape" if u's own shape shows it.
+        normalize: "max", "add", "root-max" or "root-add", the rule that prevents a division by zero.
+        eps: the eps of that rule.
+        iterations: the number of power iterations from the stored u.
     """
 
     u: str
@@ -50,7 +50,7 @@ class SpectralNorm:
 
 @dataclass(frozen=True)
 class KernelForm:
-    """One way in which a projection is stored."""
+    """One way to store a projection."""
 
     kernel: str
     bias: str
@@ -62,7 +62,7 @@ class KernelForm:
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """Keys of a batch norm over the output of the last projection; weight and bias may be ""."""
+    """The keys of a batch norm over the output of the last projection. Weight and bias may be ""."""
 
     weight: str
     bias: str
@@ -73,7 +73,7 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class Variant:
-    """One set of keys of a dialect; None in a switch means what the file shows."""
+    """One set of keys of a dialect. If a switch is None, the file shows it."""
 
     name: str
     roles: Mapping[str, str]
@@ -86,7 +86,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Telltale:
-    """A key whose presence, or absence, shows that the file belongs to another function."""
+    """A key whose presence or absence shows that the file belongs to another function."""
 
     key: str
     missing: bool
@@ -96,7 +96,7 @@ class Telltale:
 
 @dataclass(frozen=True)
 class Dialect:
-    """One implementation, as the docstring of `parse` describes; `text` is the file it comes from."""
+    """One implementation. The docstring of `parse` describes the fields, and `text` is the content of the file."""
 
     name: str
     title: str
@@ -127,18 +127,18 @@ class Dialect:
 
     @property
     def refused(self) -> bool:
-        """Whether the layer is known and cannot be expressed."""
+        """Whether the layer is one that this library cannot express."""
         return bool(self.reason)
 
     def check_expressible(self, done: str, *, where: str = "") -> None:
         """Refuse a dialect whose layer cannot be expressed.
 
         Args:
-            done: what cannot be done with it, for example "written".
-            where: the file or layer that it is about, with a colon.
+            done: the refused action as a participle, for example "written".
+            where: the file or layer, with a colon.
 
         Raises:
-            PortError: with the reason, and what to do instead.
+            PortError: with the reason and with what to do instead.
         """
         if self.refused:
             raise PortError(
@@ -148,7 +148,7 @@ class Dialect:
             )
 
     def scale_factor(self, channels: int, qk_channels: int) -> float:
-        """What the scores are multiplied by in a layer of these widths.
+        """The factor of the scores in a layer of these widths.
 
         Example:
             >>> from selfattn_core.porting.dialects.catalogue import dialect
@@ -161,7 +161,7 @@ class Dialect:
         return float({"channels": channels, "qk_channels": qk_channels}[base] ** float(exponent))
 
     def widths(self, channels: int) -> dict[str, int]:
-        """The widths that the original makes for a map of so many channels, where it has no choice.
+        """The widths that the original always has for a feature map of this number of channels.
 
         Example:
             >>> from selfattn_core.porting.dialects.catalogue import dialect

@@ -1,4 +1,4 @@
-"""A stored kernel as a matrix: a dialect gives its axes in letters, "OIHW", of which O and I are C_out and C_in and others have size 1."""
+"""A stored kernel as a matrix. A dialect names the axes, as in "OIHW": O is C_out, I is C_in, and all others have size 1."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ Array = NDArray[Any]
 
 
 def matrix_shape(shape: tuple[int, ...], axes: str) -> tuple[int, int] | None:
-    """(C_in, C_out) of a stored kernel; None if it is not a 1×1 one with these axes.
+    """(C_in, C_out) of a stored kernel. None if it is not a 1×1 kernel with these axes.
 
     Example:
         >>> matrix_shape((8, 64, 1, 1), "OIHW"), matrix_shape((8, 64, 3, 3), "OIHW")

@@ -1,62 +1,65 @@
-"""The file of a dialect, and how it is read.
+"""Reads the file of a dialect.
 
-A dialect is a TOML file. Those in `data/` are built in; `selfattn dialects NAME` prints one to start your own from.
-All that a file may hold:
+A dialect is a TOML file. The files in `data/` are built in. `selfattn dialects NAME` prints one, as a start for your own.
+A file can contain these fields:
 
 ```toml
 name = "my-layer"                    # required
-title = "my model's attention"       # required: what it is, in a few words
-source = "https://…"                 # required: where the implementation is
-layout = "BCHW"                      # required: of its feature maps; or "BHWC"
-prefixes = ["generator.attn."]       # where its keys usually begin
-caveats = ["…"]                      # what a person must know; said in every report
-ignore = ["*.num_batches_tracked"]   # keys (globs under the prefix) that say nothing about the function
-requires = ["norm.weight"]           # keys that must be there though nothing reads them
-spectral_norm_always = true          # the class cannot be had without spectral norm
+title = "my model's attention"       # required: a description in a few words
+source = "https://…"                 # required: the address of the implementation
+layout = "BCHW"                      # required: the layout of its feature maps, or "BHWC"
+prefixes = ["generator.attn."]       # the usual prefixes of its blocks
+caveats = ["…"]                      # facts that a user must know; every report prints them
+ignore = ["*.num_batches_tracked"]   # keys that do not change the function, as globs under the prefix
+requires = ["norm.weight"]           # keys that must be in the file but are not read
+spectral_norm_always = true          # the class always has spectral norm
 
-[layer]                              # the layer it is; widths are read from the kernels
-out_projection = false               # or "stored": whatever the file has
+[layer]                              # the layer; its widths are read from the kernels
+out_projection = false               # or "stored": the file shows it
 use_bias = true                      # or "stored"
-bias_free = ["out"]                  # roles without a bias where the others have one
+bias_free = ["out"]                  # roles without a bias, if the others have one
 kv_pool = 1
-kv_pool_stored = true                # false: nothing tells, so it is an assumption that `--set kv_pool=2` changes
-qk_channels = "channels//8"          # what the original makes of `channels`, if it can make nothing else
+kv_pool_stored = true                # false: the file does not show it. It is an assumption, and `--set kv_pool=2` changes it
+qk_channels = "channels//8"          # the width for `channels`, if the original allows no other
 value_channels = "channels"
-widths_required = false              # true: other widths mean another implementation
+widths_required = false              # true: other widths belong to another implementation
 
-[roles]                              # required: what the projection that ACTS as each role is called
+[roles]                              # required: the name of the projection that ACTS as each role
 query = "f"
 key = "g"
 value = "h"
-out = "o"                            # where there is one
+out = "o"                            # if there is one
 
-[gamma]                              # required: one of
-key = "gamma"                        # its key; `saved = false`: usually not in files, then `--set gamma=…` is asked for
-value = 1.0                          # the original has none and acts like this one
+[gamma]                              # required: key or value
+key = "gamma"                        # its key. With `saved = false` files usually lack it, and a port asks for `--set gamma=…`
+value = 1.0                          # the original has no gamma and behaves as with this value
 
-[[kernels]]                          # required: each way in which a projection is stored; the one that is there is taken
-axes = "OIHW"                        # of the kernel: O and I, and letters HWL1 for axes of size 1
-kernel = "{path}.weight_orig"        # {path}: the role's name
+[[kernels]]                          # required: one table for each way to store a projection; the file decides
+axes = "OIHW"                        # the axes of the kernel: O, I, and H, W, L or 1 for axes of size 1
+kernel = "{path}.weight_orig"        # {path} is the role's name
 bias = "{path}.bias"
-requires = ["…"]                     # must be there, is not read
-ignore = ["{path}.sv0"]              # may be there, is not read
+requires = ["…"]                     # keys that must be in the file but are not read
+ignore = ["{path}.sv0"]              # keys that may be in the file and are not read
 
 [kernels.spectral_norm]
 u = "{path}.weight_u"
 v = "{path}.weight_v"                # for sigma = "stored"
-sigma = "stored"                     # uᵀWv as stored; or "iterate": power iteration from u first
-side = "out"                         # u has C_out elements; "in": C_in; "shape": (1, C_out) or (C_in, 1), whichever it is
+sigma = "stored"                     # uᵀWv of the stored vectors; "iterate": power iteration from u first
+side = "out"                         # u has C_out elements; "in": C_in; "shape": the shape of u decides, (1, C_out) or (C_in, 1)
 normalize = "max"                    # t/max(‖t‖, eps); "add": t/(‖t‖ + eps); "root-max": t/√max(Σt², eps); "root-add": t/√(Σt² + eps)
 eps = 1e-12
 iterations = 1
 
-# spectral_norm = "torch" in [[kernels]], of a kernel that ends in "weight", stands for all ways in which PyTorch code stores
-# it: plain; weight_orig, weight_u and weight_v; parametrizations.weight.…; the kernel itself beside weight_orig, as before
-# torch 1.0; and module.weight_bar, module.weight_u and module.weight_v of the wrapper class SpectralNorm
+# spectral_norm = "torch" in [[kernels]] means every way in which PyTorch code stores a kernel that ends in "weight":
+# - plain
+# - weight_orig, weight_u and weight_v
+# - parametrizations.weight.…
+# - the effective kernel beside weight_orig, as before torch 1.0
+# - module.weight_bar, module.weight_u and module.weight_v of the wrapper class SpectralNorm
 
-[scale]                              # the scores are multiplied by
+[scale]                              # the factor of the scores
 factor = "qk_channels^-0.5"          # or "channels^-0.5", or a number
-setting = "use_scale"                # not in the file: `--set use_scale=false` makes the factor 1
+setting = "use_scale"                # the file does not show the factor; `--set use_scale=false` makes it 1
 
 [batch_norm]                         # over the output of the last projection, in evaluation mode
 weight = "norm.weight"               # weight and bias may be absent
@@ -65,26 +68,26 @@ mean = "norm.running_mean"
 var = "norm.running_var"
 eps = 1e-5
 
-[ema]                                # averaged copies of kernels, biases and gamma, which the original evaluates with;
-suffixes = ["/ema_0.9999"]           # `--set ema=false` takes the others. TensorFlow's /ExponentialMovingAverage are known without
-                                     # this table, and taken with `--set ema=true`
+[ema]                                # the averaged copies of kernels, biases and gamma that the original evaluates with
+suffixes = ["/ema_0.9999"]           # `--set ema=false` uses the raw ones. TensorFlow's /ExponentialMovingAverage needs no
+                                     # table: `--set ema=true` uses it
 
-[[variants]]                         # the same with changes; the one whose keys are there is taken
+[[variants]]                         # the same dialect with changes; the file's keys decide
 name = "with pooling"
 roles = { key = "g.0", value = "h.0" }
-kv_pool = 2                          # and out_projection, use_bias, bias_free, [variants.batch_norm] or batch_norm = false
+kv_pool = 2                          # also out_projection, use_bias, bias_free, [variants.batch_norm] or batch_norm = false
 
-[[telltales]]                        # a key that shows another function
-key = "concat_project.*"             # or `missing = "…"`, and then `beside = "…"`: only where this is there
+[[telltales]]                        # a key that reveals another function
+key = "concat_project.*"             # or `missing = "…"`, with `beside = "…"` to require another key
 reason = "…"
 
-[refusal]                            # the layer cannot be expressed
+[refusal]                            # this library cannot express the layer
 reason = "…"
 instead = "…"
 ```
 
-In a pattern `.` and `/` are the same, and so they are in a file. `{prefix}` is the block's prefix, `{module}` the prefix without
-its first part, and a pattern that begins with `//` is a whole key, for example `//batch_stats/{module}/{path}/u`.
+`.` and `/` mean the same in a pattern and in a file. `{prefix}` is the block's prefix, and `{module}` is the prefix without its
+first part. A pattern that begins with `//` is a whole key, for example `//batch_stats/{module}/{path}/u`.
 """
 
 import re
@@ -108,21 +111,21 @@ from selfattn_core.problems import Problem
 
 __all__ = ["parse_dialect"]
 
-# What stands for every way in which PyTorch code stores a kernel.
+# The name for every way in which PyTorch code stores a kernel.
 _TORCH = "torch"
 _AVERAGES = ("/ExponentialMovingAverage",)
 _PLACEHOLDER = re.compile(r"\{[^}]*\}?|\}")
 
 
 def parse_dialect(text: str, where: str) -> Dialect:
-    """A dialect from the text of its file.
+    """Read a dialect from the text of its file.
 
     Args:
         text: TOML, as the module's docstring describes.
         where: the file's name, for messages.
 
     Raises:
-        PortError: if it is not TOML, or not a whole and consistent dialect; lists every problem.
+        PortError: if the text is not TOML, or if the dialect is incomplete or inconsistent (with every problem).
 
     Example:
         >>> from selfattn_core.porting.dialects.catalogue import dialect
@@ -134,18 +137,18 @@ def parse_dialect(text: str, where: str) -> Dialect:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise PortError(f"{where}: is not TOML: {error}") from error
     except ValueError as error:
-        # What Python says of it is advice for a programmer.
-        raise PortError(f"{where}: holds a number with thousands of digits.") from error
+        # Python's own message is advice for a programmer.
+        raise PortError(f"{where}: contains a number with thousands of digits.") from error
     problems: list[str] = []
     parsed = _Parser(TomlTable(content, "", problems)).parse(text)
     if problems:
         reasons = [Problem("bad_dialect", problem) for problem in problems]
-        raise PortError.of(f"{where}: is not a dialect that can be used:\n  ", reasons)
+        raise PortError.of(f"{where}: is not a usable dialect:\n  ", reasons)
     return parsed
 
 
 class _Parser:
-    """Reads the tables of one file; problems go to the list that they share."""
+    """Reads the tables of one file. The tables share the list of problems."""
 
     def __init__(self, top: TomlTable) -> None:
         self.top = top
@@ -188,7 +191,7 @@ class _Parser:
             qk_channels=qk_channels,
             value_channels=value_channels,
             widths_required=layer.flag("widths_required", False),
-            # TensorFlow's own averages can lie beside any variable; only where the dialect says so are they what it evaluates.
+            # TensorFlow may store averages beside any variable. They are the default only if the dialect lists them.
             ema=suffixes or (_AVERAGES if any("/" in form.kernel for form in kernels) else ()),
             ema_first=bool(suffixes),
             telltales=tuple(self._telltale(table) for table in top.tables("telltales")),
@@ -216,7 +219,9 @@ class _Parser:
         else:
             factor = table.number("factor", required=True)
             if factor == 0:
-                table.wrong("factor", 0.0, "another number than 0: a scale of 0 is no attention")
+                table.wrong(
+                    "factor", 0.0, "a number other than 0, because a scale of 0 makes all weights equal"
+                )
         table.finish()
         return 1.0 if factor is None else factor, setting
 
@@ -225,12 +230,12 @@ class _Parser:
         if table is None:
             if not refused:
                 self.top.problem(
-                    "[gamma] is missing: give its key, or value = 1.0 if the original has no residual gain"
+                    "[gamma] is missing: write its key, or value = 1.0 if the original has no residual gain"
                 )
             return (), None, True
         keys, value, saved = table.texts("key"), table.number("value"), table.flag("saved", True)
         if bool(keys) == (value is not None):
-            table.problem(f"needs either key or value, and has {'both' if keys else 'none'}")
+            table.problem(f"needs either key or value, but has {'both' if keys else 'neither'}")
         for key in keys:
             self._pattern(table, "key", key)
         table.finish()
@@ -255,13 +260,17 @@ class _Parser:
             for pattern in patterns:
                 self._pattern(table, name, pattern, path=True)
         if kernel and _PLACEHOLDER.findall(kernel) not in ([], ["{path}"]):
-            table.wrong("kernel", kernel, "a key with {path} as its only placeholder: blocks are found by it")
+            table.wrong(
+                "kernel",
+                kernel,
+                "a key with {path} as its only placeholder, because the reader finds blocks by it",
+            )
         if table.raw("spectral_norm") == _TORCH:
             table.text("spectral_norm")
             table.finish()
             if not kernel.endswith("weight") or requires or ignore:
                 table.problem(
-                    f'spectral_norm = "{_TORCH}" needs a kernel that ends in "weight", and neither requires nor ignore'
+                    f'spectral_norm = "{_TORCH}" needs a kernel that ends in "weight", without requires and ignore'
                 )
             return _torch_forms(kernel, bias, axes)
         inner = table.table("spectral_norm")
@@ -280,18 +289,16 @@ class _Parser:
             self._pattern(table, name, pattern, path=True)
         if sigma == "stored":
             if not v:
-                table.problem('v is missing: sigma = "stored" is uᵀWv; with u alone it is sigma = "iterate"')
+                table.problem('v is missing: sigma = "stored" is uᵀWv. With u only, write sigma = "iterate"')
             for name in ("side", "normalize", "eps", "iterations"):
                 if table.has(name):
-                    table.problem(f'{name} says nothing where sigma = "stored"; leave it out')
+                    table.problem(f'{name} has no effect with sigma = "stored"; remove it')
         elif sigma == "iterate":
             if v:
-                table.problem(
-                    'v is not used where sigma = "iterate"; put its key under ignore of [[kernels]]'
-                )
+                table.problem('v is not used with sigma = "iterate"; put its key into ignore of [[kernels]]')
             if not normalize or eps is None:
                 table.problem(
-                    'normalize and eps are needed where sigma = "iterate": the result depends on them'
+                    'normalize and eps are needed with sigma = "iterate", because the result depends on them'
                 )
         table.finish()
         return SpectralNorm(u, v, sigma, side, normalize or "max", eps or 0.0, iterations)
@@ -377,7 +384,7 @@ class _Parser:
         key, missing, beside = table.text("key"), table.text("missing"), table.text("beside")
         reason = table.text("reason", required=True)
         if bool(key) == bool(missing):
-            table.problem(f"needs either key or missing, and has {'both' if key else 'none'}")
+            table.problem(f"needs either key or missing, but has {'both' if key else 'neither'}")
         table.finish()
         return Telltale(key or missing, bool(missing), reason, beside)
 
@@ -392,19 +399,19 @@ class _Parser:
         allowed = ["{prefix}", "{module}"] + (["{path}"] if path else [])
         for found in _PLACEHOLDER.findall(pattern):
             if found not in allowed:
-                table.problem(f"{name} = {pattern!r} has {found}; known are {', '.join(allowed)}")
+                table.problem(f"{name} = {pattern!r} has {found}; the placeholders are {', '.join(allowed)}")
 
     def _check(self, found: Dialect) -> None:
         top = self.top
         if not found.kernels and not found.refused:
-            top.problem("[[kernels]] is missing: say at least once how a projection is stored")
+            top.problem("[[kernels]] is missing: describe at least one way to store a projection")
         if any(variant.use_bias is not False for variant in found.variants):
             for index, form in enumerate(found.kernels):
                 if not form.bias:
-                    top.problem(f"kernels[{index}].bias is missing, though [layer] use_bias is not false")
+                    top.problem(f"kernels[{index}].bias is missing, but [layer] use_bias is not false")
         if any(variant.batch_norm and variant.out_projection is not True for variant in found.variants):
             top.problem(
-                "[batch_norm] is folded into the out projection: [layer] out_projection should be true"
+                "[batch_norm] is folded into the out projection, so [layer] out_projection should be true"
             )
         if found.widths_required and not (found.qk_channels or found.value_channels):
             top.problem("layer.widths_required = true needs qk_channels or value_channels")
@@ -413,7 +420,7 @@ class _Parser:
 def _torch_forms(kernel: str, bias: str, axes: str) -> list[KernelForm]:
     """Every way in which PyTorch code stores a convolution, with spectral norm or without.
 
-    The wrapper class is that of github.com/christiancosgrove/pytorch-spectral-normalization-gan, spectral_normalization.py.
+    The wrapper class comes from github.com/christiancosgrove/pytorch-spectral-normalization-gan, spectral_normalization.py.
     """
     path, wrapper = kernel.removesuffix("weight"), f"{kernel.removesuffix('weight')}module."
     made = f"{path}parametrizations.weight."

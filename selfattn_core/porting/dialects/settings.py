@@ -1,4 +1,4 @@
-"""What a file does not say: the published default, or the setting that replaces it."""
+"""The facts that a file does not contain: the published default, or the setting that replaces it."""
 
 import difflib
 from collections.abc import Mapping
@@ -15,34 +15,34 @@ Value = bool | int | float
 
 @dataclass(frozen=True)
 class Assumption:
-    """Something that a port relies on and the file does not show.
+    """A fact that a port relies on and that the file does not show.
 
     Args:
-        setting: the name of the setting that changes it; "" for what cannot be set.
-        text: what is assumed.
+        setting: the name of the setting that changes it, "" if there is none.
+        text: the assumption.
     """
 
     setting: str
     text: str
 
     def __str__(self) -> str:
-        # As reports have it, which are the command's.
+        # Reports use the words of the command.
         return f"{self.text} (--set {self.setting}=…)" if self.setting else self.text
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a dialect, resolved; `given` are the names that were set.
+    """The settings of a dialect, with the user's values and the defaults.
 
     Args:
-        given: names that somebody set.
-        kv_pool: None for the variant's.
+        given: the names that the user set.
+        kv_pool: the pooling. None for the variant's.
         use_scale: whether the scores are multiplied by the dialect's factor.
-        gamma: for a file that does not hold it; None if nobody gave it.
-        sn_eps: of the power iteration; None for the dialect's.
-        bn_eps: of the batch norm; None for the dialect's.
+        gamma: the gain, for a file that does not contain it. None if the user did not pass it.
+        sn_eps: the eps of the power iteration. None for the dialect's.
+        bn_eps: the eps of the batch norm. None for the dialect's.
         ema: whether averaged copies are preferred.
-        plain: whether the file itself says that it was trained without spectral norm.
+        plain: whether the file records that it was trained without spectral norm.
     """
 
     given: frozenset[str]
@@ -59,11 +59,11 @@ def settings_of(dialect: Dialect, given: Mapping[str, str | Value]) -> Settings:
     """The settings of a port from this dialect.
 
     Args:
-        dialect: of the source.
-        given: values by name, as text or as they are.
+        dialect: the dialect of the source.
+        given: values by name. A value may be text.
 
     Raises:
-        PortError: naming every setting that the dialect does not have, and every value that cannot be.
+        PortError: with every setting that the dialect does not have, and every impossible value.
 
     Example:
         >>> from selfattn_core.porting.dialects.catalogue import dialect
@@ -72,7 +72,7 @@ def settings_of(dialect: Dialect, given: Mapping[str, str | Value]) -> Settings:
         >>> settings_of(dialect("heykeetae"), {"use_scale": "false"})
         Traceback (most recent call last):
         ...
-        selfattn_core.porting.errors.PortError: dialect heykeetae: use_scale is no setting of it; it has sn_eps.
+        selfattn_core.porting.errors.PortError: dialect heykeetae: use_scale is not a setting of this dialect; it has sn_eps.
     """
     kinds = _kinds(dialect)
     problems = []
@@ -81,7 +81,9 @@ def settings_of(dialect: Dialect, given: Mapping[str, str | Value]) -> Settings:
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=1)
             rest = f"did you mean {near[0]}?" if near else f"it has {', '.join(kinds) or 'none'}."
-            problems.append(Problem("unknown_setting", f"{name} is no setting of it; {rest}", (name,)))
+            problems.append(
+                Problem("unknown_setting", f"{name} is not a setting of this dialect; {rest}", (name,))
+            )
             continue
         field, kind = kinds[name]
         parsed = _parse(value, kind)
@@ -103,7 +105,7 @@ _WANTED = {
 
 
 def _kinds(dialect: Dialect) -> dict[str, tuple[str, str]]:
-    """Field and kind of each setting of a dialect, by the name that the user knows."""
+    """Field and kind of each setting of a dialect, by the user's name for it."""
     kinds = {}
     if not dialect.kv_pool_stored:
         kinds["kv_pool"] = ("kv_pool", "whole")

@@ -1,4 +1,4 @@
-"""One table of a TOML file, read field by field, with every problem collected instead of the first one raised."""
+"""Reads one table of a TOML file field by field, and collects every problem instead of raising the first."""
 
 import difflib
 import math
@@ -9,11 +9,11 @@ __all__ = ["TomlTable"]
 
 
 class TomlTable:
-    """A table whose fields are asked for by name and type; what nobody asked for is a problem too.
+    """A table whose fields are read by name and type. A field that nobody reads is a problem too.
 
     Args:
-        content: as tomllib gives it.
-        where: the table's place in the file, for messages; "" at the top.
+        content: the table as tomllib returns it.
+        where: the table's place in the file, for messages. "" at the top.
         problems: the list that all tables of a file share.
 
     Example:
@@ -33,7 +33,7 @@ class TomlTable:
         self._asked: list[str] = []
 
     def text(self, name: str, *, required: bool = False, choices: Sequence[str] = ()) -> str:
-        """A string, "" if there is none."""
+        """A string, "" if it is absent."""
         wanted = f"one of {', '.join(map(repr, choices))}" if choices else "a string"
         value = self._field(name, wanted, required)
         if value is None:
@@ -42,11 +42,11 @@ class TomlTable:
             self.wrong(name, value, wanted)
             return ""
         if value == "?":
-            self.problem(f'{name} = "?" is still a question: write what the code says')
+            self.problem(f'{name} = "?" is an open question; answer it from the code')
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """An array of strings, or one string for an array of one; empty if there is none."""
+        """An array of strings. One string counts as an array. Empty if it is absent."""
         value = self._field(name, "a list of strings", False)
         if value is None:
             return ()
@@ -55,7 +55,7 @@ class TomlTable:
             self.wrong(name, value, "a string or a list of strings")
             return ()
         if "?" in found:
-            self.problem(f'{name} = "?" is still a question: write what the code says')
+            self.problem(f'{name} = "?" is an open question; answer it from the code')
         return tuple(found)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -67,7 +67,7 @@ class TomlTable:
         return default
 
     def flag_or_stored(self, name: str, default: bool | None) -> bool | None:
-        """True or false, or "stored" for what the file shows, which is None here."""
+        """True, false, or None for "stored", which means that the file shows it."""
         value = self._field(name, 'true, false or "stored"', False)
         if value is None:
             return default
@@ -87,7 +87,7 @@ class TomlTable:
         return value
 
     def number(self, name: str, *, required: bool = False, least: float | None = None) -> float | None:
-        """A number, None if there is none."""
+        """A number, None if it is absent."""
         wanted = "a number" if least is None else f"a number of at least {least:g}"
         value = self._field(name, wanted, required)
         if value is None:
@@ -99,7 +99,7 @@ class TomlTable:
         return float(value)
 
     def table(self, name: str) -> "TomlTable | None":
-        """A table within this one, None if there is none."""
+        """A table within this one, None if it is absent."""
         value = self._field(name, "a table", False)
         if value is None:
             return None
@@ -122,24 +122,24 @@ class TomlTable:
         ]
 
     def has(self, name: str) -> bool:
-        """Whether the field is there, of whatever type."""
+        """Whether the field is present, whatever its type."""
         return name in self._content
 
     def raw(self, name: str) -> object:
-        """The field as it is, for one that may have several types; ask for it by type as well."""
+        """The field as it is, for a field with several types. Read it by type as well."""
         return self._content.get(name)
 
     def problem(self, message: str) -> None:
-        """Note a problem of this table."""
+        """Add a problem of this table."""
         self.problems.append(f"{self._where}{message}")
 
     def wrong(self, name: str, value: object, wanted: str) -> None:
-        """Note a field that has the wrong type or value."""
+        """Add a problem: a field has the wrong type or value."""
         shown = str(value).lower() if isinstance(value, bool) else repr(value)
         self.problem(f"{name} = {shown} should be {wanted}")
 
     def finish(self) -> None:
-        """Note every field that nobody has asked for."""
+        """Add a problem for every field that nobody has read."""
         for name in self._content:
             if name not in self._asked:
                 near = difflib.get_close_matches(name, self._asked, n=1)

@@ -1,4 +1,4 @@
-"""Checkpoints of every format as one read-only mapping; nothing in them is executed, and little is read before it is asked for."""
+"""Opens checkpoints of every format as a read-only mapping. Nothing in them is executed, and values are read one by one."""
 
 from selfattn_core.porting.formats.open import open_tensors
 from selfattn_core.porting.formats.tensors import TensorInfo, Tensors

@@ -1,4 +1,4 @@
-"""A format of checkpoints as data: how it is recognised, read and written."""
+"""A format of checkpoints as data: how to recognise, read and write it."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ __all__ = ["Format"]
 
 @dataclass(frozen=True)
 class Format:
-    """How one format is recognised, read and written.
+    """One format: how to recognise, read and write it.
 
-    The three signs look at different things. A format has the one that fits how it lies on the disk.
+    A format is recognised by `is_at`, `is_archive` or `begins`. It has the one that fits its files or folders.
 
     Args:
-        name: what `open_tensors` and `write_tensors` call it.
+        name: its name in `open_tensors` and `write_tensors`.
         open: lists the tensors of a file of this format.
-        title: what messages call it; empty for a variant of another format.
+        title: its name in messages. Empty for a variant of another format.
         is_at: whether a path is one of its folders, or one of several files that belong together.
-        is_archive: whether a zip archive with members of these names is of this format.
-        begins: whether a file that begins with these bytes is of this format.
-        file: the content of a new file, in one piece or in several; absent if no file of this format is written. The
-            tensors may be made when they are asked for.
-        fill: writes a new folder at a path that does not exist yet; absent unless the format is a folder.
+        is_archive: whether a zip archive with members of these names has this format.
+        begins: whether a file that begins with these bytes has this format.
+        file: returns the content of a new file, in one piece or in several. None if such files are not written. The tensors
+            may be computed at access.
+        fill: writes a new folder at a path that does not exist yet. None unless the format is a folder.
     """
 
     name: str

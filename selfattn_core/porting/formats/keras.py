@@ -1,8 +1,8 @@
-"""Keras' HDF5 files: `.weights.h5`, the one inside `.keras`, and the older `.h5`.
+"""Reads and writes Keras' HDF5 files: `.weights.h5`, the one inside `.keras`, and the older `.h5`.
 
-Keras 3 stores the variables of a layer as `vars/0`, `vars/1` below the path of attributes that leads to it. Here they get
-their names back where layer and attribute say what they are, and keep the number where nothing does. The layers of a model
-are listed by their class and a counter, and bear their own name as an attribute: that name is used.
+Keras 3 stores the variables of a layer as `vars/0`, `vars/1` below the layer's path of attributes. The reader gives them their
+names if the layer and the attribute determine them, and keeps the numbers otherwise. Keras lists the layers of a model by their
+class and a counter, and stores their own name as an attribute. The reader uses that name.
 
 Source: keras/src/saving/saving_lib.py and legacy/saving/legacy_h5_format.py for the layout.
 """
@@ -31,7 +31,7 @@ from selfattn_core.porting.formats.untrusted.zip import Archive
 
 __all__ = ["FORMATS", "open_h5", "open_keras", "open_shards"]
 
-# Between the name of an attribute that is too long for one and the number of the piece.
+# Separates the name of an attribute that is stored in pieces from the number of the piece.
 _CONTINUED = " continued "
 Keys = tuple[str, ...]
 
@@ -39,7 +39,7 @@ _WEIGHTS = "model.weights.h5"
 _OURS = "selfattn>SelfAttention2D"
 # Attributes of older files that describe the model.
 _CONFIGS = {"model_config", "training_config"}
-# Variables of layers of Keras in the order in which they save them. By the class, in a list of layers.
+# The variables of Keras' layers in the order in which Keras saves them, by class name in a list of layers.
 _VARIABLES = {
     "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
     "layer_normalization": ("gamma", "beta"),
@@ -48,21 +48,21 @@ _VARIABLES = {
     "spectral_normalization": ("vector_u",),
 }
 
-# The number or name under which Keras stores a variable, by its name here.
+# Keras' number or name for a variable, by its name here.
 _ORDER = {"kernel": "0", "bias": "1", "gamma": "0", "u": "u", "v": "v"}
-# Characters of a piece of an attribute, of which one can take four bytes.
+# The characters in a piece of an attribute. Each can take four bytes.
 _ATTRIBUTE = 15_000
 
 
 def open_h5(path: Path) -> Tensors:
-    """The variables of a `.weights.h5` or `.h5` file.
+    """List the variables of a `.weights.h5` or `.h5` file.
 
     Args:
-        path: of the file.
+        path: the path of the file.
 
     Raises:
-        PortError: if the file is truncated or damaged, a link in it leads elsewhere, or an array promises more than the
-            file holds, is compressed, or lies in another file; lists every problem.
+        PortError: with every problem, if the file is truncated or damaged, if a link points elsewhere, or if an array is larger
+            than the file, compressed, or in another file.
     """
     source = Source(path)
     try:
@@ -73,18 +73,18 @@ def open_h5(path: Path) -> Tensors:
 
 
 def open_keras(path: Path) -> Tensors:
-    """The variables of a `.keras` archive; nothing of the model that it describes is built.
+    """List the variables of a `.keras` archive, without building the model that it describes.
 
     Args:
-        path: of the file.
+        path: the path of the file.
 
     Raises:
-        PortError: as `open_h5`, or if the archive is damaged or made to deceive.
+        PortError: as `open_h5`, or if the archive is damaged or deceptive.
     """
     archive = Archive(Source(path))
     try:
         if _WEIGHTS not in archive.members:
-            raise PortError(f"{path}: is a .keras archive without {_WEIGHTS}; save the model as one file.")
+            raise PortError(f"{path}: is a .keras archive without {_WEIGHTS}. Save the model as one file.")
         place = archive.place(_WEIGHTS)
         size = archive.members[_WEIGHTS].file_size
         pools = _pools(_json(archive, "config.json"))
@@ -95,11 +95,11 @@ def open_keras(path: Path) -> Tensors:
 
 
 def open_shards(path: Path, files: list[Path]) -> Tensors:
-    """The variables of several `.weights.h5` files that are one; a layer may lie in two of them.
+    """List the variables of several `.weights.h5` files of one model. A layer may be in two of them.
 
     Args:
-        path: of their index, for messages.
-        files: all of them.
+        path: the path of their index, for messages.
+        files: all files.
 
     Raises:
         PortError: as `open_h5`, or if a variable is in two of them.
@@ -114,7 +114,7 @@ def open_shards(path: Path, files: list[Path]) -> Tensors:
 
 
 class _Shards:
-    """The content of several files as of one."""
+    """The content of several files, as if they were one."""
 
     def __init__(self, path: Path, files: list[Hdf5]) -> None:
         self.problems = [problem for file in files for problem in file.problems]
@@ -125,7 +125,7 @@ class _Shards:
             for keys, dataset in file.datasets.items():
                 if keys in self.datasets:
                     raise PortError(
-                        f"{path}: its files hold {'/'.join(keys)} twice; which one is meant cannot be known."
+                        f"{path}: its files hold {'/'.join(keys)} twice, so it is unclear which one counts."
                     )
                 self.datasets[keys] = dataset
                 self._owners[id(dataset)] = file
@@ -141,7 +141,7 @@ def _versions(archive: Archive) -> dict[str, str]:
 
 
 def _json(archive: Archive, name: str) -> dict[str, Any]:
-    """A JSON object of the archive; an empty one if it is not there, or is none."""
+    """A JSON object of the archive. Empty if there is none."""
     try:
         content = json.loads(archive.read(name))
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -150,7 +150,7 @@ def _json(archive: Archive, name: str) -> dict[str, Any]:
 
 
 def _pools(model: dict[str, Any]) -> dict[str, int]:
-    """The pooling of layers of ours by the path to their variables, from the config of a model."""
+    """The pooling of our layers by the path to their variables, from the config of a model."""
     found = {}
     waiting: list[tuple[dict[str, Any], Keys]] = [(model, ())]
     while waiting:
@@ -196,14 +196,14 @@ def _tensors(
     pools: Mapping[str, int] | None = None,
 ) -> Tensors:
     if file.problems:
-        raise PortError(f"{path}: is not read:\n" + "\n".join(f"  {line}" for line in file.problems[:50]))
+        raise PortError(f"{path}: cannot be read:\n" + "\n".join(f"  {line}" for line in file.problems[:50]))
     entries: dict[str, Entry] = {}
     for name, dataset in _named(file):
         if name in entries:
-            raise PortError(f"{path}: holds {name} twice; which one is meant cannot be known.")
+            raise PortError(f"{path}: holds {name} twice, so it is unclear which one counts.")
         entries[name] = Entry(dataset.info, lambda n=name, d=dataset: file.read(n, d))  # type: ignore[misc]
     if not entries:
-        raise PortError(f"{path}: holds no variables; expected weights that Keras saved.")
+        raise PortError(f"{path}: holds no variables. Expected weights that Keras saved.")
     texts = file.texts.get((), {})
     return Tensors(
         path,
@@ -216,7 +216,7 @@ def _tensors(
 
 
 def _noted_pools(file: Hdf5 | _Shards) -> dict[str, int]:
-    """The pooling of layers of ours that noted it beside their variables."""
+    """The pooling that our layers stored beside their variables."""
     own = _own_names(file)
     return {
         "/".join(_path(keys[:-1], own)): int(texts[KV_POOL])
@@ -230,7 +230,7 @@ def _path(layer: Keys, own: Mapping[Keys, str]) -> list[str]:
 
 
 def _old_pools(texts: Mapping[str, str], entries: Mapping[str, Entry]) -> dict[str, int]:
-    """The pooling of layers of ours in an older `.h5`, which holds the model's config as text and paths by names of layers."""
+    """The pooling of our layers in an older `.h5`, which stores the model's config as text and paths by names of layers."""
     try:
         model = json.loads(texts["model_config"])
     except (KeyError, ValueError, RecursionError):
@@ -244,7 +244,7 @@ def _old_pools(texts: Mapping[str, str], entries: Mapping[str, Entry]) -> dict[s
 
 
 def _attributes(texts: dict[str, str]) -> dict[str, str]:
-    """The texts among the attributes of the file, where our own writer keeps its metadata, long ones in pieces."""
+    """The text attributes of the file, where our writer stores its metadata. Long texts are in pieces."""
     joined: dict[str, str] = {}
     for name in sorted(set(texts) - _CONFIGS, key=lambda name: (len(name), name)):
         key = name.partition(_CONTINUED)[0]
@@ -253,7 +253,7 @@ def _attributes(texts: dict[str, str]) -> dict[str, str]:
 
 
 def _named(file: Hdf5 | _Shards) -> Iterator[tuple[str, Dataset]]:
-    """Names of the variables, by layers and attributes."""
+    """The variables with their names, from layers and attributes."""
     parents: dict[Keys, dict[str, Dataset]] = {}
     for keys, dataset in file.datasets.items():
         parents.setdefault(keys[:-1], {})[keys[-1]] = dataset
@@ -269,7 +269,7 @@ def _named(file: Hdf5 | _Shards) -> Iterator[tuple[str, Dataset]]:
             keys[len(layer)] for keys in groups if len(keys) > len(layer) and keys[: len(layer)] == layer
         }
         path = _path(layer, own)
-        # Our spectral norm keeps its state under names, beside the numbers of the convolution.
+        # Our spectral norm stores its state under names, beside the numbers of the convolution.
         for name in (name for name in held if not name.isdecimal()):
             yield "/".join((*path, name)), held[name]
         order = sorted((name for name in held if name.isdecimal()), key=lambda name: (len(name), name))
@@ -279,7 +279,7 @@ def _named(file: Hdf5 | _Shards) -> Iterator[tuple[str, Dataset]]:
 
 
 def _own_names(file: Hdf5 | _Shards) -> dict[Keys, str]:
-    """The names of layers in lists that Keras keys by class and counter, where no two are the same."""
+    """The names of layers in lists that Keras keys by class and counter, if all names in the list differ."""
     lists: dict[Keys, dict[Keys, str]] = {}
     for keys, texts in file.texts.items():
         name = texts.get("name", "")
@@ -294,12 +294,12 @@ def _own_names(file: Hdf5 | _Shards) -> dict[Keys, str]:
 
 
 def _roles(layer: str, shapes: list[tuple[int, ...]], children: set[str]) -> list[str]:
-    """What the numbered variables of a layer are; an empty name where layer, attribute and shape do not say."""
+    """The names of the numbered variables of a layer. "" if layer, attribute and shape do not determine one."""
     known = _VARIABLES.get(re.sub(r"_\d+$", "", layer), ())
     if len(known) == len(shapes):
         return list(known)
     if "layer" in children and shapes and len(shapes[0]) == 2 and shapes[0][0] == 1:
-        # A wrapper that normalises the layer in it.
+        # A wrapper that normalises its inner layer.
         return ["vector_u", *([""] * (len(shapes) - 1))]
     if {"query", "key", "value"} <= children and shapes and math.prod(shapes[0]) == 1:
         return ["gamma", *([""] * (len(shapes) - 1))]
@@ -318,7 +318,7 @@ def _content(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes
             number = variable if variable.isdecimal() else _ORDER.get(variable)
             if number is None:
                 raise PortError(
-                    f"{name}: Keras stores variables by number, and which one {variable!r} has is not known; expected "
+                    f"{name}: Keras stores variables by number, and the number of {variable!r} is unknown. Expected "
                     f"{', '.join(_ORDER)} or vars/<number>."
                 )
             group = layer.removesuffix("vars").removesuffix("/")
@@ -336,7 +336,7 @@ def _is_archive(names: Collection[str]) -> bool:
 
 
 FORMATS = (
-    # What is written is the `.weights.h5` that a model loads, for only Keras can write its description.
+    # The writer makes the `.weights.h5` that a model loads, because only Keras can write the model's description.
     Format("keras", open_keras, ".keras", is_archive=_is_archive, file=_content),
     Format("h5", open_h5, ".h5", begins=lambda start: start.startswith(SIGNATURE)),
 )

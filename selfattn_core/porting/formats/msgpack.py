@@ -1,4 +1,4 @@
-"""Flax's msgpack files: nested maps of arrays. They are scanned, and no array is read before it is asked for.
+"""Reads and writes Flax's msgpack files, which are nested maps of arrays. A file is scanned, and arrays are read on access.
 
 The msgpack library unpacks a whole file. Measured with msgpack 1.2 on a file of 400 MiB of which one array is read: it takes
 801 MiB, this reader 214 MiB, most of which are pages of the file that the system can take back.
@@ -28,7 +28,7 @@ __all__ = ["FORMATS", "nested", "open_msgpack"]
 _ARRAY = 1
 _CHUNKED = "__msgpack_chunked_array__"
 _MAX_VALUES = 5 * MAX_TENSORS
-# First byte: how the number, or the length, that follows is packed.
+# How the following number or length is packed, by the first byte.
 _NUMBERS = {0xCA: ">f", 0xCB: ">d"} | dict(
     zip(range(0xCC, 0xD4), (">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q"), strict=True)
 )
@@ -53,7 +53,7 @@ _SIMPLE = {0xC0: None, 0xC2: False, 0xC3: True}
 
 @dataclass(frozen=True)
 class _Bytes:
-    """A run of bytes that is left in the file."""
+    """A run of bytes that stays in the file."""
 
     place: int
     size: int
@@ -66,13 +66,13 @@ class _Leaf:
 
 
 def open_msgpack(path: Path) -> Tensors:
-    """The arrays of a file that `flax.serialization.to_bytes` or `msgpack_serialize` wrote.
+    """List the arrays of a file that `flax.serialization.to_bytes` or `msgpack_serialize` wrote.
 
     Args:
-        path: of the file.
+        path: the path of the file.
 
     Raises:
-        PortError: if the file is damaged, truncated or deeper nested than any checkpoint, or names a key twice.
+        PortError: if the file is damaged, truncated or nested more deeply than any checkpoint, or has a key twice.
     """
     source = Source(path)
     try:
@@ -84,10 +84,10 @@ def open_msgpack(path: Path) -> Tensors:
         entries = {}
         for name, leaf in _leaves(path, tree, ""):
             if name in entries:
-                raise PortError(f"{path}: holds {name} twice; which one is meant cannot be known.")
+                raise PortError(f"{path}: holds {name} twice, so it is unclear which one counts.")
             entries[name] = _entry(source, name, leaf)
         if not entries:
-            raise PortError(f"{path}: holds no arrays; expected a file of flax.serialization.")
+            raise PortError(f"{path}: holds no arrays. Expected a file of flax.serialization.")
         return Tensors(path, "msgpack", entries, {}, source.close)
     except BaseException:
         source.close()
@@ -100,10 +100,12 @@ class _Scanner:
         self.count = 0
 
     def take(self, count: int) -> int:
-        """Step over bytes that must be there; their place."""
+        """Skip bytes that must exist, and return their place."""
         place = self.place
         if place + count > self.end:
-            raise PortError(f"{self.path}: is truncated or damaged: it ends at {self.end}, inside a value.")
+            raise PortError(
+                f"{self.path}: is truncated or damaged: it ends at byte {self.end}, inside a value."
+            )
         self.place += count
         return place
 
@@ -114,7 +116,7 @@ class _Scanner:
     def value(self, depth: int) -> Any:
         self.count += 1
         if depth > MAX_DEPTH or self.count > _MAX_VALUES:
-            raise PortError(f"{self.path}: is nested too deep, or holds too many values, for a checkpoint.")
+            raise PortError(f"{self.path}: is nested too deeply or holds too many values for a checkpoint.")
         first = self.view[self.take(1)]
         if first <= 0x7F or first >= 0xE0:
             return first if first <= 0x7F else first - 256
@@ -136,7 +138,7 @@ class _Scanner:
             return "extension", 1 << (first - 0xD4)
         if first not in _LENGTHS:
             raise PortError(
-                f"{self.path}: is no msgpack file, or damaged: byte {self.place - 1} is {first:#x}."
+                f"{self.path}: is not a msgpack file, or is damaged: byte {self.place - 1} is {first:#x}."
             )
         kind, form = _LENGTHS[first]
         return kind, self.unpack(form)
@@ -153,10 +155,10 @@ class _Scanner:
         for _ in range(length):
             key = self.value(depth + 1)
             if not isinstance(key, str | int | bool):
-                raise PortError(f"{self.path}: has a key that is no name: {str(key)[:80]}.")
+                raise PortError(f"{self.path}: has a key that is not a name: {str(key)[:80]}.")
             if str(key) in result:
                 raise PortError(
-                    f"{self.path}: holds the key {str(key)[:200]!r} twice; which one is meant cannot be known."
+                    f"{self.path}: holds the key {str(key)[:200]!r} twice, so it is unclear which one counts."
                 )
             result[str(key)] = self.value(depth + 1)
         return result
@@ -165,12 +167,12 @@ class _Scanner:
         kind = self.view[self.take(1)]
         end = self.place + length
         if kind != _ARRAY:
-            # A complex number or a scalar: no tensor.
+            # A complex number or a scalar is not a tensor.
             self.take(length)
             return None
         content = self.value(depth + 1)
         if self.place != end or not isinstance(content, list) or len(content) != 3:
-            raise PortError(f"{self.path}: is damaged: an array at byte {end - length} is not one.")
+            raise PortError(f"{self.path}: is damaged: the array at byte {end - length} is malformed.")
         shape, dtype, data = content
         where = f"{self.path}: the array at byte {end - length}"
         if not isinstance(shape, list) or not isinstance(data, _Bytes):
@@ -180,7 +182,7 @@ class _Scanner:
         info = TensorInfo(checked_shape(where, shape), dtype)
         if stored_bytes(info) != data.size:
             raise PortError(
-                f"{where}: {dtype} {info.shape} needs {stored_bytes(info)} bytes, there are {data.size}."
+                f"{where}: {dtype} {info.shape} needs {stored_bytes(info)} bytes, but there are {data.size}."
             )
         return _Leaf(info, data.place)
 
@@ -197,17 +199,17 @@ def _leaves(path: Path, value: Any, prefix: str) -> Iterator[tuple[str, _Leaf | 
 
 
 def _chunks(path: Path, name: str, value: dict[str, Any]) -> list[_Leaf]:
-    """An array of more than 1 GiB, which Flax writes in pieces; the first element says what they make together."""
+    """An array of more than 1 GiB, which Flax writes in pieces. The first element describes the whole."""
     shape, chunks = value.get("shape"), value.get("chunks")
     pieces = list(chunks.values()) if isinstance(chunks, dict) else []
     axes = list(shape.values()) if isinstance(shape, dict) else [None]
     if not pieces or not all(isinstance(piece, _Leaf) for piece in pieces):
-        raise PortError(f"{path}: {name} is an array in pieces, and a piece is missing.")
+        raise PortError(f"{path}: {name} is an array in pieces, but a piece is missing.")
     whole = TensorInfo(checked_shape(f"{path}: {name}", axes), pieces[0].info.dtype)
     held = sum(stored_bytes(piece.info) for piece in pieces)
     if held != stored_bytes(whole) or {piece.info.dtype for piece in pieces} != {whole.dtype}:
         raise PortError(
-            f"{path}: {name} {whole.shape} needs {stored_bytes(whole)} bytes, its pieces have {held}."
+            f"{path}: {name} {whole.shape} needs {stored_bytes(whole)} bytes, but its pieces have {held}."
         )
     return [_Leaf(whole, -1), *pieces]
 
@@ -231,14 +233,14 @@ def _entry(source: Source, name: str, leaf: _Leaf | list[_Leaf]) -> Entry:
     return Entry(leaf[0].info, read)
 
 
-def _content(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:  # noqa: ARG001 - it has no place for any
+def _content(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:  # noqa: ARG001 - the format has no place for metadata
     require("selfattn_core.porting", ["flax"], "flax")
     content: bytes = imported("flax.serialization").msgpack_serialize(nested(tensors))
     return content
 
 
 def nested(tensors: Mapping[str, Array]) -> dict[str, Any]:
-    """Names with slashes as nested dictionaries of contiguous arrays, which Flax and Orbax write.
+    """Nested dictionaries of contiguous arrays, from names with slashes. Flax and Orbax write such dictionaries.
 
     Example:
         >>> nested({"query/kernel": np.ones(2), "gamma": np.zeros(1)})

@@ -1,4 +1,4 @@
-"""The header of an `.npy` file: what is promised about the array, before anything is taken for it."""
+"""Reads the header of an `.npy` file, before any memory is reserved for the array."""
 
 import tokenize
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from selfattn_core.porting.formats.untrusted.limits import checked_shape
 __all__ = ["LONGEST_HEADER", "NpyHeader", "dtype_name", "npy_header"]
 
 LONGEST_HEADER = 2**16
-"""Bytes within which a header ends; numpy itself reads none of more than 10,000."""
+"""The largest header in bytes. numpy itself reads at most 10,000."""
 
 
 @dataclass(frozen=True)
 class NpyHeader:
-    """What an array is said to be.
+    """What the header declares about an array.
 
     Args:
-        shape: of it.
-        fortran: whether its first axis is the fastest in the file.
-        dtype: of it, Python objects and records too.
-        size: bytes of the header, after which the numbers begin.
+        shape: the shape.
+        fortran: whether the first axis varies fastest in the file.
+        dtype: the dtype, which may be Python objects or records.
+        size: the bytes of the header. The numbers begin after them.
     """
 
     shape: tuple[int, ...]
@@ -35,14 +35,14 @@ class NpyHeader:
 
 
 def npy_header(where: str, start: bytes) -> NpyHeader:
-    """The header that a file begins with.
+    """Read the header at the beginning of a file.
 
     Args:
         where: the file, for messages.
-        start: its first bytes, `LONGEST_HEADER` of them or all.
+        start: the first `LONGEST_HEADER` bytes of the file, or all of it.
 
     Raises:
-        PortError: if there is none of numpy's, or its shape is none that an array can have.
+        PortError: if it is not a header of numpy, or if its shape is impossible.
 
     Example:
         >>> file = BytesIO()
@@ -55,7 +55,7 @@ def npy_header(where: str, start: bytes) -> NpyHeader:
         version = npy.read_magic(file)
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
         shape, fortran, dtype = read(file)
-    # What numpy's parser of the header, which is Python's own, raises on nonsense.
+    # numpy parses the header with Python's own parser, which raises these on nonsense.
     except (
         ValueError,
         KeyError,
@@ -64,7 +64,7 @@ def npy_header(where: str, start: bytes) -> NpyHeader:
         RecursionError,
         MemoryError,
         tokenize.TokenError,
-        # Where warnings are errors: numpy warns of a header that Python 2 wrote.
+        # numpy warns about a header that Python 2 wrote, and a warning may be an error.
         UserWarning,
     ) as error:
         raise PortError(f"{where}: its header is not numpy's ({str(error)[:200]})") from None
@@ -72,7 +72,7 @@ def npy_header(where: str, start: bytes) -> NpyHeader:
 
 
 def dtype_name(dtype: np.dtype[np.generic]) -> str | None:
-    """The name of a dtype of ours; bfloat16 is saved by numpy as two bytes of nothing.
+    """The name of a dtype, None if it is not numeric. numpy saves bfloat16 as two bytes without a type.
 
     Example:
         >>> [dtype_name(np.dtype(stored)) for stored in (">f4", "V2", "U3")]

@@ -1,4 +1,4 @@
-"""`.npz`: a zip archive of numpy arrays; those that are no numbers are left out, and none is unpickled."""
+"""Reads and writes `.npz`, a zip archive of numpy arrays. Arrays that are not numeric are left out, and nothing is unpickled."""
 
 import io
 import json
@@ -20,19 +20,19 @@ from selfattn_core.porting.formats.untrusted.zip import Archive, Member
 
 __all__ = ["FORMATS", "open_npz"]
 
-# A member that numpy lists too, and gives as bytes.
+# numpy lists this member too, and returns it as bytes.
 _METADATA = "__metadata__.json"
 
 
 def open_npz(path: Path) -> Tensors:
-    """The arrays of an `.npz` file; a member that is no array of numbers is left out, unread.
+    """List the arrays of an `.npz` file. A member that is not a numeric array is left out.
 
     Args:
-        path: of the file.
+        path: the path of the file.
 
     Raises:
-        PortError: if the archive is damaged or made to deceive, an array is of another size than its header says, or every
-            array is of Python objects or of a dtype that is no number.
+        PortError: if the archive is damaged or deceptive, if the size of an array differs from its header, or if no array is
+            numeric.
     """
     archive = Archive(Source(path))
     try:
@@ -70,8 +70,8 @@ def _entry(archive: Archive, name: str) -> Entry:
     header = npy_header(name, bytes(start))
     if header.dtype.hasobject:
         raise _NoNumbersError(
-            f"{name}: holds Python objects, which only unpickling could read; nothing is executed. Of a dictionary in it make a "
-            f"file of arrays, if you trust it: numpy.savez(NEW, **numpy.load(PATH, allow_pickle=True)"
+            f"{name}: holds Python objects, which only unpickling could read, and nothing is executed. If it is a dictionary and "
+            f"you trust it, make a file of arrays: numpy.savez(NEW, **numpy.load(PATH, allow_pickle=True)"
             f"[{name.removesuffix('.npy')!r}].item())"
         )
     narrow = dtype_name(header.dtype)
@@ -80,7 +80,7 @@ def _entry(archive: Archive, name: str) -> Entry:
     info = TensorInfo(header.shape, narrow)
     if header.size + stored_bytes(info) != size:
         raise PortError(
-            f"{name}: {header.dtype} {info.shape} needs {stored_bytes(info)} bytes, the file has {size - header.size}"
+            f"{name}: {header.dtype} {info.shape} needs {stored_bytes(info)} bytes, but the file has {size - header.size}"
         )
     swapped, fortran = not header.dtype.isnative, header.fortran
 
@@ -115,7 +115,7 @@ def _content(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for name, array in tensors.items():
-            # A fixed date, so that equal tensors are equal files.
+            # The date is fixed, so that equal tensors give equal files.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 npy_format.write_array(member, contiguous(array), allow_pickle=False)
         if metadata:

@@ -1,4 +1,4 @@
-"""Numbers as they lie in a file: how many bits a dtype has, and reading them, the narrow floats as float32."""
+"""Reads the numbers of a tensor from a file. Narrow floats become float32."""
 
 import math
 from collections.abc import Callable
@@ -24,9 +24,9 @@ _NUMPY = {
         *("float16", "float32", "float64", "complex64", "complex128"),
     )
 }
-# Floats that numpy lacks and float32 holds exactly.
+# Floats that numpy does not have and that float32 represents exactly.
 _NARROW = {"bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
-# Listed, never read.
+# Dtypes that are listed and never read.
 _OPAQUE = {
     "float4_e2m1fn": 4,
     "float6_e2m3fn": 6,
@@ -39,7 +39,7 @@ _PIECE = 2**20
 
 
 def bits(dtype: str) -> int | None:
-    """Bits of one number, or None for a dtype that is not known.
+    """The bits of one number, or None for an unknown dtype.
 
     Example:
         >>> bits("float32"), bits("float4_e2m1fn"), bits("object")
@@ -51,7 +51,7 @@ def bits(dtype: str) -> int | None:
 
 
 def stored_bytes(info: TensorInfo) -> int:
-    """Bytes that a tensor of a known dtype takes in a file.
+    """The bytes of a tensor of a known dtype in a file.
 
     Example:
         >>> stored_bytes(TensorInfo((3, 5), "float16"))
@@ -61,7 +61,7 @@ def stored_bytes(info: TensorInfo) -> int:
 
 
 def contiguous(array: Array) -> Array:
-    """An array as writers need it: in one piece, and bfloat16 widened to float32.
+    """An array in the form that writers need: contiguous, and bfloat16 widened to float32.
 
     Example:
         >>> contiguous(np.ones((2, 3)).T).flags.c_contiguous
@@ -71,15 +71,15 @@ def contiguous(array: Array) -> Array:
 
 
 def read_array(where: str, info: TensorInfo, read_into: ReadInto) -> Array:
-    """A tensor's values, of which no second copy is made on the way.
+    """Read a tensor's values without a second copy.
 
     Args:
         where: file and tensor, for messages.
-        info: shape and stored dtype; the caller has seen that the file holds as many bytes.
+        info: shape and stored dtype. The caller has checked that the file has enough bytes.
         read_into: fills a buffer with the next bytes of the file, or raises EOFError.
 
     Returns:
-        A new array; bfloat16 and 8-bit floats as float32.
+        A new array. bfloat16 and 8-bit floats become float32.
 
     Raises:
         PortError: if numpy cannot hold the dtype.
@@ -99,7 +99,7 @@ def read_array(where: str, info: TensorInfo, read_into: ReadInto) -> Array:
         return array.astype(_NUMPY[info.dtype], copy=False)
     if info.dtype not in _NARROW:
         raise PortError(
-            f"{where}: {info.dtype} numbers cannot be read; convert the tensor to float32, float16 or bfloat16 in its framework."
+            f"{where}: {info.dtype} numbers cannot be read. Convert the tensor to float32, float16 or bfloat16 in its framework."
         )
     wide = np.empty(math.prod(info.shape), np.float32)
     size = _NARROW[info.dtype] // 8
@@ -112,7 +112,7 @@ def read_array(where: str, info: TensorInfo, read_into: ReadInto) -> Array:
 
 
 def decode(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Bytes of a narrow float as float32.
+    """The bytes of narrow floats as float32.
 
     Example:
         >>> decode(np.array([0x38, 0x7E], np.uint8), "float8_e4m3fn")
@@ -121,14 +121,14 @@ def decode(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
     if dtype == "bfloat16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
     if dtype == "float8_e5m2":
-        # The upper half of a float16.
+        # Its bits are the upper half of a float16.
         return (raw.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
     return _e4m3fn()[raw]
 
 
 @cache
 def _e4m3fn() -> NDArray[np.float32]:
-    """Every number of 4 exponent bits (bias 7), 3 mantissa bits, no infinity and one NaN of each sign."""
+    """All numbers with 4 exponent bits (bias 7) and 3 mantissa bits. There is no infinity, and one NaN of each sign."""
     codes = np.arange(256)
     exponent, mantissa = (codes >> 3) & 15, codes & 7
     normal = np.ldexp(1 + mantissa / 8, exponent - 7)

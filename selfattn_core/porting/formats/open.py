@@ -1,4 +1,4 @@
-"""Opening a checkpoint: its content says which format it is of, not its name."""
+"""Opens a checkpoint. Its content determines the format, not its name."""
 
 import os
 from collections.abc import Callable, Collection
@@ -24,19 +24,19 @@ _TITLES = ", ".join(each.title for each in FORMATS if each.title)
 
 
 def open_tensors(path: str | os.PathLike[str], *, format: str | None = None) -> Tensors:
-    """The tensors of a checkpoint, listed; values are read one by one.
+    """List the tensors of a checkpoint. Values are read one by one.
 
     Args:
-        path: a file, the folder that some formats are, or the common beginning of the names of TensorFlow's files.
-        format: one of `READABLE`; by default the content says which it is.
+        path: a file, the folder of a format that is a folder, or the common beginning of the names of TensorFlow's files.
+        format: one of `READABLE`. By default the content determines it.
 
     Returns:
-        A context manager, to be used in a `with` block.
+        A context manager. Use it in a `with` block.
 
     Raises:
-        PortError: if there is no such file, it cannot be read, is of no known format, damaged or made to deceive. The
-            message says which, and nothing has been executed.
-        ModuleNotFoundError: if TensorStore, Orbax' own library, is not installed; no other format needs one.
+        PortError: if the file is missing, cannot be read, has an unknown format, is damaged or is deceptive. The message has
+            the reason, and nothing was executed.
+        ModuleNotFoundError: if TensorStore, Orbax' own library, is not installed. No other format needs a library.
 
     Example:
         >>> import tempfile
@@ -48,7 +48,7 @@ def open_tensors(path: str | os.PathLike[str], *, format: str | None = None) -> 
         npz TensorInfo(shape=(1,), dtype='float64') [1.]
     """
     if not os.fspath(path):
-        raise PortError("the path is empty; name a file.")
+        raise PortError("the path is empty. Name a file.")
     path = Path(path)
     if format is not None and format not in _FORMATS:
         raise PortError(f"{path}: unknown format {format!r}; known are {', '.join(READABLE)}.")
@@ -83,7 +83,7 @@ def _recognised_archive(path: Path, members: Collection[str]) -> Format:
     if found := _first(lambda each: each.is_archive(members)):
         return found
     unknown = (
-        f"is a zip archive of no known format; it holds {', '.join(list(members)[:6])}; expected {_TITLES}"
+        f"is a zip archive of an unknown format. It holds {', '.join(list(members)[:6])}. Expected {_TITLES}"
     )
     raise PortError(f"{path}: {unread_archive(members) or unknown}.")
 
@@ -95,10 +95,10 @@ def _first(fits: Callable[[Format], bool]) -> Format | None:
 def _unknown_folder(path: Path) -> str:
     names = sorted(child.name for child in path.iterdir())
     return (
-        "is a folder, and neither a checkpoint of Orbax nor of TensorFlow; it holds "
+        "is a folder, and neither a checkpoint of Orbax nor of TensorFlow. It holds "
         f"{', '.join(names[:6]) or 'nothing'}"
     )
 
 
 def _unknown_file(start: bytes) -> str:
-    return f"is of no known format (it begins with {start[:8].hex(' ')}); expected {_TITLES}"
+    return f"has an unknown format (it begins with {start[:8].hex(' ')}). Expected {_TITLES}"

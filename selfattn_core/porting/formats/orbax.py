@@ -1,4 +1,4 @@
-"""Orbax checkpoints, which are folders: read through TensorStore, Orbax's own storage, without JAX and without a target.
+"""Reads and writes Orbax checkpoints, which are folders. Reading needs TensorStore, Orbax' own storage, but not JAX.
 
 Source: orbax/checkpoint/_src/metadata/tree.py and serialization/tensorstore_utils.py for the layout.
 """
@@ -34,21 +34,21 @@ from selfattn_core.porting.formats.untrusted.limits import (
 
 __all__ = ["FORMATS", "is_orbax", "open_orbax", "steps_in"]
 
-# Where our own writer keeps its metadata, in what Orbax keeps for its users.
+# The key of our writer's metadata in Orbax' custom metadata.
 _METADATA = "selfattn"
 _TREE = "_METADATA"
 _MANIFEST = "manifest.ocdbt"
 _MAX_HEADER = 32 * 2**20
 _ARRAYS = {"jax.Array", "np.ndarray", "scalar"}
 _TIMEOUT = 60
-# Bytes beside the arrays, which are written once by each process and once together.
+# The bytes of a checkpoint beside the arrays. Each process writes its arrays, and then Orbax writes them once more together.
 _ROOM = 2**18
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 _CACHE = {"cache_pool": {"total_bytes_limit": 2**24}}
 
 
 def is_orbax(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of Orbax, or a step of its manager with one in it.
+    """Whether a folder is a checkpoint of Orbax, or a step of its manager that contains one.
 
     Example:
         >>> is_orbax(Path("there-is-no-such-folder"))
@@ -58,7 +58,7 @@ def is_orbax(folder: Path) -> bool:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """The steps in a folder of Orbax's manager, the latest last.
+    """The steps in a folder of Orbax' manager. The latest is last.
 
     Example:
         >>> steps_in(Path("there-is-no-such-folder"))
@@ -77,14 +77,14 @@ def steps_in(folder: Path) -> list[Path]:
 
 
 def open_orbax(path: Path) -> Tensors:
-    """The arrays of an Orbax checkpoint. The `value` level that NNX' variables have there is left out of their names.
+    """List the arrays of an Orbax checkpoint. Their names do not contain the level `value` of NNX variables.
 
     Args:
         path: the checkpoint's folder.
 
     Raises:
-        PortError: if the checkpoint is unfinished or damaged, a file of it is a link, or an array promises more than the
-            folder holds.
+        PortError: if the checkpoint is unfinished or damaged, if one of its files is a link, or if an array is larger than the
+            folder.
         ModuleNotFoundError: if tensorstore is not installed.
     """
     items = _items(path)
@@ -140,7 +140,7 @@ def _size(folder: Path) -> int:
     """Bytes of all files of the checkpoint.
 
     Raises:
-        PortError: if one is a link, which could lead anywhere.
+        PortError: if one is a link, which could point anywhere.
     """
     total = count = 0
     for root, folders, files in os.walk(folder, followlinks=False):
@@ -175,7 +175,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _rows(folder: Path, tree: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The path of keys to every array."""
+    """The keys on the way to each array."""
     metadata = tree.get("tree_metadata")
     rows = []
     if isinstance(metadata, dict):
@@ -204,7 +204,7 @@ def _rows(folder: Path, tree: dict[str, Any]) -> list[tuple[str, ...]]:
     if not rows:
         raise PortError(f"{folder / _TREE}: lists no arrays.")
     if len({".".join(keys) for keys in rows}) < len(rows):
-        raise PortError(f"{folder / _TREE}: lists an array twice; which one is meant cannot be known.")
+        raise PortError(f"{folder / _TREE}: lists an array twice, so it is unclear which one counts.")
     return rows
 
 
@@ -231,7 +231,7 @@ def _spec(folder: Path, tree: dict[str, Any], name: str) -> dict[str, Any]:
         "kvstore": kvstore,
     }
     if tree.get("store_array_data_equal_to_fill_value") is True:
-        # Then a piece that is not there is missing, and not a piece of zeros.
+        # Then an absent piece is missing data, not a piece of zeros.
         spec["fill_missing_data_reads"] = False
     return spec
 
@@ -273,12 +273,12 @@ def _fill(place: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]
     require("selfattn_core.porting", ["orbax"], "flax")
     checkpoint = imported("orbax.checkpoint")
     arrays = {name: contiguous(array) for name, array in tensors.items()}
-    # Not StandardCheckpointer, whose threads (orbax-checkpoint 0.12.8) wait for ever where the first file cannot be made.
+    # Not StandardCheckpointer: its threads (orbax-checkpoint 0.12.8) wait for ever if the first file cannot be created.
     with (
         _unlogged("absl"),
         checkpoint.Checkpointer(checkpoint.StandardCheckpointHandler()) as checkpointer,
     ):
-        # Its threads show tracebacks of their own where the disk fills up under them.
+        # If the disk fills up later, its threads print tracebacks of their own.
         check_room(place.parent, 2 * sum(array.nbytes for array in arrays.values()) + _ROOM)
         try:
             checkpointer.save(
@@ -287,7 +287,7 @@ def _fill(place: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]
                 custom_metadata={_METADATA: dict(metadata)},
             )
         except (ValueError, RuntimeError) as error:
-            # How TensorStore reports what the system refused.
+            # TensorStore reports an error of the system in this form.
             number = _SYSTEM_ERROR.search(str(error))
             words = os.strerror(int(number[1])) if number else str(error).split("\n", 1)[0]
             raise OSError(words) from error
@@ -295,7 +295,7 @@ def _fill(place: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]
 
 @contextmanager
 def _unlogged(name: str) -> Iterator[None]:
-    """Without the tracebacks that a library logs of what it raises as well."""
+    """Suppress the tracebacks that a library logs for errors that it also raises."""
     logger = logging.getLogger(name)
 
     def nothing(_: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""`.safetensors` among the formats of checkpoints; `selfattn_core.files.safetensors` knows the format itself."""
+"""Adds `.safetensors` to the formats of checkpoints. `selfattn_core.files.safetensors` implements the format."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,14 +13,13 @@ __all__ = ["FORMATS", "open_safetensors"]
 
 
 def open_safetensors(path: Path) -> Tensors:
-    """The tensors of a `.safetensors` file.
+    """List the tensors of a `.safetensors` file.
 
     Args:
-        path: of the file.
+        path: the path of the file.
 
     Raises:
-        PortError: if the header is not one, names a key twice, or promises other bytes than the file holds; lists every
-            tensor that is wrong.
+        PortError: with every wrong tensor, if the header is malformed, has a key twice, or does not fit the bytes of the file.
     """
     source = Source(path)
     try:
@@ -39,7 +38,7 @@ def open_safetensors(path: Path) -> Tensors:
 
 
 def _content(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """In pieces, since the tensors may be made when they are asked for, and together not fit into memory."""
+    """The content in pieces, because tensors may be computed at access and may not fit into memory together."""
     try:
         yield from pieces(tensors, metadata)
     except SafetensorsError as error:

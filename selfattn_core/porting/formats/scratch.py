@@ -1,4 +1,4 @@
-"""A folder for what is only written to be checked."""
+"""A temporary folder for files that are written only to be checked."""
 
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ __all__ = ["scratch_folder"]
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder of temporary files, which is gone afterwards.
+    """A temporary folder, which is removed afterwards.
 
     Raises:
-        PortError: if it cannot be made or written, which is no fault of the target's.
+        PortError: if the folder cannot be created or written. The target is not the cause.
 
     Example:
         >>> with scratch_folder() as folder:
@@ -30,6 +30,6 @@ def scratch_folder() -> Iterator[Path]:
         if not isinstance(cause, OSError):
             raise
         raise PortError(
-            f"{tempfile.tempdir or 'the folder of temporary files'}: what is ported is first written there to be checked, and "
-            f"cannot be: {cause.strerror or cause}. Set TMPDIR to a folder with more room. Nothing was written."
+            f"{tempfile.tempdir or 'the folder of temporary files'}: what is ported is first written there to be checked, but that "
+            f"failed: {cause.strerror or cause}. Set TMPDIR to a folder with more room. Nothing was written."
         ) from error

@@ -1,4 +1,4 @@
-"""Checkpoints in several files with an index in JSON: `weight_map`, from names to files beside it.
+"""Reads checkpoints in several files with a JSON index, whose `weight_map` maps names to files beside it.
 
 Sources: the index of Hugging Face's libraries (`model.safetensors.index.json`, `pytorch_model.bin.index.json`);
 keras/src/saving/saving_lib.py, ShardedH5IOStore (`model.weights.json`), which maps groups to files, sometimes to several.
@@ -19,19 +19,19 @@ from selfattn_core.porting.formats.untrusted.limits import MAX_HEADER, MAX_TENSO
 
 __all__ = ["index_in", "looks_like_index", "of_several", "open_index"]
 
-# Files that are open at the same time; systems allow 1024.
+# Files that may be open at the same time. Systems allow 1024.
 _MOST_FILES = 500
-# In this order: weights that are one file, then indices.
+# Weights in one file. They are tried before indices.
 _WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.|_\d{5}\.weights\.h5$")
 _INDICES = ("*.safetensors.index.json", "*.bin.index.json", "*.weights.json")
 
 
 def index_in(folder: Path) -> Path | None:
-    """The weights in a folder of a model as Hugging Face's libraries and Keras write it: a file, or an index.
+    """The weights in a model's folder from Hugging Face's libraries or Keras: a file or an index.
 
     Raises:
-        PortError: if there are several indices and no whole file.
+        PortError: if there are several indices and no single file.
 
     Example:
         >>> index_in(Path("there-is-no-such-folder")) is None
@@ -57,30 +57,31 @@ def looks_like_index(start: bytes) -> bool:
 
 
 def of_several(path: Path) -> str:
-    """What to say of a file that by its name is one of several; "" for any other.
+    """The message for a file that is one of several, judging by its name. "" for any other file.
 
     Example:
         >>> of_several(Path("weights/model-00001-of-00002.safetensors"))
-        'model-00001-of-00002.safetensors is one of several files of a model: give the index beside it, *.json, or the folder weights'
+        'model-00001-of-00002.safetensors is one of several files of a model: name the index beside it, *.json, or the folder weights'
         >>> of_several(Path("weights/model.safetensors"))
         ''
     """
     if not _SHARD.search(path.name):
         return ""
     found = [each.name for pattern in _INDICES for each in sorted(path.parent.glob(pattern))]
-    index = f"give the index beside it, {', '.join(found) or '*.json'}, or the folder {path.parent}"
+    index = f"name the index beside it, {', '.join(found) or '*.json'}, or the folder {path.parent}"
     return f"{path.name} is one of several files of a model: {index}"
 
 
 def open_index(path: Path, opened: Callable[[Path], Tensors]) -> Tensors:
-    """The tensors of all files that an index names.
+    """List the tensors of all files of an index.
 
     Args:
-        path: of the index.
-        opened: opens one of the files.
+        path: the path of the index.
+        opened: a function that opens one of the files.
 
     Raises:
-        PortError: if it is no index, a file is absent, elsewhere or of another kind, or a name is in none or in two of them.
+        PortError: if it is not an index, if a file is missing, in another folder or of another kind, or if a name is in no
+            file or in two.
     """
     where = _weight_map(path)
     names = list(dict.fromkeys(name for files in where.values() for name in files))
@@ -99,7 +100,7 @@ def open_index(path: Path, opened: Callable[[Path], Tensors]) -> Tensors:
         problems = []
         for key, (name, *more) in where.items():
             tensors = files[name]
-            # Of a parallel module torch's reader takes this off where every name of a file has it.
+            # PyTorch's reader removes this prefix of a parallel module if every name in a file has it.
             held = key if key in tensors else key.removeprefix("module.")
             if more or held not in tensors:
                 problems.append(f"{key}: {'is in several files' if more else f'is not in {name}'}")
@@ -113,7 +114,7 @@ def open_index(path: Path, opened: Callable[[Path], Tensors]) -> Tensors:
 
 
 def _weight_map(path: Path) -> dict[str, list[str]]:
-    """The files of each name; names of files are checked, so that none leads elsewhere."""
+    """The files of each name. A file name that points to another folder is refused."""
     source = Source(path)
     try:
         if source.size > MAX_HEADER:
@@ -122,20 +123,20 @@ def _weight_map(path: Path) -> dict[str, list[str]]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, PortError):
             raise
-        raise PortError(f"{path}: is no index of a checkpoint: it is not JSON ({error}).") from None
+        raise PortError(f"{path}: is not an index of a checkpoint: it is not JSON ({error}).") from None
     finally:
         source.close()
     held: Any = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(held, dict) or not held or len(held) > MAX_TENSORS:
         raise PortError(
-            f"{path}: is JSON without a weight_map, which an index of a checkpoint has; name the file of weights itself."
+            f"{path}: is JSON without the weight_map of an index. Name the file of the weights itself."
         )
     found = {}
     for key, value in held.items():
         files = value if isinstance(value, list) else [value]
         if not files or not all(isinstance(name, str) and _is_beside(name) for name in files):
             raise PortError(
-                f"{path}: {key[:200]} is in {str(value)[:200]}, which is no file beside the index."
+                f"{path}: {key[:200]} is in {str(value)[:200]}, which is not a file beside the index."
             )
         found[key] = files
     return found

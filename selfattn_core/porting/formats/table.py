@@ -1,4 +1,4 @@
-"""The formats of checkpoints, one line a file; a new format is a file here and a line there."""
+"""The table of all formats. To add a format, add a file to this folder and a line to this table."""
 
 from selfattn_core.porting.formats import keras, msgpack, npz, orbax, safetensors, tensorflow, torch
 from selfattn_core.porting.formats.format import Format
@@ -9,10 +9,10 @@ FORMATS: tuple[Format, ...] = (
     *safetensors.FORMATS,
     *torch.FORMATS,
     *keras.FORMATS,
-    # Archives of torch and of Keras may hold arrays of numpy too, so their signs are looked for first.
+    # Archives of PyTorch and Keras may contain numpy arrays too, so they are tried first.
     *npz.FORMATS,
     *msgpack.FORMATS,
     *orbax.FORMATS,
     *tensorflow.FORMATS,
 )
-"""In the order in which their signs are looked for."""
+"""The formats, in the order in which they are tried."""

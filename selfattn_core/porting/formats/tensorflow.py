@@ -1,6 +1,6 @@
-"""TensorFlow's checkpoints, as `tf.train.Saver` and `tf.train.Checkpoint` write them, read without TensorFlow.
+"""Reads the checkpoints of `tf.train.Saver` and `tf.train.Checkpoint` without TensorFlow.
 
-An index, which is a sorted table of protocol buffers with checksums, and data files beside it.
+A checkpoint is an index, which is a sorted table of protocol buffers with checksums, and data files beside it.
 
 Source: tensorflow/core/util/tensor_bundle, tensorflow/core/protobuf/tensor_bundle.proto, and the table format of LevelDB.
 """
@@ -52,13 +52,13 @@ _GRAPH = b"_CHECKPOINTABLE_OBJECT_GRAPH"
 
 
 def checkpoint_prefix(path: Path) -> Path | None:
-    """The common beginning of a checkpoint's file names, or None where there is no checkpoint.
+    """The common beginning of a checkpoint's file names, or None if there is no checkpoint.
 
     Args:
-        path: that beginning, its index, one of its data files, or the folder of a checkpoint or of a SavedModel.
+        path: that beginning, the index, a data file, or the folder of a checkpoint or of a SavedModel.
 
     Raises:
-        PortError: if a folder holds several checkpoints and does not say which is the latest.
+        PortError: if a folder holds several checkpoints and does not record which one is the latest.
 
     Example:
         >>> checkpoint_prefix(Path("there-is-no-such-checkpoint")) is None
@@ -72,18 +72,18 @@ def checkpoint_prefix(path: Path) -> Path | None:
 
 
 def open_tensorflow(path: Path) -> Tensors:
-    """The variables of a checkpoint; those of strings are left out.
+    """List the variables of a checkpoint. Variables of strings are left out.
 
     Args:
-        path: as `checkpoint_prefix` takes it.
+        path: as in `checkpoint_prefix`.
 
     Raises:
-        PortError: if the index or a data file is absent, truncated or damaged.
+        PortError: if the index or a data file is missing, truncated or damaged.
     """
     prefix = checkpoint_prefix(path)
     if prefix is None:
         raise PortError(
-            f"{path}: no checkpoint of TensorFlow; expected {path.name}.index beside its data files."
+            f"{path}: is not a checkpoint of TensorFlow. Expected {path.name}.index beside its data files."
         )
     rows = list(_index(_beside(prefix, ".index")))
     if not rows or rows[0][0]:
@@ -92,7 +92,7 @@ def open_tensorflow(path: Path) -> Tensors:
     shards = number(f"{prefix}.index", header, 1, 1)
     if number(f"{prefix}.index", header, 2, 0):
         raise PortError(
-            f"{prefix}: was written on a big-endian machine; load it with TensorFlow and save it again."
+            f"{prefix}: was written on a big-endian machine. Load it with TensorFlow and save it again."
         )
     sources: dict[int, Source] = {}
 
@@ -116,7 +116,7 @@ def open_tensorflow(path: Path) -> Tensors:
                 problems.append(str(error))
                 continue
             if name in entries:
-                problems.append(f"{name}: is there twice; which one is meant cannot be known")
+                problems.append(f"{name}: is there twice, so it is unclear which one counts")
             elif entry is not None:
                 entries[name] = entry
         if problems:
@@ -141,7 +141,7 @@ def _prefix_in(folder: Path) -> Path | None:
     if listing.is_file() and listing.stat().st_size < MAX_HEADER:
         line = re.search(rb'^model_checkpoint_path: "([^"\n]*)"', listing.read_bytes(), re.MULTILINE)
         if line:
-            # The folder may have been moved since, and the list must not lead out of it: only the name counts.
+            # The folder may have been moved, and the list must not point outside it. So only the name counts.
             named = folder / line[1].decode("utf-8", "replace").rpartition("/")[2]
             if named in found:
                 return named
@@ -153,7 +153,7 @@ def _prefix_in(folder: Path) -> Path | None:
 
 
 def _graph(prefix: Path, rows: dict[bytes, bytes], shards: int, sources: dict[int, Source]) -> bytes:
-    """The description of objects that `tf.train.Checkpoint` keeps as a tensor of one text; empty if there is none."""
+    """The description of objects that `tf.train.Checkpoint` stores as a text tensor. Empty if there is none."""
     if _GRAPH not in rows:
         return b""
     where = f"{prefix}: {_GRAPH.decode()}"
@@ -164,7 +164,7 @@ def _graph(prefix: Path, rows: dict[bytes, bytes], shards: int, sources: dict[in
     source = _data_file(prefix, where, number(where, fields, 3, 0), shards, sources)
     content = source.bytes_at(number(where, fields, 4, 0), size)
     length, place = varint(where, content, 0)
-    # Four bytes of a checksum lie between the length and the text.
+    # A checksum of four bytes is between the length and the text.
     if place + 4 + length != size:
         raise PortError(f"{where}: is damaged: it should have {length} bytes")
     return content[place + 4 :]
@@ -189,7 +189,7 @@ def _entry(
     if 7 in fields:
         raise PortError(f"{name}: is a partitioned variable; load it with TensorFlow and save it whole")
     shapes = [message(name, shape) for shape in fields.get(2, [])]
-    # Protocol buffers leave a zero out.
+    # Protocol buffers omit zeros.
     axes = [number(name, message(name, axis), 1, 0) for shape in shapes for axis in shape.get(2, [])]
     info = TensorInfo(checked_shape(name, axes), _DTYPES[kind])
     shard, place = number(name, fields, 3, 0), number(name, fields, 4, 0)
@@ -218,7 +218,7 @@ def _entry(
 
 
 class _Checked:
-    """Reads and keeps what the checksum needs: the bytes of one tensor at most, where they are not the array itself."""
+    """Reads a tensor and keeps the bytes that the checksum needs: at most one tensor, and none beside the array itself."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -234,7 +234,7 @@ class _Checked:
 
 
 def _index(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of the table, in order."""
+    """The keys and values of the table, in order."""
     source = Source(path)
     try:
         if source.size > MAX_HEADER:
@@ -243,7 +243,7 @@ def _index(path: Path) -> Iterator[tuple[bytes, bytes]]:
     finally:
         source.close()
     if len(content) < _FOOTER or content[-8:] != _MAGIC:
-        raise PortError(f"{path}: is truncated or no index of a checkpoint.")
+        raise PortError(f"{path}: is truncated, or is not an index of a checkpoint.")
     footer = content[-_FOOTER:]
     _, place = varint(path, footer, 0)
     _, place = varint(path, footer, place)
@@ -258,7 +258,7 @@ def _index(path: Path) -> Iterator[tuple[bytes, bytes]]:
             count += 1
             if (last is not None and key <= last) or count > MAX_TENSORS:
                 raise PortError(
-                    f"{path}: is damaged: its keys are not in order, or holds the key {key[:80]!r} twice."
+                    f"{path}: is damaged: its keys are not in order, or it has the key {key[:80]!r} twice."
                 )
             last = key
             yield key, value
@@ -266,14 +266,14 @@ def _index(path: Path) -> Iterator[tuple[bytes, bytes]]:
 
 def _block(path: Path, content: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     if offset + size + 5 > len(content):
-        raise PortError(f"{path}: is truncated or damaged: a block lies outside it.")
+        raise PortError(f"{path}: is truncated or damaged: a block is outside the file.")
     block = content[offset : offset + size]
     kind = content[offset + size]
     stored = int.from_bytes(content[offset + size + 1 : offset + size + 5], "little")
     if masked(crc32c(content[offset : offset + size + 1])) != stored:
         raise PortError(f"{path}: is damaged: the checksum of a block differs; copy or download it again.")
     if kind:
-        raise PortError(f"{path}: is compressed; load it with TensorFlow and save it again.")
+        raise PortError(f"{path}: is compressed. Load it with TensorFlow and save it again.")
     restarts = int.from_bytes(block[-4:], "little")
     end = len(block) - 4 - 4 * restarts
     place, key = 0, b""
@@ -282,7 +282,7 @@ def _block(path: Path, content: bytes, offset: int, size: int) -> Iterator[tuple
         fresh, place = varint(path, block, place)
         length, place = varint(path, block, place)
         if shared > len(key) or place + fresh + length > end or shared + fresh > _LONGEST_KEY:
-            raise PortError(f"{path}: is damaged: a row lies outside its block.")
+            raise PortError(f"{path}: is damaged: a row is outside its block.")
         key = key[:shared] + block[place : place + fresh]
         place += fresh
         yield key, block[place : place + length]

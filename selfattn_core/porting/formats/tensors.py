@@ -1,4 +1,4 @@
-"""What every reader gives: the tensors of a file by name, listed at once and read one by one."""
+"""The result of every reader: the tensors of a file by name, which are listed at once and read one by one."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says of a tensor without its values being read.
+    """The shape and dtype of a tensor, without its values.
 
     Args:
-        shape: as stored.
-        dtype: as stored, in numpy's and ml_dtypes' names: "float32", "bfloat16", "float8_e4m3fn". A 16-bit or 8-bit
-            float that numpy lacks is read as float32, which is exact.
+        shape: the stored shape.
+        dtype: the stored dtype, as numpy or ml_dtypes names it: "float32", "bfloat16", "float8_e4m3fn". A 16-bit or 8-bit
+            float that numpy does not have is read as float32, which is exact.
     """
 
     shape: tuple[int, ...]
@@ -35,8 +35,8 @@ class Entry:
     """One tensor of a file.
 
     Args:
-        info: what is listed.
-        read: gives a new array of this shape.
+        info: its shape and dtype.
+        read: returns a new array of this shape.
     """
 
     info: TensorInfo
@@ -46,17 +46,17 @@ class Entry:
 class Tensors(Mapping[str, TensorInfo]):
     """The tensors of a file: a read-only mapping of names to shapes and dtypes, and `read` for the values.
 
-    A context manager; after it, nothing can be read.
+    It is a context manager. After the `with` block nothing can be read.
 
     Args:
-        path: of the file or folder, for messages.
+        path: the path of the file or folder, for messages.
         format: one of "safetensors", "npz", "torch", "keras", "msgpack", "orbax" or "tensorflow".
         entries: the tensors in the order of the file.
-        metadata: what else the file says of itself.
-        close: called once at the end.
-        left_out: what else the file holds under names of tensors, by name: why it cannot be one.
-        pools: the `kv_pool` of layers of this library, where the file holds it beside the tensors, by the beginning of
-            their keys without the last separator.
+        metadata: the metadata of the file.
+        close: a function that is called once at the end.
+        left_out: entries that look like tensors and are not, by name, with the reason.
+        pools: the `kv_pool` of layers of this library, if the file records it. The keys are their prefixes without the last
+            separator.
 
     Example:
         >>> entry = Entry(TensorInfo((2,), "float32"), lambda: np.ones(2, np.float32))
@@ -94,21 +94,21 @@ class Tensors(Mapping[str, TensorInfo]):
         return len(self._entries)
 
     def read(self, key: str) -> Array:
-        """A tensor's values as a new, contiguous array.
+        """Read a tensor's values as a new, contiguous array.
 
         Args:
-            key: one of the mapping's.
+            key: a key of the mapping.
 
         Raises:
-            PortError: if there is no such tensor, the file is closed, damaged or has changed, or holds a dtype that
-                numpy cannot hold.
+            PortError: if there is no such tensor, if the file is closed, damaged or has changed, or if numpy cannot hold the
+                dtype.
         """
         if self._closed:
-            raise PortError(f"{self.path}: is closed; read {key} before leaving the `with` block.")
+            raise PortError(f"{self.path}: is closed. Read {key} before the end of the `with` block.")
         if key in self.left_out:
             raise PortError(f"{self.path}: {self.left_out[key]}.")
         if key not in self._entries:
-            raise PortError(f"{self.path}: has no tensor {key!r}; it holds {len(self)} others.")
+            raise PortError(f"{self.path}: has no tensor {key!r}. It has {len(self)} others.")
         entry = self._entries[key]
         try:
             array = np.ascontiguousarray(entry.read()).reshape(entry.info.shape)
@@ -121,7 +121,7 @@ class Tensors(Mapping[str, TensorInfo]):
         return array
 
     def close(self) -> None:
-        """Let go of the file; harmless when repeated."""
+        """Close the file. A second call does nothing."""
         if not self._closed:
             self._closed = True
             self._close()

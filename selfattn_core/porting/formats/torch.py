@@ -1,7 +1,7 @@
-"""PyTorch's `.pt`, `.pth`, `.bin` and `.tar`: both its formats, read without torch and without executing anything.
+"""Reads both formats of PyTorch's `.pt`, `.pth`, `.bin` and `.tar` without torch and without executing anything.
 
-The pickle in the file is interpreted, not run (`torch_pickle`), and tensors are read from where it says that they lie. A file
-that `torch.load(weights_only=True)` refuses is refused here too, with the names that it would have imported.
+`torch_pickle` interprets the pickle in the file without running it, and the tensors are read from the places that it gives. A
+file that `torch.load(weights_only=True)` refuses is refused here too. The error lists the names that it would have imported.
 
 Source: torch/serialization.py for the two formats.
 """
@@ -32,38 +32,38 @@ from selfattn_core.porting.formats.untrusted.zip import Archive, Member
 
 __all__ = ["FORMATS", "add_metadata", "open_torch", "open_torch_legacy"]
 
-# Where our own writer keeps its metadata: beside torch's versions of modules, which no key of a state dict names.
+# The key of our writer's metadata among PyTorch's versions of modules. No key of a state dict has this name.
 _METADATA = "selfattn metadata"
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
-# Gives the numbers [first, last) of a storage.
+# Returns the numbers [first, last) of a storage.
 Fetch = Callable[[int, int], Array]
 
 
 def open_torch(path: Path) -> Tensors:
-    """The tensors of a file that torch 1.6 or later wrote, a zip archive.
+    """List the tensors of a zip archive that torch 1.6 or later wrote.
 
     Args:
-        path: of the file.
+        path: the path of the file.
 
     Raises:
-        PortError: if the archive is damaged or made to deceive, its pickle would import anything, or its tensors do not lie
-            within the file; lists every problem.
+        PortError: with every problem, if the archive is damaged or deceptive, if its pickle would import anything, or if a
+            tensor is outside the file.
     """
     archive = Archive(Source(path))
     try:
         pickles = [name for name in archive.members if name.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1:
-            raise PortError(f"{path}: is a zip archive, but no checkpoint of torch: {_listing(archive)}.")
+            raise PortError(f"{path}: is a zip archive, but not a checkpoint of torch: {_listing(archive)}.")
         folder = pickles[0].removesuffix("data.pkl")
         if any(name.startswith(f"{folder}code/") for name in archive.members):
             raise PortError(
-                f"{path}: is a TorchScript program, not a state dict; load it with torch.jit.load and save its state_dict()."
+                f"{path}: is a TorchScript program, not a state dict. Load it with torch.jit.load and save its state_dict()."
             )
         if f"{folder}byteorder" in archive.members and archive.read(f"{folder}byteorder") != b"little":
             raise PortError(
-                f"{path}: was written on a big-endian machine; load it with torch and save it again."
+                f"{path}: was written on a big-endian machine. Load it with torch and save it again."
             )
         content = _unpickle(path, archive.read(pickles[0]))
         checked: set[str] = set()
@@ -78,10 +78,10 @@ def open_torch(path: Path) -> Tensors:
 
 
 def open_torch_legacy(path: Path) -> Tensors:
-    """The tensors of a file that torch 0.1.10 to 1.5 wrote, or a later one when asked to: pickles, then storages.
+    """List the tensors of a file that torch 0.1.10 to 1.5 wrote, or a later torch on request: pickles, then storages.
 
     Args:
-        path: of the file.
+        path: the path of the file.
 
     Raises:
         PortError: as `open_torch`.
@@ -95,7 +95,7 @@ def open_torch_legacy(path: Path) -> Tensors:
             system = _unpickle(path, view).value
             if not isinstance(system, dict) or system.get("little_endian") is not True:
                 raise PortError(
-                    f"{path}: was written on a big-endian machine; load it with torch and save it again."
+                    f"{path}: was written on a big-endian machine. Load it with torch and save it again."
                 )
             content = _unpickle(path, view)
             keys = _unpickle(path, view).value
@@ -105,7 +105,7 @@ def open_torch_legacy(path: Path) -> Tensors:
             or len(keys) > MAX_TENSORS
             or not all(isinstance(key, str) for key in keys)
         ):
-            raise PortError(f"{path}: is damaged: its list of storages is not one.")
+            raise PortError(f"{path}: is damaged: its list of storages is malformed.")
         places = _legacy_places(source, content.storages, keys, place)
 
         def storage(key: str, dtype: str, numel: int) -> Fetch:
@@ -129,10 +129,10 @@ def _unpickle(path: Path, file: Any, *, torch: bool = True) -> Unpickled:
         raise PortError(f"{path}: {error}.") from None
     if content.blocked:
         wanted = (
-            f"Expected a state dict. If you trust the file, load it where it was written and save {_alone(content.value)} alone."
+            f"Expected a state dict. If you trust the file, load it with the code that wrote it, and save only {_alone(content.value)}."
             if torch
-            else "Expected arrays. If you trust the file, load it where it was written and save its arrays with numpy.savez, or a "
-            "model's state_dict() with torch.save."
+            else "Expected arrays. If you trust the file, load it with the code that wrote it, and save its arrays with numpy.savez, "
+            "or a model's state_dict() with torch.save."
         )
         raise PortError(
             f"{path}: loading it would import and could run {', '.join(content.blocked[:20])}; nothing was executed. {wanted}"
@@ -141,7 +141,7 @@ def _unpickle(path: Path, file: Any, *, torch: bool = True) -> Unpickled:
 
 
 def _alone(value: Any) -> str:
-    """What of a checkpoint to save again: the state dicts in it, or a model's."""
+    """The parts of a checkpoint to save again: the state dicts in it, or a model's."""
     held = [
         f"checkpoint[{name!r}]"
         for name, inner in (value.items() if isinstance(value, dict) else ())
@@ -151,14 +151,14 @@ def _alone(value: Any) -> str:
 
 
 def _arrays(path: Path, content: Unpickled, close: Callable[[], object]) -> Tensors:
-    """The arrays of numpy in a pickle that is not torch's, as of Paddle (`.pdparams`) or of parameters of Flax."""
+    """The numpy arrays in a pickle that is not PyTorch's, for example of Paddle (`.pdparams`) or of Flax parameters."""
 
     def storage(key: str, dtype: str, numel: int) -> Fetch:
         raise PortError(f"its storage {key} of {numel} numbers of {dtype} is not in the file")
 
     if not any(isinstance(value, NumpyArray) for _, value in _walk(path, content.value, (), 0)):
         raise PortError(
-            f"{path}: is a pickle, but no checkpoint of torch, and holds no arrays; nothing in it was executed."
+            f"{path}: is a pickle, but not a checkpoint of torch, and it holds no arrays. Nothing in it was executed."
         )
     return _tensors(path, content, storage, close, format="pickle")
 
@@ -173,7 +173,7 @@ def _tensors(
 ) -> Tensors:
     found = list(_walk(path, content.value, (), 0))
     if not found:
-        raise PortError(f"{path}: holds no tensors; expected a state dict.")
+        raise PortError(f"{path}: holds no tensors. Expected a state dict.")
     names, metadata = names_and_wrappers([keys for keys, _ in found], content.value)
     if content.settings:
         metadata["types that were only named"] = ", ".join(content.settings)
@@ -182,7 +182,7 @@ def _tensors(
     problems = []
     for name, (_, tensor) in zip(names, found, strict=True):
         if name in entries:
-            problems.append(f"{name}: is there twice; which one is meant cannot be known")
+            problems.append(f"{name}: is there twice, so it is unclear which one counts")
             continue
         try:
             where = f"{path}: {name}"
@@ -206,7 +206,7 @@ def _tensors(
 def _pools(
     content: Unpickled, found: list[tuple[tuple[str, ...], Tensor | NumpyArray]], names: list[str]
 ) -> dict[str, int]:
-    """The pooling of layers of ours, which lies among torch's versions of modules."""
+    """The pooling of our layers, which is stored among PyTorch's versions of modules."""
     shown = {id(tensor): name for (_, tensor), name in zip(found, names, strict=True)}
     pools = {}
     for held, state in content.states:
@@ -222,7 +222,7 @@ def _pools(
 def _walk(
     path: Path, value: Any, keys: tuple[str, ...], visited: int
 ) -> Iterator[tuple[tuple[str, ...], Tensor | NumpyArray]]:
-    """Every tensor below a value and the keys that lead there. A value that is shared is visited each time, so counted."""
+    """Every tensor below a value, and the keys on the way to it. A shared value is visited and counted each time."""
     stack: list[tuple[tuple[str, ...], Any]] = [(keys, value)]
     while stack:
         keys, value = stack.pop()
@@ -247,7 +247,7 @@ def _walk(
 def _entry(where: str, tensor: Tensor, storage: Callable[[str, str, int], Fetch]) -> Entry:
     if tensor.unread:
         raise PortError(
-            f"{where}: is a {tensor.unread} tensor; make it a plain one in torch and save it again"
+            f"{where}: is a {tensor.unread} tensor; convert it to a plain one in torch and save it again"
         )
     if bits(tensor.dtype) is None:
         raise PortError(f"{where}: has the dtype {tensor.dtype}, which cannot be read")
@@ -273,7 +273,7 @@ def _entry(where: str, tensor: Tensor, storage: Callable[[str, str, int], Fetch]
         flat = fetch(offset, last)
         steps = tuple(step * flat.itemsize for step in strides)
         view = np.lib.stride_tricks.as_strided(flat, info.shape, steps, writeable=False)
-        # Of a contiguous tensor this is the array that was read.
+        # For a contiguous tensor this is the array that was read.
         return flat.reshape(info.shape) if view.flags.c_contiguous else np.array(view, order="C")
 
     return Entry(info, read)
@@ -290,7 +290,7 @@ def _zip_storage(archive: Archive, name: str, dtype: str, numel: int, checked: s
 
     def fetch(first: int, last: int) -> Array:
         if name not in checked:
-            # A flipped bit is a wrong weight: torch would not notice, but wrote a checksum.
+            # A flipped bit is a wrong weight. torch does not check it, but it writes a checksum.
             _verify(archive, name)
             checked.add(name)
         info = TensorInfo((last - first,), dtype)
@@ -310,7 +310,7 @@ def _verify(archive: Archive, name: str) -> None:
         member.finish()
     except PortError as error:
         raise PortError(
-            f"{error} If torch.serialization.set_crc32_options(False) was in force when it was saved, save it without."
+            f"{error} If it was saved with torch.serialization.set_crc32_options(False), save it without that."
         ) from None
     finally:
         member.close()
@@ -319,7 +319,7 @@ def _verify(archive: Archive, name: str) -> None:
 def _legacy_places(
     source: Source, storages: dict[str, Storage], keys: list[str], place: int
 ) -> dict[str, tuple[int, int]]:
-    """Where the numbers of each storage begin, and how many there are; the width of one is known from who refers to it."""
+    """The place and the number of the elements of each storage. The tensors that refer to it determine its width."""
     places = {}
     for key in keys:
         if key not in storages:
@@ -353,13 +353,13 @@ def _legacy_storage(source: Source, place: tuple[int, int] | None, key: str, dty
 
 def _content(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
     require("selfattn_core.porting", ["torch"], "torch")
-    # By name, for this package imports no framework: the library is that of the format.
+    # By name, because this package imports no framework. The library is needed for the format.
     framework = imported("torch")
     state: Any = collections.OrderedDict(
         (name, framework.from_numpy(contiguous(array))) for name, array in tensors.items()
     )
     if metadata:
-        state._metadata = {"": {}}  # noqa: SLF001 - where torch keeps the like
+        state._metadata = {"": {}}  # noqa: SLF001 - torch keeps such data there
         add_metadata(state, metadata)
     content = io.BytesIO()
     framework.save(state, content)
@@ -367,11 +367,11 @@ def _content(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes
 
 
 def add_metadata(state: Any, metadata: Mapping[str, str]) -> None:
-    """Keep metadata in a state dict of torch, where `open_tensors` finds them.
+    """Store metadata in a PyTorch state dict, where `open_tensors` finds it.
 
     Args:
-        state: a state dict with torch's versions of modules.
-        metadata: to keep.
+        state: a state dict with PyTorch's versions of modules.
+        metadata: the metadata to store.
 
     Example:
         >>> state = collections.OrderedDict()
@@ -380,7 +380,7 @@ def add_metadata(state: Any, metadata: Mapping[str, str]) -> None:
         >>> state._metadata
         {'': {}, 'selfattn metadata': {'source': 'mine'}}
     """
-    state._metadata[_METADATA] = dict(metadata)  # noqa: SLF001 - where torch keeps the like
+    state._metadata[_METADATA] = dict(metadata)  # noqa: SLF001 - torch keeps such data there
 
 
 def _is_archive(names: Collection[str]) -> bool:
@@ -388,7 +388,7 @@ def _is_archive(names: Collection[str]) -> bool:
 
 
 def _begins(start: bytes) -> bool:
-    """Every pickle since protocol 2 begins so, and torch has never written an older one."""
+    """Whether a file begins like a pickle of protocol 2 or later. torch has never written an older one."""
     return len(start) > 1 and start[0] == 0x80 and start[1] <= 5
 
 

@@ -1,4 +1,4 @@
-"""The names of the tensors in a checkpoint of torch, which may be dictionaries in dictionaries."""
+"""Names the tensors of a PyTorch checkpoint, whose dictionaries may be nested."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ __all__ = ["names_and_wrappers", "names_of"]
 
 
 def names_of(paths: list[tuple[str, ...]], value: Any) -> list[str]:
-    """The names that tensors of a loaded file of torch have here, by the keys that lead to each.
+    """The names of the tensors in a loaded PyTorch file.
 
     Args:
-        paths: of every tensor.
-        value: what torch loaded.
+        paths: the keys on the way to each tensor.
+        value: the value that torch loaded.
 
     Example:
         >>> names_of([("state_dict", "module.w")], {"state_dict": {"module.w": 1}})
@@ -20,17 +20,17 @@ def names_of(paths: list[tuple[str, ...]], value: Any) -> list[str]:
 
 
 def names_and_wrappers(paths: list[tuple[str, ...]], value: Any) -> tuple[list[str], dict[str, str]]:
-    """The names of tensors, and what was removed from all of them.
+    """The names of tensors, and the parts that were removed from all of them.
 
-    The name of the only dictionary of weights is removed, and so is what parallel and compiled modules put before names.
-    With several dictionaries (the weights and their average) each keeps its name, so that neither is chosen silently.
+    If there is one dictionary of weights, its name is removed. So are the prefixes of parallel and compiled modules. If there
+    are several dictionaries (the weights and their average), each keeps its name, so that the user has to choose.
 
     Args:
-        paths: the keys that lead to every tensor.
-        value: what torch loaded, or what stands for it.
+        paths: the keys on the way to each tensor.
+        value: the value that torch loaded, or its stand-in.
 
     Returns:
-        The names, and metadata: "container" is the dictionary, "stripped" the rest.
+        The names, and metadata: "container" is the dictionary, "stripped" the removed prefixes.
 
     Example:
         >>> names_and_wrappers([("state_dict", "module.w")], {"state_dict": {"module.w": 1}})

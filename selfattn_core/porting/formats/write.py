@@ -1,4 +1,4 @@
-"""Tensors into a file of another framework: whole or not at all, and never over what is there unless told."""
+"""Writes tensors to a file of another framework. The file appears complete or not at all."""
 
 import os
 from collections.abc import Mapping
@@ -28,18 +28,18 @@ def write_tensors(
     """Write tensors under these names.
 
     Args:
-        path: the target, a file, or with "orbax" a folder; the folder that it is in must exist.
-        tensors: arrays by name, in the target's own layout. For "torch" names are separated by dots, for "keras",
-            "msgpack" and "orbax" by slashes: `query/kernel`. bfloat16 is widened to float32, which is exact.
+        path: the target: a file, or a folder for "orbax". Its own folder must exist.
+        tensors: arrays by name, in the target's own layout. Names have dots for "torch", and slashes for "keras", "msgpack"
+            and "orbax": `query/kernel`. bfloat16 is widened to float32, which is exact.
         format: one of `WRITABLE`. "torch" is a state dict for `load_state_dict`, "keras" a `.weights.h5` for
-            `load_weights`, "msgpack" what `flax.serialization` restores, "orbax" a checkpoint that Orbax restores.
-        metadata: kept with the file: in the header of "safetensors", as a member of "npz", among torch's versions of
-            modules, as an attribute of the HDF5 file, as custom metadata of Orbax, and nowhere in "msgpack".
+            `load_weights`, "msgpack" a file for `flax.serialization`, "orbax" a checkpoint that Orbax restores.
+        metadata: text to store in the header of "safetensors", as a member of "npz", among PyTorch's versions of modules, as
+            attributes of the HDF5 file, or as custom metadata of Orbax. "msgpack" has no place for it.
         overwrite: whether an existing target may be replaced.
 
     Raises:
-        PortError: if the target exists and `overwrite` is False, is of another kind (a folder where a file should be), must
-            not be written, does not fit on the disk, or its folder is absent. The target is then as it was.
+        PortError: if the target exists and `overwrite` is False, if it is a folder instead of a file or the reverse, if it
+            cannot be written, if the disk is full, or if its folder is missing. The target is then unchanged.
         ModuleNotFoundError: if the format's own library is not installed.
 
     Example:
@@ -68,13 +68,13 @@ def write_tensors(
         raise target_exists(target) from None
     except OSError as error:
         raise PortError(
-            f"{target}: cannot be written: {error.strerror or error}. Nothing was written, and what was there is as it was."
+            f"{target}: cannot be written: {error.strerror or error}. Nothing was written or replaced."
         ) from error
 
 
 def _check_target(target: Path, chosen: Format, overwrite: bool) -> None:
     if not target.parent.is_dir():
-        raise PortError(f"{target}: there is no folder {target.parent}; nothing was written.")
+        raise PortError(f"{target}: there is no folder {target.parent}. Nothing was written.")
     if chosen.fill and target.exists() and not target.is_dir():
         raise PortError(f"{target}: is a file; {chosen.title} is a folder. Nothing was written.")
     if chosen.file and target.is_dir():
@@ -82,4 +82,4 @@ def _check_target(target: Path, chosen: Format, overwrite: bool) -> None:
     if target.exists() and not overwrite:
         raise target_exists(target)
     if chosen.fill and target.is_dir() and any(target.iterdir()) and not chosen.is_at(target):
-        raise PortError(f"{target}: is a folder of something else than a checkpoint, and is not replaced.")
+        raise PortError(f"{target}: is a folder that is not a checkpoint. It was not replaced.")

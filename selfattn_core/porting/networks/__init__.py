@@ -1,1 +1,1 @@
-"""Our layer in the place of foreign ones in a network: what the adapters' `convert` share."""
+"""The common part of the adapters' `convert`, which replaces foreign layers of a network by ours."""

@@ -1,4 +1,4 @@
-"""What the adapters' `convert` share: a foreign layer of a model in memory, the question that it and ours answer, the report."""
+"""The common data and checks of the adapters' `convert`: a foreign layer, the input for it and ours, and the report."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -55,14 +55,14 @@ class Foreign:
     """A foreign layer as its dialect reads it.
 
     Args:
-        config: of the layer that takes its place.
-        params: arrays by canonical name, in the precision of the foreign layer, float32 where it has 16 bits.
-        origins: where each comes from.
-        axes: of each kernel as the foreign layer has it, by canonical name.
-        divided: whether the kernels were divided by their spectral norms, which ours does not have.
-        batch_norm: whether a batch norm has become part of the last projection.
-        assumptions: what its tensors do not show.
-        notes: what else a person must know.
+        config: the config of the new layer.
+        params: arrays by canonical name, in the precision of the foreign layer. In float32 if that has 16 bits.
+        origins: the origin of each array.
+        axes: the axes of each kernel in the foreign layer, by canonical name.
+        divided: whether the kernels were divided by their spectral norms, so that the new layer has no spectral norm.
+        batch_norm: whether a batch norm was folded into the last projection.
+        assumptions: facts that its tensors do not show.
+        notes: other facts that a user must know.
     """
 
     config: SelfAttentionConfig
@@ -75,7 +75,7 @@ class Foreign:
     notes: tuple[str, ...]
 
     def source(self, name: str) -> str:
-        """The one key whose numbers a canonical parameter has, at most in another order; "" if there is none such."""
+        """The one key whose values a canonical parameter has, in any order. "" if there is no such key."""
         origin = self.origins[name]
         return origin.sources[0] if len(origin.sources) == 1 and origin.exact else ""
 
@@ -87,12 +87,12 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Question:
-    """What the foreign layer and ours are asked.
+    """The input that the foreign layer and ours get.
 
     Args:
-        params: of the layer that answers, float32 or float64; gamma is not 0.
+        params: the parameters of both layers, float32 or float64. gamma is not 0.
         x: (B, H, W, C).
-        dy: the gradient of y.
+        dy: the gradient with respect to y.
     """
 
     params: Mapping[str, Array]
@@ -101,7 +101,7 @@ class Question:
 
     @property
     def gamma(self) -> float:
-        """That the answers are given with."""
+        """The gamma of both layers."""
         return float(self.params["gamma"][0])
 
 
@@ -110,16 +110,16 @@ class ConvertedLayer:
     """One layer that was replaced, or would be.
 
     Args:
-        names: of every place in the model where it stands.
+        names: its names in the model. A layer in several places has several.
         was: the class of the foreign layer.
-        dialect: that it was read as.
-        config: of ours, as `SelfAttentionConfig.to_dict` gives it.
-        old: the largest error of the foreign layer, in noise floors by quantity.
-        new: of ours.
-        failures: why it is not the same layer; empty if it is.
+        dialect: the dialect of the foreign layer.
+        config: the config of the new layer, from `SelfAttentionConfig.to_dict`.
+        old: the largest errors of the foreign layer in noise floors, by quantity.
+        new: the largest errors of the new layer, in the same form.
+        failures: the reasons why it is not the same layer. Empty if it is.
         returns_map: whether it returns (y, A).
-        assumptions: what the foreign layer's tensors do not show.
-        notes: what else a person must know.
+        assumptions: facts that the foreign layer's tensors do not show.
+        notes: other facts that a user must know.
     """
 
     names: tuple[str, ...]
@@ -139,8 +139,8 @@ class Conversion(Generic[Model]):
     """A model in which foreign attention layers have become ours.
 
     Args:
-        model: with our layers; None after a dry run.
-        layers: what was replaced.
+        model: the model with our layers. None after a dry run.
+        layers: the layers that were replaced.
     """
 
     model: Model | None = field(repr=False)
@@ -148,16 +148,16 @@ class Conversion(Generic[Model]):
 
     @property
     def passed(self) -> bool:
-        """Whether every layer is the one that it replaces."""
+        """Whether every new layer computes the same as the layer that it replaces."""
         return not any(layer.failures for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but the model, as JSON can hold it."""
+        """The report without the model, as a dictionary that JSON can hold."""
         layers = [asdict(layer) for layer in self.layers]
         return {"kind": "selfattn conversion", "version": 1, "passed": self.passed, "layers": layers}
 
     def to_text(self) -> str:
-        """All of it, for a person."""
+        """The report as text."""
         done = "would be replaced" if self.model is None else "replaced"
         lines = [f"{len(self.layers)} layers {done}; errors in noise floors, of which 8 are allowed"]
         for layer in self.layers:
@@ -179,10 +179,10 @@ class Conversion(Generic[Model]):
 
 
 class ConversionError(PortError):
-    """A foreign layer that does not compute what its dialect says. The model is as it was.
+    """A foreign layer does not compute what its dialect describes. The model is unchanged.
 
     Args:
-        report: of all layers; its model is None.
+        report: the report on all layers. Its model is None.
     """
 
     def __init__(self, report: Conversion[Any]) -> None:
@@ -192,50 +192,50 @@ class ConversionError(PortError):
             for layer in failed
         ]
         super().__init__(
-            f"nothing was replaced, because {len(failed)} of {len(report.layers)} layers do not compute what their dialect says; name "
-            "the dialect of the code that the layer is from, or describe it in a .toml file:\n  "
+            f"nothing was replaced, because {len(failed)} of {len(report.layers)} layers do not compute what their dialect describes. "
+            "Name the dialect of the layer's own code, or describe the layer in a .toml file:\n  "
             + "\n  ".join(texts)
         )
         self.report = report
 
 
 def chosen_dialect(name: str | None, tensors: Tensors, agrees: Callable[[Dialect], bool]) -> Dialect:
-    """The dialect that was named, or the only one that the keys of a layer fit.
+    """The dialect of this name. Without a name, the only one that fits the keys of a layer.
 
     Args:
-        name: of the dialect; None if nobody said.
-        tensors: of the layer alone.
-        agrees: whether the layer computes what a dialect says, for the message.
+        name: the name of the dialect, or None.
+        tensors: the tensors of the layer.
+        agrees: a function that tells whether the layer computes what a dialect describes, for the message.
 
     Raises:
-        PortError: if none or several fit.
+        PortError: if there is no name, and no dialect or several fit.
     """
     if name is not None:
         return dialect(name)
     found = candidates(tensors)
     if [fit.verdict for fit in found.values()] == ["fits"]:
         return dialect(*found)
-    fits = f"its keys fit {named(found)}" if found else f"its keys fit none: {listed(list(tensors))}"
+    fits = f"its keys fit {named(found)}" if found else f"its keys fit no dialect: {listed(list(tensors))}"
     hint = agreement(None, tensors, agrees)
     raise PortError(
-        f"{tensors.path}: say with dialect= what it is: {fits}{f'; {hint}' if hint else ''}. A .toml file of your own describes any "
-        "other.",
+        f"{tensors.path}: choose its dialect with dialect=: {fits}{f'; {hint}' if hint else ''}. A .toml file of your own can "
+        "describe any other layer.",
         kind="dialect_needed",
         names=list(found),
     )
 
 
 def agreement(tried: Dialect | None, tensors: Tensors, agrees: Callable[[Dialect], bool]) -> str:
-    """For a message, which dialects with the keys of a layer say what the layer computes; "" if none does.
+    """The dialects that have the keys of a layer and describe what it computes, for a message. "" if there are none.
 
     Args:
-        tried: one that does not.
-        tensors: of the layer alone.
-        agrees: whether the layer computes what a dialect says.
+        tried: a dialect that does not describe it.
+        tensors: the tensors of the layer.
+        agrees: a function that tells whether the layer computes what a dialect describes.
     """
     names = [name for name, fit in candidates(tensors).items() if fit.verdict == "fits"]
     right = [name for name in names if (tried is None or name != tried.name) and agrees(dialect(name))]
-    return f"the layer computes what {' and '.join(right)} say{'s' * (len(right) == 1)}" if right else ""
+    return f"the layer computes what {' and '.join(right)} describe{'s' * (len(right) == 1)}" if right else ""
 
 
 def read_layer(
@@ -245,16 +245,16 @@ def read_layer(
     *,
     keep_spectral_norm: bool,
 ) -> Foreign:
-    """A layer's own tensors, as a dialect reads them.
+    """Read a layer's own tensors in a dialect.
 
     Args:
-        tensors: of the layer alone, in the form that its framework saves.
+        tensors: the tensors of the layer, in the form that its framework saves.
         chosen: the dialect.
-        settings: what the tensors do not show.
-        keep_spectral_norm: whether a layer that has spectral norm everywhere keeps it.
+        settings: facts that the tensors do not show.
+        keep_spectral_norm: whether a layer that has spectral norm on every kernel keeps it.
 
     Raises:
-        PortError: if the dialect does not fit; every problem.
+        PortError: if the dialect does not fit, with every problem.
     """
     planned = _plan(tensors, chosen, settings_of(chosen, settings))
     projections = planned.match.projections
@@ -270,7 +270,7 @@ def read_layer(
     except PortError as error:
         advice = ""
         if keep_spectral_norm and any(norms):
-            advice = ". With keep_spectral_norm=False the kernels are divided by it once, and training goes on without it"
+            advice = ". With keep_spectral_norm=False the kernels are divided by it once, and training continues without it"
         raise error.within(f"{tensors.path}: ", advice) from error
     assumptions = tuple(one.text for one in planned.assumptions)
     params = {name: np.array(array) for name, array in block.params.items()}
@@ -278,9 +278,9 @@ def read_layer(
     batch_norm = bool(planned.match.batch_norm)
     if batch_norm:
         notes.append(
-            "its batch norm is part of the new layer's kernel and bias, as in evaluation mode; training goes on without it"
+            "its batch norm is now part of the kernel and bias, as in evaluation mode, and training continues without it"
         )
-    # The dialect's caveats are about what keys do not show; here the layer itself is asked.
+    # The dialect's caveats are about facts that keys do not show. Here the layer itself runs.
     divided = any(norms) and not block.config.spectral_norm
     return Foreign(block.config, params, block.origins, axes, divided, batch_norm, assumptions, tuple(notes))
 
@@ -293,10 +293,10 @@ def _plan(tensors: Tensors, chosen: Dialect, settings: Settings) -> Plan:
         reasons.append(Problem("missing", f"it has no {listed(found.missing)}", found.missing))
     if found.ambiguous:
         names = (found.variant.name, *found.ambiguous)
-        text = f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit alike"
+        text = f"the variants {found.variant.name} and {', '.join(found.ambiguous)} fit equally well"
         reasons.append(Problem("ambiguous", text, names))
     if found.unused:
-        text = f"nothing reads its {listed(found.unused)}, which may change what it computes"
+        text = f"unused: {listed(found.unused)}, which may change what the layer computes"
         reasons.append(Problem("unused", text, found.unused))
     planned = plan(found, tensors, settings)
     reasons += [] if found.missing else planned.problems
@@ -311,11 +311,11 @@ def _plan(tensors: Tensors, chosen: Dialect, settings: Settings) -> Plan:
 def check_arguments(
     *, match: Any, kind: type, settings: Any, size: Any, returns: Any, dialect: Any, block_size: Any
 ) -> None:
-    """Refuse what no `convert` can take, all at once, before anything is computed.
+    """Refuse arguments that no `convert` accepts, all at once and before anything is computed.
 
     Args:
         match: as in `convert`.
-        kind: of the framework's modules.
+        kind: the class of the framework's modules.
         settings: as in `convert`.
         size: as in `convert`.
         returns: as in `convert`.
@@ -323,7 +323,7 @@ def check_arguments(
         block_size: as in `convert`.
 
     Raises:
-        ValueError: naming every argument.
+        ValueError: with every wrong argument.
     """
     problems = []
     if returns not in ("same", "output"):
@@ -332,7 +332,7 @@ def check_arguments(
     classes = all(isinstance(each, type) and issubclass(each, kind) for each in kinds) and kinds
     if match is not None and not (classes or isinstance(match, str) or _is_function(match)):
         problems.append(
-            f"match={match!r}; expected a class of modules or a tuple of some, a name with *, or a function of name and module"
+            f"match={match!r}; expected a class of modules, a tuple of classes, a name with *, or a function of name and module"
         )
     whole = isinstance(size, tuple | list) and len(size) == 2
     if size is not None and not (
@@ -344,7 +344,7 @@ def check_arguments(
     if dialect is not None and not isinstance(dialect, str):
         problems.append(f"dialect={dialect!r}; expected a name of `selfattn dialects` or a .toml file")
     if dialect is None and match is None:
-        problems.append("neither dialect nor match; say what the layers are, which modules, or both")
+        problems.append("neither dialect nor match is given; pass dialect=, match= or both")
     if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
         problems.append(f"block_size={block_size!r}; expected a positive whole number or None")
     if problems:
@@ -361,22 +361,22 @@ def no_match(
     """What to raise where nothing in a model matches.
 
     Args:
-        model_parts: what the framework calls them, "module" or "layer".
+        model_parts: the framework's word for them, "module" or "layer".
         match: as in `convert`.
         dialect: as in `convert`.
-        kinds: of everything in the model.
-        more: what else may be the cause.
+        kinds: the classes in the model.
+        more: another possible cause.
     """
-    what = f"that match={match!r} takes" if match is not None else f"with the keys of {dialect}"
+    what = f"that match={match!r} selects" if match is not None else f"with the keys of {dialect}"
     names = ", ".join(sorted({kind.__name__ for kind in kinds}))
     return PortError(
-        f"convert: the model has no {model_parts} {what}, and was left as it is; its {model_parts}s are of {names}{more}. Name the "
-        "class of the attention layer with match=, and with dialect= what it computes."
+        f"convert: the model has no {model_parts} {what}, and is unchanged. Its {model_parts}s are of the classes {names}{more}. Pass "
+        "the class of the attention layer as match=, and its dialect as dialect=."
     )
 
 
 def nested(names: Collection[str]) -> list[str]:
-    """Why places that lie inside one another cannot all be replaced.
+    """The reasons why nested layers cannot all be replaced.
 
     Example:
         >>> nested(["attention", "attention.query", "head"])
@@ -391,14 +391,14 @@ def nested(names: Collection[str]) -> list[str]:
 
 
 def sizes(config: SelfAttentionConfig, size: tuple[int, int] | None) -> tuple[tuple[int, int], ...]:
-    """(H, W) of the inputs that both layers are asked, by default two.
+    """(H, W) of the inputs for both layers. By default there are two.
 
-    The first is small, with whole windows of pooling, which many layers need. The second has windows that are cut off, and is
-    large enough for a layer that attends within neighbourhoods to differ.
+    The first is small and has complete pooling windows, which many layers need. The second has pooling windows that are cut
+    off, and it is large enough to reveal a layer that attends within neighbourhoods.
 
     Args:
         config: the layer.
-        size: what the user said.
+        size: the user's size, or None.
 
     Example:
         >>> sizes(SelfAttentionConfig(16, kv_pool=2), None)
@@ -411,14 +411,14 @@ def sizes(config: SelfAttentionConfig, size: tuple[int, int] | None) -> tuple[tu
 
 
 def question(foreign: Foreign, size: tuple[int, int]) -> Question:
-    """An input on which a wrong layer shows.
+    """An input that reveals a wrong layer.
 
     Args:
         foreign: the layer.
-        size: (H, W) of the input, as `sizes` gives it.
+        size: (H, W) of the input, from `sizes`.
 
     Raises:
-        PortError: if the layer takes no input of that size.
+        PortError: if the layer accepts no input of that size.
     """
     side = foreign.config.kv_pool
     if min(size) < side:
@@ -431,13 +431,13 @@ def question(foreign: Foreign, size: tuple[int, int]) -> Question:
 
 
 def apart(foreign: Foreign, asked: Question, old: Array, new: Array) -> float:
-    """How far the outputs of both layers in training are from one another, in noise floors; twice 8 is what they may be.
+    """The difference of both layers' outputs in training, in noise floors. Twice 8 is allowed.
 
     Args:
         foreign: the layer.
-        asked: what was asked.
+        asked: the input.
         old: the output of the foreign layer, (B, H, W, C).
-        new: of ours.
+        new: the output of ours.
     """
     floor = _expected(foreign, asked, "forward", str(asked.x.dtype))["y"].floor
     return float(np.abs(np.asarray(old, np.float64) - np.asarray(new, np.float64)).max(initial=0)) / floor
@@ -446,17 +446,17 @@ def apart(foreign: Foreign, asked: Question, old: Array, new: Array) -> float:
 def compared(
     foreign: Foreign, asked: Question, old: Mapping[str, Array], new: Mapping[str, Array]
 ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
-    """Compare the answers of both layers with the definition, by the policy of the conformance kit.
+    """Compare the answers of both layers with the definition, within the limits of the conformance kit.
 
     Args:
         foreign: the layer.
-        asked: what was asked.
-        old: its own answers: "y", "map" (B, N, M), "x" for the gradient of x, and gradients by canonical name; any of them, in
-            the shapes of the definition.
-        new: those of the layer that takes its place.
+        asked: the input.
+        old: its own answers in the shapes of the definition: any of "y", "map" (B, N, M), "x" for the gradient with respect to
+            x, and gradients by canonical name.
+        new: the answers of the new layer, in the same form.
 
     Returns:
-        The errors of both in noise floors by quantity, and in words what is beyond the limits.
+        The errors of both in noise floors by quantity, and a text for each layer beyond the limits.
     """
     judged = [_judge(foreign, asked, answers) for answers in (old, new)]
     wrong = [
@@ -469,14 +469,14 @@ def compared(
 
 
 def refuse(problems: Sequence[str]) -> None:
-    """Raise all problems at once, if there are some.
+    """Raise all problems at once, if there are any.
 
     Raises:
-        PortError: the model is as it was.
+        PortError: with every problem. The model is unchanged.
     """
     if problems:
         raise PortError(
-            "nothing was replaced, and the model is as it was:\n  " + "\n  ".join(dict.fromkeys(problems))
+            "nothing was replaced, and the model is unchanged:\n  " + "\n  ".join(dict.fromkeys(problems))
         )
 
 
@@ -501,7 +501,7 @@ def _expected(foreign: Foreign, asked: Question, family: Any, dtype: str) -> Map
         "convert", family, "convert", foreign.config, asked.x.shape[:3], gamma=asked.gamma, dtypes=(dtype,)
     )
     given = _held(asked, dtype)
-    # float64 borrows the error of float32, as in the kit.
+    # float64 uses the error of float32, as in the kit.
     return expect_on(case, given, given if dtype == "float32" else _held(asked, "float32"), dtype)
 
 

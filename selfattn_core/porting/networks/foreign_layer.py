@@ -1,4 +1,4 @@
-"""One foreign layer of a model on its way to ours: what the adapters' `convert` have in common."""
+"""One foreign layer of a model and its replacement: the common base of the adapters' `convert`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ Layer = TypeVar("Layer")
 
 
 class DoesNotRunError(PortError):
-    """A layer that raised an error of its own on an input: at another size it may run."""
+    """A layer raised an error on an input. It may run at another size."""
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,29 @@ class Options:
 
 
 class ForeignLayerBase(ABC, Generic[Layer]):
-    """One layer that is to be replaced.
+    """One foreign layer that is replaced.
 
     Args:
         layer: the framework's object.
-        names: of every place where it stands.
-        options: of the conversion.
+        names: its names in the model. A layer in several places has several.
+        options: the options of the conversion.
     """
 
     tensors: Tensors
-    """What a file of the layer alone would hold."""
+    """The tensors that a file of this layer would contain."""
 
     def __init__(self, layer: Any, names: tuple[str, ...], options: Options) -> None:
         self.layer, self.names, self.options = layer, names, options
         self.where = f"{names[0] or 'the model'} ({type(layer).__name__})"
 
     def converted(self, name: str | None) -> tuple[Layer, ConvertedLayer]:
-        """The layer that takes its place, and what there is to say of both.
+        """The layer that replaces this one, and the report on both.
 
         Args:
-            name: of its dialect; None if nobody said.
+            name: the name of its dialect, or None.
 
         Raises:
-            PortError: if it cannot be read or asked. One that computes something else is in the report.
+            PortError: if the layer cannot be read or run. A layer that computes something else is in the report.
         """
         chosen = chosen_dialect(name, self.tensors, self._agrees)
         new, report = self._twin(chosen)
@@ -89,7 +89,7 @@ class ForeignLayerBase(ABC, Generic[Layer]):
 
     @abstractmethod
     def _twin(self, dialect: Dialect) -> tuple[Layer, ConvertedLayer]:
-        """The layer of this dialect that takes its place, and the report on both."""
+        """The layer of this dialect that replaces it, and the report on both."""
 
     def _compared(
         self,
@@ -98,16 +98,16 @@ class ForeignLayerBase(ABC, Generic[Layer]):
         *,
         also: tuple[int, int] | None = None,
     ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...], list[str]]:
-        """The errors of both layers at every size, what is beyond the limits, and where the old one does not run.
+        """The errors of both layers at every size, the errors beyond the limits, and the sizes at which the old one fails.
 
         Args:
-            foreign: the layer that is asked.
-            answers: of the old layer and of ours.
+            foreign: the layer.
+            answers: a function that returns the answers of the old layer and of ours.
             also: (H, W) of one more input.
 
         Raises:
-            DoesNotRunError: if the old layer runs at none of the sizes.
-            PortError: if it runs, and returns what cannot be compared.
+            DoesNotRunError: if the old layer does not run at any size.
+            PortError: if it runs, but its result cannot be compared.
         """
         old: dict[str, float] = {}
         new: dict[str, float] = {}
@@ -130,7 +130,7 @@ class ForeignLayerBase(ABC, Generic[Layer]):
         missed = [place for place, _ in refused]
         ran = [place for place in (f"{height}×{width}" for height, width in every) if place not in missed]
         notes = [
-            f"it does not run at {place}, where the new one does; it was compared at {' and '.join(ran)}"
+            f"it does not run at {place}, but the new one does; both were compared at {' and '.join(ran)}"
             for place in missed
         ]
         return old, new, tuple(failures), notes
@@ -138,20 +138,20 @@ class ForeignLayerBase(ABC, Generic[Layer]):
     def _differs_in_training(
         self, foreign: Foreign, asked: Question, old: Array, new: Array
     ) -> tuple[str, str]:
-        """What to say of outputs in training that differ: a failure and a note, one of them or both ""."""
+        """A failure or a note on outputs in training that differ. One of the two, or both, is ""."""
         floors = apart(foreign, asked, old, new)
         if floors <= 2 * FACTOR:
             return "", ""
         if foreign.config.spectral_norm or foreign.divided:
             return "", (
-                f"in training its next output differs by {floors:.2g} noise floors: its spectral norm moves in another way, for example "
+                f"in training its next output differs by {floors:.2g} noise floors: its spectral norm is updated differently, for example "
                 "by several iterations or from another vector"
             )
         if foreign.batch_norm:
             return "", ""
         return (
-            f"in training the old layer computes something else, {floors:.2g} noise floors away: it drops out, adds noise, or the like. "
-            "Take that out of it"
+            f"in training the old layer computes something else ({floors:.2g} noise floors away), for example because of dropout or "
+            "noise. Remove that from it"
         ), ""
 
     def _read(self, tensors: Tensors, dialect: Dialect) -> Foreign:
@@ -160,19 +160,19 @@ class ForeignLayerBase(ABC, Generic[Layer]):
 
     def _does_not_run(self, shape: tuple[int, ...], error: str) -> DoesNotRunError:
         return DoesNotRunError(
-            f"{self.where}: does not run on an input {shape}: {error}. Pass the size that it takes as size=(H, W); a layer that takes "
-            "more than one input cannot be converted."
+            f"{self.where}: does not run on an input {shape}: {error}. Pass the size that it accepts as size=(H, W). A layer with "
+            "several inputs cannot be converted."
         )
 
     def _map(self, found: Array, foreign: Foreign, asked: Question) -> Array:
-        """What it returned beside y, as (B, N, M)."""
+        """The second result of the layer as a map (B, N, M)."""
         batch, height, width, _ = asked.x.shape
         down, across = foreign.config.key_grid(height, width)
         shape = (batch, height * width, down * across)
         if found.size != np.prod(shape):
             raise PortError(
-                f"{self.where}: returned y and a tensor {found.shape}; expected y and a map of {shape}. Put a layer of your own around "
-                "it that returns y alone, and convert that."
+                f"{self.where}: returned y and a tensor {found.shape}; expected y and a map of {shape}. Write a layer that calls it and "
+                "returns only y, and convert that."
             )
         return found.reshape(shape)
 
@@ -180,15 +180,15 @@ class ForeignLayerBase(ABC, Generic[Layer]):
 def convert_all(
     layers: Mapping[Key, Callable[[], ForeignLayerBase[Layer]]], dialect: str | None
 ) -> tuple[dict[Key, Layer], Conversion[Any]]:
-    """Every layer's place-taker, and the report on all, of which the model is None.
+    """The replacements of all layers, and the report on all, whose model is None.
 
     Args:
-        layers: what makes each foreign layer.
+        layers: the functions that create the foreign layers.
         dialect: as in `convert`.
 
     Raises:
-        ConversionError: if one computes something else than its dialect says.
-        PortError: if one cannot be read or asked; every reason.
+        ConversionError: if a layer computes something else than its dialect describes.
+        PortError: if a layer cannot be read or run, with every reason.
     """
     new: dict[Key, Layer] = {}
     reports: list[ConvertedLayer] = []
@@ -207,21 +207,21 @@ def convert_all(
 
 
 def notes_of(foreign: Foreign, new: Mapping[str, Array], *, dropped_map: bool) -> list[str]:
-    """What there is to say of the numbers of the layer that takes a foreign one's place.
+    """Notes on the values of a new layer.
 
     Args:
-        foreign: the layer as its dialect reads it.
-        new: arrays of ours by canonical name.
-        dropped_map: whether the foreign layer returned (y, A), and ours does not.
+        foreign: the foreign layer as its dialect reads it.
+        new: the arrays of the new layer, by canonical name.
+        dropped_map: whether the foreign layer returned (y, A) and the new one does not.
     """
     notes = []
     if foreign.made:
-        notes.append(f"{', '.join(foreign.made)}: the old layer has none, and training does not change them")
+        notes.append(f"{', '.join(foreign.made)}: not in the old layer, and training does not change them")
     if foreign.divided:
         notes.append("the kernels are divided by their spectral norms, which training no longer limits")
     rounded = [name for name, array in new.items() if (array != foreign.params[name]).any()]
     if rounded:
         notes.append(f"{', '.join(rounded)}: rounded to the dtype of the old layer")
     if dropped_map:
-        notes.append("the old layer returned (y, A), and the new one returns y: change what calls it")
+        notes.append("the old layer returned (y, A), and the new one returns y: change its callers")
     return notes

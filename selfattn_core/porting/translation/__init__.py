@@ -1,1 +1,1 @@
-"""From a dialect's tensors to canonical parameters, and back."""
+"""Translates the tensors of a dialect to canonical parameters, and back."""

@@ -1,4 +1,4 @@
-"""One block on its way: found in the source, in canonical form, and in the form of the target."""
+"""Translates one block from the source's dialect to the target's, through the canonical form."""
 
 from dataclasses import dataclass
 
@@ -17,13 +17,13 @@ __all__ = ["Block", "translate"]
 
 @dataclass(frozen=True)
 class Block:
-    """A block and what it becomes.
+    """One block in three forms.
 
     Args:
-        found: in the source.
-        name: in the target, "" for the only one.
-        imported: in canonical form.
-        exported: in the dialect of the target.
+        found: the block in the source.
+        name: its name in the target, "" if it is the only block.
+        imported: the block in canonical form.
+        exported: the block in the dialect of the target.
     """
 
     found: Found
@@ -38,12 +38,12 @@ class Block:
 
     @property
     def source_keys(self) -> frozenset[str]:
-        """The keys of the source that the block was made of, or that say nothing about its function."""
+        """The keys of the source that the block comes from, or that do not change its function."""
         match = self.found.plan.match
         return frozenset((*match.used, *match.ignored))
 
     def report(self) -> BlockReport:
-        """What was done to every tensor."""
+        """The report on every tensor."""
         match = self.found.plan.match
         return BlockReport(
             self.found.prefix,
@@ -85,18 +85,18 @@ def translate(
     dtype: str | None,
     keep_spectral_norm: bool,
 ) -> Block:
-    """A block of the source in the form of the target.
+    """Translate a block of the source into the form of the target.
 
     Args:
         found: the block.
-        tensors: of the source, which must stay open as long as the arrays of the block are needed.
-        to: dialect of the target.
-        place: the block's name in the target, and what is before its keys there.
+        tensors: the tensors of the source, which must stay open while the arrays of the block are used.
+        to: the dialect of the target.
+        place: the block's name and prefix in the target.
         dtype: as in `port`.
         keep_spectral_norm: as in `port`.
 
     Raises:
-        PortError: if its numbers cannot be ported, or the target's layer cannot be this one.
+        PortError: if its values cannot be ported, or if the target's dialect cannot express the layer.
     """
     try:
         imported = import_block(found.plan, tensors.read, dtype=dtype, keep_spectral_norm=keep_spectral_norm)

@@ -1,16 +1,16 @@
-"""From a projection as it was stored to the kernel and bias that act: spectral norm, batch norm and scale, in float64.
+"""Folds spectral norm, batch norm and scale into kernels and biases, in float64.
 
-W is a kernel in the orientation (C_out, C_in) here. What each original divides by at evaluation:
+W is a kernel in the orientation (C_out, C_in) here. In evaluation an original divides by σ:
 
-    "stored"     σ = uᵀ W v of the stored vectors, as they are: averaged ones are not of unit length, nor were they there
-    "iterate"    v = n(Wᵀ u), u = n(W v), repeated, then σ = uᵀ W v; where u belongs to C_in, the same with Wᵀ for W
+    "stored"     σ = uᵀ W v of the stored vectors as they are. Averaged vectors do not have unit length, there or here
+    "iterate"    v = n(Wᵀ u), u = n(W v), repeated, then σ = uᵀ W v. If u belongs to C_in, the same with Wᵀ for W
 
 and n is one of
 
     "max"        t / max(‖t‖, eps)              "add"        t / (‖t‖ + eps)
     "root-max"   t / √max(Σt², eps)             "root-add"   t / √(Σt² + eps)
 
-The largest singular value is none of these until u has converged, and a σ that was logged in training is of an earlier W.
+None of these is the largest singular value until u has converged. A σ that was logged in training belongs to an earlier W.
 """
 
 from collections.abc import Callable
@@ -25,25 +25,25 @@ __all__ = ["batch_norm_factor", "cast", "spectral_state"]
 
 Array = NDArray[Any]
 _ROWS = 1 << 17
-"""Elements that are widened to float64 at a time, so that a large kernel is never held twice."""
+"""The number of elements that are widened to float64 at a time, so that memory never holds a large kernel twice."""
 
 
 def spectral_state(
     rule: SpectralNorm, matrix: Array, u: Array, v: Array | None
 ) -> tuple[Array, Array, float]:
-    """The vectors and the norm that the original divides its kernel by at evaluation.
+    """The vectors and the norm by which the original divides its kernel in evaluation.
 
     Args:
-        rule: the original's.
+        rule: the original's rule.
         matrix: the kernel (C_in, C_out), of any dtype.
-        u: as stored.
-        v: as stored, where the rule uses it.
+        u: the stored u.
+        v: the stored v, if the rule uses it.
 
     Returns:
         u (C_out,), v (C_in,) and sigma = vᵀ·matrix·u, in float64.
 
     Raises:
-        ValueError: if a vector has not as many elements as its axis of the kernel.
+        ValueError: if the length of a vector differs from its axis of the kernel.
 
     Example:
         >>> rule = SpectralNorm("u", "", "iterate", "out", "max", 0.0, 1)
@@ -67,7 +67,7 @@ def spectral_state(
         if second.size != across:
             raise ValueError(f"its vector {rule.v} has {second.size} elements, expected {across}")
         return first, second, float(_left(matrix, second) @ first)
-    # `forth` goes from the side of u to the other one, `back` returns.
+    # `forth` maps from the side of u to the other side, and `back` returns.
     forth, back = (_right, _left) if side == "out" else (_left, _right)
     unit = _NORMALIZE[rule.normalize]
     for _ in range(rule.iterations):
@@ -78,7 +78,7 @@ def spectral_state(
 
 
 def batch_norm_factor(weight: Array | None, var: Array, eps: float) -> Array:
-    """What a batch norm in evaluation mode multiplies each channel by.
+    """The factor of each channel in a batch norm in evaluation mode.
 
     Example:
         >>> batch_norm_factor(None, np.array([0.25]), 0.0)
@@ -89,16 +89,16 @@ def batch_norm_factor(weight: Array | None, var: Array, eps: float) -> Array:
 
 
 def cast(matrix: Array, dtype: DTypeLike, *, divisor: float = 1.0, factor: Array | float = 1.0) -> Array:
-    """A kernel or bias over its divisor and times its factor, computed in float64 and rounded once.
+    """A kernel or bias divided by its divisor and multiplied by its factor, computed in float64 and rounded once.
 
     Args:
         matrix: (C_in, C_out), or (C_out,).
-        dtype: of the result.
+        dtype: the dtype of the result.
         divisor: a number.
         factor: a number, or (C_out,).
 
     Returns:
-        A new, contiguous array; with neither divisor nor factor a plain copy.
+        A new, contiguous array. Without divisor and factor it is a plain copy.
 
     Example:
         >>> cast(np.array([1.0, 3.0], np.float32), np.float32, divisor=2.0)

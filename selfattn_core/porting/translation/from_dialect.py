@@ -1,4 +1,4 @@
-"""The numbers of a block: from the tensors that a dialect found to canonical parameters."""
+"""Computes canonical parameters from the tensors that a dialect found."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,15 +32,15 @@ _DTYPES = ("float16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a canonical tensor comes from.
+    """The origin of a canonical tensor.
 
     Args:
-        sources: keys of the file; none for what is made.
-        shape: of the first source.
-        dtype: of the first source.
-        steps: what was done, in order.
-        sha256: of the result.
-        exact: whether its numbers are those of the source, at most in another order or dtype.
+        sources: its keys in the file. Empty for a new tensor.
+        shape: the shape of the first source.
+        dtype: the dtype of the first source.
+        steps: every change, in order.
+        sha256: the SHA-256 of the result.
+        exact: whether it has the source's values. Their order and dtype may differ.
     """
 
     sources: tuple[str, ...]
@@ -53,13 +53,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Imported:
-    """A block in canonical form, and where each of its tensors comes from.
+    """A block in canonical form, with the origin of each tensor.
 
     Args:
         config: the layer.
-        params: its arrays, each read and folded at every access, so the file must be open.
-        origins: by canonical name.
-        notes: what a person must know of the state of spectral norm.
+        params: its arrays. Each is read and folded at every access, so the file must be open.
+        origins: the origins by canonical name.
+        notes: facts about the state of spectral norm that a user must know.
     """
 
     config: SelfAttentionConfig
@@ -69,21 +69,21 @@ class Imported:
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Refuse a dtype that `import_block` does not take.
+    """Refuse a dtype that `import_block` does not accept.
 
     Raises:
-        PortError: naming those that it does.
+        PortError: with the accepted dtypes.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise PortError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}.", kind="dtype")
 
 
 def state_notes(planned: Plan, read: Callable[[str], Array]) -> tuple[Text, ...]:
-    """What there is to say of stored vectors u and v that are not of length 1.
+    """Notes on stored vectors u and v that do not have length 1.
 
     Args:
-        planned: a whole block. A rule that iterates makes unit vectors by itself, so nothing is read then.
-        read: gives the values of a key.
+        planned: a whole block. Nothing is read for a rule that iterates, because it computes unit vectors itself.
+        read: a function that returns the values of a key.
     """
     keys = [
         key
@@ -98,7 +98,7 @@ def state_notes(planned: Plan, read: Callable[[str], Array]) -> tuple[Text, ...]
         return ()
     keep = Remedy("keep_spectral_norm", value=True)
     note = (
-        f"{text}. To make them anew, port with ",
+        f"{text}. To compute new ones, port with ",
         keep,
         ", load the layer, and call refresh_spectral_norm on it",
     )
@@ -115,20 +115,20 @@ def import_block(
     """Read a block and fold it.
 
     Args:
-        planned: without problems.
-        read: gives the values of a key.
-        dtype: "float16", "float32" or "float64"; by default the source's.
+        planned: a plan without problems.
+        read: a function that returns the values of a key.
+        dtype: "float16", "float32" or "float64". The default is the source's.
         keep_spectral_norm: keep raw kernels with the vectors u and v instead of dividing.
 
     Raises:
-        PortError: naming every tensor that is not finite or does not fit, or why spectral norm cannot be kept.
+        PortError: with every tensor that is not finite or does not fit, or with the reason why spectral norm cannot be kept.
     """
     return _Importer(planned, read, dtype or planned.dtype, keep_spectral_norm).run()
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A canonical tensor and how it was made."""
+    """A canonical tensor, its sources and its changes."""
 
     array: Array
     sources: tuple[str, ...]
@@ -157,9 +157,9 @@ class _Importer:
         self.dtype = dtype
         self.keep = keep
         self.stored: dict[str, tuple[tuple[int, ...], str]] = {}
-        # Vectors only; a kernel is never kept.
+        # Only vectors are kept, never a kernel.
         self.norms: dict[str, _Norm] = {}
-        # Each once, although a tensor is read for several others.
+        # Each problem once, although a tensor may be read several times.
         self.problems: dict[Problem, None] = {}
 
     def run(self) -> Imported:
@@ -176,7 +176,7 @@ class _Importer:
         return self._make(name).array
 
     def _origin(self, name: str) -> Origin:
-        """Make a tensor once, for what there is to say of it."""
+        """Compute a tensor once, to report on it."""
         made = self._make(name)
         sources, steps = made.sources, list(made.steps)
         shape, dtype = self.stored[sources[0]] if sources else (made.array.shape, str(made.array.dtype))
@@ -194,7 +194,7 @@ class _Importer:
         self.problems[Problem(kind, text, names)] = None
 
     def _make(self, name: str) -> _Made:
-        # What overflows in the cast is found afterwards.
+        # An overflow in the cast is found afterwards.
         with np.errstate(all="ignore"):
             role, _, part = name.partition(".")
             if name == "gamma":
@@ -210,7 +210,7 @@ class _Importer:
             for role, found in self.match.projections.items()
             if found.form.spectral_norm is None
         ]
-        lost = "would be lost: spectral norm undoes a factor of its kernel"
+        lost = "would be lost, because spectral norm cancels a factor of its kernel"
         if self.plan.scale != 1:
             reasons.append((f"the scale of the scores {lost}", "scale"))
         if self.match.batch_norm:
@@ -237,7 +237,7 @@ class _Importer:
             norm = self._norm(role, found, matrix)
             divisor = norm.sigma
             steps.append(
-                "zeros, which no sigma divides"
+                "zeros, left as they are"
                 if norm.of_zeros
                 else f"÷ sigma = {divisor:.9g}, uᵀWv {self._how(found.form.spectral_norm)}"
             )
@@ -268,7 +268,7 @@ class _Importer:
             rule = replace(rule, eps=self.plan.settings.sn_eps)
         stored_u = self._read(found.u)
         stored_v = self._read(found.v) if found.v else None
-        # Where they cannot be had, with a problem noted.
+        # The result after a problem.
         nothing = _Norm(np.ones(matrix.shape[1]), np.ones(matrix.shape[0]), 1.0, of_zeros=not matrix.any())
         try:
             u, v, sigma = spectral_state(rule, matrix, stored_u, stored_v)
@@ -276,11 +276,13 @@ class _Importer:
             self._problem("shape", f"{found.kernel}: {error}", found.kernel)
             return nothing
         if nothing.of_zeros:
-            # As the specification has it; originals differ, and PyTorch's own gives NaN.
+            # As the definition does. Originals differ, and PyTorch's own gives NaN.
             return _Norm(*converged(matrix), 1.0, of_zeros=True)
         if not abs(sigma) > 0 or not np.isfinite(sigma):
             how = self._how(rule)
-            text = f"{found.kernel}: its spectral norm {how} is {sigma:g}; a kernel cannot be divided by it"
+            text = (
+                f"{found.kernel}: its spectral norm {how} is {sigma:g}, and a kernel cannot be divided by it"
+            )
             self._problem("spectral_norm", text, found.kernel)
             return nothing
         return _Norm(u, v, sigma, of_zeros=False)
@@ -297,23 +299,25 @@ class _Importer:
         norm = self._norm(role, found)
         key = found.u if part == "u" else found.v or found.u
         step = "as stored" if rule.sigma == "stored" else self._how(rule)
-        step = "of a kernel of zeros: any would do" if norm.of_zeros else step
+        step = "of a kernel of zeros, where any vector is right" if norm.of_zeros else step
         return _Made(np.array(norm.u if part == "u" else norm.v, self.dtype), (key,), [step])
 
     def _batch_norm(self) -> tuple[Array, Array]:
-        """The factor of each channel and what is added after it."""
+        """The factor of each channel, and the shift after it."""
         keys, norm = self.match.batch_norm, self.match.variant.batch_norm
         assert norm is not None  # noqa: S101 - there are keys of it
         parts = {part: self._read(key).astype(np.float64) for part, key in keys.items()}
         eps = norm.eps if self.plan.settings.bn_eps is None else self.plan.settings.bn_eps
         if (parts["var"] + eps <= 0).any():
-            self._problem("batch_norm", f"{keys['var']} holds a variance that is not positive", keys["var"])
+            self._problem(
+                "batch_norm", f"{keys['var']} contains a variance that is not positive", keys["var"]
+            )
         factor = batch_norm_factor(parts.get("weight"), parts["var"], eps)
         return factor, parts.get("bias", np.zeros(())) - parts["mean"] * factor
 
     def _bias(self, role: str, found: Projection) -> _Made:
         sources = [found.bias] if found.bias else []
-        steps = [] if found.bias else ["zeros, the original has none"]
+        steps = [] if found.bias else ["zeros, because the original has no bias"]
         length = projections(self.config)[role][1]
         stored = self._read(found.bias) if found.bias else np.zeros(length, self.dtype)
         if role == "out" and self.match.batch_norm:
@@ -333,5 +337,5 @@ class _Importer:
             return _Made(self._read(key).reshape(1).astype(self.dtype), (key,), [])
         given = self.plan.settings.gamma
         value = self.match.dialect.gamma_value if given is None else given
-        step = "the original has none" if given is None else "as it was set"
+        step = "the original has no gamma" if given is None else "from the settings"
         return _Made(np.array([value], self.dtype), (), [step])

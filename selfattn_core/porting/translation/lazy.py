@@ -1,4 +1,4 @@
-"""Arrays that are made when they are asked for, and not kept: a port holds one at a time."""
+"""Arrays that are computed at every access and not kept, so that a port holds one at a time."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 
 class Mark(NamedTuple):
-    """What two arrays have in common if they are the same, bit for bit; to compare them, neither has to be held."""
+    """A mark that two arrays share if they are equal bit for bit. It compares arrays that are not in memory."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -36,10 +36,10 @@ def mark(array: Array) -> Mark:
 
 
 class LazyArrays(Mapping[str, Array]):
-    """Arrays by name, each made anew at every access.
+    """Arrays by name. Each is computed at every access.
 
     Args:
-        makers: what makes each, by name.
+        makers: the functions that compute the arrays, by name.
 
     Example:
         >>> LazyArrays({"ones": lambda: np.ones(2)})["ones"]
@@ -53,7 +53,7 @@ class LazyArrays(Mapping[str, Array]):
         return self._makers[name]()
 
     def __contains__(self, name: object) -> bool:
-        # The mixin would make the array.
+        # The mixin would compute the array.
         return name in self._makers
 
     def __iter__(self) -> Iterator[str]:
@@ -64,7 +64,7 @@ class LazyArrays(Mapping[str, Array]):
 
 
 class MarkedArrays(LazyArrays):
-    """Lazy arrays whose marks are taken when each is made for the first time, and kept.
+    """Lazy arrays that keep the mark of each array from its first access.
 
     Example:
         >>> arrays = MarkedArrays({"ones": lambda: np.ones(2)})
@@ -83,7 +83,7 @@ class MarkedArrays(LazyArrays):
         return array
 
     def mark(self, name: str) -> Mark:
-        """The mark of an array, which is made if it never was."""
+        """The mark of an array. The array is computed if it has no mark yet."""
         if name not in self._marks:
             self[name]
         return self._marks[name]

@@ -1,4 +1,4 @@
-"""From a config and canonical parameters to the tensors of a dialect, wherever its layer can be that config."""
+"""Writes a config and canonical parameters as the tensors of a dialect, if its layer can have that config."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Exported:
     """A block in a dialect.
 
     Args:
-        tensors: by key, each made at every access.
-        made_of: the canonical names that a tensor comes from; none for what is made.
-        steps: what was done, by key.
-        notes: what a person must know.
-        variant: name of the variant, "" if there is one only.
-        exact: whether every number is the layer's own, at most in another order.
+        tensors: the tensors by key. Each is computed at every access.
+        made_of: the canonical names that a tensor comes from, by key. Empty for a new tensor.
+        steps: the changes, by key.
+        notes: facts that a user must know.
+        variant: the name of the variant, "" if there is only one.
+        exact: whether every value is the layer's own. Their order may differ.
     """
 
     tensors: MarkedArrays
@@ -44,7 +44,7 @@ class Exported:
 
 
 def separator(dialect: Dialect) -> str:
-    """What a dialect puts between the parts of a key.
+    """The separator between the parts of a dialect's keys.
 
     Example:
         >>> from selfattn_core.porting.dialects.catalogue import dialect
@@ -57,16 +57,16 @@ def separator(dialect: Dialect) -> str:
 def export_block(
     dialect: Dialect, config: SelfAttentionConfig, params: Mapping[str, Array], *, prefix: str = ""
 ) -> Exported:
-    """A block under the names and in the layout of a dialect.
+    """Write a block with the names and the layout of a dialect.
 
     Args:
-        dialect: of the target.
+        dialect: the dialect of the target.
         config: the layer.
-        params: its arrays, already without spectral norm unless that is to be kept.
-        prefix: put before every key, with its separator.
+        params: its arrays. Spectral norm is already folded, unless it is kept.
+        prefix: the prefix of every key, with its separator.
 
     Raises:
-        PortError: if the dialect's layer cannot be this one; says why, for every variant.
+        PortError: if the dialect's layer cannot be this one, with the reasons for every variant.
 
     Example:
         >>> from selfattn_core import init_params
@@ -94,7 +94,7 @@ def export_block(
 def _misfits(
     dialect: Dialect, variant: Variant, config: SelfAttentionConfig, params: Mapping[str, Array]
 ) -> list[str]:
-    """Why a variant's layer cannot be this one."""
+    """The reasons why a variant's layer cannot be this one."""
     found = []
     if variant.out_projection is not None and variant.out_projection != config.out_projection:
         found.append(f"it has {'an' if variant.out_projection else 'no'} out projection")
@@ -102,23 +102,23 @@ def _misfits(
         found.append(f"its kv_pool is {variant.kv_pool}")
     for name, width in dialect.widths(config.channels).items():
         if getattr(config, name) != width:
-            found.append(f"it makes {name} = {width} of {config.channels} channels")
+            found.append(f"its {name} is {width} for {config.channels} channels")
     for role in projections(config) if config.use_bias else ():
         lacks = variant.use_bias is False or role in variant.bias_free
         if lacks and params[f"{role}.bias"].any():
-            found.append(f"it has no bias of the {role}, and this one is not zero")
+            found.append(f"it has no {role} bias, and this layer's is not zero")
     if not dialect.gamma_keys and not config.out_projection and config.kv_pool > 1:
         found.append(
-            "it has no gamma, and without an out projection gamma would go into the value, where max pooling does not "
-            "let a negative factor pass"
+            "it has no gamma. Without an out projection gamma would be folded into the value, and a negative factor does not "
+            "commute with max pooling"
         )
     if _form(dialect, config) is None:
-        stored = (
-            "u and v, of which sigma is uᵀWv" if config.spectral_norm else "a kernel without spectral norm"
-        )
+        stored = "u and v with sigma = uᵀWv" if config.spectral_norm else "a kernel without spectral norm"
         found.append(f"it has no place for {stored}")
     if config.spectral_norm and not _keeps_norm(dialect, variant, config):
-        found.append("spectral norm undoes the factor that its scale, batch norm or absent gamma asks for")
+        found.append(
+            "spectral norm would cancel the factor that its scale, batch norm or missing gamma needs"
+        )
     return found
 
 
@@ -128,7 +128,7 @@ def _keeps_norm(dialect: Dialect, variant: Variant, config: SelfAttentionConfig)
 
 
 def _form(dialect: Dialect, config: SelfAttentionConfig) -> KernelForm | None:
-    """The form that a kernel is written in."""
+    """The form of the kernels in the target, None if there is none."""
     for form in dialect.kernels:
         rule = form.spectral_norm
         if config.spectral_norm and rule and rule.sigma == "stored":
@@ -149,7 +149,7 @@ class _Exporter:
     ) -> None:
         form = _form(dialect, config)
         if form is None:
-            raise PortError(f"{dialect.name}: has no place for the kernels of {config}.")
+            raise PortError(f"{dialect.name}: has no form for the kernels of {config}.")
         self.dialect, self.variant, self.config, self.params, self.prefix = (
             dialect,
             variant,
@@ -202,7 +202,7 @@ class _Exporter:
         if role == "query" and scale != 1:
             divisor = scale
             self.exact = False
-            steps.append(f"÷ {scale:.6g}, which the original multiplies the scores by")
+            steps.append(f"÷ {scale:.6g}, because the original multiplies the scores by it")
         if not self.dialect.gamma_keys and role == ("out" if self.config.out_projection else "value"):
             factor = float(self.params["gamma"][0]) / (self.dialect.gamma_value or 1.0)
             gamma = ["gamma"]
@@ -227,7 +227,9 @@ class _Exporter:
             self._put(key, partial(self._bias, role, divisor, factor), [f"{role}.bias", *gamma], list(steps))
         elif self.variant.use_bias:
             length = projections(self.config)[role][1]
-            self._put(key, partial(self._constant, length, 0.0), [], ["zeros, the layer has no biases"])
+            self._put(
+                key, partial(self._constant, length, 0.0), [], ["zeros, because the layer has no biases"]
+            )
 
     def _identity_norm(self, norm: BatchNorm) -> None:
         parts = {"weight": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0 - norm.eps}
@@ -240,14 +242,14 @@ class _Exporter:
         found = []
         if self.dialect.spectral_norm_always and not self.config.spectral_norm:
             found.append(
-                "the kernels are those that act; the original divides by a spectral norm, so take that off its layer before "
-                "loading (torch.nn.utils.remove_spectral_norm)"
+                "the kernels are the effective ones. Remove spectral norm from the original layer before loading "
+                "(torch.nn.utils.remove_spectral_norm), or it divides them again"
             )
         if not self.dialect.gamma_saved:
             gamma = float(self.params["gamma"][0])
             found.append(
-                f"where gamma is a plain tensor, it is in no state dict: set it to {gamma:.9g} by hand"
+                f"if gamma is a plain tensor of the layer, no state dict contains it: set it to {gamma:.9g} by hand"
             )
         if not self.dialect.kv_pool_stored and self.config.kv_pool > 1 and self.dialect.name != "canonical":
-            found.append(f"the tensors do not say kv_pool = {self.config.kv_pool}: make the layer with it")
+            found.append(f"the tensors do not show kv_pool = {self.config.kv_pool}: create the layer with it")
         return tuple(found)

@@ -139,7 +139,7 @@ def test_anything_else_is_refused_and_nothing_is_run(value, tensors, tmp_path):
 
 def test_a_plain_pickle_of_tensors(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"w": torch.ones(3)}))
-    with pytest.raises(PortError, match=r"is a plain pickle of tensors, .* save the same with torch.save"):
+    with pytest.raises(PortError, match=r"is a plain pickle of tensors, .* save the result with torch.save"):
         inspect(tmp_path / "a.pkl")
 
 

@@ -67,15 +67,15 @@ def test_files_that_are_not_there_are_named(tensors, tmp_path):
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[" * 10**5, "is of no known format"),
+        ("[" * 10**5, "has an unknown format"),
         ('{"a": ' * 10**5, "is not JSON"),
-        ('{"model_type": "gan"}', "is JSON without a weight_map"),
-        ('{"weight_map": {}}', "is JSON without a weight_map"),
-        ('{"weight_map": {"a": "../model.safetensors"}}', "which is no file beside the index"),
-        ('{"weight_map": {"a": "/etc/passwd"}}', "which is no file beside the index"),
-        ('{"weight_map": {"a": ".."}}', "which is no file beside the index"),
-        ('{"weight_map": {"a": []}}', "which is no file beside the index"),
-        ('{"weight_map": {"a": {"b": 1}}}', "which is no file beside the index"),
+        ('{"model_type": "gan"}', "is JSON without the weight_map"),
+        ('{"weight_map": {}}', "is JSON without the weight_map"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "which is not a file beside the index"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "which is not a file beside the index"),
+        ('{"weight_map": {"a": ".."}}', "which is not a file beside the index"),
+        ('{"weight_map": {"a": []}}', "which is not a file beside the index"),
+        ('{"weight_map": {"a": {"b": 1}}}', "which is not a file beside the index"),
         ('{"weight_map": {"a": "whole.safetensors"}}', "a: is not in whole.safetensors"),
         (
             '{"weight_map": {"net.attn.gamma": ["whole.safetensors", "whole.safetensors"]}}',
@@ -97,7 +97,7 @@ def test_an_index_that_is_none_or_leads_elsewhere(content, message, tensors, tmp
 def test_one_file_of_several_leads_to_the_index(tensors, tmp_path):
     index = sharded(tmp_path, tensors, ".safetensors")
     for shard in sorted(tmp_path.glob("*-of-*")):
-        advice = f"is one of several files of a model: give the index beside it, {index.name}, or the folder"
+        advice = f"is one of several files of a model: name the index beside it, {index.name}, or the folder"
         assert advice in inspect(shard).to_text()
         with pytest.raises(PortError, match="is one of several files"):
             load(shard, dialect="heykeetae")

@@ -28,12 +28,12 @@ def said(path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.pth.gz", gzip.compress(b"x" * 99, mtime=0), "is compressed with gzip; unpack it with gunzip"),
-        ("a.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "run `git lfs pull`"),
+        ("a.pth.gz", gzip.compress(b"x" * 99, mtime=0), "is compressed with gzip. Unpack it with gunzip"),
+        ("a.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Run `git lfs pull`"),
         (
             "a.pth",
             b"\n<!DOCTYPE html><html><body>Quota exceeded",
-            "is a web page that was saved in place of the file",
+            "is a web page, saved instead of the file",
         ),
         ("a.safetensors", b"<html>", "is a web page"),
         ("a.mat", b"MATLAB 5.0 MAT-file", "scipy.io.loadmat"),
@@ -82,7 +82,7 @@ def test_a_program_of_torch_export(tmp_path):
 def test_a_checkpoint_in_a_zip_archive(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.writestr("nets/D.pth", b"x")
-    assert "is a zip archive that holds nets/D.pth; unpack it and name that" in said(tmp_path / "a.zip")
+    assert "is a zip archive that holds nets/D.pth. Unpack it and name that file" in said(tmp_path / "a.zip")
 
 
 def test_a_distributed_checkpoint_of_torch(tmp_path):
@@ -109,13 +109,13 @@ def test_a_folder_of_orbax_steps_names_the_latest(tmp_path, monkeypatch):
         (tmp_path / "run" / step).mkdir()
         port(tmp_path / "a.safetensors", tmp_path / "run" / step / "default", to="flax")
     advice = said(tmp_path / "run")
-    assert advice.endswith(f"name one: {tmp_path}/run/9, {tmp_path}/run/10.")
+    assert advice.endswith(f"Name one: {tmp_path}/run/9, {tmp_path}/run/10.")
     assert load(advice.removesuffix(".").rpartition(" ")[2], dialect="flax")[0] == config
 
 
 def test_a_folder_that_holds_checkpoints(tmp_path):
     torch.save({"w": torch.ones(1)}, tmp_path / "epoch_3.pth")
-    assert "is a folder; name a file in it: epoch_3.pth" in said(tmp_path)
+    assert "is a folder. Name a file in it: epoch_3.pth" in said(tmp_path)
 
 
 def test_quantised_numbers(tmp_path):
@@ -132,9 +132,9 @@ class Unknown:
 def test_what_to_save_again_is_named(tmp_path):
     """A checkpoint that has its state dict already is not to be told to save one."""
     torch.save({"G": {"w": torch.ones(1)}, "sampler": Unknown(), "epoch": 3}, tmp_path / "a.pth")
-    assert "load it where it was written and save checkpoint['G'] alone." in said(tmp_path / "a.pth")
+    assert "load it with the code that wrote it, and save only checkpoint['G']." in said(tmp_path / "a.pth")
     torch.save(Unknown(), tmp_path / "b.pth")
-    assert "and save model.state_dict() alone." in said(tmp_path / "b.pth")
+    assert "and save only model.state_dict()." in said(tmp_path / "b.pth")
 
 
 def test_a_block_of_another_kind_is_not_called_gaussian(tmp_path):
@@ -151,10 +151,13 @@ def test_a_block_of_another_kind_is_not_called_gaussian(tmp_path):
 def test_load_names_what_to_pass(tmp_path):
     path, _ = written(tmp_path, "heykeetae, plain")
     torch.save({"w": torch.ones(3)}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"\(npz\): say with dialect= which: its keys fit .*heykeetae"):
+    with pytest.raises(
+        ValueError, match=r"\(npz\)[.] Choose its dialect with dialect=: its keys fit .*heykeetae"
+    ):
         selfattn_torch.load(path)
     with pytest.raises(
-        ValueError, match=r"\(torch\): say with dialect= which: its keys fit none of them; `selfattn inspect`"
+        ValueError,
+        match=r"\(torch\)[.] Choose its dialect with dialect=: its keys fit no dialect, and `selfattn inspect`",
     ):
         selfattn_torch.load(tmp_path / "a.pth")
     (tmp_path / "b.safetensors").write_bytes(b"x" * 30)
@@ -171,6 +174,6 @@ def test_a_file_of_flax_can_be_written(tmp_path, monkeypatch):
     assert set(tree) == {"query", "key", "value", "out", "gamma"}
     kernel = ORIGINALS["studiogan, plain"]().tensors[f"{original.prefix}conv1x1_theta.weight"].astype("f4")
     assert (tree["query"]["kernel"][0, 0] == kernel[:, :, 0, 0].T).all()
-    with pytest.raises(PortError, match=r"a file of Flax has no keys like those of torch; say --to flax"):
+    with pytest.raises(PortError, match=r"a file of Flax cannot have the keys of torch[.] Pass to='flax'"):
         port(path, tmp_path / "p.msgpack", dialect="studiogan", to="torch")
     assert json.loads(json.dumps(report.to_dict()))["target_format"] == "msgpack"

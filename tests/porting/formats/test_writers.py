@@ -214,7 +214,11 @@ def test_targets_that_cannot_be(tmp_path, format):
         "is a file; a checkpoint of Orbax is a folder" if folder else "exists already and was left as it is",
     )
     refused("folder", "exists already" if folder else "is a folder; name a file in it")
-    refused("folder", "of something else" if folder else "is a folder; name a file in it", overwrite=True)
+    refused(
+        "folder",
+        "is a folder that is not a checkpoint" if folder else "is a folder; name a file in it",
+        overwrite=True,
+    )
     refused("absent/file", "there is no folder")
     assert listing(tmp_path) == before
 

@@ -240,7 +240,7 @@ def test_data_formats(data_format):
     assert new.data_format == data_format
     assert_same_function(old, new, image(*shape))
     single = convert(old, dialect="keras", match=Flat, returns="output")
-    assert "change what calls it" in " ".join(single.layers[0].notes)
+    assert "change its callers" in " ".join(single.layers[0].notes)
     assert not isinstance(single.model(image(*shape)), tuple)
 
 

@@ -248,13 +248,13 @@ def test_what_goes_is_noted():
     ("case", "said"),
     [
         (_unbuilt, "has no weights yet; build it"),
-        (_no_match, "no layer with the keys of keras.*its layers are of Conv2D, Sequential"),
+        (_no_match, "no layer with the keys of keras.*Its layers are of the classes Conv2D, Sequential"),
         (_no_such_layer, "is not keras .*it has no query"),
         (_quantised, "is quantised .*convert the floating-point model"),
         (_lent, "is a layer of lent.* too, and the two would part"),
         (_in_a_graph, "in the graph of the model .Sequential., which Keras cannot change"),
         (_uncopied, "strength of uncopied.*is 0.5.*inplace=True"),
-        (_several_dialects, "say with dialect= what it is: its keys fit .*keras"),
+        (_several_dialects, "choose its dialect with dialect=: its keys fit .*keras"),
         (_normalised, "SpectralNormalization"),
         (_nested, "attention lies inside the model, and both match"),
         (_no_layer, "got a builtins.object; expected a model or a layer of Keras 3"),
@@ -267,7 +267,7 @@ def test_what_goes_is_noted():
         (_frozen, "last cannot be set: RuntimeError: no more"),
         (_argument, "a .Strong.: the graph of .* calls it with x and strength"),
         (_other_policy, "has the dtype policy mixed_bfloat16, and the layer float32"),
-        (_two_inputs, "does not run on an input .*more than one input"),
+        (_two_inputs, "does not run on an input .*several inputs"),
     ],
 )
 def test_bad_input(case, said):

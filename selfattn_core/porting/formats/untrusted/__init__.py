@@ -1,1 +1,1 @@
-"""Parsers of bytes that nobody vouches for: every length is checked before it is used, and nothing is executed."""
+"""Parsers of untrusted bytes. Every length is checked before it is used, and nothing is executed."""

@@ -1,6 +1,6 @@
-"""The checksum that TensorFlow keeps of every tensor and index block, in numpy.
+"""Computes in numpy the checksum that TensorFlow stores for every tensor and index block.
 
-Why not google-crc32c: everybody would install a C extension for the checksum of one format. The price is time: 64 MiB take
+Why not google-crc32c: every user would install a C extension for the checksum of one format. The price is time: 64 MiB take
 about 2 s here.
 """
 
@@ -15,9 +15,9 @@ _POLYNOMIAL = 0x82F63B78
 
 
 def crc32c(content: bytes | memoryview) -> int:
-    """CRC-32C of these bytes.
+    """The CRC-32C of these bytes.
 
-    The bytes are cut into lanes of equal length that advance together; the lanes' checksums are then joined.
+    The bytes are cut into lanes of equal length that advance together. Then the lanes' checksums are joined.
 
     Source: the checksum of RFC 3720, appendix B.4, whose test vector the example is.
 
@@ -48,7 +48,7 @@ def crc32c(content: bytes | memoryview) -> int:
 
 
 def masked(crc: int) -> int:
-    """The form in which TensorFlow stores a checksum, so that it is not one of bytes that contain checksums.
+    """The form in which TensorFlow stores a checksum. It avoids checksums of bytes that contain checksums.
 
     Example:
         >>> hex(masked(0))
@@ -67,7 +67,7 @@ def _table() -> NDArray[np.uint32]:
 
 @cache
 def _skip(length: int) -> NDArray[np.uint32]:
-    """What a state becomes after so many zero bytes, for each of its four bytes."""
+    """The state after this number of zero bytes, for each of its four bytes."""
     table = _table()
     states = np.arange(256, dtype=np.uint32)[None] << (8 * np.arange(4, dtype=np.uint32))[:, None]
     for _ in range(length):

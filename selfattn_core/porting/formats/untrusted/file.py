@@ -1,4 +1,4 @@
-"""A file that is read at places of the caller's choice and never beyond its end."""
+"""A file that is read at any place, and never beyond its end."""
 
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +13,7 @@ __all__ = ["Source", "unreadable"]
 
 
 def unreadable(path: Path, error: OSError) -> PortError:
-    """What to say of a path that the system does not let be read.
+    """The error for a path that the system refuses to read.
 
     Example:
         >>> unreadable(Path("x.pth"), PermissionError(13, "Permission denied"))
@@ -28,10 +28,10 @@ class Source:
     """An open file and its size.
 
     Args:
-        path: of the file.
+        path: the path of the file.
 
     Raises:
-        PortError: if it is absent, a folder, something else than a file, empty, or must not be read.
+        PortError: if it is missing, empty, not an ordinary file, or not readable.
 
     Example:
         >>> Source(Path("there-is-no-such.file"))
@@ -43,12 +43,12 @@ class Source:
     def __init__(self, path: Path) -> None:
         try:
             if path.is_dir():
-                raise PortError(f"{path}: is a folder; expected a file.")
+                raise PortError(f"{path}: is a folder. Expected a file.")
             if not path.exists():
                 raise PortError(f"{path}: no such file.")
             if not path.is_file():
-                # A pipe or a device, which would be waited for.
-                raise PortError(f"{path}: is not an ordinary file; copy its content to one.")
+                # Reading a pipe or a device could wait for ever.
+                raise PortError(f"{path}: is not an ordinary file. Copy its content to one.")
             self.file: BinaryIO = path.open("rb")
         except OSError as error:
             raise unreadable(path, error) from error
@@ -56,17 +56,17 @@ class Source:
         self.size = self.file.seek(0, 2)
         if not self.size:
             self.file.close()
-            raise PortError(f"{path}: is empty; expected a checkpoint.")
+            raise PortError(f"{path}: is empty. Expected a checkpoint.")
 
     def bytes_at(self, offset: int, count: int) -> bytes:
-        """These bytes.
+        """Read bytes at a place.
 
         Raises:
-            PortError: if the file ends before; nothing has been allocated then.
+            PortError: if the file ends before them. Then nothing has been allocated.
         """
         if offset < 0 or count < 0 or offset + count > self.size:
             raise PortError(
-                f"{self.path}: is truncated or damaged: bytes {offset} to {offset + count} are needed, it ends at {self.size}."
+                f"{self.path}: is truncated or damaged: bytes {offset} to {offset + count} are needed, but it ends at {self.size}."
             )
         self.file.seek(offset)
         content = self.file.read(count)
@@ -75,10 +75,10 @@ class Source:
         return content
 
     def read_into(self, buffer: memoryview) -> None:
-        """Fill the buffer from the present place.
+        """Fill the buffer from the current place.
 
         Raises:
-            EOFError: if the file ends before.
+            EOFError: if the file ends too early.
         """
         view: Any = buffer
         while view:
@@ -88,7 +88,7 @@ class Source:
             view = view[count:]
 
     def array_at(self, key: str, offset: int, info: TensorInfo) -> NDArray[Any]:
-        """A tensor whose bytes lie at this offset; the caller has seen that they are within the file."""
+        """Read a tensor at this offset. The caller has checked that its bytes are within the file."""
         self.file.seek(offset)
         return read_array(f"{self.path}: {key}", info, self.read_into)
 

@@ -1,7 +1,7 @@
-"""How much a reader takes from a file that it does not trust, before the tensors that are asked for.
+"""The limits of a reader of untrusted files.
 
-Listing a file allocates at most a fixed multiple of what is really in its header, and no more than these bounds; a tensor
-is allocated only when the file has been seen to hold that many bytes.
+Listing a file allocates at most a fixed multiple of its header, and never more than these limits. A tensor is allocated only
+after a check that the file has that many bytes.
 """
 
 import math
@@ -19,24 +19,24 @@ __all__ = [
     "checked_shape",
 ]
 
-# Bytes of a header, a pickle or an index that are parsed. A network of ten thousand tensors needs about one MiB.
+# The largest header, pickle or index in bytes. A network of ten thousand tensors needs about one MiB.
 MAX_HEADER = 32 * 2**20
-# Tensors and other values of a file.
+# The number of tensors and other values in a file.
 MAX_TENSORS = 200_000
-# Levels of nested folders, groups and dicts.
+# The levels of nested folders, groups and dicts.
 MAX_DEPTH = 32
-# Axes; numpy's own limit is 64.
+# The number of axes. numpy's own limit is 64.
 MAX_RANK = 32
-# What compressed bytes may grow to: this many times, or to this many bytes.
+# Compressed bytes may grow by this factor, or to this number of bytes.
 MAX_EXPANSION = 200
 SMALL = 16 * 2**20
 
 
 def checked_shape(where: str, shape: Sequence[object]) -> tuple[int, ...]:
-    """A shape that a file promises, once it is one that an array can have.
+    """Check that an array can have the shape that a file declares.
 
     Raises:
-        PortError: if an axis is no non-negative integer, or there are more than an array can have.
+        PortError: if an axis is not a non-negative integer, if there are too many axes, or if the array is too large.
 
     Example:
         >>> checked_shape("x.npz: gamma", [1])

@@ -1,4 +1,4 @@
-"""Arrays of numpy in a pickle: what the instructions say of them, put together without numpy's own functions.
+"""Builds numpy arrays from the instructions of a pickle, without numpy's own functions.
 
 Source: numpy/_core/src/multiarray/methods.c (`array_reduce`, `array_setstate`) and descriptor.c (`arraydescr_reduce`).
 """
@@ -31,10 +31,10 @@ __all__ = [
 
 ARRAYS = {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"}
 SCALARS = {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
-# Protocol 5 in one piece.
+# A whole array in protocol 5.
 BUFFERS = {"numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"}
 DTYPE = "numpy.dtype"
-# Of an array of JAX: the function, its arguments and the state of the numpy array in it.
+# An array of JAX has this function, its arguments and the state of its numpy array.
 JAX = "jax._src.array._reconstruct_array"
 _CODES = {
     "f2": "float16",
@@ -49,20 +49,20 @@ _CODES = {
 
 @dataclass
 class NumpyType:
-    """A dtype; `order` is "<", ">" or "|" once its state has been seen."""
+    """A dtype. Its state sets `order` to "<", ">" or "|"."""
 
     name: str
     order: str = "|"
 
     def set_state(self, state: Any) -> None:
-        """What BUILD gives: the version, the byte order, and what structured dtypes have."""
+        """Take the state of the instruction BUILD: the version, the byte order, and the fields of structured dtypes."""
         if isinstance(state, tuple) and len(state) > 1 and isinstance(state[1], str):
             self.order = state[1]
 
 
 @dataclass
 class NumpyArray:
-    """An array; all of it comes with its state."""
+    """An array. Its state sets all of it."""
 
     shape: Any = ()
     dtype: NumpyType | None = None
@@ -71,11 +71,11 @@ class NumpyArray:
 
     @property
     def has_numbers(self) -> bool:
-        """Whether it could be a tensor."""
+        """Whether its dtype is numeric, so that it can be a tensor."""
         return self.dtype is not None and bits(self.dtype.name) is not None
 
     def set_state(self, state: Any) -> None:
-        """What BUILD gives: version, shape, dtype, order and bytes."""
+        """Take the state of the instruction BUILD: version, shape, dtype, order and bytes."""
         if not isinstance(state, tuple) or len(state) < 4:
             raise PortError("is a damaged pickle (an array without a state)")
         self.shape, dtype, self.fortran, self.data = state[-4:]
@@ -83,7 +83,7 @@ class NumpyArray:
 
 
 def type_of(code: Any) -> NumpyType:
-    """A dtype by its code, "f4", or by the name of one of ml_dtypes.
+    """A dtype by its code, such as "f4", or by its name in ml_dtypes.
 
     Example:
         >>> type_of("f4").name, type_of("O8").name
@@ -93,14 +93,14 @@ def type_of(code: Any) -> NumpyType:
 
 
 def from_buffer(arguments: tuple[Any, ...]) -> NumpyArray:
-    """The array of a call of numpy's `_frombuffer`: bytes, dtype, shape and order."""
+    """The array of a call of numpy's `_frombuffer`, with bytes, dtype, shape and order."""
     data, dtype, shape, order = arguments
     whole = bytes(data) if isinstance(data, bytes | bytearray) else None
     return NumpyArray(shape, dtype if isinstance(dtype, NumpyType) else None, order == "F", whole)
 
 
 def from_state(state: Any) -> NumpyArray:
-    """The array whose state this is."""
+    """The array with this state."""
     array = NumpyArray()
     array.set_state(state)
     return array
@@ -110,11 +110,11 @@ def entry(where: str, array: NumpyArray) -> Entry:
     """An array as a tensor of a file.
 
     Raises:
-        PortError: if it holds anything else than numbers, or another number of bytes than its shape needs.
+        PortError: if it is not numeric, or if the number of its bytes does not fit its shape.
     """
     name = array.dtype.name if array.dtype else "nothing"
     if bits(name) is None or not isinstance(array.data, bytes):
-        raise PortError(f"{where}: is an array of {name[:40]}, which are no numbers")
+        raise PortError(f"{where}: is an array of {name[:40]}, which is not numeric")
     shape = array.shape if isinstance(array.shape, tuple) else (None,)
     info = TensorInfo(checked_shape(where, shape), name)
     if len(array.data) != stored_bytes(info):

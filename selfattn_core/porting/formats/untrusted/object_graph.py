@@ -1,7 +1,8 @@
-"""Names of variables in `tf.train.Checkpoint`, by the attributes that lead to them.
+"""Names variables in `tf.train.Checkpoint` by their path of attributes.
 
-A checkpoint names a variable by the shortest way to it. In Keras 3 that is often a list, `_trainable_variables/3` of the
-optimiser, or of a SavedModel: the graph of objects in the same file knows the way through the layers.
+A checkpoint names a variable by its shortest path. In Keras 3 that is often a place in a list, such as
+`_trainable_variables/3` of the optimiser or of a SavedModel. The graph of objects in the same file has the path through the
+layers.
 
 Source: tensorflow/core/protobuf/trackable_object_graph.proto.
 """
@@ -15,7 +16,7 @@ from selfattn_core.porting.formats.untrusted.protobuf import message, number, te
 
 __all__ = ["names_of"]
 
-# Attributes that hold what other attributes hold too.
+# Attributes whose content is also in other attributes.
 _LISTS = {
     f"{private}{name}"
     for private in ("", "_")
@@ -31,7 +32,7 @@ class _Node:
 
 
 def names_of(where: str, content: bytes) -> dict[str, str]:
-    """Names of variables by their keys in the checkpoint, where the graph has better ones.
+    """Better names of variables from the graph, by their keys in the checkpoint.
 
     Args:
         where: the file, for messages.
@@ -50,7 +51,7 @@ def names_of(where: str, content: bytes) -> dict[str, str]:
         raise PortError(f"{where}: has {len(nodes)} objects, more than any checkpoint")
     paths = _paths(where, nodes)
     keys = [(paths.get(place, ""), name, key) for place, node in enumerate(nodes) for name, key in node.keys]
-    # A SavedModel of Keras has nothing but lists, and each variable's own name.
+    # A SavedModel of Keras has only lists, and each variable's own name.
     listed = Counter((_parent(key), name) for _, name, key in keys)
     found: dict[str, str] = {}
     taken = {path for path, _, _ in keys}
@@ -83,7 +84,7 @@ def _node(where: str, content: int | bytes) -> _Node:
 
 
 def _paths(where: str, nodes: list[_Node]) -> dict[int, str]:
-    """The shortest way to each object that is not through a list of variables; Keras' `_kernel` is what `kernel` gives."""
+    """The shortest path to each object outside lists of variables. Keras' `_kernel` gets the name `kernel`."""
     found: dict[int, str] = {0: ""} if nodes else {}
     waiting = deque([(0, 0)] if nodes else [])
     while waiting:

@@ -1,4 +1,4 @@
-"""Protocol buffers, as far as TensorFlow's checkpoints have them: fields by number, nothing of their schema.
+"""Reads protocol buffers as far as TensorFlow's checkpoints use them: fields by number, without a schema.
 
 Source: protobuf.dev/programming-guides/encoding.
 """
@@ -9,7 +9,7 @@ __all__ = ["message", "number", "text", "varint"]
 
 
 def varint(where: object, content: bytes, place: int) -> tuple[int, int]:
-    """The number at a place, and the place behind it.
+    """The number at a place, and the place after it.
 
     Example:
         >>> varint("x", bytes([0xAC, 0x02]), 0)
@@ -31,7 +31,7 @@ def message(where: str, content: int | bytes) -> dict[int, list[int | bytes]]:
     """The fields of a protocol buffer by their number.
 
     Raises:
-        PortError: if it is cut off or of another kind.
+        PortError: if it is cut off or has another kind.
 
     Example:
         >>> message("x", bytes([0x08, 0x03]))
@@ -61,10 +61,10 @@ def message(where: str, content: int | bytes) -> dict[int, list[int | bytes]]:
 
 
 def number(where: str, fields: dict[int, list[int | bytes]], field: int, default: int) -> int:
-    """A field that is a number; of several the last counts.
+    """A field with a number. If there are several, the last one counts.
 
     Raises:
-        PortError: if it is another kind.
+        PortError: if it has another kind.
 
     Example:
         >>> number("x", {1: [3]}, 1, 0), number("x", {1: [3]}, 2, 7)
@@ -77,7 +77,7 @@ def number(where: str, fields: dict[int, list[int | bytes]], field: int, default
 
 
 def text(fields: dict[int, list[int | bytes]], field: int) -> str:
-    """A field that is a text; "" if there is none, or another kind.
+    """A field with a text. "" if it is missing or has another kind.
 
     Example:
         >>> text({1: [b"kernel"]}, 1), text({}, 1)

@@ -1,7 +1,7 @@
-"""The pickles inside PyTorch's files, read without executing any: an interpreter of the few instructions they need.
+"""Interprets the few pickle instructions of PyTorch's files, without executing anything.
 
-What pickle would import and call is only named. A name that `torch.load(weights_only=True)` would not accept either is
-collected, and the file refused.
+The reader only names what pickle would import and call. It collects every name that `torch.load(weights_only=True)` would not
+accept either, and then the file is refused.
 
 Why not torch itself: a Flax or Keras user can read the file without installing torch, no object of the file is ever built,
 every problem is listed at once, and tensors are read one by one. Measured with torch 2.13 on a file of 400 MiB of which one
@@ -47,7 +47,7 @@ _TORCH_DTYPES = {
         *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
     )
 }
-# Names that may occur and mean nothing here; what is made of them is ignored.
+# Names that may occur and have no meaning here. Their values are ignored.
 _IGNORED = {
     "collections.Counter",
     "torch.device",
@@ -69,7 +69,7 @@ _PLAIN = {
     "torch.nn.parameter.Parameter",
     "torch.nn.parameter.Buffer",
 }
-# Tensors of kinds that are no plain arrays; torch reads them, this does not.
+# Tensors that are not plain arrays. torch reads them, and this reader does not.
 _UNREAD = {
     "torch._utils._rebuild_qtensor": "quantized",
     "torch._utils._rebuild_sparse_tensor": "sparse",
@@ -89,8 +89,8 @@ _REBUILD = {
     "torch._tensor._rebuild_from_type_v2",
 }
 _KNOWN = _REBUILD | _PLAIN | _IGNORED | set(_UNREAD) | set(_TORCH_DTYPES)
-# Types of settings, paths, dates and numbers, which training scripts and Lightning save beside the weights. Nothing of them is
-# made here: they are named, and what is in a dictionary is seen.
+# Types of settings, paths, dates and numbers that training scripts and Lightning save beside the weights. No object of them is
+# created: the reader names them, and looks into dictionaries.
 _DICTS = {
     "collections.defaultdict",
     "easydict.EasyDict",
@@ -155,8 +155,8 @@ class Storage:
 
     Args:
         key: its name in the file.
-        dtype: of its numbers.
-        numel: how many the pickle says there are.
+        dtype: the dtype of its numbers.
+        numel: the number of elements according to the pickle.
     """
 
     key: str
@@ -166,7 +166,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A view of a storage, in numbers and not in bytes; `unread` says why it is none that can be read."""
+    """A view of a storage, counted in numbers, not in bytes. `unread` is the reason if it cannot be read."""
 
     storage: Storage
     offset: int
@@ -183,21 +183,21 @@ class _Name:
 
 @dataclass
 class _Ignored:
-    """A value that is of no use here."""
+    """A value that is ignored."""
 
     name: str = ""
 
 
 @dataclass
 class Unpickled:
-    """What a pickle holds.
+    """The content of a pickle.
 
     Args:
         value: dicts, lists, tuples, strings, numbers, `Tensor` and `NumpyArray`.
         blocked: names that would have been imported and that no state dict needs.
-        storages: every storage that is referred to, by its name in the file.
-        states: dicts and what was set on them as objects, for example torch's versions of modules.
-        settings: names of types of settings and the like, which are only named.
+        storages: every storage that the pickle refers to, by its name in the file.
+        states: dicts with the state that was set on them, for example PyTorch's versions of modules.
+        settings: names of types of settings and similar types, whose objects are not created.
     """
 
     value: Any = None
@@ -208,13 +208,13 @@ class Unpickled:
 
 
 def unpickle(file: BinaryIO | bytes) -> Unpickled:
-    """Read one pickle, executing nothing.
+    """Read one pickle without executing anything.
 
     Args:
-        file: the pickle; of a file, no byte behind the pickle is read.
+        file: the pickle. No byte after the pickle is read.
 
     Raises:
-        PortError: if it is no pickle, is damaged, or does something that checkpoints do not; the caller adds the path.
+        PortError: if it is not a pickle, is damaged, or does something that no checkpoint does. The caller adds the path.
 
     Example:
         >>> import pickle
@@ -231,7 +231,7 @@ def unpickle(file: BinaryIO | bytes) -> Unpickled:
             machine.run(operation.name, argument)
     except PortError:
         raise
-    # What pickletools and a stack that is not as it should be raise.
+    # pickletools and a malformed stack raise these.
     except (
         ValueError,
         IndexError,
@@ -381,12 +381,12 @@ def _dtype(arguments: tuple[Any, ...]) -> NumpyType:
 
 
 def _encoded(arguments: tuple[Any, ...]) -> Any:
-    """Bytes, as protocols before 3 write them."""
+    """Bytes in the form of protocols before 3."""
     plain = arguments[1:] in (("latin1",), ("latin-1",))
     return arguments[0].encode("latin-1") if plain else _Ignored("_codecs.encode")
 
 
-# What comes of a call that is known: of its arguments alone.
+# The results of the known calls, computed from their arguments only.
 _MADE: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "collections.OrderedDict": _pairs,
     "torch.Size": lambda arguments: tuple(arguments[0]),
@@ -402,30 +402,30 @@ _MADE: dict[str, Callable[[tuple[Any, ...]], Any]] = {
 
 def _fill(target: dict[Any, Any], pairs: Any) -> None:
     for key, value in pairs:
-        # Only keys whose hash takes no time: nested tuples can be made to take for ever.
+        # Only keys that hash quickly. A hostile nested tuple can take for ever.
         if not isinstance(key, str | int | float | bytes | None):
             raise PortError(f"has a dict with a key of type {type(key).__name__}, expected names")
         if key in target:
-            raise PortError(f"holds the key {str(key)[:200]!r} twice; which one is meant cannot be known")
+            raise PortError(f"holds the key {str(key)[:200]!r} twice, so it is unclear which one counts")
         target[key] = value
 
 
 def _rebuild(name: str, arguments: tuple[Any, ...]) -> Tensor:
     if name == "torch._tensor._rebuild_from_type_v2":
-        # A subclass, which is plain or was blocked by its name, around what makes the tensor.
+        # A subclass around the function that makes the tensor. It is plain, or its name was blocked.
         function, arguments = arguments[0], arguments[2]
         name = function.name if isinstance(function, _Name) else ""
         if name in _UNREAD or name not in _REBUILD:
             return Tensor(Storage("", "uint8", 0), 0, (), (), "uint8", _UNREAD.get(name, "subclassed"))
     if name.startswith("torch._utils._rebuild_parameter"):
         if not isinstance(arguments[0], Tensor):
-            raise PortError("holds a parameter that is no tensor")
+            raise PortError("holds a parameter that is not a tensor")
         return arguments[0]
     storage, offset, shape, stride = arguments[:4]
     if isinstance(storage, _Ignored) and storage.name == _NESTED:
         raise PortError(
-            "is a plain pickle of tensors, which torch's own format is not; where it was written, load it with pickle.load and "
-            "save the same with torch.save"
+            "is a plain pickle of tensors, not a file in torch's own format. Load it with pickle.load in the code that wrote it, and "
+            "save the result with torch.save"
         )
     if not isinstance(storage, Storage):
         raise PortError("holds a tensor without a storage")
@@ -433,7 +433,7 @@ def _rebuild(name: str, arguments: tuple[Any, ...]) -> Tensor:
     if name.endswith("_v3"):
         dtype = _TORCH_DTYPES.get(getattr(arguments[6], "name", ""), "unknown")
     if not isinstance(shape, tuple) or not isinstance(stride, tuple):
-        raise PortError("holds a tensor whose shape is no tuple")
+        raise PortError("holds a tensor whose shape is not a tuple")
     return Tensor(storage, offset, shape, stride, dtype)
 
 

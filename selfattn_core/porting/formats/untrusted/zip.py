@@ -1,4 +1,4 @@
-"""A zip archive whose list of members has been checked before any of them is read. Nothing is ever extracted."""
+"""A zip archive whose list of members is checked before a member is read. Nothing is ever extracted."""
 
 import struct
 import zipfile
@@ -16,7 +16,7 @@ _ENCRYPTED = 1
 
 
 class Member:
-    """A member that is being read from its beginning, with the checksum of the archive held against it at the end.
+    """A member that is read from its beginning. At the end its checksum is compared with the archive's.
 
     Args:
         archive: its archive.
@@ -31,20 +31,20 @@ class Member:
         """Fill the buffer with the next bytes.
 
         Raises:
-            PortError: if they are damaged, or there are fewer.
+            PortError: if they are damaged or too few.
         """
         view = buffer
         try:
             while view:
                 count = self._file.readinto(view)
                 if not count:
-                    raise PortError(f"{self._where}: ends too early; the file is damaged.")
+                    raise PortError(f"{self._where}: ends too early. The file is damaged.")
                 view = view[count:]
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise PortError(f"{self._where}: is damaged ({error}).") from None
 
     def finish(self) -> None:
-        """Read one byte too many, which makes zipfile compare the checksum.
+        """Read one more byte, so that zipfile compares the checksum.
 
         Raises:
             PortError: if the member is longer, or its checksum differs.
@@ -54,10 +54,10 @@ class Member:
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise PortError(f"{self._where}: is damaged ({error}).") from None
         if more:
-            raise PortError(f"{self._where}: holds more bytes than its header says.")
+            raise PortError(f"{self._where}: has more bytes than its header declares.")
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the member."""
         self._file.close()
 
 
@@ -65,11 +65,11 @@ class Archive:
     """An open archive.
 
     Args:
-        source: the file; closed by `close`, and where the archive is refused.
+        source: the file. `close` closes it, and so does a refusal of the archive.
 
     Raises:
-        PortError: if it is no whole zip archive, or one made to deceive: names that lead out of it, the same name twice,
-            members that overlap, encryption, compression that expands beyond the limits.
+        PortError: if it is not a complete zip archive, or if it is deceptive: names that point outside it, the same name
+            twice, members that overlap, encryption, or compression that expands beyond the limits.
     """
 
     def __init__(self, source: Source) -> None:
@@ -87,7 +87,7 @@ class Archive:
         try:
             self._zip = zipfile.ZipFile(source.file)
             members = self._zip.infolist()
-        # struct.error, IndexError and the like are how zipfile meets a damaged directory.
+        # zipfile raises struct.error, IndexError and others for a damaged directory.
         except (
             zipfile.BadZipFile,
             OSError,
@@ -105,7 +105,7 @@ class Archive:
         for member in members:
             problem = _problem(member)
             if member.filename in self.members:
-                problem = "is in the archive twice; which one is meant cannot be known"
+                problem = "is in the archive twice, so it is unclear which one counts"
             if problem:
                 problems.append(f"{member.filename[:200]!r} {problem}")
             self.members[member.filename] = member
@@ -117,11 +117,11 @@ class Archive:
             problems.append(f"it would expand from {stored} to {whole} bytes")
         if problems:
             raise PortError(
-                f"{path}: the archive is not read:\n" + "\n".join(f"  {line}" for line in problems[:50])
+                f"{path}: the archive cannot be read:\n" + "\n".join(f"  {line}" for line in problems[:50])
             )
 
     def open(self, name: str) -> zipfile.ZipExtFile:
-        """A member as a file.
+        """Open a member as a file.
 
         Raises:
             PortError: if the member's own header disagrees with the list.
@@ -140,10 +140,10 @@ class Archive:
         return member
 
     def read(self, name: str) -> bytes:
-        """A small member.
+        """Read a small member.
 
         Raises:
-            PortError: if it is larger than a header may be, or damaged.
+            PortError: if it is larger than `MAX_HEADER`, or damaged.
         """
         size = self.members[name].file_size
         if size > MAX_HEADER:
@@ -158,10 +158,10 @@ class Archive:
         return bytes(content)
 
     def place(self, name: str) -> int:
-        """Where in the file the bytes of a member that is not compressed begin.
+        """The place in the file where the bytes of an uncompressed member begin.
 
         Raises:
-            PortError: if it is compressed, or does not lie within the file.
+            PortError: if it is compressed, or not within the file.
         """
         member = self.members[name]
         if member.compress_type != zipfile.ZIP_STORED:
@@ -170,7 +170,7 @@ class Archive:
         signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         place = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if signature != b"PK\3\4" or place + member.file_size > self.source.size:
-            raise PortError(f"{self.source.path}: {name} is damaged: it does not lie where the list says.")
+            raise PortError(f"{self.source.path}: {name} is damaged: it is not at the place in the list.")
         return int(place)
 
     def close(self) -> None:

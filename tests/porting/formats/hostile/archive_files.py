@@ -60,7 +60,7 @@ def write_npz(folder: Path, trace: Path) -> dict[str, tuple[Path, str]]:
     zeros = npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (2097152, 32)}", bytes(2**29))
     case("bomb", "a zip bomb, or store it uncompressed", ("w.npy", zeros), compress=zipfile.ZIP_DEFLATED)
     promise = npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (1099511627776,)}")
-    case("promises more", "needs 8796093022208 bytes, the file has 0", ("w.npy", promise))
+    case("promises more", "needs 8796093022208 bytes, but the file has 0", ("w.npy", promise))
     case(
         "negative",
         "is not one of an array",

@@ -31,9 +31,9 @@ def write(folder: Path) -> dict[str, tuple[Path, str]]:
         file["query/vars/1"] = h5py.SoftLink("/query/vars/0")
     with case("external link", "query/vars/1: is an external link, to another file") as file:
         file["query/vars/1"] = h5py.ExternalLink(str(secret), "/secret")
-    with case("external data", "lies in other files, which are not opened") as file:
+    with case("external data", "is in other files, which are not opened") as file:
         file.create_dataset("query/vars/1", (15,), np.float32, external=[(str(raw), 0, 60)])
-    with case("virtual data", "lies in other files, which are not opened") as file:
+    with case("virtual data", "is in other files, which are not opened") as file:
         layout = h5py.VirtualLayout((7,), np.float32)
         layout[:] = h5py.VirtualSource(str(secret), "secret", (7,))
         file.create_virtual_dataset("query/vars/1", layout)
@@ -51,7 +51,8 @@ def write(folder: Path) -> dict[str, tuple[Path, str]]:
             "query/vars/1", (1,), np.float32, chunks=(2**28,), maxshape=(None,), compression=9
         )
     with case(
-        "circle", "/query/again is reached twice: the file is damaged or made so that reading does not end"
+        "circle",
+        "/query/again is reached twice: the file is damaged, or it was made so that reading does not end",
     ) as file:
         file["query/again"] = file["query"]
     with case("text", "query/vars/1: holds no plain numbers; expected numbers") as file:

@@ -31,7 +31,7 @@ def write_msgpack(folder: Path) -> dict[str, tuple[Path, str]]:
     key = b"\x81" + text("kernel")
     case("half", "is truncated or damaged: it ends at", (key + array())[:-5])
     case("more", "bytes follow the end", key + array() + b"\0")
-    case("shape", "needs 28 bytes, there are 24", key + array((7,)))
+    case("shape", "needs 28 bytes, but there are 24", key + array((7,)))
     case("overflow", "is not one of an array", key + array((2**40, 2**40)))
     case("negative", "is not one of an array", key + array((-2, -3)))
     case("dtype", "has the dtype 'object'", key + array(dtype="object"))
@@ -45,8 +45,8 @@ def write_msgpack(folder: Path) -> dict[str, tuple[Path, str]]:
     case("endless map", "is truncated or damaged", b"\xdf\xff\xff\xff\xff" + text("a"))
     case("endless list", "too many values", key + b"\xdd\xff\xff\xff\xff" + b"\xc0" * 1_000_001)
     case("endless bytes", "is truncated or damaged", key + b"\xc6\xff\xff\xff\xff")
-    case("no name", "a key that is no name", b"\x82" + text("a") + b"\xc0" + b"\x91\xc0\xc0")
-    case("reserved byte", "is no msgpack file, or damaged", key + b"\xc1")
+    case("no name", "a key that is not a name", b"\x82" + text("a") + b"\xc0" + b"\x91\xc0\xc0")
+    case("reserved byte", "is not a msgpack file, or is damaged", key + b"\xc1")
     pieces = (
         b"\x83"
         + text("__msgpack_chunked_array__")
@@ -123,7 +123,7 @@ def write_tensorflow(folder: Path) -> dict[str, tuple[Path, str]]:
         cases[f"tensorflow {name}"] = (prefix, words)
 
     whole = index((b"w", entry(checksum=checksum)))
-    case("half index", "is truncated or no index", whole[:-20])
+    case("half index", "is truncated, or is not an index", whole[:-20])
     case("flipped index", "the checksum of a block differs", bytes([whole[0] ^ 1]) + whole[1:])
     case(
         "half data",
@@ -138,7 +138,7 @@ def write_tensorflow(folder: Path) -> dict[str, tuple[Path, str]]:
     case("dtype", "has the dtype number 20", index((b"w", entry(dtype=20))))
     case("partitioned", "is a partitioned variable", index((b"w", entry(extra=b"\x3a\x00"))))
     case("other shard", "is in data file 9 of 1", index((b"w", entry(shard=9))))
-    case("key twice", "holds the key b'w' twice", index((b"w", entry()), (b"w", entry())))
+    case("key twice", "it has the key b'w' twice", index((b"w", entry()), (b"w", entry())))
     case("name twice", "is there twice", index((b"w", entry()), (b"w/.ATTRIBUTES/VARIABLE_VALUE", entry())))
     case(
         "big endian",
@@ -168,11 +168,11 @@ def write_other(folder: Path) -> dict[str, tuple[Path, str]]:
         "absent": (folder / "absent.pth", "no such file"),
         "a folder": (
             folder / "a folder.safetensors",
-            "is a folder, and neither a checkpoint of Orbax nor of TensorFlow; it holds notes.txt",
+            "is a folder, and neither a checkpoint of Orbax nor of TensorFlow. It holds notes.txt",
         ),
-        "empty": (folder / "empty.pth", "is empty; expected a checkpoint"),
-        "text": (folder / "text.pth", "is of no known format (it begins with 61 20 74 65 78 74 20 6f)"),
-        "tar": (folder / "tar.tar", "is a tar archive; unpack it"),
+        "empty": (folder / "empty.pth", "is empty. Expected a checkpoint"),
+        "text": (folder / "text.pth", "has an unknown format (it begins with 61 20 74 65 78 74 20 6f)"),
+        "tar": (folder / "tar.tar", "is a tar archive. Unpack it"),
         "pipe": (folder / "pipe.pth", "is not an ordinary file"),
         "device": (Path("/dev/zero"), "is not an ordinary file"),
         "two checkpoints": (folder / "two", "holds 2 checkpoints, name one"),

@@ -135,7 +135,9 @@ def write(folder: Path, trace: Path) -> dict[str, tuple[Path, str]]:
         state_dict(("w", tensor())),
         extra=(("archive/code/model.py", "x"),),
     )
-    case("two pickles", "no checkpoint of torch", b"\x80\x02}.", extra=(("other/data.pkl", b"\x80\x02}."),))
+    case(
+        "two pickles", "not a checkpoint of torch", b"\x80\x02}.", extra=(("other/data.pkl", b"\x80\x02}."),)
+    )
     case("deep dicts", "nested more than", shared_dicts(40))
     case("shared dicts", "holds more than 200000 values", shared_dicts(25))
     case("slow key", "a key of type tuple", nested_key())
@@ -176,6 +178,6 @@ def write(folder: Path, trace: Path) -> dict[str, tuple[Path, str]]:
     path.write_bytes(pickle.dumps({"epoch": 3}, protocol=2))
     case(
         "other pickle",
-        "is a pickle, but no checkpoint of torch, and holds no arrays; nothing in it was executed",
+        "is a pickle, but not a checkpoint of torch, and it holds no arrays. Nothing in it was executed",
     )
     return cases
