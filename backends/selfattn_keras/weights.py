@@ -18,13 +18,13 @@ from selfattn_keras.layer import SelfAttention2D, own_copy
 
 
 def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
-    """The layer's weights, and with spectral norm its state, as new, contiguous numpy arrays by canonical name.
+    """The layer's weights and its spectral norm state, if any, as new contiguous numpy arrays by canonical name.
 
     Args:
-        layer: built, on any device; bfloat16 is widened to float32, which is exact.
+        layer: a built layer on any device. bfloat16 is widened to float32, which is exact.
 
     Returns:
-        Kernels (C_in, C_out), biases (C_out,), gamma (1,); with spectral norm the kernels are the raw ones.
+        Kernels (C_in, C_out), biases (C_out,) and gamma (1,). With spectral norm the kernels are the raw ones.
 
     Raises:
         ValueError: if the layer is not built yet.
@@ -51,10 +51,10 @@ def from_canonical(
     """A built layer with these weights.
 
     Args:
-        config: which layer.
+        config: options of the layer.
         params: arrays by canonical name.
-        block_size: as in `SelfAttention2D`.
-        data_format: as in `SelfAttention2D`.
+        block_size: see `SelfAttention2D`.
+        data_format: see `SelfAttention2D`.
         dtype: name of a dtype or a dtype policy, for example "mixed_bfloat16"; by default the arrays' dtype.
 
     Raises:
@@ -156,25 +156,25 @@ def load(
     data_format: str | None = None,
     dtype: Any = None,
 ) -> SelfAttention2D:
-    """A built layer from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
+    """Load a built layer from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
 
     Args:
-        path: a canonical `.safetensors` file, or with `dialect` a checkpoint in any format that `selfattn inspect` reads.
-        block: which layer of a canonical file that holds several.
-        dialect: what another file is, as `selfattn dialects` lists them, or a `.toml` file of your own.
-        prefix: which block of such a file, where it has several.
-        settings: what such a file does not say, for example {"use_scale": False}.
-        block_size: as in `SelfAttention2D`.
-        data_format: as in `SelfAttention2D`.
+        path: a canonical `.safetensors` file. With `dialect`, a checkpoint in any format that `selfattn inspect` reads.
+        block: name of the block, if a canonical file holds several.
+        dialect: dialect of a checkpoint: a name that `selfattn dialects` lists, or your own `.toml` file.
+        prefix: prefix of the block, if a checkpoint holds several.
+        settings: facts that a checkpoint does not contain, for example {"use_scale": False}.
+        block_size: see `SelfAttention2D`.
+        data_format: see `SelfAttention2D`.
         dtype: name of a dtype or a dtype policy; by default the file's dtype.
 
     Warns:
-        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
-            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
+        UserWarning: if stored vectors u and v of spectral norm do not have length 1, for example because they are
+            averages. Or if neither `settings` nor a native file of this library contains `kv_pool`.
 
     Raises:
-        FileNotFoundError: if there is no such canonical file.
-        ValueError: if it is not a whole and fitting file of its kind; lists every problem.
+        FileNotFoundError: if the canonical file does not exist.
+        ValueError: if the file is incomplete or does not fit. It lists every problem.
     """
     config, params = load_any(path, block=block, dialect=dialect, prefix=prefix, settings=settings)
     return from_canonical(config, params, block_size=block_size, data_format=data_format, dtype=dtype)
@@ -187,11 +187,11 @@ def save(layer: SelfAttention2D, path: PathLike, *, overwrite: bool = False, sou
         layer: the layer, built.
         path: the `.safetensors` file; its folder must exist.
         overwrite: whether an existing file may be replaced.
-        source: where the weights came from, for the reader.
+        source: note on the origin of the weights, stored in the file.
 
     Raises:
         FileExistsError: if the file exists and `overwrite` is False.
-        OSError: if it cannot be written; an existing file is left as it was.
+        OSError: if the file cannot be written. An existing file then stays unchanged.
         ValueError: if the layer is not built yet, or a weight is not finite.
 
     Example:

@@ -1,4 +1,4 @@
-"""An NNX model of somebody else's with our layer in the place of its attention layers."""
+"""`convert`: replace the attention layers of an NNX model by ours."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -41,7 +41,7 @@ def convert(
     inplace: bool = False,
     dry_run: bool = False,
 ) -> Conversion[nnx.Module]:
-    """Replace the attention layers of an NNX model by `SelfAttention2D`, each with the weights of the one that it replaces.
+    """Replace the attention layers of an NNX model by `SelfAttention2D`, with the same weights.
 
     Each foreign layer and the one that takes its place are asked for their output and gradients, in evaluation mode, on the
     CPU, in float32 or float64. Both must agree with the definition within the limits of the conformance kit, and with one
@@ -61,21 +61,22 @@ def convert(
             checkpoint of the NNX model does. None is for layers whose keys fit a single one, and needs `match`.
         match: which modules: a class or several, a name such as "blocks.*.attention" with * for any text, or a function of
             name and module; by default those that have the keys of the dialect.
-        settings: what the tensors do not show, as in `selfattn_core.porting.port`.
-        keep_spectral_norm: whether layers that have spectral norm keep it. False divides the kernels by it once.
-        returns: "same": a layer that returned (y, A) is replaced by one that does, `SelfAttention2DWithMap`, at N·M numbers
-            of memory in each call; "output": every new layer returns y alone.
+        settings: facts that the tensors do not show, as in `selfattn_core.porting.port`.
+        keep_spectral_norm: whether layers with spectral norm keep it. False divides the kernels by it once.
+        returns: "same" replaces a layer that returns (y, A) by one that does too, `SelfAttention2DWithMap`, at N·M numbers
+            of memory in each call. "output" makes every new layer return y alone.
         block_size: as in `SelfAttention2D`.
         size: (H, W) of the input that both layers are asked; by default two sizes, of which one cuts off windows of pooling.
         inplace: whether `model` itself is changed; otherwise it stays as it is, and the result is a copy that shares no
             array with it.
-        dry_run: do everything but replace. Without `inplace` it makes the copy too, and drops it.
+        dry_run: whether to do everything except replace. Without `inplace` it makes the copy too, and drops it.
 
     Returns:
-        The model, and for each layer what it was, what it is and how far both are from the definition.
+        The model, and for each layer its old class, its new one and the errors of both against the definition.
 
     Raises:
-        ConversionError: a PortError whose `report` says which layer computes something else than its dialect says.
+        ConversionError: if a layer does not compute what its dialect describes. It is a PortError whose `report` names
+            the layer.
         PortError: if no layer is found, one cannot be replaced, or the model cannot be copied or changed; every reason.
         TypeError: if the model is no `nnx.Module`; one of Linen is none.
         ValueError: if another argument is none that is expected; every one of them.
@@ -167,7 +168,7 @@ def _found(model: nnx.Module, chosen: Dialect | None, match: Match | None) -> Fo
         matched = [(name, node) for name, node in modules if match(name, node)]
     found: Found = {}
     for name, node in matched:
-        # Ours have names that a dialect of ours fits.
+        # Our own layers fit a dialect too, so they are left out.
         if not isinstance(node, SelfAttention2D):
             _, names = found.get(id(node), (node, ()))
             found[id(node)] = (node, (*names, name))

@@ -21,7 +21,7 @@ from selfattn_flax.trees import to_numpy, to_tree
 
 
 def to_canonical(module: SelfAttention2D, variables: Mapping[str, Any]) -> dict[str, Array]:
-    """The layer's weights, and with spectral norm its state, as new, contiguous numpy arrays by canonical name.
+    """The layer's weights and its spectral norm state, if any, as new contiguous numpy arrays by canonical name.
 
     Args:
         module: the layer, bound or not.
@@ -29,7 +29,7 @@ def to_canonical(module: SelfAttention2D, variables: Mapping[str, Any]) -> dict[
             without partitioning metadata; bfloat16 is widened to float32, which is exact.
 
     Returns:
-        Kernels (C_in, C_out), biases (C_out,), gamma (1,); with spectral norm the kernels are the raw ones.
+        Kernels (C_in, C_out), biases (C_out,) and gamma (1,). With spectral norm the kernels are the raw ones.
 
     Raises:
         ValueError: if the variables are not those of this module; lists every problem.
@@ -56,13 +56,13 @@ def from_canonical(
     """A module and variables with these weights.
 
     Args:
-        config: which layer.
+        config: options of the layer.
         params: arrays by canonical name.
-        block_size: as in `SelfAttention2D`.
-        dtype: of the computation, as in `SelfAttention2D`.
-        param_dtype: of the parameters; by default that of the arrays.
-        precision: as in `SelfAttention2D`.
-        name: of the module.
+        block_size: see `SelfAttention2D`.
+        dtype: dtype of the computation, see `SelfAttention2D`.
+        param_dtype: dtype of the parameters; by default that of the arrays.
+        precision: see `SelfAttention2D`.
+        name: name of the module.
 
     Raises:
         ValueError: if the arrays do not fit the config (lists every problem), or are float64 while JAX has no float64.
@@ -138,27 +138,27 @@ def load(
     precision: jax.lax.PrecisionLike = None,
     name: str | None = None,
 ) -> tuple[SelfAttention2D, dict[str, Any]]:
-    """A module and variables from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
+    """Load a module and variables from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
 
     Args:
-        path: a canonical `.safetensors` file, or with `dialect` a checkpoint in any format that `selfattn inspect` reads.
-        block: which layer of a canonical file that holds several.
-        dialect: what another file is, as `selfattn dialects` lists them, or a `.toml` file of your own.
-        prefix: which block of such a file, where it has several.
-        settings: what such a file does not say, for example {"use_scale": False}.
-        block_size: as in `SelfAttention2D`.
-        dtype: of the computation, as in `SelfAttention2D`.
-        param_dtype: of the parameters; by default the file's.
-        precision: as in `SelfAttention2D`.
-        name: of the module.
+        path: a canonical `.safetensors` file. With `dialect`, a checkpoint in any format that `selfattn inspect` reads.
+        block: name of the block, if a canonical file holds several.
+        dialect: dialect of a checkpoint: a name that `selfattn dialects` lists, or your own `.toml` file.
+        prefix: prefix of the block, if a checkpoint holds several.
+        settings: facts that a checkpoint does not contain, for example {"use_scale": False}.
+        block_size: see `SelfAttention2D`.
+        dtype: dtype of the computation, see `SelfAttention2D`.
+        param_dtype: dtype of the parameters; by default that of the file.
+        precision: see `SelfAttention2D`.
+        name: name of the module.
 
     Warns:
-        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
-            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
+        UserWarning: if stored vectors u and v of spectral norm do not have length 1, for example because they are
+            averages. Or if neither `settings` nor a native file of this library contains `kv_pool`.
 
     Raises:
-        FileNotFoundError: if there is no such canonical file.
-        ValueError: if it is not a whole and fitting file of its kind (lists every problem), or holds float64 while JAX
+        FileNotFoundError: if the canonical file does not exist.
+        ValueError: if the file is incomplete or does not fit (lists every problem), or if it holds float64 while JAX
             has no float64.
     """
     config, params = load_any(path, block=block, dialect=dialect, prefix=prefix, settings=settings)
@@ -188,11 +188,11 @@ def save(
         variables: its variables.
         path: the `.safetensors` file; its folder must exist.
         overwrite: whether an existing file may be replaced.
-        source: where the weights came from, for the reader.
+        source: note on the origin of the weights, stored in the file.
 
     Raises:
         FileExistsError: if the file exists and `overwrite` is False.
-        OSError: if it cannot be written; an existing file is left as it was.
+        OSError: if the file cannot be written. An existing file then stays unchanged.
         ValueError: if the variables are not those of this module, or a weight is not finite.
 
     Example:

@@ -53,7 +53,7 @@ class KerasBackend(_devices.OnDevices):
         return ("channels_last", "channels_first")
 
     def dtypes(self) -> tuple[str, ...]:
-        """All that the kit knows, but those that the device has not."""
+        """All dtypes of the kit that the device has."""
         return tuple(dtype for dtype in DTYPES if dtype != "float64" or not self.device.startswith("mps"))
 
     def build(

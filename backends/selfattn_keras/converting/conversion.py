@@ -1,4 +1,4 @@
-"""A model of somebody else's with our layer in the place of its attention layers."""
+"""`convert`: replace the attention layers of a model by ours."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -45,7 +45,7 @@ def convert(
     inplace: bool = False,
     dry_run: bool = False,
 ) -> Conversion[Any]:
-    """Replace the attention layers of a model by `SelfAttention2D`, each with the weights of the one that it replaces.
+    """Replace the attention layers of a model by `SelfAttention2D`, with the same weights.
 
     Each foreign layer and the one that takes its place are asked for their output and gradients, in evaluation, on the CPU,
     in float32 or float64. Both must agree with the definition within the limits of the conformance kit, and with one another
@@ -65,23 +65,24 @@ def convert(
             `.weights.h5` of the layer alone has. None is for layers whose keys fit a single one, and needs `match`.
         match: which layers: a class or several, a name like "generator/attention_*" with * for any text, or a function of name
             and layer; by default those that have the keys of the dialect.
-        settings: what the tensors do not show, as in `selfattn_core.porting.port`.
-        keep_spectral_norm: whether layers that have spectral norm keep it. False divides the kernels by it once, and leaves
+        settings: facts that the tensors do not show, as in `selfattn_core.porting.port`.
+        keep_spectral_norm: whether layers with spectral norm keep it. False divides the kernels by it once, and leaves
             those of `keras.layers.SpectralNormalization` as evaluation applies them.
-        returns: "same": a layer that returned (y, A) is replaced by one that does, `SelfAttention2DWithMap`, at N·M numbers
-            of memory in each call; "output": every new layer returns y alone.
+        returns: "same" replaces a layer that returns (y, A) by one that does too, `SelfAttention2DWithMap`, at N·M numbers
+            of memory in each call. "output" makes every new layer return y alone.
         block_size: as in `SelfAttention2D`.
         size: (H, W) of the input that both layers are asked; by default two sizes, and the one that the layer was
             built for, if that has at most 1024 positions. Both must be right at each at which the old one runs.
         inplace: whether `model` itself is changed, which can be done where layers are attributes, in lists too, and not in the
             graph of a functional or sequential model; otherwise it stays as it is, and the result is a copy.
-        dry_run: do everything but replace.
+        dry_run: whether to do everything except replace.
 
     Returns:
-        The model, and for each layer what it was, what it is and how far both are from the definition.
+        The model, and for each layer its old class, its new one and the errors of both against the definition.
 
     Raises:
-        ConversionError: a PortError whose `report` says which layer computes something else than its dialect says.
+        ConversionError: if a layer does not compute what its dialect describes. It is a PortError whose `report` names
+            the layer.
         PortError: if no layer is found, one cannot be replaced, or the model cannot be copied; every reason.
         ValueError: if an argument cannot be taken, or neither `dialect` nor `match` is given.
 
@@ -158,7 +159,7 @@ def _found(model: Any, dialect: str | None, match: Match | None) -> list[list[Pl
         taken = [place for place in everywhere if match(place.name, place.layer)]
     found: dict[int, list[Place]] = {}
     for place in taken:
-        # Ours have names that a dialect of ours fits.
+        # Our own layers fit a dialect too, so they are left out.
         if not isinstance(place.layer, SelfAttention2D):
             found.setdefault(id(place.layer), [])
     for place in everywhere:

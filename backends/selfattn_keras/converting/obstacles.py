@@ -1,4 +1,4 @@
-"""What stands against replacing a layer of a model: said before anything is read or changed."""
+"""Reasons why a layer of a model cannot be replaced, found before anything is changed."""
 
 import inspect
 from collections.abc import Collection, Iterator
