@@ -156,7 +156,7 @@ def project(
     outputs = pointwise(inputs, kernel, precision=precision, out_sharding=out_sharding)
     if bias is None:
         return outputs
-    # The gradient of what is broadcast is a sum over all positions, and in 16 bits XLA's stands still at a few hundred.
+    # The gradient of a broadcast bias is a sum over all positions. In 16 bits XLA's sum stops growing at a few hundred.
     wide = jnp.promote_types(outputs.dtype, jnp.float32)
     return (outputs.astype(wide) + bias.astype(wide)).astype(outputs.dtype)
 

@@ -8,7 +8,7 @@ from selfattn_keras.layer import SelfAttention2D
 
 __all__ = ["attention_grid"]
 
-# Tensors of the backend, symbolic or not; Keras has no common type for them.
+# Tensors of the framework, symbolic or not. Keras has no common type for them.
 Tensor = Any
 
 
@@ -17,7 +17,7 @@ def attention_grid(layer: SelfAttention2D, x: Tensor) -> Tensor:
 
     Args:
         layer: the layer, which is built if necessary. It is called with `training=False`, so spectral norm does not move.
-        x: (B, H, W, C) or (B, C, H, W), as the layer's `data_format` says.
+        x: (B, H, W, C), or (B, C, H, W) with "channels_first".
 
     Returns:
         (B, H, W, H', W') in both data formats, where H' = H // kv_pool and W' = W // kv_pool. The last two axes sum to 1.

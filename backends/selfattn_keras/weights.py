@@ -1,4 +1,4 @@
-"""Weights of the Keras layer to and from canonical arrays and files."""
+"""Conversion of the Keras layer's weights to and from canonical arrays and files."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -58,8 +58,8 @@ def from_canonical(
         dtype: name of a dtype or a dtype policy, for example "mixed_bfloat16"; by default the arrays' dtype.
 
     Raises:
-        ValueError: if the arrays do not fit the config (lists every problem), or their dtype is float64 and JAX has
-            not been told to compute in it.
+        ValueError: if the arrays do not fit the config (lists every problem), or if their dtype is float64 and JAX does
+            not have it enabled.
 
     Example:
         >>> layer = SelfAttention2D.from_spec(SelfAttentionConfig(16))
@@ -71,8 +71,8 @@ def from_canonical(
     dtype = arrays["gamma"].dtype.name if dtype is None else dtype
     _check_float64(keras.dtype_policies.get(dtype).variable_dtype)
     with undrawn():
-        # What is overwritten at once is neither drawn nor filled by JAX, which compiles that for each shape. The
-        # initializers are then those of any layer, for whoever makes another one of its config.
+        # The values are overwritten at once, so JAX does not draw or fill them, which it would compile for each shape. The
+        # initializers are then set to the usual ones, for a new layer from the same config.
         layer = SelfAttention2D.from_spec(
             config,
             block_size=block_size,
@@ -91,14 +91,14 @@ def from_canonical(
             child.bias_initializer = own_copy(layer.bias_initializer, name)
     for name, array in arrays.items():
         target = variable(layer, name)
-        # A copy, for JAX takes over the memory of an array that it is given.
+        # A copy, because JAX takes over the memory of the array.
         target.assign(np.array(array, order="C").reshape(target.shape))
     return layer
 
 
 @contextmanager
 def undrawn() -> Iterator[None]:
-    """Leave Python's random state, from which unseeded initializers draw their seeds, as the caller has it.
+    """Restore Python's random state afterwards. Initializers without a seed draw one from it.
 
     Example:
         >>> random.seed(1)
@@ -117,14 +117,14 @@ def undrawn() -> Iterator[None]:
 
 
 def refresh_spectral_norm(layer: SelfAttention2D) -> None:
-    """Make every estimate of a spectral norm in a layer that of its present kernel.
+    """Recompute the state of every spectral norm in a layer for its current kernels.
 
-    To be called after kernels came from outside the training: assigned, averaged, or loaded without u and v. The state
-    belongs to other kernels then, and the first outputs in evaluation are off by any factor. Loading a file that has
-    kernels without u and v does it by itself, with a warning.
+    Call it after you set kernels outside training: assigned, averaged, or loaded without u and v. The old state belongs to
+    other kernels, and the first outputs in evaluation could be wrong by any factor. Loading a file that has kernels without
+    u and v calls it automatically, with a warning.
 
     Args:
-        layer: built, with values that can be read: not inside a compiled function.
+        layer: a built layer. Its values must be readable, so do not call this inside a compiled function.
 
     Raises:
         ValueError: if the layer is not built yet.
@@ -184,7 +184,7 @@ def save(layer: SelfAttention2D, path: PathLike, *, overwrite: bool = False, sou
     """Write the layer's weights to a canonical file.
 
     Args:
-        layer: the layer, built.
+        layer: the built layer.
         path: the `.safetensors` file; its folder must exist.
         overwrite: whether an existing file may be replaced.
         source: note on the origin of the weights, stored in the file.
@@ -206,7 +206,7 @@ def save(layer: SelfAttention2D, path: PathLike, *, overwrite: bool = False, sou
 
 
 def _check_float64(dtype: str) -> None:
-    """Refuse float64 where it would be narrowed: JAX does so with a mere warning."""
+    """Refuse float64 if it would be narrowed. JAX itself only warns."""
     held = keras.backend.standardize_dtype(keras.ops.convert_to_tensor(np.zeros((), np.float64)).dtype)
     if dtype == "float64" != held:
         raise ValueError(

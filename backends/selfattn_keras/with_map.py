@@ -27,16 +27,16 @@ class SelfAttention2DWithMap(SelfAttention2D):
         """The output and the map, or the output alone.
 
         Args:
-            x: (B, H, W, C) or (B, C, H, W), as `data_format` says.
+            x: (B, H, W, C), or (B, C, H, W) with "channels_first".
             return_attention_scores: whether to return (y, A) instead of y.
-            training: whether this is a step of training, which matters to spectral norm alone.
+            training: whether this is a step of training. Only spectral norm uses it.
         """
         return super().call(x, return_attention_scores=return_attention_scores, training=training)
 
     def compute_output_spec(
         self, x: Tensor, *, return_attention_scores: bool = True, training: bool | None = None
     ) -> Any:
-        """Shapes and dtypes of what `call` returns; sizes that are not known yet stay None."""
+        """Shapes and dtypes of the result of `call`. Sizes that are not known yet stay None."""
         return super().compute_output_spec(
             x, return_attention_scores=return_attention_scores, training=training
         )
