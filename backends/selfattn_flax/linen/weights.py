@@ -1,4 +1,4 @@
-"""Weights of the Linen layer to and from canonical arrays and files."""
+"""Conversion of the Linen layer's weights to and from canonical arrays and files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,13 +26,13 @@ def to_canonical(module: SelfAttention2D, variables: Mapping[str, Any]) -> dict[
     Args:
         module: the layer, bound or not.
         variables: its variables, {"params": {"query": …, …}} and with spectral norm {"batch_stats": …}, with or
-            without partitioning metadata; bfloat16 is widened to float32, which is exact.
+            without partitioning metadata. bfloat16 is widened to float32, which is exact.
 
     Returns:
         Kernels (C_in, C_out), biases (C_out,) and gamma (1,). With spectral norm the kernels are the raw ones.
 
     Raises:
-        ValueError: if the variables are not those of this module; lists every problem.
+        ValueError: if the variables do not belong to this module. It lists every problem.
 
     Example:
         >>> module = SelfAttention2D()
@@ -65,7 +65,8 @@ def from_canonical(
         name: name of the module.
 
     Raises:
-        ValueError: if the arrays do not fit the config (lists every problem), or are float64 while JAX has no float64.
+        ValueError: if the arrays do not fit the config (lists every problem), or if they are float64 while JAX has no
+            float64.
 
     Example:
         >>> module = SelfAttention2D()
@@ -93,17 +94,17 @@ def from_canonical(
 
 
 def refresh_spectral_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The same variables, in which every estimate of a spectral norm is that of its kernel.
+    """The same variables, with the state of every spectral norm recomputed for its current kernel.
 
-    To be called after kernels came from outside the training: drawn anew, averaged, or restored without their
-    "batch_stats". The state belongs to other kernels then, and the first outputs in evaluation are off by any factor.
+    Call it after you set kernels outside training: reinitialised, averaged, or restored without their "batch_stats". The
+    old state belongs to other kernels, and the first outputs in evaluation could be wrong by any factor.
 
     Args:
-        variables: of a layer or of a whole model, {"params": …, "batch_stats": …}, outside of jitted functions; the
-            "batch_stats" may be those that `init` gave. The state of other modules stays as it is.
+        variables: {"params": …, "batch_stats": …} of a layer or of a whole model, outside jitted functions. The
+            "batch_stats" may come from `init`. The state of other modules does not change.
 
     Returns:
-        A new dict; what has not changed is shared.
+        A new dict, which shares all unchanged arrays.
 
     Example:
         >>> module = SelfAttention2D(spectral_norm=True, use_running_average=True)
@@ -185,7 +186,7 @@ def save(
 
     Args:
         module: the layer.
-        variables: its variables.
+        variables: variables of the layer.
         path: the `.safetensors` file; its folder must exist.
         overwrite: whether an existing file may be replaced.
         source: note on the origin of the weights, stored in the file.
@@ -193,7 +194,7 @@ def save(
     Raises:
         FileExistsError: if the file exists and `overwrite` is False.
         OSError: if the file cannot be written. An existing file then stays unchanged.
-        ValueError: if the variables are not those of this module, or a weight is not finite.
+        ValueError: if the variables do not belong to this module, or a weight is not finite.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""Weights of the NNX layer to and from canonical arrays and files."""
+"""Conversion of the NNX layer's weights to and from canonical arrays and files."""
 
 from collections.abc import Mapping
 from operator import attrgetter
@@ -57,7 +57,8 @@ def from_canonical(
         precision: see `SelfAttention2D`.
 
     Raises:
-        ValueError: if the arrays do not fit the config (lists every problem), or are float64 while JAX has no float64.
+        ValueError: if the arrays do not fit the config (lists every problem), or if they are float64 while JAX has no
+            float64.
 
     Example:
         >>> layer = SelfAttention2D(16, rngs=nnx.Rngs(0))

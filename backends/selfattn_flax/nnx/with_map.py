@@ -27,7 +27,7 @@ class SelfAttention2DWithMap(SelfAttention2D):
 
         Args:
             x: (…, H, W, C).
-            sow_weights: whether to sow A too, as `SelfAttention2D` does.
+            sow_weights: whether to sow A too, as in `SelfAttention2D`.
         """
         y, attention = self._forward(x, with_map=True)
         if sow_weights:
