@@ -137,11 +137,11 @@ def verify(
     problems = target_problems(targets, keep=keep) + shared_targets(targets)
     if dialect is None and (prefix or given):
         problems.append(
-            "--prefix and --set say something of a file that is not canonical: name its dialect with --from"
+            "--prefix and --set are for a file that is not canonical: name its dialect with --from"
         )
     if dialect is not None and block is not None:
         problems.append(
-            "--block names a layer of a canonical file: with --from pass --prefix, the beginning of its keys"
+            "--block is for a canonical file: with --from, pass --prefix, the beginning of the block's keys"
         )
     if problems:
         raise click.UsageError(f"{'; '.join(problems)}.")
