@@ -47,7 +47,7 @@ constant to each row of q kᵀ, so its gradient is zero, and no output shows whe
 
 Second derivatives, for ẋ, Ẇ, ḃ and γ̇ the cotangents of dx, dW, db and dγ:
 
-    q̇ = ẋ Wq + x Ẇq + ḃq     k̇ and v̇ alike, then gather
+    q̇ = ẋ Wq + x Ẇq + ḃq     k̇ and v̇ likewise, then gather
     U = q̇ kᵀ + q k̇ᵀ          u = rowsum(A∘U)                Ȧ = A∘(U − u)
     ȯ = Ȧ v + A v̇            ż = ȯ Wo + o Ẇo + ḃo           Ġ = γ̇ ḡ Woᵀ + γ ḡ Ẇoᵀ
     R = G v̇ᵀ + Ġ vᵀ          X = (U − u)∘(dA − D) + R       dṠ = A∘(X − rowsum(A∘X))

@@ -170,7 +170,7 @@ def load(
 
     Warns:
         UserWarning: if stored vectors u and v of spectral norm do not have length 1, for example because they are
-            averages. Or if neither `settings` nor a native file of this library contains `kv_pool`.
+            averages. Also if neither `settings` nor a native file of this library contains `kv_pool`.
 
     Raises:
         FileNotFoundError: if the canonical file does not exist.

@@ -36,7 +36,7 @@ def arguments(framework: str, description: str, *, steps: int) -> argparse.Names
         "--precision",
         choices=["bfloat16", "float32"],
         default="float32",
-        help="of convolutions and matrix products; bfloat16 is slower on processors without such instructions "
+        help="precision of convolutions and matrix products; bfloat16 is slower on processors without such instructions "
         "(default: %(default)s)",
     )
     if framework == "torch":
@@ -44,19 +44,19 @@ def arguments(framework: str, description: str, *, steps: int) -> argparse.Names
             "--compiler",
             choices=["inductor", "aot_eager", "none"],
             default="none",
-            help="of the losses; inductor needs a C++ compiler and minutes, which networks this small do not win back "
+            help="compiler of the losses; inductor needs a C++ compiler and minutes, which such small networks do not repay "
             "(default: %(default)s)",
         )
         parser.add_argument(
             "--device",
             default="cpu",
-            help="to train on, in torch's words, as in cuda:1 (default: %(default)s)",
+            help="device to train on, as torch names it, such as cuda:1 (default: %(default)s)",
         )
     parser.add_argument(
         "--folder",
         type=Path,
         default=Path("build/sagan") / framework,
-        help="of the run (default: %(default)s)",
+        help="folder of the run (default: %(default)s)",
     )
     begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="continue the run in the folder")
@@ -64,7 +64,7 @@ def arguments(framework: str, description: str, *, steps: int) -> argparse.Names
     parser.add_argument(
         "--start",
         type=Path,
-        help="the folder of a finished run, of any framework, whose networks to begin with",
+        help="start with the networks of a finished run in this folder, from any framework",
     )
     options = parser.parse_args()
     options.steps = options.steps or (QUICK_STEPS if options.quick else steps)
@@ -93,7 +93,7 @@ def refusal(options: argparse.Namespace) -> int:
     begun = (options.folder / HISTORY).exists()
     if begun and not (options.resume or options.overwrite):
         problems.append(
-            f"{options.folder} holds a run: pass --resume to go on with it, --overwrite to replace it, or another --folder."
+            f"{options.folder} holds a run: pass --resume to continue it, --overwrite to replace it, or another --folder."
         )
     if options.resume and not begun:
         problems.append(f"{options.folder} holds no run that could be resumed.")

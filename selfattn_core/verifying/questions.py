@@ -40,7 +40,7 @@ _WORDS: Mapping[Kind, str] = {
     "huge": "logits up to 3000",
     "flat": "an input near 0",
     "shifted": "an input far from 0",
-    "alike": "every position alike",
+    "alike": "every position equal",
 }
 
 _OVERFLOWING: Mapping[str, tuple[Kind, ...]] = {

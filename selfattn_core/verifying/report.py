@@ -200,5 +200,5 @@ class VerifyReport:
 
 
 def _number(value: float) -> float | None:
-    """JSON has neither infinity nor NaN."""
+    """The value, or None for infinity and NaN, which JSON does not have."""
     return float(value) if np.isfinite(value) else None

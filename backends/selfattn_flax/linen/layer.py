@@ -67,12 +67,12 @@ class SelfAttention2D(nn.Module):
             iteration; True changes nothing.
         block_size: how many query positions are computed at a time; None
             chooses by size. Changes memory, not the result.
-        dtype: of the computation and of y; by default promoted from x and the
-            parameters. The softmax and the residual are always computed in at
-            least float32.
-        param_dtype: of the parameters.
-        precision: of the projections. The attention itself is always computed
-            in full precision, even under a lower
+        dtype: dtype of the computation and of y, by default promoted from x and
+            the parameters. The softmax and the residual are always computed in
+            at least float32.
+        param_dtype: dtype of the parameters.
+        precision: precision of the projections. The attention itself is always
+            computed in full precision, even under a lower
             `jax_default_matmul_precision`.
         kernel_init: initialiser of the kernels.
         bias_init: initialiser of the biases.

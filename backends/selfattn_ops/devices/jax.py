@@ -98,7 +98,7 @@ class OnDevices(OnDevice):
     """The questions about devices that the kit asks a backend."""
 
     def devices(self) -> Mapping[str, tuple[str, ...]]:
-        """Those of JAX."""
+        """The devices of JAX."""
         return devices()
 
     @contextmanager

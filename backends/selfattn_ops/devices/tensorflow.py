@@ -68,7 +68,7 @@ class OnDevices(OnDevice):
     """The questions about devices that the kit asks a backend."""
 
     def devices(self) -> Mapping[str, tuple[str, ...]]:
-        """Those of TensorFlow."""
+        """The devices of TensorFlow."""
         return devices()
 
     @contextmanager

@@ -79,7 +79,7 @@ class OnDevices(OnDevice):
     """The questions about devices that the kit asks a backend."""
 
     def devices(self) -> Mapping[str, tuple[str, ...]]:
-        """Those of torch."""
+        """The devices of torch."""
         return devices()
 
     @contextmanager
