@@ -1,1 +1,1 @@
-"""Time and memory of the library beside everything else that computes the same function; see `bench.py`."""
+"""Time and memory of the library and of other implementations of the same function; see `bench.py`."""

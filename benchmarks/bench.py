@@ -1,16 +1,15 @@
-"""Time and peak memory of the library beside everything else that computes the same function.
+"""Time and peak memory of the library and of other implementations of the same function.
 
     python -m benchmarks.bench [--quick | --toy] [--framework torch,jax,tensorflow] [--device cuda] [--out DIR]
 
-Run it from the root of the repository, on a machine that does nothing else. Each timing cell has a process of its
-own, in which all implementations are checked against float64 and then take turns; each peak of memory has one too
-(`measure.py`). What is measured is the table in `cells.py`; the page compares it with `targets.py`. Without a device the
-accelerators of the machine are hidden: these are numbers of its CPU. With one the cells are others, float32 is in full
-precision, the core is measured in bfloat16 too, and no target is compared.
+Run it from the root of the repository, on a machine that does nothing else. Each timing cell runs in its own process. All
+implementations are first compared with float64 there, and then take turns. Each peak of memory has its own process too
+(`measure.py`). The table in `cells.py` lists the measurements, and the page compares them with `targets.py`. Without
+`--device`, the accelerators of the machine are hidden, and the numbers are those of its CPU. With a device there are
+different cells, float32 has full precision, the core is measured in bfloat16 too, and no target is compared.
 
-Exit code 0 if everything that was started answered rightly, 1 if something gave a wrong answer or failed (a missed
-target is no failure), 2 for a wrong option, 3 if a framework that was asked for is not installed or does not see the
-device.
+Exit code 0: everything that was started gave right answers. 1: something gave a wrong answer or failed (a missed target is
+not a failure). 2: a wrong option. 3: a requested framework is not installed or does not find the device.
 """
 
 import argparse
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and write JSON, page and plots.
 
     Args:
-        arguments: of the command line; None takes those of the process.
+        arguments: arguments of the command line. None means those of the process.
 
     Returns:
         The exit code.
@@ -103,7 +102,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.bench", description="Time and memory on this CPU."
     )
     modes = parser.add_mutually_exclusive_group()
-    for name, meaning in (("quick", "few cells, for a look"), ("toy", "tiny sizes, to see that it runs")):
+    for name, meaning in (
+        ("quick", "few cells, for a first look"),
+        ("toy", "tiny sizes, to check that it runs"),
+    ):
         modes.add_argument(
             f"--{name}",
             dest="mode",
@@ -130,7 +132,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device",
         metavar="DEVICE",
-        help="in the framework's own words, as in cuda:1; the CPU if none",
+        help="device as the framework names it, such as cuda:1 (default: the CPU)",
     )
     options = parser.parse_args(arguments)
     if options.device and options.mode.name in ("full", "quick"):
@@ -147,7 +149,7 @@ def _frameworks(text: str) -> tuple[str, ...]:
 
 
 def _measure(framework: str, mode: Mode, device: str, dtype: str, *, hidden: bool) -> dict[str, Any]:
-    """All cells of one framework, one process after the other; in bfloat16 those of the core."""
+    """Run all cells of one framework, one process after the other. In bfloat16, only those of the core."""
     start = time.perf_counter()
     cells = [cell for cell in mode.cells if dtype == "float32" or cell.level == "core"]
     run: dict[str, Any] = {
@@ -177,7 +179,7 @@ def _measure(framework: str, mode: Mode, device: str, dtype: str, *, hidden: boo
 
 
 def _processes(cell: Cell, framework: str, device: str) -> Iterator[tuple[str, ...]]:
-    """The implementations that share a process: all in time, none in memory."""
+    """The groups of implementations that share a process: all for time, single ones for memory."""
     names = cell.implementations(framework, device)
     if cell.measure == "time":
         yield names
@@ -187,7 +189,7 @@ def _processes(cell: Cell, framework: str, device: str) -> Iterator[tuple[str, .
 
 
 def _process(job: dict[str, Any], cell: Cell, *, hidden: bool) -> dict[str, Any]:
-    """One job; a process that dies or hangs is a failure of all its implementations."""
+    """Run one job. If its process dies or hangs, all its implementations have failed."""
     with tempfile.TemporaryDirectory() as folder:
         job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
         job_file.write_text(json.dumps(job | {"cell": dataclasses.asdict(cell)}), encoding="utf-8")
@@ -196,7 +198,7 @@ def _process(job: dict[str, Any], cell: Cell, *, hidden: bool) -> dict[str, Any]
             quiet |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
         else:
             quiet |= device_variables(job["framework"], job["device"], os.environ)
-            # In full, as every answer is checked; and memory as it is needed, or counters would show what is kept.
+            # Full precision, because every answer is checked. Memory on demand, because counters would show reserved memory.
             quiet |= {
                 "NVIDIA_TF32_OVERRIDE": "0",
                 "JAX_DEFAULT_MATMUL_PRECISION": "highest",
@@ -248,7 +250,7 @@ def _status(run: dict[str, Any]) -> int:
 
 
 def _commit() -> str:
-    """The commit that is checked out, with a + if the sources differ from it."""
+    """The current commit, with a + if the sources differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -271,7 +273,7 @@ def _commit() -> str:
 
 
 def _write(results: dict[str, Any], folder: Path) -> None:
-    """JSON first: a plot that fails must not lose what was measured."""
+    """Write the JSON file first, because a failing plot must not lose the measurements."""
     newest = max(run["date"] for run in results["frameworks"].values())
     stem = file_stem(results["machine"], results["mode"], newest)
     write_text(folder / f"{stem}.json", json.dumps(results, indent=1) + "\n")

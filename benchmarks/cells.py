@@ -1,4 +1,4 @@
-"""What is measured: one table a mode, and the implementations that each framework has for it."""
+"""The measurements: one table for each mode, and the implementations of each framework."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ OURS = "ours"
 
 FRAMEWORKS = ("torch", "jax", "tensorflow")
 
-# The modules that their cells import: the framework, and the library of its layers.
+# The modules that the cells of each framework import: the framework, and the library of its layers.
 REQUIRES = {"torch": ("torch",), "jax": ("jax", "flax"), "tensorflow": ("tensorflow", "keras")}
 
-# Not attention: the products of the step and nothing else, of whole arrays and of blocks of query rows. The faster of
-# the two is a time that no implementation on this framework's matmul goes below.
+# Not attention, but only the products of the step, of whole arrays and of blocks of query rows. The faster of the two is
+# a lower bound for every implementation on this framework's matmul.
 CEILINGS = ("matmul", "matmul-blocks")
 
 IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    # core: softmax(q kᵀ) v of given q, k, v.
-    # flat, pooled: the whole layer, x to y, in the form of most copies and in that of the authors' code.
+    # core: softmax(q kᵀ) v for given q, k, v.
+    # flat, pooled: the whole layer, x to y, in the form of most copies and in the form of the authors' code.
     "torch": {
         "core": (OURS, "dense", "sdpa", "memory-efficient-attention", *CEILINGS),
         "flat": (OURS, "dense"),
@@ -47,22 +47,22 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# What there is on cards alone; elsewhere it says so itself, and is "refused".
+# Implementations that run only on cards. Elsewhere they raise an error and are listed as "refused".
 ON_CARDS: dict[str, tuple[str, ...]] = {
     "torch": ("sdpa-memory-efficient", "flex-attention"),
     "jax": ("cudnn",),
     "tensorflow": (),
 }
 
-# Known to hold N×N arrays. SDPA does on CPU, where no fused kernel takes Dv ≠ Dk.
+# Implementations with N×N arrays. SDPA is one on a CPU, where no fused kernel supports Dv ≠ Dk.
 QUADRATIC = frozenset({"dense", "sdpa", "flax", "matmul", "keras-mha"})
 
-# N×N arrays that the dense formula was seen to hold at once, from its peak at 64×64.
+# The number of N×N arrays that the dense formula holds at once, measured from its peak at 64×64.
 _MAPS = {"forward": 2, "train": 5, "r1": 13}
 _LARGEST_MAP = 4 * 2**30
 
 _ONE_BLOCK = 32
-"""Largest side whose map is one block of rows, so that the two ceilings are one."""
+"""The largest side whose map is one block of rows, so that both ceilings are the same."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ class Cell:
     """One entry of the table, measured in every framework.
 
     Args:
-        measure: "time" (all implementations take turns in one process) or "memory" (a process each).
+        measure: "time" (all implementations take turns in one process) or "memory" (a process for each).
         level: "core", "flat" or "pooled".
-        step: "forward"; "train", forward and the gradient of a weighted sum of the output; or "r1", the gradient of
-            the squared norm of the input gradient of that sum.
-        channels: C; Dk is C/8, and Dv is C (pooled: C/2).
-        side: H = W, so that N = side².
-        only: the implementations that take part; empty means all that the framework has.
+        step: "forward". Or "train", forward and the gradient of a weighted sum of the output. Or "r1", the gradient of the
+            squared norm of the input gradient of that sum.
+        channels: C. Dk is C/8, and Dv is C (pooled: C/2).
+        side: H = W, so N = side².
+        only: the implementations that take part. Empty means all of the framework.
     """
 
     measure: Literal["time", "memory"]
@@ -92,7 +92,7 @@ class Cell:
         return self.side**2
 
     def implementations(self, framework: str, device: str = "cpu") -> tuple[str, ...]:
-        """Those of the framework that take part on a device, ours first."""
+        """The implementations of the framework that take part on a device, ours first."""
         names = IMPLEMENTATIONS[framework][self.level]
         if self.level == "core" and not device.startswith("cpu"):
             names += ON_CARDS[framework]
@@ -105,12 +105,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Mode:
-    """How much is measured, and how long.
+    """The amount and duration of the measurements.
 
     Args:
-        name: part of the names of the result files unless it is "full".
+        name: part of the names of the result files, unless it is "full".
         cells: the table.
-        seconds: spent on the repeats of one timing cell, beyond the fewest repeats.
+        seconds: time for the repeats of one timing cell, beyond the fewest repeats.
     """
 
     name: str
@@ -119,12 +119,12 @@ class Mode:
 
 
 def too_large(name: str, cell: Cell, available: int | None) -> str | None:
-    """Why an implementation that holds whole maps is not started on a cell, or None if it is.
+    """Why an implementation with whole maps is not started on a cell, or None if it is.
 
     Args:
-        name: of the implementation.
+        name: name of the implementation.
         cell: the cell.
-        available: bytes of memory that are free; None if that is not known.
+        available: free bytes of memory, or None if unknown.
 
     Example:
         >>> too_large("dense", Cell("memory", "core", "train", 64, 256), None)
@@ -158,7 +158,7 @@ _SMALL = (8, 16, 32)
 _PUBLISHED = (OURS, "dense")
 
 MODES = {
-    # A full run is made on a quiet machine for the record: what the targets need, and the curves of the plots.
+    # A full run is for the record, on a quiet machine. It has the cells for the targets and the curves of the plots.
     "full": Mode(
         "full",
         (
@@ -180,7 +180,7 @@ MODES = {
         ),
         seconds=2.0,
     ),
-    # For a look while working on the ops: no cell takes long.
+    # For a quick look while working on the ops. All cells are fast.
     "quick": Mode(
         "quick",
         (
@@ -192,7 +192,7 @@ MODES = {
         ),
         seconds=1.0,
     ),
-    # On an accelerator, where a process takes longer to start than a cell to run.
+    # For an accelerator, where a process takes longer to start than a cell to run.
     "device": Mode(
         "device",
         (
@@ -207,7 +207,7 @@ MODES = {
         ),
         seconds=1.0,
     ),
-    # The same within the minutes of `make device-check`.
+    # The same, small enough for the minutes of `make device-check`.
     "device-quick": Mode(
         "device-quick",
         (
@@ -218,8 +218,8 @@ MODES = {
         ),
         seconds=0.5,
     ),
-    # For the tests: every level, step and measure once, each in a process, at sizes where nothing takes time and no
-    # number means anything.
+    # For the tests: every level, step and measure once, each in a process, at sizes that take no time and whose numbers mean
+    # nothing.
     "toy": Mode(
         "toy",
         (

@@ -1,16 +1,15 @@
-"""Everything that is asked of a device, in one run: conformance, times and memory, and a short training.
+"""All checks of a device in one run: conformance, times and memory, and a short training.
 
     python -m benchmarks.device_check --device cuda [--out DIR] [--minutes 8] [--small]
 
-Needs a checkout, and of the frameworks those that are to be looked at; of the others it says that they are missing. The
-folder receives `conform-*.json` and `conform-*.html` of all their backends, `bench` with the times, `training-*.json`, and
-`README.md`, a table of what became of each part. A part that is not done when the minutes are over is ended and says so.
+It needs a checkout and the frameworks to check. Other frameworks are reported as missing. The folder receives
+`conform-*.json` and `conform-*.html` for all backends, `bench` with the times, `training-*.json`, and `README.md`, a table
+with the result of each part. Parts that do not finish in time are ended, and the table shows it.
 
-What an earlier run wrote into the folder is removed first.
+Files of an earlier run in the folder are removed first.
 
-Exit code 0 if everything passed, 1 if something failed or was not reached, also because a part of a framework that is
-there needs what is not installed, 2 for a wrong option, 3 if no framework that
-is installed has the device.
+Exit code 0: everything passed. 1: something failed or was not reached, or a part of an installed framework needs a missing
+package. 2: a wrong option. 3: no installed framework has the device.
 """
 
 import argparse
@@ -60,11 +59,11 @@ class Part:
     """One row of the table.
 
     Args:
-        name: what was done.
-        framework: where.
+        name: name of the part.
+        framework: the framework.
         verdict: "passed", "failed", "not reached" or "missing".
-        words: what was found.
-        seconds: that it took.
+        words: the findings.
+        seconds: duration.
     """
 
     name: str
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check a device, and write the folder.
 
     Args:
-        arguments: of the command line; None takes those of the process.
+        arguments: arguments of the command line. None means those of the process.
 
     Returns:
         The exit code.
@@ -86,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     if all(device_problem(options.device, words) for words in WORDS.values()):
         known = "; ".join(f"{name}: {', '.join(words)}" for name, words in WORDS.items())
-        print(f"--device {options.device}: no framework has this word. {known}", file=sys.stderr)
+        print(f"--device {options.device}: no framework knows this name. {known}", file=sys.stderr)
         return 2
     check = _Check(options)
     there = {name: device for name in FRAMEWORKS if (device := check.device_of(name))}
@@ -104,10 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device_check")
-    parser.add_argument("--device", required=True, help="in the words of the frameworks, as in cuda:1")
+    parser.add_argument("--device", required=True, help="device as the frameworks name it, such as cuda:1")
     parser.add_argument("--out", type=Path, default=_ROOT / "build" / "device-check", metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing runs any more")
-    parser.add_argument("--small", action="store_true", help="little of everything, to see that it runs")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit in minutes")
+    parser.add_argument("--small", action="store_true", help="a little of everything, to check that it runs")
     return parser.parse_args(arguments)
 
 
@@ -124,13 +123,13 @@ class _Check:
         self.end = time.monotonic() + 60 * options.minutes
         self.models: dict[str, str] = {}
         options.out.mkdir(parents=True, exist_ok=True)
-        # What an earlier run has left must not stand in for what this one does not reach.
+        # Files of an earlier run must not replace parts that this run does not reach.
         for pattern in _WRITTEN:
             for path in options.out.glob(pattern):
                 path.unlink()
 
     def device_of(self, framework: str) -> str:
-        """The framework's name of the device; empty where the one or the other is missing."""
+        """The framework's name of the device. Empty if the framework or the device is missing."""
         asked = _in_words_of(framework, self.options.device)
         words = device_problem(asked, WORDS[framework])
         if absent := missing_modules(REQUIRES[framework][:1]):
@@ -148,7 +147,7 @@ class _Check:
         return ""
 
     def conform(self, framework: str, device: str) -> None:
-        """All backends of the framework at the level deploy."""
+        """Check all backends of the framework at the level deploy."""
         names = [name for name, each in REGISTRY.items() if each.framework == framework]
         if self.options.small:
             names = names[:1]
@@ -164,7 +163,7 @@ class _Check:
             self.run("conform", name, command, lambda target=target: _conformed(Path(f"{target}.json")))
 
     def train(self, framework: str, device: str) -> None:
-        """The small SAGAN in bfloat16 with R1."""
+        """Train the small SAGAN in bfloat16 with R1."""
         needs = [*REQUIRES[framework], "sklearn"]
         if framework not in _TRAINED:
             return
@@ -178,7 +177,7 @@ class _Check:
         self.run("training", framework, command, lambda: _trained(target), variables)
 
     def bench(self, framework: str, device: str) -> None:
-        """Times and memory."""
+        """Measure times and memory."""
         if absent := missing_modules(REQUIRES[framework]):
             self.parts.append(Part("bench", framework, "missing", f"{', '.join(absent)} not installed"))
             return
@@ -195,7 +194,7 @@ class _Check:
         found: Callable[[], str],
         variables: dict[str, str | None] | None = None,
     ) -> None:
-        """One part, in a process of its own that ends with the time that is left."""
+        """Run one part in a separate process, which ends when the time is over."""
         left, began = self.end - time.monotonic(), time.monotonic()
         if left < 1:
             self.parts.append(Part(name, framework, "not reached", "the time was over before"))
@@ -203,7 +202,7 @@ class _Check:
         merged = {**shared_accelerator(), **os.environ, **(variables or {})}
         print(f"{framework}: {name} …", flush=True)
         with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-            # A session of its own: what the part has started ends with it.
+            # A separate session, so that processes started by the part end with it.
             process = subprocess.Popen(
                 [sys.executable, *command],
                 cwd=_ROOT,

@@ -1,4 +1,4 @@
-"""A training of the small SAGAN on one device, in bfloat16 with R1, in a process of its own.
+"""A training of the small SAGAN on one device, in bfloat16 with R1, in a separate process.
 
 Started by `device_check.py` as `python -m benchmarks.device_training FRAMEWORK DEVICE STEPS RESULT.json`.
 """
@@ -21,13 +21,13 @@ _WARM_UP = 3
 
 
 def main(framework: str, device: str, steps: int, result_file: str) -> None:
-    """Train, and write what became of it.
+    """Train, and write the result.
 
     Args:
         framework: "torch" or "jax".
-        device: a name of the framework's for it.
-        steps: of each network.
-        result_file: for {"steps", "finite", "seconds_per_step", "first", "last"}.
+        device: the framework's name of the device.
+        steps: number of steps of each network.
+        result_file: file for {"steps", "finite", "seconds_per_step", "first", "last"}.
     """
     digits, _ = data.load()
     with _on(framework, device):
@@ -36,7 +36,7 @@ def main(framework: str, device: str, steps: int, result_file: str) -> None:
         for step in range(steps):
             if step == min(_WARM_UP, steps - 1):
                 began = time.perf_counter()
-            # Losses come back as numbers, so every step has been computed.
+            # Losses are returned as numbers, so every step is complete.
             rows.append(training.update(draw(digits, 0, step)))
         seconds = (time.perf_counter() - began) / max(1, steps - _WARM_UP)
     finite = all(math.isfinite(value) for row in rows for value in row.values())

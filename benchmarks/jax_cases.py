@@ -1,4 +1,4 @@
-"""The implementations in JAX; every one is compiled by `jax.jit`."""
+"""The implementations in JAX. Every one is compiled by `jax.jit`."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ Function = Callable[..., jax.Array]
 
 
 def about() -> dict[str, Any]:
-    """Versions and devices; XLA takes a thread for every CPU that the process may use."""
+    """Versions and devices. XLA uses one thread for every CPU of the process."""
     return {
         "versions": {"jax": jax.__version__, "flax": flax.__version__},
         "threads": {"devices": " ".join(map(str, jax.devices()))},
@@ -41,18 +41,18 @@ def array(values: np.ndarray, dtype: str = "float32") -> jax.Array:
 
 
 def synchronize() -> None:
-    """Nothing: every step waits for its own answers."""
+    """Do nothing, because every step waits for its own answers."""
 
 
 @contextlib.contextmanager
 def on(device: str) -> Iterator[Mapping[str, str]]:
-    """This is the default device in between; gives its model and driver."""
+    """Make this the default device inside a `with` block, and yield its model and driver."""
     with devices.OnDevices().on(device) as found:
         yield found
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:
-    """By JAX's counters of the device."""
+    """The peak memory of a call, by JAX's counters of the device."""
     return devices.peak_memory(call, device)
 
 
@@ -60,7 +60,7 @@ def build(name: str, problem: Problem) -> Step:
     """One implementation on one problem.
 
     Raises:
-        RefusedError: if it does not take the problem.
+        RefusedError: if the implementation cannot compute the problem.
     """
     inputs = [array(operand, problem.dtype) for operand in problem.operands.values()]
     if name == "matmul-blocks":
@@ -96,7 +96,7 @@ def _dot(a: jax.Array, b: jax.Array, transposed: str = "") -> jax.Array:
 
 
 def _in_blocks(problem: Problem, query: jax.Array, key: jax.Array, value: jax.Array) -> Step:
-    """The products, a call for each block of query rows."""
+    """The products, with one call for each block of query rows."""
     step = problem.cell.step
 
     @functools.partial(jax.jit, static_argnames="size")
@@ -153,7 +153,7 @@ def _r1(function: Function, names: list[str]) -> Callable[..., Any]:
 
 
 def _to_numpy(answers: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Parameters, whether a flat dict or the tree of Flax, get their canonical names."""
+    """Rename parameters, in a flat dict or in the tree of Flax, to their canonical names."""
     answers = dict(answers)
     tree = answers.pop("parameters", {})
     for name, values in flax.traverse_util.flatten_dict(tree.get("params", tree), sep=".").items():
@@ -177,7 +177,7 @@ def _core(name: str) -> Function:
 
 
 def _with_heads(attention: Function) -> Function:
-    """As a function of (B, N, D), an attention of (B, N, heads, D) that divides by sqrt(Dk)."""
+    """Turn an attention of (B, N, heads, D) that divides by sqrt(Dk) into a function of (B, N, D)."""
 
     def function(_: Any, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         scaled = query * math.sqrt(query.shape[-1])
@@ -187,7 +187,7 @@ def _with_heads(attention: Function) -> Function:
 
 
 def _memory_efficient_attention() -> Function:
-    """The function of the PyPI package; its `__init__` would also import torch, whose memory and threads would count."""
+    """The function of the PyPI package, without its `__init__`, which would also import torch, whose memory and threads would count."""
     package = "memory_efficient_attention"
     found = importlib.util.find_spec(package)
     if found is None:
@@ -216,7 +216,7 @@ def _layer(name: str, problem: Problem) -> tuple[Function, Any]:
 
 
 def _published(parameters: Mapping[str, jax.Array], x: jax.Array, side: int) -> jax.Array:
-    """The layer as published, in channels-last form; pooled, that of github.com/brain-research/self-attention-gan."""
+    """The published layer, in channels-last form. The pooled one is that of github.com/brain-research/self-attention-gan."""
 
     def project(name: str, maps: jax.Array) -> jax.Array:
         projected = maps @ parameters[f"{name}.kernel"]

@@ -1,18 +1,18 @@
-"""One job in a process of its own: check an answer, then time it, or take the peak of its memory.
+"""One job in a separate process: check an answer, then measure its time or its peak memory.
 
 Started by `bench.py` as `python -m benchmarks.measure JOB.json RESULT.json`.
 
-Time. Every implementation of the cell is built and checked first; those that pass take turns, A B A B …, so that what
-the machine does meanwhile hits all of them. A sample is the mean of so many calls as take 10 ms, the first calls are
-not counted, and Python's garbage collector is off.
+Time. Every implementation of the cell is built and checked first. Those that pass take turns, A B A B …, so that other
+activity of the machine affects all of them. A sample is the mean of all calls in 10 ms. The first calls are not counted, and
+Python's garbage collector is off.
 
-Memory. The implementation has the process to itself. After a tiny problem has warmed up the library (thread pools,
-compilers) and the real inputs and the compiled step are there, the high-water mark of the resident memory is reset,
-the step runs once, and the peak above what was resident before is taken. Outputs count. The allocator is the
-system's, with its defaults, as users have it: glibc keeps freed blocks below its (moving) mmap threshold, so the peak
-holds what fragmentation adds; memory that it had kept from before is given back first (malloc_trim), or it would hide
-the first megabytes. Without /proc the mark cannot be reset, and what stays below an earlier peak is not seen. On
-another device than the CPU the peak is that of the framework's own counters.
+Memory. The implementation has its own process. First a tiny problem warms up the library (thread pools, compilers), and the
+real inputs and the compiled step are made. Then the high-water mark of the resident memory is reset, the step runs once,
+and the result is the peak minus the resident memory before. Outputs count. The allocator is that of the system with its
+defaults, as users have it. glibc keeps freed blocks below its (moving) mmap threshold, so the peak includes fragmentation.
+Memory kept from before is released first (malloc_trim), because it would hide the first megabytes. Without /proc the mark
+cannot be reset, and a step that stays below an earlier peak is not visible. On a device other than the CPU, the framework's
+own counters give the peak.
 """
 
 import ctypes
@@ -43,7 +43,7 @@ _MOST_SAMPLES = 60
 
 
 def main(job_file: str, result_file: str) -> None:
-    """Run the job that the one file describes and write what came out to the other."""
+    """Run the job that one file describes, and write the result to the other."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     cell = Cell(**job["cell"])
     cases = importlib.import_module(f"benchmarks.{job['framework']}_cases")
@@ -55,7 +55,7 @@ def main(job_file: str, result_file: str) -> None:
 
 def _time(cases: ModuleType, cell: Cell, job: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     problem = Problem.of(cell, dtype=job["dtype"])
-    # In the dtype of the step, which casts nothing while it is timed.
+    # In the dtype of the step, so that no cast is timed.
     weight, checked_weight = (
         cases.array(values, job["dtype"]) for values in (problem.weight, problem.checked_weight)
     )
@@ -109,11 +109,11 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[
     """Time several functions in turns.
 
     Args:
-        calls: functions of no argument by name, each called at least once before.
-        seconds: for all of them together; at least five turns are taken, or three where a turn is long.
+        calls: functions without arguments by name, each called at least once before.
+        seconds: time for all of them together. There are at least five turns, or three if a turn is long.
 
     Returns:
-        Seconds a call, one number a turn.
+        Seconds for each call, one number for each turn.
 
     Example:
         >>> sorted(interleaved({"a": int, "b": float}, 0.0))
@@ -179,14 +179,14 @@ def _memory(cases: ModuleType, cell: Cell, job: Mapping[str, Any]) -> dict[str, 
 
 
 def _peak_of(call: Callable[[], None]) -> int:
-    """Bytes by which the resident memory rises."""
+    """The bytes by which a call raises the resident memory."""
     before = _reset_peak()
     call()
     return max(0, _peak() - before)
 
 
 def _checked(problem: Problem, name: str, step: Step, answer: Any) -> dict[str, Any]:
-    """Status "ok" with the worst error in noise floors, or "wrong" with every quantity that is."""
+    """The status "ok" with the worst error in noise floors, or "wrong" with every wrong quantity."""
     verdicts = problem.check(name, step.to_numpy(answer))
     wrong = [verdict.message for verdict in verdicts if not verdict.passed]
     if wrong:
@@ -195,7 +195,7 @@ def _checked(problem: Problem, name: str, step: Step, answer: Any) -> dict[str, 
 
 
 def _excuse(name: str, error: Exception) -> dict[str, Any]:
-    """An exception of somebody else's code is an answer, one of ours is a failure."""
+    """The record of an exception. In code of others it is a result, in ours a failure."""
     if isinstance(error, RefusedError):
         return {"status": "refused", "reason": str(error)}
     first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -203,7 +203,7 @@ def _excuse(name: str, error: Exception) -> dict[str, Any]:
 
 
 def _available() -> int | None:
-    """Bytes of memory that could be had without swapping."""
+    """Bytes of memory that are available without swapping."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -212,7 +212,7 @@ def _available() -> int | None:
 
 
 def _reset_peak() -> int:
-    """Make the present the peak, as far as the system can; the bytes that are resident now."""
+    """Reset the peak to the current memory, if the system can, and return the resident bytes."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)

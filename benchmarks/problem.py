@@ -1,9 +1,9 @@
-"""The inputs of a cell and the answers they should get, computed in numpy in float64.
+"""The inputs of a cell and its expected answers, computed in numpy in float64.
 
-A whole map in float64 takes 8·N² bytes, and several of them are needed, so beyond a thousand positions the answers of
-the core are computed for a few query rows only. Its weights w are then zero in all other rows, and so are the first
-and second derivatives that those rows contribute: the answers for the few rows are the answers for the whole, exactly,
-while an implementation, which does not look at its data, does all of its work.
+A whole map in float64 takes 8·N² bytes, and several maps are needed. So beyond a thousand positions, the answers of the core
+are computed only for a few query rows. The weights w are zero in all other rows, and so are the first and second derivatives
+from those rows. The answers for the few rows are then exactly those for the whole, while an implementation, which does not
+look at its data, does all its work.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,18 +31,18 @@ _ROWS = 48
 _FAMILY = {"forward": "forward", "train": "vjp", "r1": "r1"}
 
 PRODUCTS = {"forward": (1, 1), "train": (3, 3), "r1": (9, 5)}
-"""Products of an N×N array with something Dk and with something Dv wide that a step consists of."""
+"""The numbers of products in a step of an N×N array with an array of width Dk, and with one of width Dv."""
 
 
 @dataclass(frozen=True)
 class _Answers:
-    """What is wanted, in float64, and what it takes to judge how near an answer should be.
+    """The expected answers in float64, and the values from which the limits follow.
 
     Args:
-        wanted: the answers.
+        wanted: the expected answers.
         noisy: the same in float32.
         logits: the largest absolute logit.
-        magnitudes: the sizes of the sums that cancel, as `spec.magnitudes` has them.
+        magnitudes: the sizes of the sums that cancel, from `spec.magnitudes`.
     """
 
     wanted: Mapping[str, Array]
@@ -57,13 +57,13 @@ class Problem:
 
     Args:
         cell: the cell.
-        config: the layer; of the core, the one whose widths it has.
-        operands: q, k, v (1, N, ·) of the core, x (1, H, W, C) of a layer, in this order.
-        params: of a layer, canonical; empty for the core.
+        config: config of the layer. For the core, a config with its widths.
+        operands: q, k, v (1, N, ·) of the core, or x (1, H, W, C) of a layer, in this order.
+        params: canonical parameters of a layer. Empty for the core.
         weight: w, in the shape of the output.
-        checked_weight: the weights that the wanted answers are for.
-        rows: the query rows that they are computed from.
-        dtype: "float32", or "bfloat16" of the core alone: the arrays are float32, and bfloat16 holds their values.
+        checked_weight: the weights for the expected answers.
+        rows: the query rows from which these answers are computed.
+        dtype: "float32", or "bfloat16" for the core alone. The arrays are float32, with values that bfloat16 can represent.
     """
 
     cell: Cell
@@ -90,10 +90,12 @@ class Problem:
             params = init_params(config, seed)
             for name in [name for name in params if name.endswith("bias")]:
                 params[name] += draw.normal(scale=0.1, size=params[name].shape).astype(np.float32)
-            params["gamma"][:] = 0.7  # at its initial 0 the layer is the identity, and any attention would do
+            params["gamma"][:] = (
+                0.7  # at its initial 0 the layer is the identity, and any attention would pass
+            )
             weight = draw.standard_normal(x.shape, np.float32)
             return cls(cell, config, {"x": x}, params, weight, weight, np.arange(positions))
-        # Scaled so that logits have a standard deviation of 2, whatever Dk: rows attend to some positions, not to one.
+        # Scaled so that logits have a standard deviation of 2 for every Dk, and rows attend to several positions.
         spread = np.float32(np.sqrt(2) / config.qk_channels**0.25)
         operands = {
             "query": spread * draw.standard_normal((1, positions, config.qk_channels), np.float32),
@@ -111,12 +113,12 @@ class Problem:
         return cls(cell, config, operands, {}, weight, checked, rows, dtype)
 
     def check(self, name: str, got: Mapping[str, Array]) -> list[Verdict]:
-        """Compare what an implementation returns for `checked_weight` with the wanted answers.
+        """Compare the answers of an implementation for `checked_weight` with the expected ones.
 
         Args:
-            name: of the implementation.
-            got: "y" of a forward step; "y", gradients of operands and of any parameters by name for training; the
-                gradients alone of an R1 step; of the ceilings their products.
+            name: name of the implementation.
+            got: "y" of a forward step. For training, "y" and the gradients of operands and of any parameters by name. For
+                an R1 step, only the gradients. For the ceilings, their products.
 
         Returns:
             A verdict for each quantity of `got`, by the tolerance of the conformance kit.
@@ -142,12 +144,12 @@ class Problem:
         return verdicts
 
     def _by_rows(self, quantity: str) -> bool:
-        """Whether only the chosen rows of this quantity are known; those of dq are all known, the others being 0."""
+        """Whether only the chosen rows of this quantity are known. All rows of dq are known, because the others are 0."""
         return self.cell.level == "core" and quantity in ("y", "rows")
 
     @property
     def blocks(self) -> list[slice]:
-        """The query rows of the blocks that the ops would choose."""
+        """The query rows of the blocks that the operators would choose."""
         positions = self.cell.positions
         rows = block_rows(None, 1, positions, positions)
         return [slice(start, min(start + rows, positions)) for start in range(0, positions, rows)]
@@ -203,7 +205,7 @@ class Problem:
 
 
 def products(step: str, dot: Dot, query: Any, key: Any, value: Any, weight: Any) -> dict[str, Any]:
-    """The matrix products of a step in their order, each on the results of earlier ones, and nothing between them.
+    """The matrix products of a step in order, each on the results of earlier products, without other operations.
 
     Args:
         step: "forward", "train" or "r1".
@@ -214,7 +216,7 @@ def products(step: str, dot: Dot, query: Any, key: Any, value: Any, weight: Any)
         weight: (1, N, Dv).
 
     Returns:
-        Arrays that together need every product. "rows" belong to query rows, as does "query".
+        Arrays that together need every product. "rows" and "query" belong to query rows.
     """
     scores = dot(query, key, "tb")
     rows = dot(scores, value)
@@ -224,7 +226,7 @@ def products(step: str, dot: Dot, query: Any, key: Any, value: Any, weight: Any)
     d_query, d_key, d_value = dot(d_scores, key), dot(d_scores, query, "ta"), dot(scores, weight, "ta")
     if step == "train":
         return {"rows": rows, "query": d_query, "key": d_key, "value": d_value}
-    moved = dot(d_query, key, "tb")  # N×N, as are the next two
+    moved = dot(d_query, key, "tb")  # N×N, like the next two
     moved_key = dot(d_query, d_key, "tb")
     moved_value = dot(weight, d_value, "tb")
     return {
@@ -236,14 +238,14 @@ def products(step: str, dot: Dot, query: Any, key: Any, value: Any, weight: Any)
 
 
 def row_local(step: str, blocks: list[dict[str, Any]], join: Callable[[list[Any]], Any]) -> dict[str, Any]:
-    """Of the products of blocks of query rows those that need no other rows, put together.
+    """Join the products of blocks of query rows that need no other rows.
 
     Args:
-        step: as for `products`.
-        blocks: what `products` returned for each.
+        step: see `products`.
+        blocks: the results of `products` for each block.
         join: concatenates arrays along the rows.
     """
-    # In an R1 step also the rest of "query" needs the sums over blocks, which no product computes.
+    # In an R1 step the rest of "query" also needs the sums over blocks, which no product computes.
     names = [name for name in ("rows", "query") if name in blocks[0] and (name == "rows" or step == "train")]
     return {name: join([block[name] for block in blocks]) for name in names}
 
@@ -264,9 +266,9 @@ def _ceiling(
 def _core(
     step: str, query: Array, key: Array, value: Array, weight: Array, keep: Keep = _same
 ) -> dict[str, Array]:
-    """The formulas of `spec`, for the query rows given; the derivatives as if there were no other rows.
+    """The formulas of `spec` for the given query rows. The derivatives are computed as if there were no other rows.
 
-    In 16 bits the map and dS are rounded where a product takes them, and every answer, by `keep`.
+    In 16 bits, `keep` rounds the map and dS before products, and every answer.
     """
     scores = query @ key.mT
     A = np.exp(scores - scores.max(-1, keepdims=True))
@@ -279,7 +281,7 @@ def _core(
     dq, dk, dv = keep(keep(dS) @ key), keep(keep(dS).mT @ query), keep(keep(A).mT @ weight)
     if step == "train":
         return {"y": keep(keep(A) @ value), "query": dq, "key": dk, "value": dv}
-    moved_q, moved_k, moved_v = 2 * dq, 2 * dk, 2 * dv  # what the squared norm sends back
+    moved_q, moved_k, moved_v = 2 * dq, 2 * dk, 2 * dv  # gradients of the squared norm
     U = moved_q @ key.mT + query @ moved_k.mT
     centred = U - (A * U).sum(-1, keepdims=True)
     X = centred * (dA - D) + weight @ moved_v.mT

@@ -1,4 +1,4 @@
-"""The results as a page and as two plots."""
+"""The results as a Markdown page and as two plots."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ _MEMORY_NOTE = (
     "one at this size. Where there is something to compile, it was compiled before."
 )
 
-# Okabe and Ito's colours, told apart by the colour-blind, and a marker each for those who print in grey.
+# Okabe and Ito's colours, which colour-blind people can tell apart, and a marker for each line for prints in grey.
 _LOOKS = {
     OURS: ("#0072B2", "o"),
     "dense": ("#D55E00", "s"),
@@ -49,7 +49,7 @@ def markdown(results: Results, plots: Mapping[str, str]) -> str:
     """The page.
 
     Args:
-        results: as `benchmarks.results` describes them.
+        results: results as `benchmarks.results` describes them.
         plots: file names of the plots by title.
     """
     lines = ["# Time and memory", "", *_header(results), ""]
@@ -140,7 +140,7 @@ def _times(results: Results, level: str, step: str) -> list[str]:
 
 
 def _rate(found: Mapping[str, Any], step: str, channels: int, side: int) -> str:
-    """Of the faster ceiling."""
+    """The matmul rate of the faster ceiling."""
     narrow, wide = PRODUCTS[step]
     flops = 2 * side**4 * (narrow * channels // 8 + wide * channels)
     seconds = [found[name]["seconds"]["median"] for name in CEILINGS if "seconds" in found.get(name, {})]
@@ -148,14 +148,14 @@ def _rate(found: Mapping[str, Any], step: str, channels: int, side: int) -> str:
 
 
 def _share(found: Mapping[str, Any]) -> str:
-    """Of the rate of the faster ceiling, what ours has on the same products."""
+    """The rate of our layer on the same products, as a share of the rate of the faster ceiling."""
     seconds = [found[name]["seconds"]["median"] for name in CEILINGS if "seconds" in found.get(name, {})]
     ours = found.get(OURS, {})
     return f"{min(seconds) / ours['seconds']['median']:.2f}" if seconds and "seconds" in ours else "–"
 
 
 def _place(about: Mapping[str, Any]) -> str:
-    """The device, unless it is the CPU that is named before."""
+    """The device, unless it is the CPU, which is already named."""
     if "device" not in about:
         return ""
     return f"On {about['device']} ({about.get('device_model', 'not known')}), float32 in full precision. "
@@ -231,7 +231,7 @@ def _channels(results: Results, framework: str, measure: str, level: str, step: 
 
 
 def _names(found: Iterator[Mapping[str, Any]]) -> list[str]:
-    """In the order of their first cell, but the ceilings last."""
+    """The implementations in the order of their first cell, with the ceilings last."""
     return sorted(dict.fromkeys(name for each in found for name in each), key=lambda name: name in CEILINGS)
 
 
@@ -241,12 +241,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(results: Results, quantity: str) -> bytes:
-    """A picture of time or memory against N, a panel a framework, both axes logarithmic.
+    """A plot of time or memory against N, with a panel for each framework and logarithmic axes.
 
-    The legend gives the exponent of the power law fitted from N = 32² on; below, the overhead of a call rules.
+    The legend gives the exponent of a power law, fitted from N = 32² on. Below, the overhead of a call dominates.
 
     Args:
-        results: as `benchmarks.results` describes them.
+        results: results as `benchmarks.results` describes them.
         quantity: "time" or "memory".
 
     Returns:

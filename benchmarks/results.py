@@ -1,12 +1,12 @@
-"""The file of results: what it holds, how it is named, read, merged and written.
+"""The file of results: its content and name, and reading, merging and writing it.
 
     {"schema": 1, "mode": "full", "machine": {"cpu": …, "cores": …, …},
      "frameworks": {"torch": {"date": …, "commit": …, "versions": {…}, "threads": {…}, "load_before": …, "seconds": …,
                               "cells": [{"measure": …, "level": …, "step": …, "channels": …, "side": …,
                                          "results": {"ours": {"status": "ok", …}, …}}, …]}, …}}
 
-Each framework keeps the run that it came from, so one can be measured again without the others. A record has a
-"status": "ok"; "refused" or "skipped", with the "reason"; "wrong" (its answer, and so it was not timed) or "failed".
+Each framework has its own run, so it can be measured again without the others. The "status" of a record is "ok", "refused"
+or "skipped" with the "reason", "wrong" (the answer was wrong, so it was not timed) or "failed".
 """
 
 import json
@@ -29,7 +29,7 @@ Results = dict[str, Any]
 
 
 def machine() -> dict[str, Any]:
-    """The machine, as far as it decides times: processor, cores that may be used, memory, system."""
+    """The properties of the machine that determine times: processor, usable cores, memory, system."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -50,7 +50,7 @@ def _cpu_name() -> str:
 
 
 def file_stem(about: Mapping[str, Any], mode: str, date: str) -> str:
-    """Machine or device, date and, unless the run is a full one, mode.
+    """The name from machine or device, date and, unless the run is full, mode.
 
     Example:
         >>> file_stem({"cpu": "AMD EPYC (TM) 9", "cores": 2}, "toy", "2030-01-31")
@@ -65,10 +65,10 @@ def file_stem(about: Mapping[str, Any], mode: str, date: str) -> str:
 
 
 def merge(folder: Path, about: Mapping[str, Any], mode: str, new: Mapping[str, Any]) -> Results:
-    """New results of some frameworks with the latest that the folder has of the others.
+    """Merge new results of some frameworks with the latest results of the others in the folder.
 
     Args:
-        folder: of result files; others than those of this machine and mode are left alone.
+        folder: folder of result files. Only files of this machine and mode are used.
         about: `machine()`.
         mode: name of the mode.
         new: the entries of "frameworks" that were measured now.
@@ -93,7 +93,7 @@ def merge(folder: Path, about: Mapping[str, Any], mode: str, new: Mapping[str, A
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside the target and rename, so that a file is always a whole one."""
+    """Write beside the target and rename, so that the file is always complete."""
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -111,7 +111,7 @@ def records(
     step: str,
     channels: int,
 ) -> dict[int, dict[str, Any]]:
-    """The records of all implementations by side of the map."""
+    """The records of all implementations, by side of the map."""
     run = results["frameworks"].get(framework, {"cells": []})
     wanted = (measure, level, step, channels)
     keys = ("measure", "level", "step", "channels")
@@ -129,7 +129,7 @@ def median(
     name: str = OURS,
     level: str = "core",
 ) -> float | None:
-    """Median seconds of an implementation, or None where there are none."""
+    """The median seconds of an implementation, or None without a measurement."""
     record = records(results, framework, "time", level, step, channels).get(side, {}).get(name, {})
     return record["seconds"]["median"] if "seconds" in record else None
 
@@ -137,13 +137,13 @@ def median(
 def peak(
     results: Mapping[str, Any], framework: str, step: str, channels: int, side: int, name: str = OURS
 ) -> int | None:
-    """Peak bytes of the core above its inputs, or None where there are none."""
+    """The peak bytes of the core above its inputs, or None without a measurement."""
     record = records(results, framework, "memory", "core", step, channels).get(side, {}).get(name, {})
     return record.get("peak_bytes")
 
 
 def exponent(points: Iterable[tuple[float, float]]) -> float | None:
-    """The p of the power law y = c·xᵖ that fits best (least squares of the logarithms); None for fewer than two points.
+    """The p of the best power law y = c·xᵖ (least squares of the logarithms), or None for fewer than two points.
 
     Example:
         >>> exponent([(1, 3), (10, 300)])

@@ -1,4 +1,4 @@
-"""What the cases of every framework are made of."""
+"""The common interface of the implementations in every framework."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ __all__ = ["RefusedError", "Step"]
 
 
 class RefusedError(Exception):
-    """An implementation does not take this cell; the message says why."""
+    """An implementation cannot compute this cell. The message contains the reason."""
 
 
 def _nothing() -> None:
@@ -23,9 +23,9 @@ class Step:
     """One implementation, ready to compute one cell.
 
     Args:
-        run: the weights w, as an array of the framework, to the answers by name; returns when they are computed.
-        to_numpy: the answers as numpy arrays, under the names and in the shapes that `Problem.check` knows.
-        compile: does beforehand what can be done without computing anything.
+        run: maps the weights w, an array of the framework, to the answers by name. Returns when they are computed.
+        to_numpy: turns the answers into numpy arrays, with the names and shapes of `Problem.check`.
+        compile: prepares everything that needs no computation.
     """
 
     run: Callable[[Any], Any]

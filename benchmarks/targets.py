@@ -1,4 +1,4 @@
-"""The numbers to reach, and what was measured beside each."""
+"""The targets, and the comparison of measurements with them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ class Target:
     """One number to reach.
 
     Args:
-        row: what is compared.
-        framework: where.
-        measured: results and framework to the number; None where a measurement is missing.
+        row: description of the comparison.
+        framework: the framework.
+        measured: maps results and framework to the number, or to None if a measurement is missing.
         bound: the number to reach.
         at_least: whether more is better.
-        unit: after the number.
-        share: of the matmul rate that we reach where this is measured, for a speed; it says whether more is to be had.
+        unit: unit after the number.
+        share: for a speed, our share of the matmul rate in the same measurement. It shows whether more is possible.
     """
 
     row: str
@@ -38,12 +38,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Finding:
-    """A target beside what was measured.
+    """A target and its measurement.
 
     Args:
         target: the target.
-        value: what was measured; None if nothing was.
-        share: of the matmul rate that we reached there; None where that says nothing, or was not measured.
+        value: the measurement, or None without one.
+        share: our share of the matmul rate there, or None if it has no meaning or was not measured.
     """
 
     target: Target
@@ -52,7 +52,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """One of "met", "missed" and "not measured"."""
+        """The verdict: "met", "missed" or "not measured"."""
         if self.value is None:
             return "not measured"
         target = self.target
@@ -66,7 +66,7 @@ class Finding:
 
 
 def evaluate(results: Results) -> list[Finding]:
-    """Every target of the frameworks that the results have; none on another device than the CPU."""
+    """Every target of the frameworks in the results. Without targets on devices other than the CPU."""
     if "device" in results["machine"]:
         return []
     return [
@@ -93,7 +93,7 @@ def _faster_than(name: str, step: str, channels: int, side: int) -> Measured:
 
 
 def _time_of(name: str, step: str, channels: int, side: int) -> Measured:
-    """Our time in times of the other."""
+    """Our time divided by that of the other."""
 
     def measured(results: Results, framework: str) -> float | None:
         times = [median(results, framework, step, channels, side, which) for which in (OURS, name)]
@@ -103,7 +103,7 @@ def _time_of(name: str, step: str, channels: int, side: int) -> Measured:
 
 
 def _memory_of_dense(results: Results, framework: str) -> float | None:
-    """How many times our peak fits into the dense one."""
+    """The dense peak divided by ours."""
     return _ratio(
         peak(results, framework, "train", 64, 128, "dense"), peak(results, framework, "train", 64, 128)
     )
@@ -119,7 +119,7 @@ def _growth(step: str) -> Measured:
 
 
 def _share_of_matmul(step: str, channels: int, side: int) -> Measured:
-    """Our rate as a share of the faster ceiling's; both have the same number of operations."""
+    """Our rate as a share of the faster ceiling's rate. Both have the same number of operations."""
 
     def measured(results: Results, framework: str) -> float | None:
         ceilings = [median(results, framework, step, channels, side, name) for name in CEILINGS]
@@ -161,7 +161,7 @@ def _rows(
     unit: str = " ×",
     share: Measured | None = None,
 ) -> list[Target]:
-    """One row of the table: a bound each for torch, JAX and TensorFlow."""
+    """One row of the table, with a bound for each of torch, JAX and TensorFlow."""
     frameworks = ("torch", "jax", "tensorflow")
     return [
         Target(row, framework, measured, bound, at_least, unit, share)

@@ -1,4 +1,4 @@
-"""The implementations in TensorFlow and Keras; every one is a `tf.function`."""
+"""The implementations in TensorFlow and Keras. Every one is a `tf.function`."""
 
 import contextlib
 import math
@@ -22,12 +22,12 @@ __all__ = ["about", "array", "build", "on", "peak_memory", "synchronize"]
 
 Function = Callable[..., tf.Tensor]
 
-# Gradients of parameters that our layers do not have; they are computed, as in training, but not compared.
+# Parameters that our layers do not have. Their gradients are computed, as in training, but not compared.
 _FOREIGN = "foreign/"
 
 
 def about() -> dict[str, Any]:
-    """Versions and numbers of threads; 0 leaves the choice to TensorFlow, which takes every CPU."""
+    """Versions and numbers of threads. With 0, TensorFlow chooses, and uses every CPU."""
     threading = tf.config.threading
     return {
         "versions": {"tensorflow": tf.__version__, "keras": keras.__version__},
@@ -44,20 +44,20 @@ def array(values: np.ndarray, dtype: str = "float32") -> tf.Tensor:
 
 
 def synchronize() -> None:
-    """Wait until everything asked for is computed."""
+    """Wait until all computations are done."""
     if tf.config.list_physical_devices("GPU"):
         tf.test.experimental.sync_devices()
 
 
 @contextlib.contextmanager
 def on(device: str) -> Iterator[Mapping[str, str]]:
-    """Operations run on this device in between; gives its model and driver."""
+    """Run operations on this device inside a `with` block, and yield its model and driver."""
     with devices.OnDevices().on(device) as found:
         yield found
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:
-    """By TensorFlow's counters of the device."""
+    """The peak memory of a call, by TensorFlow's counters of the device."""
     return devices.peak_memory(call, device)
 
 
@@ -65,7 +65,7 @@ def build(name: str, problem: Problem) -> Step:
     """One implementation on one problem.
 
     Raises:
-        RefusedError: if it does not take the problem.
+        RefusedError: if the implementation cannot compute the problem.
     """
     inputs = [array(operand, problem.dtype) for operand in problem.operands.values()]
     variables: dict[str, tf.Variable] = {}
@@ -100,7 +100,7 @@ def _dot(a: tf.Tensor, b: tf.Tensor, transposed: str = "") -> tf.Tensor:
 
 
 def _in_blocks(problem: Problem, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> Step:
-    """The products, a call for each block of query rows."""
+    """The products, with one call for each block of query rows."""
     step = problem.cell.step
 
     def few(whole: tf.Tensor, start: tf.Tensor, size: int) -> tf.Tensor:
@@ -110,7 +110,7 @@ def _in_blocks(problem: Problem, query: tf.Tensor, key: tf.Tensor, value: tf.Ten
     def compute(weight: tf.Tensor, start: tf.Tensor, size: int) -> dict[str, tf.Tensor]:
         return products(step, _dot, few(query, start, size), key, value, few(weight, start, size))
 
-    # A size is part of the graph, a start is not: two graphs at most, the last block being a short one.
+    # The size is part of the graph, but the start is not. So there are at most two graphs, because the last block is shorter.
     blocks = [(tf.constant(rows.start), rows.stop - rows.start) for rows in problem.blocks]
 
     def run(weight: tf.Tensor) -> list[dict[str, tf.Tensor]]:
@@ -174,7 +174,7 @@ def _core(name: str) -> Function:
 
 
 def _layer(name: str, problem: Problem) -> tuple[Function, dict[str, tf.Variable]]:
-    """The layer as a function of x, and its variables by canonical name, or by a foreign one."""
+    """The layer as a function of x, and its variables by canonical or foreign name."""
     if name == "ours":
         from selfattn_keras import from_canonical
 
@@ -194,7 +194,7 @@ def _layer(name: str, problem: Problem) -> tuple[Function, dict[str, tf.Variable
 
 
 def _published(variables: Mapping[str, tf.Variable], x: tf.Tensor, side: int) -> tf.Tensor:
-    """The layer as published, in channels-last form; pooled, that of github.com/brain-research/self-attention-gan."""
+    """The published layer, in channels-last form. The pooled one is that of github.com/brain-research/self-attention-gan."""
 
     def project(name: str, maps: tf.Tensor) -> tf.Tensor:
         projected = tf.nn.conv2d(maps, variables[f"{name}.kernel"][None, None], 1, "SAME")
@@ -214,7 +214,7 @@ def _published(variables: Mapping[str, tf.Variable], x: tf.Tensor, side: int) ->
 
 
 def _multi_head(problem: Problem) -> tuple[Function, dict[str, tf.Variable]]:
-    """Keras' own layer made to compute ours: its scale folded into the query, its extra projection the identity."""
+    """Keras' own layer, adapted to compute ours: its scale is folded into the query, its extra projection is the identity."""
     config = problem.config
     if config.kv_pool > 1:
         raise RefusedError("no pooling of keys and values")

@@ -35,12 +35,12 @@ def about() -> dict[str, Any]:
 
 def array(values: np.ndarray, dtype: str = "float32") -> Tensor:
     """A tensor of these values."""
-    # Not from_numpy, which knows no device.
+    # from_numpy would ignore the device.
     return torch.tensor(np.ascontiguousarray(values)).to(getattr(torch, dtype))
 
 
 def synchronize() -> None:
-    """Wait until everything asked for is computed."""
+    """Wait until all computations are done."""
     device = torch.get_default_device()
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -48,14 +48,14 @@ def synchronize() -> None:
 
 @contextlib.contextmanager
 def on(device: str) -> Iterator[Mapping[str, str]]:
-    """All tensors are made on this device in between; gives its model and driver."""
-    # On the CPU they are anyway, and the mode would stand in the way of every call that is timed.
+    """Make all tensors on this device inside a `with` block, and yield its model and driver."""
+    # On the CPU this is the default, and the mode would slow down every timed call.
     with contextlib.nullcontext() if device.startswith("cpu") else torch.device(device):
         yield devices.about(device)
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:
-    """By torch's counters of the device."""
+    """The peak memory of a call, by torch's counters of the device."""
     return devices.peak_memory(call, device)
 
 
@@ -63,7 +63,7 @@ def build(name: str, problem: Problem) -> Step:
     """One implementation on one problem.
 
     Raises:
-        RefusedError: if it does not take the problem.
+        RefusedError: if the implementation cannot compute the problem.
     """
     if problem.cell.level == "core":
         inputs = [array(problem.operands[operand], problem.dtype) for operand in ("query", "key", "value")]
@@ -113,7 +113,7 @@ def _forward(
 def _train(
     function: Function, names: list[str], inputs: list[Tensor], parameters: list[Tensor], weight: Tensor
 ) -> dict[str, Tensor]:
-    # backward(), not autograd.grad: what training calls, and the only one that reentrant checkpoints allow.
+    # backward() instead of autograd.grad, because training calls it and reentrant checkpoints allow only it.
     leaves = [value.detach().requires_grad_() for value in inputs]
     for parameter in parameters:
         parameter.grad = None
@@ -129,13 +129,13 @@ def _r1(
     leaves = [value.detach().requires_grad_() for value in inputs]
     gradients = torch.autograd.grad((function(*leaves) * weight).sum(), leaves, create_graph=True)
     penalty = sum(gradient.square().sum() for gradient in gradients)
-    # The value bias does not reach the penalty, and the formula knows it.
+    # The value bias has no effect on the penalty, so its gradient is filled with zeros.
     second = torch.autograd.grad(penalty, [*leaves, *parameters], materialize_grads=True)
     return dict(zip(names, second, strict=True))
 
 
 def _to_numpy(answers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Maps become (B, H, W, C) and 1×1 convolutions matrices."""
+    """Turn maps into (B, H, W, C), and 1×1 convolutions into matrices."""
     arrays = {}
     for name, answer in answers.items():
         values = answer.detach()
@@ -179,7 +179,7 @@ def _core(name: str) -> Function:
 
 
 def _memory_efficient_attention() -> Function:
-    """The function of the PyPI package; its `__init__` would also import JAX, whose memory and threads would count."""
+    """The function of the PyPI package, without its `__init__`, which would also import JAX, whose memory and threads would count."""
     package = "memory_efficient_attention"
     found = importlib.util.find_spec(package)
     if found is None:
@@ -210,7 +210,7 @@ def _layer(name: str, problem: Problem) -> tuple[Function, dict[str, Tensor]]:
 
 
 class _Published(nn.Module):
-    """The layer as its copies have it (github.com/heykeetae/Self-Attention-GAN, sagan_models.py), f and g being query and key.
+    """The layer of most copies (github.com/heykeetae/Self-Attention-GAN, sagan_models.py). f is the query and g the key.
 
     The pooled form follows the authors' code (github.com/brain-research/self-attention-gan, non_local.py).
     """

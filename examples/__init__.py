@@ -1,1 +1,1 @@
-"""Programs that show the library at work; run them from the root of the repository."""
+"""Example programs. Run them from the root of the repository."""

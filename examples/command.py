@@ -1,4 +1,4 @@
-"""What the examples have in common as programs: exit codes, an option that counts, and an interrupt without a traceback."""
+"""Code that the example programs share: exit codes, a type for counts, and an interrupt without a traceback."""
 
 import argparse
 import sys
@@ -20,7 +20,7 @@ def positive(text: str) -> int:
 
 
 def run(main: Callable[[], int]) -> None:
-    """End the process with what `main` returns."""
+    """End the process with the exit code that `main` returns."""
     try:
         code = main()
     except KeyboardInterrupt:

@@ -1,9 +1,9 @@
-"""Reads the golden vectors with nothing of selfattn, and checks a layer with them: here, one in plain numpy.
+"""Read the golden vectors without selfattn, and check a layer with them. The layer here is in plain numpy.
 
     python examples/golden_reader.py golden-vectors
 
-The same in another language is a JSON parser and a loop; docs/golden-vectors.md describes the files. Replace `Layer`
-and `answers` by your own, and answer None to what yours does not do.
+In another language you need a JSON parser and a loop. docs/golden-vectors.md describes the files. Replace `Layer` and
+`answers` by your own, and return None for what your layer cannot do.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ def read(path: Path) -> tuple[dict, dict[str, dict[str, np.ndarray]]]:
     """The description of a file, and its arrays: first "input", "params", "cotangents" or "want", then the name.
 
     Args:
-        path: a .safetensors file: eight bytes of length, that much JSON, then the arrays' bytes.
+        path: a .safetensors file: eight bytes with the length of the JSON header, the header, then the bytes of the arrays.
     """
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -40,8 +40,8 @@ class Layer:
     """The layer under test: its output, its map and its first derivatives, in the dtype of the arguments.
 
     Args:
-        config: of the file.
-        params: of the file.
+        config: config in the file.
+        params: parameters in the file.
         x: (B, H, W, C).
     """
 
@@ -49,7 +49,7 @@ class Layer:
         batch, height, width, channels = x.shape
         self.config, self.params, self.shape = config, params, x.shape
         self.rows = x.reshape(batch, height * width, channels)
-        # Which positions each pooling window holds, (M, p²); what is beyond the last whole window is in none.
+        # The positions in each pooling window, (M, p²). Positions beyond the last whole window belong to no window.
         p = config["kv_pool"]
         down, across = height // p, width // p
         positions = np.arange(height * width).reshape(height, width)[: down * p, : across * p]
@@ -67,38 +67,38 @@ class Layer:
         self.y = (params["gamma"] * self.z + self.rows).reshape(x.shape)
 
     def norm(self, name: str) -> np.ndarray:
-        """The spectral norm of a kernel as u and v estimate it; 1 where that is 0."""
+        """The spectral norm of a kernel as u and v estimate it, or 1 if the estimate is 0."""
         norm = self.params[f"{name}.v"] @ self.params[f"{name}.kernel"] @ self.params[f"{name}.u"]
-        # The imaginary part of a second derivative does not make a kernel of zeros another one.
+        # A kernel of zeros still counts as zero with the imaginary part of a second derivative.
         return norm if norm.real != 0 else np.ones_like(norm)
 
     def kernel(self, name: str) -> np.ndarray:
-        """The matrix that is applied."""
+        """The kernel of a projection, divided by its spectral norm if it has one."""
         kernel = self.params[f"{name}.kernel"]
         return kernel / self.norm(name) if self.config["spectral_norm"] else kernel
 
     def project(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """A 1×1 convolution is a product with a matrix."""
+        """A 1×1 convolution, which is a product with a matrix."""
         projected = rows @ self.kernel(name)
         return projected + self.params[f"{name}.bias"] if self.config["use_bias"] else projected
 
     def winners(self, rows: np.ndarray) -> np.ndarray:
-        """The position of the largest value of each window and channel, (B, M, D): the first, if several are equal."""
+        """The position of the first largest value of each window and channel, (B, M, D)."""
         first = rows[:, self.windows].real.argmax(axis=2)
         return self.windows[np.arange(len(self.windows))[:, None], first]
 
     def scattered(self, pooled: np.ndarray, winners: np.ndarray) -> np.ndarray:
-        """The gradient of each window at its winner, (B, N, D)."""
+        """The gradient of each window, placed at its winner, (B, N, D)."""
         rows = np.zeros((*self.rows.shape[:2], pooled.shape[-1]), pooled.dtype)
         np.put_along_axis(rows, winners, pooled, axis=1)
         return rows
 
     def gradients(self, dy: np.ndarray) -> dict[str, np.ndarray]:
-        """The gradient of sum(dy∘y) towards x and every parameter."""
+        """The gradient of sum(dy∘y) for x and every parameter."""
         g = dy.reshape(self.rows.shape)
         scaled = self.params["gamma"] * g
         to_o = scaled @ self.kernel("out").T if self.config["out_projection"] else scaled
-        # The sum over keys of A∘dA, by way of the output: a fused kernel never has all of A.
+        # The sum over keys of A∘dA, computed from the output, because a fused kernel never has all of A.
         subtracted = (to_o * self.o).sum(axis=-1, keepdims=True)
         to_scores = self.map * (to_o @ self.v.swapaxes(1, 2) - subtracted)
         projected = {
@@ -132,11 +132,11 @@ def second_derivatives(
     dy: np.ndarray,
     cotangents: dict[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """The gradient of the sum over names of sum(cotangent∘gradients[name]), towards dy, x and every parameter.
+    """The gradient of the sum over names of sum(cotangent∘gradients[name]), for dy, x and every parameter.
 
-    Second derivatives are symmetric, so this is how y and the gradients move if x and the parameters move along the
-    cotangents. A step so small that its square is nothing, into the imaginary direction, says that without a
-    difference of two numbers; where you can differentiate twice, do that.
+    Second derivatives are symmetric, so this is the change of y and of the gradients if x and the parameters move along the
+    cotangents. A tiny step in the imaginary direction, whose square vanishes, gives it without a difference of two numbers.
+    If your framework can differentiate twice, use that instead.
     """
 
     def moved(name: str, array: np.ndarray) -> np.ndarray:
@@ -149,7 +149,7 @@ def second_derivatives(
 
 
 def after_power_iteration(config: dict, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The state that a pass in training moves on before anything else is computed; the kernels are left as they are."""
+    """The state after a pass in training moves it, before anything else is computed. The kernels stay the same."""
     moved = dict(params)
     for name in ("query", "key", "value", "out") if config["out_projection"] else ("query", "key", "value"):
         kernel = params[f"{name}.kernel"]
@@ -159,18 +159,18 @@ def after_power_iteration(config: dict, params: dict[str, np.ndarray]) -> dict[s
 
 
 def normalised(vector: np.ndarray) -> np.ndarray:
-    """A vector brought to length 1, and a fixed direction instead of a vector of zeros."""
+    """A vector scaled to length 1, or a fixed direction for a vector of zeros."""
     if not vector.any():
         vector = (2 * (np.arange(1, len(vector) + 1) ** 3 % 101) - 101).astype(vector.dtype)
     return vector / max(np.sqrt(vector @ vector), 1e-12)
 
 
 def answers(golden: dict, groups: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray] | None:
-    """What the layer says to a file, by the names of its "want"; None if it does not do that.
+    """The layer's answers to a file, by the names of its "want", or None if the layer cannot compute them.
 
     Args:
         golden: the description.
-        groups: the arrays, in the dtype to compute in.
+        groups: the arrays, in the dtype of the computation.
     """
     config, params, x = golden["config"], groups["params"], groups["input"]["x"]
     computation = golden["computation"]
@@ -196,12 +196,12 @@ def answers(golden: dict, groups: dict[str, dict[str, np.ndarray]]) -> dict[str,
 
 
 def complaints(golden: dict, groups: dict[str, dict[str, np.ndarray]], dtype: str) -> list[str] | None:
-    """What is wrong with the layer's answer to a file, a line for each quantity; None if it has no answer.
+    """The errors in the layer's answer to a file, one line for each wrong quantity, or None without an answer.
 
     Args:
         golden: the description.
         groups: the arrays.
-        dtype: to compute in, "float32" or "float64".
+        dtype: dtype of the computation, "float32" or "float64".
     """
     cast = {
         group: {name: array.astype(dtype) for name, array in arrays.items()}
@@ -222,7 +222,7 @@ def complaints(golden: dict, groups: dict[str, dict[str, np.ndarray]], dtype: st
         if dtype == "float64":
             allowed *= 2.0**-29
         error = np.abs(got[name] - want).max(initial=0.0)
-        # NaN is no number that is at most something.
+        # Written so that NaN fails too.
         if not error <= allowed:
             lines.append(f"{where}: error {error:.3g}, allowed {allowed:.3g}")
     return lines
@@ -232,7 +232,7 @@ def main(folder: Path) -> int:
     """Check every file in both dtypes.
 
     Args:
-        folder: of the golden vectors.
+        folder: folder of the golden vectors.
 
     Returns:
         The exit code: 1 if a comparison failed, 2 if there are no vectors.

@@ -1,7 +1,7 @@
 """A SAGAN in Flax NNX, whole: R1, spectral norm, bfloat16, averaged weights, a compiled step, checkpoints that resume.
 
 Run as `python -m examples.sagan_flax`. To train on other images, copy this file and change the networks and the batches.
-Exit codes: 0 trained, 1 the training fell short or begins with other networks than it should, 2 wrong usage, 3 something
+Exit codes: 0 trained, 1 the training fell short or the networks of `--start` give other images, 2 wrong usage, 3 something
 is not installed, 130 interrupted.
 """
 
@@ -40,9 +40,9 @@ BETAS = (0.0, 0.99)
 EPSILON = 1e-8
 WEIGHT_DECAY = 1e-4
 R1_WEIGHT = 1.0
-"""The penalty is this, times half the mean squared norm of the gradient of the scores of real images."""
+"""The penalty is this weight times half the mean squared norm of the gradient of the scores of real images."""
 AVERAGE_DECAY = 0.99
-"""Averaged weights keep this share of themselves at each step."""
+"""The share of the old average in the averaged weights after each step."""
 
 _CHECKPOINTS = "checkpoints"
 
@@ -50,15 +50,15 @@ _CHECKPOINTS = "checkpoints"
 class SpectralConv(nnx.Module):
     """A 3×3 convolution with a border of zeros, its kernel divided by its spectral norm.
 
-    The state is PyTorch's and that of the attention layers, so that a training can go on in another framework.
+    The state is that of PyTorch and of the attention layers, so a training can continue in another framework.
     `nnx.SpectralNorm` overwrites the kernel instead.
 
     Args:
-        channels_in: of the input.
-        channels_out: of the output.
-        stride: in both directions.
-        dtype: of the computation.
-        rngs: where the initial values come from.
+        channels_in: channels of the input.
+        channels_out: channels of the output.
+        stride: stride in both directions.
+        dtype: dtype of the computation.
+        rngs: source of the initial values.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class SpectralConv(nnx.Module):
         self.use_running_average = False
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view` calls."""
+        """Set the mode. `nnx.view` calls it."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
     def normalised_kernel(self) -> jax.Array:
-        """The kernel divided by its largest singular value; in training mode after one more power iteration."""
+        """The kernel divided by its largest singular value. In training mode, one power iteration runs first."""
         kernel = self.kernel[...]
         inputs = tuple(range(kernel.ndim - 1))
         if not self.use_running_average:
@@ -92,7 +92,7 @@ class SpectralConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, C_in) to (B, H/stride, W/stride, C_out)."""
-        # With a stride, "SAME" would pad at the other end than torch does.
+        # With a stride, "SAME" would not pad at the same end as torch.
         convolved = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             self.normalised_kernel(),
@@ -107,10 +107,10 @@ class SpectralLinear(SpectralConv):
     """A dense layer, its kernel divided by its spectral norm.
 
     Args:
-        channels_in: of the input.
-        channels_out: of the output.
-        dtype: of the computation.
-        rngs: where the initial values come from.
+        channels_in: channels of the input.
+        channels_out: channels of the output.
+        dtype: dtype of the computation.
+        rngs: source of the initial values.
     """
 
     def __init__(self, channels_in: int, channels_out: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
@@ -127,11 +127,11 @@ def _unit(vector: jax.Array) -> jax.Array:
 
 
 class Generator(nnx.Module):
-    """A latent and a class to an image, by way of a 4×4 and an 8×8 map; attention acts on the latter.
+    """Maps a latent and a class to an image, through a 4×4 and an 8×8 map. Attention acts on the 8×8 map.
 
     Args:
-        dtype: of the computation; parameters are float32.
-        rngs: where the initial values come from.
+        dtype: dtype of the computation. Parameters are float32.
+        rngs: source of the initial values.
     """
 
     def __init__(self, *, dtype: Any, rngs: nnx.Rngs) -> None:
@@ -143,7 +143,7 @@ class Generator(nnx.Module):
         self.conv3 = nnx.Conv(last, 1, (3, 3), dtype=dtype, rngs=rngs)
 
     def features(self, latents: jax.Array, labels: jax.Array) -> jax.Array:
-        """What the attention layer gets, (B, 8, 8, C)."""
+        """The input of the attention layer, (B, 8, 8, C)."""
         x = self.dense(jnp.concatenate([latents, jax.nn.one_hot(labels, CLASSES)], axis=1))
         x = nnx.relu(x.reshape(len(x), 4, 4, -1)).repeat(2, axis=1).repeat(2, axis=2)
         return nnx.relu(self.conv1(x))
@@ -155,11 +155,11 @@ class Generator(nnx.Module):
 
 
 class Discriminator(nnx.Module):
-    """An image and a class to a score; spectral norm everywhere, attention in its pooled form.
+    """Maps an image and a class to a score, with spectral norm everywhere and attention in its pooled form.
 
     Args:
-        dtype: of the computation; parameters are float32.
-        rngs: where the initial values come from.
+        dtype: dtype of the computation. Parameters are float32.
+        rngs: source of the initial values.
     """
 
     def __init__(self, *, dtype: Any, rngs: nnx.Rngs) -> None:
@@ -184,20 +184,20 @@ class Discriminator(nnx.Module):
         x = nnx.leaky_relu(self.conv2(self.attention(x)), 0.2)
         x = nnx.leaky_relu(self.conv3(x), 0.2).sum(axis=(1, 2))
         scores = self.dense(x).astype(jnp.float32)
-        # One output says whether it is a digit, the others whether it is this one.
+        # One output scores whether the image is a digit, the others whether it is the given one.
         return scores[:, 0] + jnp.take_along_axis(scores[:, 1:], labels[:, None], axis=1)[:, 0]
 
 
 def discriminator_loss(
     discriminator: Discriminator, real: jax.Array, labels: jax.Array, fake: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The hinge loss with the R1 penalty on the real images, and the two apart."""
+    """The hinge loss plus the R1 penalty on the real images, and both separately."""
 
     def total(network: Discriminator, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         scores = network(images, labels)
         return scores.sum(), scores
 
-    # The network is an argument, so that the vectors of its spectral norm can move within this inner derivative.
+    # The network is an argument, so that its u and v can move inside this inner derivative.
     (_, scores), gradient = nnx.value_and_grad(total, argnums=1, has_aux=True)(discriminator, real)
     penalty = R1_WEIGHT / 2 * jnp.square(gradient).sum(axis=(1, 2, 3)).mean()
     hinge = nnx.relu(1 - scores).mean() + nnx.relu(1 + discriminator(fake, labels)).mean()
@@ -213,13 +213,13 @@ def generator_loss(
 
 @nnx.jit
 def update(state: "State", batch: Batch, share: jax.Array) -> dict[str, jax.Array]:
-    """One step of each network; `share` is that of the new weights in the average."""
+    """Make one step of each network. `share` is the share of the new weights in the average."""
     fake = state.generator(batch.latents, batch.labels)
     derivative = nnx.value_and_grad(discriminator_loss, has_aux=True)
     (_, (hinge, penalty)), gradient = derivative(state.discriminator, batch.real, batch.labels, fake)
     state.discriminator_adam.update(state.discriminator, gradient)
 
-    # In evaluation its spectral norm stands still. It is an argument of the loss: what a function that is differentiated
+    # In evaluation mode its spectral norm does not move. It is an argument of the loss: what a function that is differentiated
     # closes over must not be changed in there.
     fixed = nnx.view(state.discriminator, use_running_average=True)
     loss, gradient = nnx.value_and_grad(generator_loss)(
@@ -227,8 +227,8 @@ def update(state: "State", batch: Batch, share: jax.Array) -> dict[str, jax.Arra
     )
     state.generator_adam.update(state.generator, gradient)
 
-    # u and v of a spectral norm are unit vectors, and an average of unit vectors is shorter than they are: sigma would
-    # come out too small. So parameters are averaged, and u and v copied.
+    # u and v of a spectral norm are unit vectors. Their average is shorter than 1, and sigma would be too small. So parameters
+    # are averaged, and u and v are copied.
     new, old = nnx.state(state.generator, nnx.Param), nnx.state(state.averaged, nnx.Param)
     nnx.update(state.averaged, optax.incremental_update(new, old, share))
     nnx.update(state.averaged, nnx.state(state.generator, nnx.BatchStat))
@@ -236,7 +236,7 @@ def update(state: "State", batch: Batch, share: jax.Array) -> dict[str, jax.Arra
 
 
 class State(nnx.Module):
-    """Both networks, their optimisers and the averaged generator: all that the next step depends on."""
+    """Both networks, their optimisers and the averaged generator: everything that the next step depends on."""
 
     def __init__(self, generator: Generator, discriminator: Discriminator, averaged: Generator) -> None:
         self.generator, self.discriminator, self.averaged = generator, discriminator, averaged
@@ -250,8 +250,8 @@ def _adam(network: nnx.Module, rate: float) -> "nnx.Optimizer[nnx.Module]":
 
 @cache
 def _transformation(rate: float, epsilon: float) -> optax.GradientTransformation:
-    # The same object for each training in a process: `nnx.jit` would compile the step anew for another one.
-    # Kernels alone decay. gamma would be drawn back to 0, where the layer does nothing.
+    # The same object for each training in a process, because `nnx.jit` would compile the step again for another object.
+    # Only kernels decay. Decay would pull gamma back to 0, where the layer does nothing.
     kernels = partial(jax.tree.map, lambda parameter: parameter.ndim > 1)
     return optax.adamw(rate, *BETAS, eps=epsilon, weight_decay=WEIGHT_DECAY, mask=kernels)
 
@@ -260,9 +260,9 @@ class Training:
     """A training with its checkpoints.
 
     Args:
-        generator: to train.
-        discriminator: to train.
-        averaged: the average of an earlier training to go on with; a new one begins with the first step.
+        generator: the generator to train.
+        discriminator: the discriminator to train.
+        averaged: the average of an earlier training. By default a new one, which begins with the first step.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class Training:
         self.step, self._begins_average = 0, averaged is None
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """One step of each network; losses and gains before it."""
+        """Make one step of each network, and return the losses and gains before it."""
         networks = {"generator": self.state.generator, "discriminator": self.state.discriminator}
         gains = {f"gamma/{name}": float(network.attention.gamma[0]) for name, network in networks.items()}
         first = self.step == 0 and self._begins_average
@@ -293,7 +293,7 @@ class Training:
         return float(self.state.averaged.attention.gamma[0])
 
     def samples(self, latents: Array, labels: Array) -> files.Samples:
-        """Images, and the discriminator's scores of them, in float32: they will show whether a move went well."""
+        """Images and the discriminator's scores of them, in float32, to check a move to another framework."""
         averaged, discriminator = new(0, dtype=jnp.dtype("float32"))
         nnx.update(averaged, nnx.state(self.state.averaged))
         nnx.update(discriminator, nnx.state(self.state.discriminator))
@@ -314,13 +314,13 @@ class Training:
         files.save_networks(folder, {name: jax.device_get(flat[name]) for name in files.NETWORKS})
 
     def save(self, folder: Path) -> None:
-        """Write all that the next step depends on, in a folder of this step; that of the last one is removed then."""
+        """Write everything that the next step depends on to a folder of this step, and remove the previous folder."""
         with _checkpoints(folder) as manager:
             arrays = nnx.to_pure_dict(nnx.state(self.state))
             manager.save(self.step, args=orbax.checkpoint.args.StandardSave(arrays), force=True)
 
     def load(self, folder: Path) -> None:
-        """Go on where `save` was called last."""
+        """Continue from the last call of `save`."""
         with _checkpoints(folder) as manager:
             state = nnx.state(self.state)
             like = nnx.to_pure_dict(state)
@@ -369,7 +369,7 @@ def new(seed: int, *, dtype: Any) -> tuple[Generator, Discriminator]:
 
 
 def main() -> int:
-    """Train; returns the exit code."""
+    """Train and return the exit code."""
     options = program.arguments("flax", (__doc__ or "").partition("\n")[0], steps=STEPS)
     if code := program.refusal(options):
         return code

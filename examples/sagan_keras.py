@@ -1,12 +1,12 @@
 """A SAGAN in Keras, whole: R1, spectral norm, mixed bfloat16, averaged weights, a compiled step, checkpoints that resume.
 
 Run as `python -m examples.sagan_keras`. To train on other images, copy this file and change the networks and the batches.
-Exit codes: 0 trained, 1 the training fell short or begins with other networks than it should, 2 wrong usage, 3 something
+Exit codes: 0 trained, 1 the training fell short or the networks of `--start` give other images, 2 wrong usage, 3 something
 is not installed, 130 interrupted.
 
-Keras runs on TensorFlow here: the penalty is one tape inside another in an ordinary `train_step`, which Keras compiles, and
-what was trained can be served from a SavedModel. On JAX a `stateless_train_step` would have to pass all variables of both
-networks by hand, and on PyTorch `train_step` is not compiled.
+Keras runs on TensorFlow here. The penalty is one tape inside another in an ordinary `train_step`, which Keras compiles, and
+the trained generator can be served from a SavedModel. On JAX a `stateless_train_step` would have to pass all variables of
+both networks by hand. On PyTorch `train_step` is not compiled.
 """
 
 import os
@@ -22,7 +22,7 @@ from examples.gan.batches import Batch
 from examples.gan.settings import CLASSES, LATENT, SIDE, WIDTHS
 from selfattn_core import save_blocks
 
-# Keras takes its backend when it is first imported. TensorFlow reports on the machine at length unless asked not to.
+# Keras chooses its backend at the first import. The other variable silences TensorFlow's messages about the machine.
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -44,12 +44,12 @@ GENERATOR_RATE = 1e-3
 DISCRIMINATOR_RATE = 2e-3
 BETAS = (0.0, 0.99)
 EPSILON = 1e-8
-"""Keras adds it before the bias correction, the others after it."""
+"""The epsilon of Adam. Keras adds it before the bias correction, the other frameworks after it."""
 WEIGHT_DECAY = 1e-4
 R1_WEIGHT = 1.0
-"""The penalty is this, times half the mean squared norm of the gradient of the scores of real images."""
+"""The penalty is this weight times half the mean squared norm of the gradient of the scores of real images."""
 AVERAGE_DECAY = 0.99
-"""Averaged weights keep this share of themselves at each step."""
+"""The share of the old average in the averaged weights after each step."""
 
 _CHECKPOINT = "checkpoint.weights.h5"
 _PARTS = ("dense", "conv1", "conv2", "conv3")
@@ -58,13 +58,13 @@ _PARTS = ("dense", "conv1", "conv2", "conv3")
 class SpectralConv2D(layers.Layer):
     """A 3×3 convolution with a border of zeros, its kernel divided by its spectral norm.
 
-    The state is PyTorch's and that of the attention layers, so that a training can go on in another framework.
+    The state is that of PyTorch and of the attention layers, so a training can continue in another framework.
     `keras.layers.SpectralNormalization` overwrites the kernel instead.
 
     Args:
-        channels: of the output.
-        stride: in both directions.
-        name: of the layer.
+        channels: channels of the output.
+        stride: stride in both directions.
+        name: name of the layer.
     """
 
     def __init__(self, channels: int, *, stride: int = 1, name: str) -> None:
@@ -76,7 +76,7 @@ class SpectralConv2D(layers.Layer):
         self._create(3, 3, input_shape[-1], self.channels)
 
     def _create(self, *shape: int) -> None:
-        # Not cast to 16 bits: the norm is computed in float32.
+        # Not cast to 16 bits, because the norm is computed in float32.
         self.kernel = self.add_weight(
             shape=shape, initializer="glorot_uniform", name="kernel", autocast=False
         )
@@ -86,7 +86,7 @@ class SpectralConv2D(layers.Layer):
         self.v = self.add_weight(shape=shape[:-1], name="v", **state)
 
     def normalised_kernel(self, training: bool | None) -> tf.Tensor:
-        """The kernel divided by its largest singular value; in training after one more power iteration."""
+        """The kernel divided by its largest singular value. In training, one power iteration runs first."""
         kernel = tf.convert_to_tensor(self.kernel)
         inputs = list(range(len(kernel.shape) - 1))
         u, v = tf.convert_to_tensor(self.u), tf.convert_to_tensor(self.v)
@@ -100,7 +100,7 @@ class SpectralConv2D(layers.Layer):
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """(B, H, W, C_in) to (B, H/stride, W/stride, C_out)."""
-        # With a stride, "same" would pad at the other end than torch does.
+        # With a stride, "same" would not pad at the same end as torch.
         border = [[0, 0], [1, 1], [1, 1], [0, 0]]
         kernel = self.normalised_kernel(training)
         return tf.nn.conv2d(inputs, kernel, self.stride, border) + tf.cast(self.bias, self.compute_dtype)
@@ -127,7 +127,7 @@ def _random_unit(shape: tuple[int, ...], dtype: str) -> tf.Tensor:
 
 
 def generator(attention: SelfAttention2D) -> keras.Model:
-    """Images (B, 8, 8, 1), float32, of latents (B, LATENT) and labels (B,); attention acts on an 8×8 map."""
+    """Images (B, 8, 8, 1), float32, of latents (B, LATENT) and labels (B,). Attention acts on an 8×8 map."""
     latents = keras.Input((LATENT,), name="latents")
     labels = keras.Input((), dtype="int64", name="labels")
     conv = {"kernel_size": 3, "padding": "same", "data_format": "channels_last"}
@@ -143,14 +143,14 @@ def generator(attention: SelfAttention2D) -> keras.Model:
 
 
 def discriminator(attention: SelfAttention2D) -> keras.Model:
-    """Scores (B,), float32, of images (B, 8, 8, 1) and labels (B,); spectral norm everywhere."""
+    """Scores (B,), float32, of images (B, 8, 8, 1) and labels (B,), with spectral norm everywhere."""
     images = keras.Input((SIDE, SIDE, 1), name="images")
     labels = keras.Input((), dtype="int64", name="labels")
     x = layers.LeakyReLU(0.2)(SpectralConv2D(32, name="conv1")(images))
     x = layers.LeakyReLU(0.2)(SpectralConv2D(64, stride=2, name="conv2")(attention(x)))
     x = layers.LeakyReLU(0.2)(SpectralConv2D(64, stride=2, name="conv3")(x))
     scores = keras.ops.cast(SpectralDense(1 + CLASSES, name="dense")(keras.ops.sum(x, (1, 2))), "float32")
-    # One output says whether it is a digit, the others whether it is this one.
+    # One output scores whether the image is a digit, the others whether it is the given one.
     chosen = keras.ops.sum(scores[:, 1:] * keras.ops.one_hot(labels, CLASSES, dtype="float32"), 1)
     return keras.Model([images, labels], scores[:, 0] + chosen)
 
@@ -186,9 +186,9 @@ class SAGAN(keras.Model):
     """Both networks, their optimisers and the averaged generator.
 
     Args:
-        generator: to train.
-        discriminator: to train.
-        averaged: the average of an earlier training to go on with; a new one begins with the first step.
+        generator: the generator to train.
+        discriminator: the discriminator to train.
+        averaged: the average of an earlier training. By default a new one, which begins with the first step.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class SAGAN(keras.Model):
 
         with tf.GradientTape() as tape:
             images = self.generator([batch["new_latents"], batch["new_labels"]], training=True)
-            # In evaluation its spectral norm stands still.
+            # In evaluation mode its spectral norm does not move.
             loss = -tf.reduce_mean(self.discriminator([images, batch["new_labels"]], training=False))
         weights = self.generator.trainable_variables
         first = self._begins_average & (self.generator_adam.iterations == 0)
@@ -231,8 +231,8 @@ class SAGAN(keras.Model):
         share = tf.where(first, 1.0, 1 - AVERAGE_DECAY)
         for average, weight in zip(self.averaged.trainable_variables, weights, strict=True):
             average.assign(average + share * (weight - average))
-        # u and v of a spectral norm are unit vectors, and an average of unit vectors is shorter than they are: sigma
-        # would come out too small. So parameters are averaged, and u and v copied.
+        # u and v of a spectral norm are unit vectors. Their average is shorter than 1, and sigma would be too small.
+        # So parameters are averaged, and u and v are copied.
         state = self.generator.non_trainable_variables
         for copy, vector in zip(self.averaged.non_trainable_variables, state, strict=True):
             copy.assign(vector)
@@ -241,7 +241,7 @@ class SAGAN(keras.Model):
 
 def _adam(network: keras.Model, rate: float) -> keras.optimizers.Optimizer:
     adam = keras.optimizers.AdamW(rate, WEIGHT_DECAY, *BETAS, epsilon=EPSILON)
-    # Kernels alone decay. gamma would be drawn back to 0, where the layer does nothing.
+    # Only kernels decay. Decay would pull gamma back to 0, where the layer does nothing.
     adam.exclude_from_weight_decay(var_names=["gamma", "bias"])
     adam.build(network.trainable_variables)
     return adam
@@ -251,9 +251,9 @@ class Training:
     """A training with its checkpoints.
 
     Args:
-        generator: to train.
-        discriminator: to train.
-        averaged: the average of an earlier training to go on with; a new one begins with the first step.
+        generator: the generator to train.
+        discriminator: the discriminator to train.
+        averaged: the average of an earlier training. By default a new one, which begins with the first step.
     """
 
     def __init__(
@@ -266,11 +266,11 @@ class Training:
 
     @property
     def step(self) -> int:
-        """How many steps were made."""
+        """The number of completed steps."""
         return int(self._model.generator_adam.iterations)
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """One step of each network; losses and gains before it."""
+        """Make one step of each network, and return the losses and gains before it."""
         networks = {"generator": self._model.generator, "discriminator": self._model.discriminator}
         gains = {f"gamma/{name}": _gain(network) for name, network in networks.items()}
         losses = self._model.train_on_batch(batch._asdict(), return_dict=True)
@@ -290,7 +290,7 @@ class Training:
         return _gain(self._model.averaged)
 
     def samples(self, latents: Array, labels: Array) -> files.Samples:
-        """Images, and the discriminator's scores of them, in float32: they will show whether a move went well."""
+        """Images and the discriminator's scores of them, in float32, to check a move to another framework."""
         averaged, discriminator = _in_float32(self._model.averaged, self._model.discriminator)
         images = averaged([latents, labels], training=False).numpy()
         scores = discriminator([images, labels], training=False)
@@ -316,14 +316,14 @@ class Training:
         )
 
     def save(self, folder: Path) -> None:
-        """Write all that the next step depends on."""
+        """Write everything that the next step depends on."""
         beside = folder / f"partial.{_CHECKPOINT}"
         self._model.save_weights(beside)
-        # A training that is cut off here leaves the old file or the new one, never half of one.
+        # If the training is interrupted here, the file is the old or the new one, and always complete.
         beside.replace(folder / _CHECKPOINT)
 
     def load(self, folder: Path) -> None:
-        """Go on where `save` was called."""
+        """Continue from the last call of `save`."""
         self._model.load_weights(folder / _CHECKPOINT)
 
 
@@ -350,7 +350,7 @@ def _gain(network: keras.Model) -> float:
 
 
 def main() -> int:
-    """Train; returns the exit code."""
+    """Train and return the exit code."""
     options = program.arguments("keras", (__doc__ or "").partition("\n")[0], steps=STEPS)
     if code := program.refusal(options):
         return code

@@ -1,8 +1,8 @@
 """A SAGAN in PyTorch, whole: R1, spectral norm, bfloat16, averaged weights, compiled losses, checkpoints that resume.
 
 Run as `python -m examples.sagan_torch`. To train on other images, copy this file and change the networks and the batches.
-Exit codes: 0 trained, 1 the training fell short or begins with other networks than it should, 2 wrong usage, 3 something
-is not installed or the device is not there, 130 interrupted.
+Exit codes: 0 trained, 1 the training fell short or the networks of `--start` give other images, 2 wrong usage, 3 something
+is not installed or the device is missing, 130 interrupted.
 """
 
 import sys
@@ -42,15 +42,15 @@ BETAS = (0.0, 0.99)
 EPSILON = 1e-8
 WEIGHT_DECAY = 1e-4
 R1_WEIGHT = 1.0
-"""The penalty is this, times half the mean squared norm of the gradient of the scores of real images."""
+"""The penalty is this weight times half the mean squared norm of the gradient of the scores of real images."""
 AVERAGE_DECAY = 0.99
-"""Averaged weights keep this share of themselves at each step."""
+"""The share of the old average in the averaged weights after each step."""
 
 _CHECKPOINT = "checkpoint.pt"
 
 
 class Generator(nn.Module):
-    """A latent and a class to an image, by way of a 4×4 and an 8×8 map; attention acts on the latter."""
+    """Maps a latent and a class to an image, through a 4×4 and an 8×8 map. Attention acts on the 8×8 map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Generator(nn.Module):
         self.conv3 = nn.Conv2d(last, 1, 3, padding=1)
 
     def features(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """What the attention layer gets, (B, C, 8, 8)."""
+        """The input of the attention layer, (B, C, 8, 8)."""
         x = self.dense(torch.cat([latents, one_hot(labels, CLASSES).to(latents)], dim=1))
         x = relu(x.unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2))  # (B, C, 4, 4)
         return relu(self.conv1(interpolate(x, scale_factor=2)))
@@ -74,7 +74,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """An image and a class to a score; spectral norm everywhere, attention in its pooled form."""
+    """Maps an image and a class to a score, with spectral norm everywhere and attention in its pooled form."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Discriminator(nn.Module):
         x = leaky_relu(self.conv2(self.attention(x)), 0.2)
         x = leaky_relu(self.conv3(x), 0.2).sum(dim=(2, 3))
         scores = self.dense(x).to(images)
-        # One output says whether it is a digit, the others whether it is this one.
+        # One output scores whether the image is a digit, the others whether it is the given one.
         return scores[:, 0] + scores[:, 1:].gather(1, labels[:, None])[:, 0]
 
 
@@ -105,8 +105,8 @@ def discriminator_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The hinge loss and the R1 penalty on the real images.
 
-    The inner gradient is taken in here, so that compiling this function compiles it too: torch differentiates no
-    compiled function twice from outside.
+    The inner gradient is computed inside this function, so that compiling the function includes it. torch cannot
+    differentiate a compiled function twice from outside.
     """
     scores = discriminator(real, labels)
     (gradient,) = torch.autograd.grad(scores.sum(), real, create_graph=True)
@@ -127,12 +127,12 @@ class Training:
     """Both networks, their optimisers and the averaged generator.
 
     Args:
-        generator: to train.
-        discriminator: to train.
-        averaged: the average of an earlier training to go on with; a new one begins with the first step.
+        generator: the generator to train.
+        discriminator: the discriminator to train.
+        averaged: the average of an earlier training. By default a new one, which begins with the first step.
         precision: "bfloat16" for convolutions and matrix products, or "float32".
         compiler: a backend of `torch.compile`, or "none".
-        device: that the networks are moved to; images go there, and come back.
+        device: device of the networks. Images are moved there and back.
     """
 
     def __init__(
@@ -150,26 +150,25 @@ class Training:
             if network is not None:
                 network.to(self.device)
         self.generator, self.discriminator, self.step = generator, discriminator, 0
-        # u and v of a spectral norm are unit vectors, and an average of unit vectors is shorter than they are: sigma
-        # would come out too small. So parameters are averaged, and buffers copied, which is what `use_buffers=False`
-        # does.
+        # u and v of a spectral norm are unit vectors. Their average is shorter than 1, and sigma would be too small.
+        # `use_buffers=False` averages the parameters and copies the buffers.
         self.averaged = AveragedModel(
             averaged or generator, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=False
         )
         if averaged:
-            self.averaged.n_averaged += 1  # or the first step would copy
+            self.averaged.n_averaged += 1  # otherwise the first step would copy
         self.generator_adam = _adam(generator, GENERATOR_RATE)
         self.discriminator_adam = _adam(discriminator, DISCRIMINATOR_RATE)
         self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16")
         self._discriminator_loss, self._generator_loss = discriminator_loss, generator_loss
         if compiler != "none":
-            # Without this, `torch.autograd.grad` ends a compiled graph.
+            # Without this, `torch.autograd.grad` breaks a compiled graph.
             torch._dynamo.config.trace_autograd_ops = True  # noqa: SLF001 - the only way to it
             self._discriminator_loss = torch.compile(discriminator_loss, fullgraph=True, backend=compiler)
             self._generator_loss = torch.compile(generator_loss, fullgraph=True, backend=compiler)
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """One step of each network; losses and gains before it."""
+        """Make one step of each network, and return the losses and gains before it."""
         gains = {f"gamma/{name}": network.attention.gamma.item() for name, network in self._networks()}
         real = self._tensor(batch.real).permute(0, 3, 1, 2).requires_grad_()
         labels, latents = self._tensor(batch.labels), self._tensor(batch.latents)
@@ -181,7 +180,7 @@ class Training:
         (hinge + penalty).backward()
         self.discriminator_adam.step()
 
-        # Its weights get no gradient here, and in evaluation mode its spectral norm stands still.
+        # Its weights get no gradient here, and in evaluation mode its spectral norm does not move.
         self.discriminator.requires_grad_(False).eval()
         with self._autocast:
             loss = self._generator_loss(
@@ -220,7 +219,7 @@ class Training:
 
     @torch.no_grad()
     def samples(self, latents: Array, labels: Array) -> files.Samples:
-        """Images, and the discriminator's scores of them."""
+        """Images and the discriminator's scores of them."""
         images = self.generate(latents, labels)
         self.discriminator.eval()
         scores = self.discriminator(self._tensor(images).permute(0, 3, 1, 2), self._tensor(labels))
@@ -228,14 +227,14 @@ class Training:
         return files.Samples(latents, labels, images, scores.cpu().numpy())
 
     def save(self, folder: Path) -> None:
-        """Write all that the next step depends on."""
+        """Write everything that the next step depends on."""
         beside = folder / f"{_CHECKPOINT}.partial"
         torch.save({name: part.state_dict() for name, part in self._parts()} | {"step": self.step}, beside)
-        # A training that is cut off here leaves the old file or the new one, never half of one.
+        # If the training is interrupted here, the file is the old or the new one, and always complete.
         beside.replace(folder / _CHECKPOINT)
 
     def load(self, folder: Path) -> None:
-        """Go on where `save` was called."""
+        """Continue from the last call of `save`."""
         state = torch.load(folder / _CHECKPOINT, map_location="cpu", weights_only=True)
         self.step = state["step"]
         for name, part in self._parts():
@@ -273,7 +272,7 @@ class Training:
 
 
 def _adam(network: nn.Module, rate: float) -> torch.optim.Optimizer:
-    # Kernels alone decay. gamma would be drawn back to 0, where the layer does nothing.
+    # Only kernels decay. Decay would pull gamma back to 0, where the layer does nothing.
     kernels = [parameter for parameter in network.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
     groups = [{"params": kernels, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -293,7 +292,7 @@ def networks_of(folder: Path) -> tuple[Generator, Discriminator, Generator]:
 
 
 _TO_FILE = {4: (2, 3, 1, 0), 3: (1, 2, 0), 2: (1, 0), 1: (0,)}
-"""Kernels, and the vectors of their input side, have the channels last in the files."""
+"""In the files, kernels and the vectors of their input side have the channels last."""
 
 
 def _tensors(prefix: str, network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -313,7 +312,7 @@ def _tensors(prefix: str, network: nn.Module) -> Iterator[tuple[str, torch.Tenso
 
 
 def main() -> int:
-    """Train; returns the exit code."""
+    """Train and return the exit code."""
     options = program.arguments("torch", (__doc__ or "").partition("\n")[0], steps=STEPS)
     try:
         device = chosen(options.device, devices())
@@ -322,7 +321,7 @@ def main() -> int:
         return BAD_INPUT if isinstance(error, DeviceUnknownError) else MISSING
     if code := program.refusal(options):
         return code
-    # Images this small gain nothing from a second thread.
+    # Such small images gain nothing from a second thread.
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     networks = networks_of(options.start) if options.start else (Generator(), Discriminator())

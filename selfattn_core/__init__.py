@@ -1,4 +1,4 @@
-"""SAGAN-style 2-D self-attention, defined once in numpy; this package imports no framework."""
+"""SAGAN-style 2-D self-attention, defined once in numpy. This package imports no framework."""
 
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import init_params, parameter_table

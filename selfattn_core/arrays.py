@@ -1,4 +1,4 @@
-"""Numpy arrays: their type in signatures, and bfloat16, which numpy knows by name only."""
+"""The type of numpy arrays in signatures, and helpers for bfloat16, which comes from ml_dtypes."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ Array = NDArray[Any]
 
 
 def is_floating(dtype: DTypeLike) -> bool:
-    """Whether a numpy dtype is one that weights can have; bfloat16 is ml_dtypes', whose kind is not 'f'."""
+    """Whether weights can have this numpy dtype. The kind of ml_dtypes' bfloat16 is not 'f'."""
     resolved = np.dtype(dtype)
     return resolved.kind == "f" or resolved.name == "bfloat16"
 
 
 def widen(array: Array) -> Array:
-    """A bfloat16 array as float32, which is exact; any other array as it is.
+    """A bfloat16 array as float32, which is exact. Any other array is returned unchanged.
 
     Example:
         >>> widen(np.ones(2, np.float16)).dtype

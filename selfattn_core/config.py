@@ -1,4 +1,4 @@
-"""What a layer is: `SelfAttentionConfig`. All validation of options and of input shapes lives here."""
+"""The options of a layer, `SelfAttentionConfig`, and all checks of options and input shapes."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -16,21 +16,21 @@ class SelfAttentionConfig:
     A = softmax(q kᵀ)       y = gamma · (A v Wo + bo) + x
     ```
 
-    Widths are resolved when the config is made: reading `qk_channels` never gives None. The defaults are the
-    layer as the paper draws it; `pooled` makes the layer of the authors' code and of BigGAN.
+    Widths are resolved when the config is made, so `qk_channels` is never None. The defaults make the layer that the
+    paper draws. `pooled` makes the layer of the authors' code and of BigGAN.
 
     Args:
         channels: C, channels of the feature map.
         qk_channels: Dk, channels of query and key; by default C // 8.
         value_channels: Dv, channels of the value; by default C.
         out_projection: whether a fourth projection takes A v from Dv back to C channels.
-        use_bias: whether the projections have biases; all of them or none.
-        kv_pool: p, side in positions of the max-pooling window (stride p, floor) over key and value; 1 is none.
+        use_bias: whether all projections have biases, or no projection has.
+        kv_pool: p, side in positions of the max-pooling window (stride p, floor) over key and value. 1 means no pooling.
         spectral_norm: whether every kernel is divided by its spectral norm, which training estimates by one power
             iteration per step.
 
     Raises:
-        ValueError: if the options do not make a layer; the message lists every problem.
+        ValueError: if the options do not make a layer. The message lists every problem.
 
     Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3. The paper calls the
     key f, the query g and the value h; much PyTorch code has f as the query and g as the key, and the authors'
@@ -103,7 +103,7 @@ class SelfAttentionConfig:
 
         Args:
             channels: C, at least 8.
-            spectral_norm: as in `SelfAttentionConfig`; both codes train with it.
+            spectral_norm: see `SelfAttentionConfig`. Both codes train with it.
 
         Raises:
             ValueError: if `channels` is not an integer of at least 8.
@@ -122,10 +122,10 @@ class SelfAttentionConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, object]) -> "SelfAttentionConfig":
-        """The config that `to_dict` wrote.
+        """Make a config from the result of `to_dict`.
 
         Args:
-            options: field names and values; fields that are absent take their defaults.
+            options: field names and values. Absent fields take their defaults.
 
         Raises:
             ValueError: if a name is unknown, `channels` is absent or a value is out of range.
@@ -145,7 +145,7 @@ class SelfAttentionConfig:
         return cls(**options)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, int | bool]:
-        """All fields, resolved, as JSON can hold them.
+        """All fields, resolved, in a form that JSON can store.
 
         Example:
             >>> SelfAttentionConfig(16).to_dict()["qk_channels"]
@@ -154,7 +154,7 @@ class SelfAttentionConfig:
         return asdict(self)
 
     def key_grid(self, height: int, width: int) -> tuple[int, int]:
-        """(H', W'), the grid of keys over a map of H×W positions; M = H'·W'.
+        """The grid of keys (H', W') over a map of H×W positions. M = H'·W'.
 
         Example:
             >>> SelfAttentionConfig.pooled(64).key_grid(5, 8)
@@ -171,19 +171,19 @@ class SelfAttentionConfig:
         dtype: object = None,
         floating: bool = True,
     ) -> None:
-        """Refuse an input that the layer cannot take, before anything is computed.
+        """Refuse an invalid input before anything is computed.
 
         Args:
-            shape: the input's shape; None for a size that is not known yet.
+            shape: the input's shape, with None for a size that is not known yet.
             layout: the accepted axes, one letter each, for example "BHWC" or "BCHW". A leading "…" allows any
-                number of leading axes; several layouts are separated by " or ".
-            layer: what to call the layer in the message.
+                number of leading axes. " or " separates several layouts.
+            layer: name of the layer in the message.
             dtype: the input's dtype, for the message.
             floating: whether that dtype is a real floating-point one.
 
         Raises:
             TypeError: if the input is not floating-point.
-            ValueError: if rank, channels or map size do not fit; the message lists every problem.
+            ValueError: if rank, channels or map size do not fit. The message lists every problem.
 
         Example:
             >>> SelfAttentionConfig(16).check_input((2, 5, 7, 12))
@@ -221,7 +221,7 @@ class SelfAttentionConfig:
             raise ValueError(f"{self._received(sizes, layer, layouts)}: {'; '.join(problems)}.")
 
     def _received(self, sizes: tuple[int | None, ...], layer: str, layouts: Sequence[str]) -> str:
-        # Only where there is a problem: the check runs at every call.
+        # Computed only if there is a problem, because the check runs at every call.
         wanted = " or ".join(self._describe(axes) for axes in layouts)
         return f"{layer}: got input of shape {sizes}; expected {wanted}"
 
@@ -239,18 +239,18 @@ def check_options(
     kv_pool: int = 1,
     spectral_norm: bool = False,
 ) -> None:
-    """Check what can be checked before the number of channels is known, for layers that infer it.
+    """Check the options before the number of channels is known, for layers that infer it.
 
     Args:
-        qk_channels: as in `SelfAttentionConfig`.
-        value_channels: as in `SelfAttentionConfig`.
-        out_projection: as in `SelfAttentionConfig`.
-        use_bias: as in `SelfAttentionConfig`.
-        kv_pool: as in `SelfAttentionConfig`.
-        spectral_norm: as in `SelfAttentionConfig`.
+        qk_channels: see `SelfAttentionConfig`.
+        value_channels: see `SelfAttentionConfig`.
+        out_projection: see `SelfAttentionConfig`.
+        use_bias: see `SelfAttentionConfig`.
+        kv_pool: see `SelfAttentionConfig`.
+        spectral_norm: see `SelfAttentionConfig`.
 
     Raises:
-        ValueError: if an option is out of range whatever the number of channels; lists every problem.
+        ValueError: if an option is invalid for every number of channels. It lists every problem.
 
     Example:
         >>> check_options(qk_channels=0)
@@ -293,7 +293,7 @@ def _option_problems(
 
 
 def _width(value: object) -> int | None:
-    """The value as a positive int; None if it is not one (True and 8.0 are not)."""
+    """The value as a positive int, or None if it is not one. True and 8.0 are not."""
     if isinstance(value, bool):
         return None
     try:

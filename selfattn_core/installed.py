@@ -1,4 +1,4 @@
-"""The one message for a framework that is not installed."""
+"""The error for a framework that is not installed, and imports of installed modules by name."""
 
 import importlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ class NotInstalledError(ModuleNotFoundError):
 
 
 def missing_modules(modules: Sequence[str]) -> list[str]:
-    """Which of these top-level modules are not installed; nothing is imported.
+    """The top-level modules among these that are not installed. Nothing is imported.
 
     Example:
         >>> missing_modules(["json", "no_such_module"])
@@ -23,16 +23,16 @@ def missing_modules(modules: Sequence[str]) -> list[str]:
 
 
 def require(package: str, modules: Sequence[str], extra: str, *, otherwise: str = "") -> None:
-    """Raise if a module is not installed; a module that is installed and broken speaks for itself.
+    """Raise an error if a module is not installed. A broken module raises its own error when it is imported.
 
     Args:
-        package: the package of ours that needs them.
+        package: our package that needs the modules.
         modules: top-level modules.
         extra: the extra that installs them.
-        otherwise: what else would help, after "or".
+        otherwise: another remedy, which follows "or" in the message.
 
     Raises:
-        NotInstalledError: a ModuleNotFoundError that says what to type.
+        NotInstalledError: if a module is missing. The message contains the command to type. It is a ModuleNotFoundError.
 
     Example:
         >>> require("selfattn_torch", ["no_such_module"], "torch")
@@ -50,14 +50,14 @@ def require(package: str, modules: Sequence[str], extra: str, *, otherwise: str 
 
 
 def imported(module: str) -> Any:
-    """A module that is installed, by its name, so that nothing of ours imports a framework before it is needed.
+    """Import an installed module by its name, so that a framework is imported only when it is needed.
 
     Args:
-        module: its full name.
+        module: full name of the module.
 
     Raises:
-        ImportError: if it cannot be loaded, for whatever reason; a shared library that is missing or of another processor
-            is an OSError to Python.
+        ImportError: if it cannot be loaded for any reason. This includes Python's OSError for a shared library that is
+            missing or made for another processor.
 
     Example:
         >>> imported("json").__name__

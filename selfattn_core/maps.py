@@ -1,10 +1,10 @@
-"""Numbers about an attention map: its grid, statistics, and the weights of one position at the size of an image.
+"""Numbers about a map: its grid, its statistics, and the weights of one position at the size of an image.
 
-There is one orientation: `grid[h, w]` is what output position (h, w) attends to, an array (H', W') over the keys that
-sums to 1. `attention_grid` of every adapter gives it (with a batch axis in front), and `unflatten` makes it from a map
-(…, N, M).
+There is one orientation. `grid[h, w]` is an array (H', W') with the weights of output position (h, w) over the keys, which
+sum to 1. `attention_grid` of every adapter returns such a grid (with a batch axis in front), and `unflatten` makes it from a
+map (…, N, M).
 
-Two systems of coordinates meet here. Points are pixels (y, x) of the image, y downwards, and every pixel belongs to
+There are two systems of coordinates. Points are pixels (y, x) of the image, with y downwards, and every pixel belongs to
 one position of the feature map. Distances are in positions of the feature map. With pooling, p = `kv_pool`, one key
 covers p×p positions, and the last H − p·H' rows of positions belong to no key.
 """
@@ -33,20 +33,20 @@ __all__ = [
 Array = NDArray[Any]
 
 SMALL_GAMMA = 1e-3
-"""At a smaller |gamma| the output is practically the input, so that the map is noise which nothing has trained."""
+"""With a smaller |gamma| the output is practically the input, and the map is untrained noise."""
 
 _ROUNDING = 0.02
-"""How far from 1 the sum of a row may be: bfloat16 weights are off by up to 0.004 of each."""
+"""How far from 1 the sum of a row may be. Each bfloat16 weight is off by up to 0.004 of its value."""
 
 
 @dataclass(frozen=True)
 class MapStatistics:
-    """What a map looks like from each output position; all arrays are (…, H, W).
+    """Statistics of the map for each output position. All arrays are (…, H, W).
 
     Args:
-        entropy: in nats, from 0 (one key) to log M (all keys alike).
-        effective_size: exp(entropy), how many keys share the attention.
-        mean_distance: of the attended places from the output position, in positions of the feature map.
+        entropy: entropy in nats, from 0 (one key) to log M (equal weights).
+        effective_size: exp(entropy), the effective number of keys that share the attention.
+        mean_distance: mean distance of the keys from the output position, weighted, in positions of the feature map.
         peak: the largest weight.
     """
 
@@ -60,10 +60,10 @@ def unflatten(attention: Array, height: int, width: int, *, kv_pool: int = 1) ->
     """A map (…, N, M) as (…, H, W, H', W').
 
     Args:
-        attention: as the layers and `spec.attention_map` give it: row h·W + w, column h'·W' + w'.
+        attention: map from a layer or from `spec.attention_map`, with row h·W + w and column h'·W' + w'.
         height: H of the feature map.
         width: W of the feature map.
-        kv_pool: of the layer's config.
+        kv_pool: `kv_pool` of the layer's config.
 
     Raises:
         ValueError: if N or M do not belong to these sizes.
@@ -84,14 +84,14 @@ def unflatten(attention: Array, height: int, width: int, *, kv_pool: int = 1) ->
 
 
 def map_statistics(grid: Array, *, kv_pool: int = 1) -> MapStatistics:
-    """Entropy, effective size, mean distance and peak from every output position.
+    """Entropy, effective size, mean distance and peak for every output position.
 
     Args:
         grid: (…, H, W, H', W').
-        kv_pool: of the layer's config.
+        kv_pool: `kv_pool` of the layer's config.
 
     Raises:
-        ValueError: if the shape does not belong to such a map.
+        ValueError: if the shape does not fit such a map.
 
     Example:
         >>> statistics = map_statistics(np.full((1, 3, 1, 3), 1 / 3))  # all alike, in one row
@@ -108,19 +108,19 @@ def map_statistics(grid: Array, *, kv_pool: int = 1) -> MapStatistics:
 def row_statistics(
     rows: Array, positions: Sequence[tuple[int, int]], grid_size: tuple[int, int], *, kv_pool: int = 1
 ) -> MapStatistics:
-    """The statistics of `map_statistics` for some output positions, from their rows alone.
+    """The statistics of `map_statistics` for some output positions, from only their rows.
 
     Args:
-        rows: (positions, H', W'), what each of them attends to.
-        positions: (h, w) of each.
+        rows: (positions, H', W'), the row of the map for each position.
+        positions: (h, w) of each position.
         grid_size: (H, W) of the feature map.
-        kv_pool: of the layer's config.
+        kv_pool: `kv_pool` of the layer's config.
 
     Returns:
-        The statistics; all arrays are (positions,).
+        The statistics. All arrays are (positions,).
 
     Raises:
-        ValueError: if the shape does not belong to such rows.
+        ValueError: if the shape does not fit such rows.
 
     Example:
         >>> statistics = row_statistics(np.full((2, 1, 3), 1 / 3), [(0, 2), (0, 1)], (1, 3))
@@ -133,7 +133,7 @@ def row_statistics(
 
 
 def _statistics(weights: Array, down: Array, across: Array, kv_pool: int) -> MapStatistics:
-    """Of weights (…, H', W') from positions whose coordinates have, together, the shape of the axes before the last two."""
+    """The statistics of weights (…, H', W'). The coordinates of the positions broadcast to the axes before the last two."""
     weights = weights.astype(np.float64)
     logarithms = np.log(weights, where=weights > 0, out=np.zeros_like(weights))
     entropy = -(weights * logarithms).sum(axis=(-2, -1))
@@ -151,7 +151,7 @@ def _statistics(weights: Array, down: Array, across: Array, kv_pool: int) -> Map
 
 
 def effect_warning(gamma: float) -> str:
-    """What to say about a map that has no effect on the output; empty where it has one.
+    """A warning about a map that has no effect on the output. Empty if it has an effect.
 
     Args:
         gamma: the layer's residual gain.
@@ -194,10 +194,10 @@ def upsample(weights: Array, size: tuple[int, int], grid_size: tuple[int, int], 
         weights: one `grid[h, w]`.
         size: height and width of the image.
         grid_size: (H, W) of the feature map.
-        kv_pool: of the layer's config.
+        kv_pool: `kv_pool` of the layer's config.
 
     Returns:
-        An array of that size; NaN where a pixel belongs to no key.
+        An array of that size, with NaN for pixels that belong to no key.
 
     Example:
         >>> upsample(np.array([[0.25, 0.75]]), (1, 4), (1, 2))
@@ -211,15 +211,15 @@ def upsample(weights: Array, size: tuple[int, int], grid_size: tuple[int, int], 
 
 
 def checked_grid(grid: Array, kv_pool: int, *, leading: bool = False) -> Array:
-    """The map as an array, once its shape and values have been found right.
+    """Check the shape and values of a map, and return it as an array.
 
     Args:
         grid: (H, W, H', W').
-        kv_pool: of the layer's config.
-        leading: whether further axes may come first.
+        kv_pool: `kv_pool` of the layer's config.
+        leading: whether further leading axes are allowed.
 
     Raises:
-        ValueError: if it is not such a map.
+        ValueError: if `grid` is not such a map.
 
     Example:
         >>> checked_grid(np.full((3, 5, 1, 2), 0.5), kv_pool=2).shape
@@ -243,16 +243,16 @@ def checked_grid(grid: Array, kv_pool: int, *, leading: bool = False) -> Array:
 
 
 def checked_rows(rows: Array, count: int, grid_size: tuple[int, int], kv_pool: int) -> Array:
-    """Rows of a map as an array, once their shape and values have been found right.
+    """Check the shape and values of rows of a map, and return them as an array.
 
     Args:
         rows: (positions, H', W').
-        count: of the positions.
+        count: number of positions.
         grid_size: (H, W) of the feature map.
-        kv_pool: of the layer's config.
+        kv_pool: `kv_pool` of the layer's config.
 
     Raises:
-        ValueError: if they are not such rows.
+        ValueError: if `rows` are not such rows.
 
     Example:
         >>> checked_rows(np.full((4, 1, 2), 0.5), 4, (3, 5), kv_pool=2).shape
@@ -275,19 +275,19 @@ def _check_weights(weights: Array) -> None:
     sums = weights.sum(axis=(-2, -1), dtype=np.float64)
     if not np.allclose(sums, 1, rtol=0, atol=_ROUNDING):
         raise ValueError(
-            f"got a map whose rows sum to {sums.min():.3g} to {sums.max():.3g}; expected 1: is it transposed, or not a "
+            f"got a map whose rows sum to {sums.min():.3g} to {sums.max():.3g}; expected 1: is it transposed, or is it not a "
             "softmax over the keys?"
         )
 
 
 def _centres(keys: int, kv_pool: int) -> Array:
-    """Where the keys of one axis lie, in positions."""
+    """The places of the keys along one axis, in positions."""
     return np.arange(keys) * kv_pool + (kv_pool - 1) / 2
 
 
 def _interpolation(pixels: int, positions: int, keys: int, kv_pool: int) -> Array:
-    """(pixels, keys), rows sum to 1: linear between the centres of the keys, constant beyond the outer ones."""
-    places = (np.arange(pixels) + 0.5) * positions / pixels - 0.5  # of the pixels' centres, in positions
+    """Interpolation weights (pixels, keys): linear between the centres of the keys, constant outside. Rows sum to 1."""
+    places = (np.arange(pixels) + 0.5) * positions / pixels - 0.5  # centres of the pixels, in positions
     nearest = np.stack([np.interp(places, _centres(keys, kv_pool), row) for row in np.eye(keys)], axis=1)
     nearest[places + 0.5 > keys * kv_pool] = np.nan
     return nearest

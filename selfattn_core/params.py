@@ -1,4 +1,4 @@
-"""The parameters and the state a config has: names, shapes and initial values, in tables that everything reads."""
+"""Tables of the parameters and the state of a config: names, shapes and initial values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ __all__ = [
     "widen",
 ]
 
-# The pooling, which no parameter shows, in a framework's own file: beside the weights, under a name that is none of theirs.
+# The name of the pooling in a framework's own file. No parameter shows the pooling, so it is stored beside the weights.
 KV_POOL = "selfattn kv_pool"
 
 
@@ -38,7 +38,7 @@ class Parameter:
     Args:
         name: canonical name, for example "query.kernel".
         shape: (C_in, C_out) of a kernel, (C_out,) of a bias or a vector u, (C_in,) of a vector v, (1,) of gamma.
-        initial: how a new layer gets it; "power_iteration" is `init_params`' rule for the state.
+        initial: rule for the initial value. "power_iteration" is the rule of `init_params` for the state.
     """
 
     name: str
@@ -64,7 +64,7 @@ def projections(config: SelfAttentionConfig) -> dict[str, tuple[int, int]]:
 
 
 def parameter_table(config: SelfAttentionConfig) -> dict[str, Parameter]:
-    """Every parameter of a layer, that is, what is trained, by canonical name in the order of the file format.
+    """Every trained parameter of a layer, by canonical name in the order of the file format.
 
     Example:
         >>> [f"{p.name} {p.shape}" for p in parameter_table(SelfAttentionConfig(16)).values()][:2]
@@ -80,9 +80,9 @@ def parameter_table(config: SelfAttentionConfig) -> dict[str, Parameter]:
 
 
 def state_table(config: SelfAttentionConfig) -> dict[str, Parameter]:
-    """What a layer carries from step to step besides parameters: u and v of each projection with spectral norm.
+    """The state that a layer keeps from step to step: u and v of each projection with spectral norm.
 
-    In a dict of arrays and in a file it follows the parameters.
+    In a dict of arrays and in a file the state follows the parameters.
 
     Example:
         >>> list(state_table(SelfAttentionConfig(16)))
@@ -98,7 +98,7 @@ def state_table(config: SelfAttentionConfig) -> dict[str, Parameter]:
 
 
 def glorot_limit(channels_in: int, channels_out: int) -> float:
-    """Half the width of the Glorot-uniform interval: kernels are drawn from U(-limit, limit).
+    """Half the width of the Glorot-uniform interval. Kernels are drawn from U(-limit, limit).
 
     Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
     2010, equation 16, for a 1×1 convolution.
@@ -116,13 +116,13 @@ def init_params(
     """New parameters and state: Glorot-uniform kernels, zero biases, zero gamma.
 
     With spectral norm, u and v of each projection come from 15 power iterations on the initial kernel
-    (`selfattn_core.spectral_norm.warmed_up`), which begin at a v of independent standard normal numbers. Kernels are
-    drawn first, so that they are the same with spectral norm and without.
+    (`selfattn_core.spectral_norm.warmed_up`), which start at a v of independent standard normal numbers. Kernels are
+    drawn first, so they are the same with and without spectral norm.
 
     Args:
-        config: the layer.
-        seed: of numpy's PCG64; equal seeds give equal values.
-        dtype: of the arrays.
+        config: options of the layer.
+        seed: seed of numpy's PCG64. Equal seeds give equal values.
+        dtype: dtype of the arrays.
 
     Returns:
         A new array for every name of `parameter_table(config)`, then of `state_table(config)`.
@@ -149,22 +149,22 @@ def init_params(
 def fold_spectral_norm(
     config: SelfAttentionConfig, params: Mapping[str, Any]
 ) -> tuple[SelfAttentionConfig, dict[str, NDArray[Any]]]:
-    """The same function without spectral norm: every kernel divided by the norm that its u and v estimate.
+    """The same function without spectral norm. Every kernel is divided by the norm that its u and v estimate.
 
-    The output is that of the evaluation mode, but for the rounding of the kernels. A kernel of zeros stays one. Training
-    cannot go on from it as it would have, for the raw kernels and the state are gone.
+    The output is that of evaluation mode, except for the rounding of the kernels. A kernel of zeros stays zero. Training
+    cannot continue as before, because the raw kernels and the state are lost.
 
     Args:
-        config: the layer; one without spectral norm is returned as it is.
-        params: arrays by canonical name, u and v included; these are taken as they are, whatever their length.
+        config: options of the layer. A config without spectral norm is returned unchanged.
+        params: arrays by canonical name, with u and v. These are used as they are, whatever their length.
 
     Returns:
-        The config with `spectral_norm=False`, and its parameters: the division is in float64, the result in the
-        dtype of the arrays.
+        The config with `spectral_norm=False`, and its parameters. The division is in float64, the result in the dtype of
+        the arrays.
 
     Raises:
-        ValueError: if the arrays do not fit the config, or the norm of a kernel that is not zero is zero or not finite: its u
-            and v are of no use, and `refresh_spectral_norm` makes others. Lists every problem.
+        ValueError: if the arrays do not fit the config, or if the norm of a kernel that is not zero is zero or not finite.
+            Then its u and v are useless, and `refresh_spectral_norm` makes new ones. The message lists every problem.
 
     Example:
         >>> config = SelfAttentionConfig(16, spectral_norm=True)
@@ -192,7 +192,7 @@ def fold_spectral_norm(
     if problems:
         raise ValueError(
             f"spectral norm cannot be folded: {'; '.join(problems)}; expected vectors u, v of these kernels that are not "
-            "zero: they may never have been initialised or loaded. "
+            "zero. Perhaps they were never initialised or loaded. "
             "selfattn_core.params.refresh_spectral_norm(config, params) makes them from the kernels."
         )
     plain = replace(config, spectral_norm=False)
@@ -200,21 +200,21 @@ def fold_spectral_norm(
 
 
 def refresh_spectral_norm(config: SelfAttentionConfig, params: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    """The same kernels with the state that belongs to them, as power iterations without end would reach it.
+    """The same kernels with a new state, the limit of power iterations on them.
 
-    For kernels that came from outside the training: drawn anew, copied, averaged, or loaded without u and v. The state
-    that is there belongs to other kernels then, and the first outputs in evaluation are off by any factor.
-    `selfattn_core.spectral_norm.share` says by which.
+    Use it for kernels that were set outside training: reinitialised, copied, averaged, or loaded without u and v. The old
+    state belongs to other kernels, and the first outputs in evaluation mode could be wrong by any factor.
+    `selfattn_core.spectral_norm.share` computes this factor.
 
     Args:
-        config: the layer; one without spectral norm has no state.
-        params: arrays by canonical name; u and v are not read, and need not be there.
+        config: options of the layer. Without spectral norm there is no state.
+        params: arrays by canonical name. u and v are not read and may be missing.
 
     Returns:
         The arrays with new u and v, in the dtype of the kernels.
 
     Raises:
-        ValueError: if the arrays do not fit the config; lists every problem.
+        ValueError: if the arrays do not fit the config. The message lists every problem.
 
     Example:
         >>> config = SelfAttentionConfig(16, spectral_norm=True)
@@ -239,19 +239,20 @@ def refresh_spectral_norm(config: SelfAttentionConfig, params: Mapping[str, Any]
 def check_params(
     config: SelfAttentionConfig, params: Mapping[str, Any], *, finite: bool = True
 ) -> dict[str, NDArray[Any]]:
-    """The parameters as arrays, once names, shapes, dtypes and values have been found right.
+    """Check names, shapes, dtypes and values of the parameters, and return them as arrays.
 
     Args:
-        config: the layer they should fit.
-        params: arrays by canonical name; gamma may have any shape of one element.
+        config: options of the layer that the parameters should fit.
+        params: arrays by canonical name. gamma may have any shape of one element.
         finite: whether NaN and infinity are problems.
 
     Returns:
-        A new dict in the order of `parameter_table`, then `state_table`, with gamma as (1,); the arrays are not
-        copied, except to the byte order of the machine.
+        A new dict in the order of `parameter_table`, then `state_table`, with gamma as (1,). The arrays are copied only
+        if their byte order is not that of the machine.
 
     Raises:
-        ValueError: naming every missing, extra, misshapen, non-floating and non-finite tensor at once.
+        ValueError: if the parameters do not fit. The message names every missing, extra, misshapen, non-floating and
+            non-finite tensor.
 
     Example:
         >>> check_params(SelfAttentionConfig(16), {"gamma": np.zeros(1)})  # doctest: +ELLIPSIS

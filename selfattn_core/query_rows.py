@@ -1,7 +1,7 @@
-"""The function of `selfattn_core.spec` by blocks of query rows: what is asked for, in memory linear in the positions.
+"""Rows of the map and the change of the input, computed in blocks of query rows, with memory linear in the positions.
 
-A row of the map needs all keys and one query, so that any rows can be had without the others. `spec` holds the whole
-map (N, M), which its derivatives need; it is the definition, and these functions are held against it.
+A row of the map needs all keys and one query, so any rows can be computed without the others. The definition,
+`selfattn_core.spec`, computes the whole map (N, M), because its derivatives need it. Tests compare these functions with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,18 +20,19 @@ Array = NDArray[Any]
 _QUERIES, _KEYS = 1024, 4096
 """Sides of the block of weights that is held at once, 16 MiB in float32.
 
-Narrower ones are slow: the threads of a BLAS meet once for some hundred keys, however few the queries are.
+Narrower blocks are slow, because the threads of a BLAS synchronise once for some hundred keys, however few queries there
+are.
 """
 
 
 def attention_rows(
     config: SelfAttentionConfig, params: Mapping[str, Array], x: Array, positions: Sequence[tuple[int, int]]
 ) -> Array:
-    """What some positions attend to.
+    """The rows of the map for some output positions.
 
     Args:
-        config: which layer.
-        params: as for `spec.forward`, in the dtype of `x`.
+        config: options of the layer.
+        params: parameters as for `spec.forward`, in the dtype of `x`.
         x: the features of one image (H, W, C), float32 or float64.
         positions: (h, w) of the output positions.
 
@@ -61,13 +62,13 @@ def relative_change(
     *,
     positions: Array | None = None,
 ) -> float:
-    """The root mean square of y − x relative to that of x: what the layer does to these features.
+    """The root mean square of y − x relative to that of x, which is the layer's effect on these features.
 
     Args:
-        config: which layer.
-        params: as for `spec.forward`, in the dtype of `x`.
+        config: options of the layer.
+        params: parameters as for `spec.forward`, in the dtype of `x`.
         x: the features of one image (H, W, C), float32 or float64.
-        positions: n = h·W + w of the output positions that it is taken over; all by default.
+        positions: n = h·W + w of the output positions that are included. By default all.
 
     Raises:
         ValueError: if the parameters do not fit the config, or a spectral norm is zero.
@@ -104,13 +105,13 @@ def _project(config: SelfAttentionConfig, params: Mapping[str, Array], name: str
 
 
 def _multiplied(rows: Array, columns: Array) -> Array:
-    # What overflows is infinite or NaN, and seen in the result.
+    # An overflow is infinite or NaN, and shows in the result.
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(rows @ columns)
 
 
 def _pooled(config: SelfAttentionConfig, maps: Array) -> Array:
-    """(H, W, D) to (H', W', D): the largest of each p×p window, without what is beyond the last whole one."""
+    """(H, W, D) to (H', W', D): the largest value of each whole p×p window."""
     side = config.kv_pool
     down, across = config.key_grid(*maps.shape[:2])
     whole = maps[: down * side, : across * side]
@@ -122,7 +123,7 @@ def _flat(maps: Array) -> Array:
 
 
 def _weights(queries: Array, keys: Array) -> Array:
-    """Softmax over the keys, (rows, M), in the memory of the logits."""
+    """Softmax over the keys, (rows, M), computed in place of the logits."""
     weights = _multiplied(queries, keys.T)
     with np.errstate(invalid="ignore"):
         weights -= weights.max(axis=-1, keepdims=True)
@@ -132,9 +133,9 @@ def _weights(queries: Array, keys: Array) -> Array:
 
 
 def _attended(queries: Array, keys: Array, values: Array) -> Array:
-    """The softmax over the keys times the values, (rows, Dv), of which a block of keys is held at a time.
+    """The softmax over the keys times the values, (rows, Dv), computed one block of keys at a time.
 
-    Exponentials are relative to the largest logit so far; a larger one shrinks the sums of those before it.
+    Exponentials are relative to the largest logit so far. A larger logit scales the earlier sums down.
     """
     largest = np.full((len(queries), 1), -np.inf, queries.dtype)
     total = np.zeros_like(largest)
@@ -148,7 +149,7 @@ def _attended(queries: Array, keys: Array, values: Array) -> Array:
             shrink = np.exp(largest - larger)
             total = total * shrink + weights.sum(axis=-1, keepdims=True)
             attended = attended * shrink + _multiplied(weights, values[start : start + _KEYS])
-        # Or it would be held while the next block is made.
+        # Otherwise it would be kept while the next block is computed.
         del weights
         largest = larger
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""The function and its derivatives in numpy: the document of record that every backend is held against.
+"""The definition: the function and its derivatives in numpy. Every backend is compared with it.
 
 Letters: B batch, H and W sides of the map, C channels, N = H·W positions in row-major order (n = h·W + w), M keys,
 Dk and Dv widths of query/key and of value. `∘` is elementwise, `ᵀ` swaps the last two axes, `rowsum` keeps its axis.
@@ -15,23 +15,23 @@ Kernels are (C_in, C_out) matrices: a 1×1 convolution is a matrix product over 
 b = 0; a config without an out projection has Wo = 1 and bo = 0.
 
 `pool` is max pooling over p×p windows with stride p, p = `kv_pool`; positions beyond the last whole window are
-dropped (floor). Each window and channel has one winner, the first in row-major order where several are equal, and
-the whole gradient goes to it. A window that holds a NaN gives NaN. M = floor(H/p)·floor(W/p).
+dropped (floor). Each window and channel has one winner. It is the first in row-major order if several are equal, and it
+gets the whole gradient. A window that contains NaN gives NaN. M = floor(H/p)·floor(W/p).
 
-With `spectral_norm` every W is not a parameter but the raw kernel K over its spectral norm, which a state of two
-vectors per projection, u (C_out,) and v (C_in,), estimates:
+With `spectral_norm`, W is not a parameter. It is the raw kernel K over its spectral norm. A state of two vectors per
+projection, u (C_out,) and v (C_in,), estimates the norm:
 
     W = K / σ          σ = vᵀ K u
 
-Where vᵀ K u is 0, as it is for a kernel of zeros, σ is the constant 1 and W = K.
+If vᵀ K u is 0, as it is for a kernel of zeros, σ is the constant 1 and W = K.
 
-That is the layer in evaluation, and all functions here compute it. A forward pass in training first moves the state
-by one power iteration (`power_iteration`), from the raw kernels alone, then does the same. u and v are constants to
-all derivatives; K in σ is not.
+This is the layer in evaluation mode, and all functions here compute it. A forward pass in training mode first moves the
+state by one power iteration (`power_iteration`), which depends only on the raw kernels and v. Then it computes the same
+function. All derivatives treat u and v as constants, but not K in σ.
 
-Everything is computed in the dtype of the arguments, which must all have the same one. For 16-bit arguments the
-arithmetic is float32, and values are rounded to 16 bits where q, k, v, o, y, K / σ, u and v are stored.
-Arrays of dtype object are computed with the arithmetic of their elements, fifty-digit decimals for example.
+Everything is computed in the dtype of the arguments, which must all have the same dtype. For 16-bit arguments the
+arithmetic is float32, and q, k, v, o, y, K / σ, u and v are rounded to 16 bits when they are stored.
+Arrays of dtype object use the arithmetic of their elements, for example fifty-digit decimals.
 
 First derivatives, for ḡ the gradient of y (weight gradients also sum over the batch):
 
@@ -42,12 +42,12 @@ First derivatives, for ḡ the gradient of y (weight gradients also sum over the
     dK = (dW − ⟨dW, W⟩ v uᵀ) / σ        with spectral norm, for each W; hence ⟨dK, K⟩ = 0
     dK = dW                              where σ is the constant 1
 
-where `scatter` sends the gradient of a pooled window to its winner and `gather` reads winners. The key bias adds a
-constant to each row of q kᵀ, so its gradient is zero; no output can tell whether it was loaded.
+Here `scatter` sends the gradient of a pooled window to its winner, and `gather` reads winners. The key bias adds a
+constant to each row of q kᵀ, so its gradient is zero, and no output shows whether it was loaded.
 
 Second derivatives, for ẋ, Ẇ, ḃ and γ̇ the cotangents of dx, dW, db and dγ:
 
-    q̇ = ẋ Wq + x Ẇq + ḃq     k̇ and v̇ alike, then gather
+    q̇ = ẋ Wq + x Ẇq + ḃq     k̇ and v̇ likewise, then gather
     U = q̇ kᵀ + q k̇ᵀ          u = rowsum(A∘U)                Ȧ = A∘(U − u)
     ȯ = Ȧ v + A v̇            ż = ȯ Wo + o Ẇo + ḃo           Ġ = γ̇ ḡ Woᵀ + γ ḡ Ẇoᵀ
     R = G v̇ᵀ + Ġ vᵀ          X = (U − u)∘(dA − D) + R       dṠ = A∘(X − rowsum(A∘X))
@@ -85,16 +85,16 @@ __all__ = ["VERSION", "attention_map", "forward", "magnitudes", "power_iteration
 Array = NDArray[Any]
 
 VERSION = 1
-"""Of the function that this module defines: another one whenever a golden vector asks or expects something else."""
+"""The version of the function. It changes whenever the inputs or expected values of a golden vector change."""
 
 
 def forward(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array) -> Array:
     """The layer's output y.
 
     Args:
-        config: which layer.
-        params: arrays by canonical name, as `parameter_table(config)` and, with spectral norm, `state_table(config)`
-            list them, in the dtype of `x`.
+        config: options of the layer.
+        params: arrays by canonical name, in the dtype of `x`. `parameter_table(config)` and, with spectral norm,
+            `state_table(config)` list them.
         x: feature maps (B, H, W, C).
 
     Returns:
@@ -119,8 +119,8 @@ def attention_map(config: SelfAttentionConfig, params: Mapping[str, Array], x: A
     """The attention map A.
 
     Args:
-        config: as for `forward`.
-        params: as for `forward`.
+        config: see `forward`.
+        params: see `forward`.
         x: feature maps (B, H, W, C).
 
     Returns:
@@ -143,11 +143,11 @@ def attention_map(config: SelfAttentionConfig, params: Mapping[str, Array], x: A
 
 
 def vjp(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array, dy: Array) -> dict[str, Array]:
-    """The gradient of sum(dy∘y) with respect to x and every parameter; with spectral norm, the raw kernels.
+    """The gradient of sum(dy∘y) for x and every parameter. With spectral norm, the kernels are the raw ones.
 
     Args:
-        config: as for `forward`.
-        params: as for `forward`.
+        config: see `forward`.
+        params: see `forward`.
         x: feature maps (B, H, W, C).
         dy: ḡ, the gradient of y (B, H, W, C).
 
@@ -178,14 +178,14 @@ def vjp_of_vjp(
     """The gradient of the sum over names of sum(cotangent∘vjp(…)[name]): the derivative of the first derivatives.
 
     Args:
-        config: as for `forward`.
-        params: as for `forward`.
+        config: see `forward`.
+        params: see `forward`.
         x: feature maps (B, H, W, C).
         dy: ḡ, the gradient of y (B, H, W, C).
-        cotangents: ẋ under "x" and Ẇ, ḃ, γ̇ under canonical names; what is absent is zero.
+        cotangents: ẋ under "x" and Ẇ, ḃ, γ̇ under canonical names. Absent cotangents are zero.
 
     Returns:
-        {"dy": gradient towards ḡ, "x": towards x, canonical name: towards that parameter}.
+        {"dy": gradient for ḡ, "x": gradient for x, canonical name: gradient for that parameter}.
 
     Raises:
         TypeError: if `x` is not floating-point.
@@ -209,8 +209,8 @@ def r1(
     """The gradient penalty ‖d sum(w∘y)/dx‖² and its gradient.
 
     Args:
-        config: as for `forward`.
-        params: as for `forward`.
+        config: see `forward`.
+        params: see `forward`.
         x: feature maps (B, H, W, C).
         w: weights of the scalar sum(w∘y), (B, H, W, C).
 
@@ -221,7 +221,7 @@ def r1(
         TypeError: if `x` is not floating-point.
         ValueError: if shapes, names or dtypes do not fit.
 
-    Source: Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018, equation 9, less the
+    Source: Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018, equation 9, without the
     factor and the mean.
 
     Example:
@@ -240,15 +240,15 @@ def r1(
 
 
 def power_iteration(config: SelfAttentionConfig, params: Mapping[str, Array]) -> dict[str, Array]:
-    """What a forward pass in training does to the state, before it computes `forward` with the new one.
+    """Move the state as a forward pass in training mode does, before it computes `forward` with the new state.
 
     Args:
-        config: which layer; one without spectral norm has no state, and nothing changes.
-        params: as for `forward`.
+        config: options of the layer. Without spectral norm there is no state, and nothing changes.
+        params: see `forward`.
 
     Returns:
         The same parameters, and new u and v for each projection: u = n(Kᵀ v), then v = n(K u), with
-        n(t) = t / max(‖t‖, 1e-12), and where t is zero a fixed direction (`selfattn_core.spectral_norm.fallback`).
+        n(t) = t / max(‖t‖, 1e-12). If t is zero, n(t) is a fixed direction (`selfattn_core.spectral_norm.fallback`).
 
     Raises:
         ValueError: if shapes, names or dtypes do not fit.
@@ -278,23 +278,23 @@ def magnitudes(
     *,
     cotangents: Mapping[str, Array] | None = None,
 ) -> dict[str, float]:
-    """The sizes that rounding errors are in proportion to.
+    """The sizes to which rounding errors are proportional.
 
-    The error of the softmax grows with the logits. The gradients of biases and of gamma are sums over positions whose
-    terms cancel (that of the key bias, and in `r1` that of the value bias, entirely), so their errors are in
-    proportion to the sums of the absolute terms, not to their values.
+    The error of the softmax grows with the logits. The gradients of biases and of gamma are sums over positions whose terms
+    cancel. For the key bias, and in `r1` for the value bias, they cancel entirely. So their errors are proportional to the
+    sums of the absolute terms, not to their values.
 
     Args:
-        config: as for `forward`.
-        params: as for `forward`.
+        config: see `forward`.
+        params: see `forward`.
         x: feature maps (B, H, W, C).
-        dy: ḡ; without it only the logits are measured.
-        cotangents: as for `vjp_of_vjp`, if its gradients are meant instead of those of `vjp`; those of `r1` are
+        dy: ḡ. Without it only the logits are measured.
+        cotangents: cotangents of `vjp_of_vjp`, to measure its gradients instead of those of `vjp`. For `r1` they are
             {"x": 2 dx}.
 
     Returns:
-        {"logits": the largest absolute entry of q kᵀ}, and for each bias and for gamma the sum of absolute terms, the
-        largest over channels.
+        {"logits": the largest absolute entry of q kᵀ}. For each bias and for gamma, also the largest over channels of the
+        sums of absolute terms.
 
     Example:
         >>> from selfattn_core import init_params
@@ -325,7 +325,7 @@ def magnitudes(
 
 
 class Layer:
-    """The forward pass, with what the derivatives reuse; maps are flattened to (B, N, ·)."""
+    """The forward pass, with the arrays that the derivatives reuse. Maps are flattened to (B, N, ·)."""
 
     def __init__(self, config: SelfAttentionConfig, params: Mapping[str, Array], x: Array) -> None:
         x = np.asarray(x)
@@ -375,11 +375,11 @@ class Layer:
         return rows.reshape(self.shape).astype(self.dtype)
 
     def store(self, values: Array) -> Array:
-        """Round as storing in the dtype of the arguments does."""
+        """Round to the dtype of the arguments, as storing does."""
         return values.astype(self.dtype).astype(self.arithmetic)
 
     def check(self, name: str, array: Array, shape: tuple[int, ...]) -> Array:
-        """A further argument in the dtype of the arithmetic, refused if it does not fit."""
+        """Check a further argument, and return it in the dtype of the arithmetic."""
         array = np.asarray(array)
         if array.shape != shape or array.dtype != self.dtype:
             raise ValueError(
@@ -407,7 +407,7 @@ class Layer:
         return projected + self.params[f"{name}.bias"] if self.config.use_bias else projected
 
     def back_through_out(self, rows: Array) -> Array:
-        """Rows times Woᵀ; the rows themselves without an out projection."""
+        """Rows times Woᵀ, or the rows themselves without an out projection."""
         return rows @ _transpose(self.kernel("out")) if self.config.out_projection else rows
 
 
@@ -535,26 +535,26 @@ class SecondOrder:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A kernel W that is a parameter itself: `applied` is W, and what leads to or from W does so unchanged."""
+    """A kernel W that is itself a parameter: `applied` is W, and its gradients are those of the parameter."""
 
     applied: Array
 
     def back(self, dW: Array) -> Array:
-        """The gradient of the parameter from that of W."""
+        """The gradient of the parameter, computed from that of W."""
         return dW
 
     def along(self, dot: Array) -> Array:
-        """Ẇ from the cotangent of the parameter's gradient."""
+        """Ẇ, computed from the cotangent of the parameter's gradient."""
         return dot
 
     def back_twice(self, ddW: Array, dW: Array, dot: Array) -> Array:  # noqa: ARG002 - see _Normalised
-        """The second-order gradient of the parameter from that of W."""
+        """The second-order gradient of the parameter, computed from that of W."""
         return ddW
 
 
 @dataclass(frozen=True)
 class _Normalised(_Kernel):
-    """A kernel W = K / σ: `direction` is v uᵀ, the gradient of σ."""
+    """A kernel W = K / σ. `direction` is v uᵀ, the gradient of σ."""
 
     direction: Array
     sigma: Array
@@ -572,14 +572,14 @@ class _Normalised(_Kernel):
 
 @dataclass(frozen=True)
 class _Pool:
-    """p×p max pooling of flattened maps (B, N, D) to (B, M, D), by the positions of the winners."""
+    """Max pooling over p×p windows of flattened maps (B, N, D) to (B, M, D), by the positions of the winners."""
 
     height: int
     width: int
     side: int
 
     def winners(self, rows: Array) -> Array | None:
-        """Positions n of the winners, (B, M, D); None where there is no pooling."""
+        """Positions n of the winners, (B, M, D), or None without pooling."""
         if self.side == 1:
             return None
         positions = np.arange(self.height * self.width).reshape(self.height, self.width)
@@ -595,7 +595,7 @@ class _Pool:
         return rows if winners is None else np.asarray(np.take_along_axis(rows, winners, axis=1))
 
     def scatter(self, pooled: Array, winners: Array | None) -> Array:
-        """The adjoint of `gather`: (B, M, D) to (B, N, D); windows do not overlap, so nothing is added up."""
+        """The adjoint of `gather`: (B, M, D) to (B, N, D). Windows do not overlap, so no gradients are added."""
         if winners is None:
             return pooled
         batch, _, width = pooled.shape
@@ -605,12 +605,12 @@ class _Pool:
 
 
 def _arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype that arguments of this one are computed in."""
+    """The dtype of the arithmetic for arguments of this dtype."""
     return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
 
 
 def _softmax(scores: Array) -> Array:
-    """Softmax over the last axis; rows with an infinite or undefined maximum are NaN."""
+    """Softmax over the last axis. Rows with an infinite or undefined maximum are NaN."""
     with np.errstate(invalid="ignore"):
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
@@ -635,5 +635,5 @@ def _total(rows: Array) -> Array:
 
 
 def _named(layer: Layer, maps: dict[str, Array], gradients: Mapping[str, Array]) -> dict[str, Array]:
-    """The maps, then the gradients of the parameters that the config has, in the order of the table."""
+    """Put gradients in order: the maps, then the parameters of the config in the order of the table."""
     return maps | {name: gradients[name].astype(layer.dtype) for name in parameter_table(layer.config)}

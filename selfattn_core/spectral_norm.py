@@ -1,23 +1,23 @@
-"""Spectral norm of one kernel: the state u, v that estimates it, and what one step of training does to the state.
+"""Spectral norm of one kernel: the state u, v that estimates it, and the power iteration of a training step.
 
-Written for canonical kernels K (C_in, C_out), the transpose of the W (C_out, C_in) of PyTorch and of the paper:
+The formulas are for canonical kernels K (C_in, C_out), the transpose of W (C_out, C_in) in PyTorch and in the paper:
 
     u = n(Kᵀ v)       v = n(K u)       σ = vᵀ K u       n(t) = t / max(‖t‖, 1e-12)       n(0) = n(c)
 
-The first two, in this order, are one power iteration, without gradient; of the old state they read only v. σ is the
-norm as u and v estimate it, from below once v has been through an iteration. The kernel that is applied is K / σ.
+The first two, in this order, are one power iteration, without gradient. They read only v from the old state. σ is the
+norm that u and v estimate. After one iteration, the estimate is never above the norm. The applied kernel is K / σ.
 
-Zero, where PyTorch's own gives NaN for ever, has two rules:
+With a kernel of zeros, PyTorch's own spectral norm gives NaN for ever. Here two rules avoid this:
 
-- Where vᵀ K u is 0, σ is the constant 1: K is applied as it is, and its gradient is that of the applied kernel. So a
-  kernel of zeros stays one, with finite derivatives of every order, and can leave zero.
-- n(0) is n(c), where c has the fixed entries 2 (i³ mod 101) − 101 for i = 1, 2, … None of them is 0, and they have no
-  pattern, so that c is not orthogonal to what a kernel becomes by training. With n(0) = 0 the state would be 0 from
-  then on, whatever became of the kernel. Now one power iteration on a kernel that has left zero finds its norm again.
+- If vᵀ K u is 0, σ is the constant 1. K is applied as it is, and its gradient is that of the applied kernel. So a kernel
+  of zeros stays zero, with finite derivatives of every order, and can leave zero.
+- n(0) is n(c), where c has the fixed entries 2 (i³ mod 101) − 101 for i = 1, 2, … Every entry differs from 0, and the
+  entries have no pattern, so c is not orthogonal to a kernel after training. With n(0) = 0 the state would remain 0
+  whatever the kernel became. With n(c), one power iteration on a kernel that has left zero finds its norm again.
 
-Both change nothing where σ is not 0. σ below 0 is divided by as it is, which turns the sign of the kernel: only a state
-that belongs to another kernel gives that, and one iteration ends it. A kernel whose norm is below 1e-12 (1e-30, say)
-is not zero and is treated as PyTorch treats it: u and v come out shorter than 1 and σ too small.
+Neither rule changes anything if σ is not 0. A negative σ is used as it is, which changes the sign of the kernel. It occurs
+only if the state belongs to another kernel, and one iteration ends it. A kernel whose norm is below 1e-12 (such as 1e-30)
+is not zero, and is treated as in PyTorch: u and v become shorter than 1, and σ too small.
 
 Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018, algorithm 1, whose ũ is u
 and ṽ is v; the order of the two halves, eps and the warm-up are those of
@@ -45,19 +45,19 @@ __all__ = [
 Array = NDArray[Any]
 
 EPS = 1e-12
-"""Vectors that are shorter than this are divided by it instead of by their norm."""
+"""Vectors shorter than this are divided by it instead of by their norm."""
 
 WARM_UP = 15
-"""Power iterations on the initial kernel that the state of a new layer has been through."""
+"""The number of power iterations on the initial kernel for the state of a new layer."""
 
 
 def fallback(length: int) -> NDArray[np.int64]:
-    """c, whose direction a vector of the state gets that would be zero.
+    """The vector c. A vector of the state that would be zero gets its direction.
 
     Its entries are 2 (i³ mod 101) − 101 for i = 1, 2, …
 
     Args:
-        length: of the vector.
+        length: length of the vector.
 
     Example:
         >>> fallback(5)
@@ -71,7 +71,7 @@ def power_iteration(kernel: Array, v: Array) -> tuple[Array, Array]:
 
     Args:
         kernel: (C_in, C_out).
-        v: (C_in,), of the state before.
+        v: (C_in,), from the old state.
 
     Returns:
         u (C_out,) and v (C_in,), in the dtype of the arguments.
@@ -107,13 +107,13 @@ def warmed_up(kernel: Array, v: Array) -> tuple[Array, Array]:
 
 
 def converged(kernel: Array) -> tuple[Array, Array]:
-    """The state that power iterations without end would reach: the singular vectors of the largest singular value.
+    """The limit of the state under power iterations: the singular vectors of the largest singular value.
 
     Args:
         kernel: (C_in, C_out), finite; of any dtype.
 
     Returns:
-        u (C_out,) and v (C_in,) in float64; of a kernel of zeros those of the fallback.
+        u (C_out,) and v (C_in,) in float64. For a kernel of zeros they are those of the fallback.
 
     Example:
         >>> kernel = np.diag([1.0, 3.0])
@@ -128,9 +128,9 @@ def converged(kernel: Array) -> tuple[Array, Array]:
 
 
 def share(kernel: Array, u: Array, v: Array) -> float:
-    """σ over the norm of the kernel: how good a state is.
+    """σ divided by the norm of the kernel, a measure of how good a state is.
 
-    In training it is a little below 1. Far from 1 it shows a state of another kernel, and an average of states too.
+    In training it is a little below 1. If it is far from 1, the state belongs to another kernel or is an average of states.
 
     Args:
         kernel: (C_in, C_out), finite; of any dtype.
@@ -138,7 +138,7 @@ def share(kernel: Array, u: Array, v: Array) -> float:
         v: (C_in,).
 
     Returns:
-        The share; 1 for a kernel of zeros, to which any state belongs.
+        The share. It is 1 for a kernel of zeros, because any state fits it.
 
     Example:
         >>> share(np.diag([2.0, 1.0]), np.array([0.0, 1.0]), np.array([0.0, 1.0]))
@@ -150,7 +150,7 @@ def share(kernel: Array, u: Array, v: Array) -> float:
 
 
 def sigma(kernel: Array, u: Array, v: Array) -> Array:
-    """vᵀ K u, the spectral norm as the state estimates it; where it is 0, what is divided by is 1.
+    """vᵀ K u, the spectral norm that the state estimates. If it is 0, kernels are divided by 1 instead.
 
     Args:
         kernel: (C_in, C_out).
@@ -165,20 +165,20 @@ def sigma(kernel: Array, u: Array, v: Array) -> Array:
 
 
 def unlike_unit_vectors(vectors: Mapping[str, Array]) -> str:
-    """What there is to say of vectors u and v whose lengths are not 1, by more than the rounding of their numbers.
+    """A warning about vectors u and v whose lengths differ from 1 by more than rounding.
 
-    The mean of unit vectors is shorter than 1, so this shows the state of averaged weights (EMA) where u and v were
-    averaged as the weights were, and σ is too small by the lengths of both.
+    The mean of unit vectors is shorter than 1. So the warning detects averaged weights (EMA) whose u and v were averaged
+    too. σ is then too small by the product of both lengths.
 
     Args:
-        vectors: u and v of any number of kernels, finite, by the names to call them; of any shape and dtype.
+        vectors: u and v of any number of kernels by their names in the warning. Finite, of any shape and dtype.
 
     Returns:
-        A sentence for a person; "" where every vector has the length 1.
+        A sentence for a person, or "" if every vector has the length 1.
 
     Example:
         >>> unlike_unit_vectors({"query.u": np.array([0.6, 0.8]), "query.v": np.array([0.6, 0.7])})
-        'the vectors of spectral norm should have the length 1 and have another (query.v: 0.922), as averages of them do (EMA), so the norm comes out wrong by that factor'
+        'the vectors of spectral norm should have the length 1 but have other lengths (query.v: 0.922), as averages (EMA) do, so the norm is wrong by that factor'
     """
     lengths = {name: np.linalg.norm(vector.astype(np.float64)) for name, vector in vectors.items()}
     wrong = [
@@ -190,16 +190,16 @@ def unlike_unit_vectors(vectors: Mapping[str, Array]) -> str:
         return ""
     factor = "that factor" if len(wrong) == 1 else "these factors"
     return (
-        f"the vectors of spectral norm should have the length 1 and have another ({', '.join(wrong)}), as averages of them do "
-        f"(EMA), so the norm comes out wrong by {factor}"
+        f"the vectors of spectral norm should have the length 1 but have other lengths ({', '.join(wrong)}), as averages (EMA) "
+        f"do, so the norm is wrong by {factor}"
     )
 
 
 def _rounding(vector: Array) -> float:
-    """How far from 1 the length of a unit vector can be that was rounded to these numbers, perhaps before they were widened."""
+    """How far from 1 the length of a rounded unit vector can be. Its numbers may have been widened afterwards."""
     single = vector.astype(np.float32)
     if not (single.view(np.uint32) & 0xFFFF).any():
-        return 2.0**-8  # bfloat16 holds them all
+        return 2.0**-8  # bfloat16 can represent all of them
     if (single == single.astype(np.float16)).all():
         return 2.0**-11
     return 1e-5

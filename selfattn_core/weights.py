@@ -1,9 +1,9 @@
 """The canonical file: one `.safetensors` file that every adapter reads and writes.
 
-Keys are canonical names, `[block.]query.kernel` and so on; kernels are (C_in, C_out). With spectral norm they are the
-raw ones, and the state is there too: `query.u`, `query.v` and so on. The metadata holds `format` = "selfattn",
-`version` = "1", `source` (free text), and `config`: the JSON object of `SelfAttentionConfig.to_dict`, in which an
-absent option has its default, or, in a file of several blocks, a JSON object of such objects by block name.
+Keys are canonical names, `[block.]query.kernel` and so on. Kernels are (C_in, C_out). With spectral norm they are the raw
+kernels, and the file also contains the state: `query.u`, `query.v` and so on. The metadata contains `format` = "selfattn",
+`version` = "1", `source` (free text), and `config`. `config` is the JSON object of `SelfAttentionConfig.to_dict`, in which
+an absent option has its default. In a file of several blocks it is a JSON object of such objects by block name.
 """
 
 import io
@@ -45,19 +45,19 @@ def save(
 ) -> None:
     """Write one layer's weights.
 
-    The file appears whole or not at all: it is written beside the target, read back, compared bit for bit and renamed.
+    The file is complete or absent: it is written beside the target, read back, compared bit for bit and renamed.
 
     Args:
-        path: where to; the folder must exist.
-        config: which layer.
+        path: path of the file. Its folder must exist.
+        config: options of the layer.
         params: arrays by canonical name. bfloat16 is widened to float32, which is exact.
         overwrite: whether an existing file may be replaced.
-        source: where the weights came from, for the reader.
+        source: note on the origin of the weights, stored in the file.
 
     Raises:
-        FileExistsError: if the target exists and `overwrite` is False; it is left as it was.
-        OSError: if the file cannot be written; an existing target is left as it was.
-        ValueError: if the parameters do not fit the config; lists every problem.
+        FileExistsError: if the target exists and `overwrite` is False. The target stays unchanged.
+        OSError: if the file cannot be written. An existing target stays unchanged.
+        ValueError: if the parameters do not fit the config. The message lists every problem.
 
     Example:
         >>> import tempfile
@@ -82,15 +82,15 @@ def save_blocks(
     """Write the weights of several layers into one file.
 
     Args:
-        path: where to; the folder must exist.
-        blocks: config and parameters of each layer by block name; names may contain dots.
+        path: path of the file. Its folder must exist.
+        blocks: config and parameters of each layer by block name. Names may contain dots.
         overwrite: whether an existing file may be replaced.
-        source: where the weights came from, for the reader.
+        source: note on the origin of the weights, stored in the file.
 
     Raises:
         FileExistsError: if the target exists and `overwrite` is False.
         OSError: if the file cannot be written.
-        ValueError: if there is no block, a name is empty, or parameters do not fit; lists every problem.
+        ValueError: if there is no block, a name is empty, or parameters do not fit. The message lists every problem.
 
     Example:
         >>> import tempfile
@@ -124,21 +124,21 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
 
     Args:
         path: a file that `save` or `save_blocks` wrote, here or in any adapter.
-        block: which layer of a file that holds several.
+        block: name of the block, if the file holds several.
 
     Returns:
-        The config and its parameters by canonical name: new, contiguous arrays in the file's dtype (bfloat16 as
+        The config and its parameters by canonical name, as new contiguous arrays in the file's dtype (bfloat16 as
         float32, which is exact).
 
     Warns:
-        UserWarning: if vectors u and v of spectral norm have not the length 1, as averages of them have. They are
-            returned as they are.
+        UserWarning: if vectors u and v of spectral norm do not have the length 1, for example because they are averages.
+            They are returned unchanged.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, not a canonical file, of a newer version, or its tensors do not fit its
-            config (missing, extra, misshapen, of a wrong dtype, not finite: all are listed); or if `block` is not
-            in it, or is needed and not given.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is truncated, is not a canonical file or has a newer version. If its tensors do not fit its
+            config (missing, extra, misshapen, of a wrong dtype, not finite; all are listed). If `block` is not in the
+            file, or is needed and not given.
 
     Example:
         >>> load("there-is-no-such-file.safetensors")
@@ -157,7 +157,7 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
             header = read_header(file)
         except SafetensorsError as error:
             raise ValueError(
-                f"{path}: cannot be read as .safetensors, it is truncated or another format ({error})."
+                f"{path}: cannot be read as .safetensors; it is truncated or another format ({error})."
             ) from error
         metadata, names = header.metadata, list(header.tensors)
         if metadata.get("format") != FORMAT:
@@ -186,7 +186,7 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
             if dtype in _READABLE and fits:
                 params[canonical] = read_tensor(file, row)
             else:
-                # Reported, not read: a header may promise any size.
+                # The shape is reported without reading the tensor, because a header may promise any size.
                 params[canonical] = np.broadcast_to(np.zeros((), _READABLE.get(dtype, np.float32)), shape)
     problems += param_problems(config, params)
     if problems:
@@ -199,8 +199,8 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
 def _warn_of_averages(path: Path, state: Mapping[str, Array]) -> None:
     if text := unlike_unit_vectors(state):
         warnings.warn(
-            f"{path}: {text}. refresh_spectral_norm makes them anew from the kernels: of selfattn_core.params for "
-            "these arrays, of an adapter for its layers.",
+            f"{path}: {text}. refresh_spectral_norm computes them from the kernels: use that of selfattn_core.params for "
+            "these arrays, or that of an adapter for its layers.",
             stacklevel=3,
         )
 
@@ -217,7 +217,7 @@ def _write(path: Path, tensors: dict[str, Array], config: str, overwrite: bool, 
         back[name].tobytes() != array.tobytes() or back[name].dtype != array.dtype
         for name, array in tensors.items()
     ):
-        raise RuntimeError("the arrays were not stored as they are; nothing was written.")
+        raise RuntimeError("the arrays read back differ from the given ones; nothing was written.")
     write_atomically(path, content, overwrite=overwrite)
 
 
@@ -225,14 +225,14 @@ def configs_of(path: PathLike, metadata: Mapping[str, str]) -> dict[str, SelfAtt
     """The config of each block of a canonical file, from its metadata.
 
     Args:
-        path: of the file, for messages.
-        metadata: of a file whose `format` is "selfattn".
+        path: path of the file, for messages.
+        metadata: metadata of a file whose `format` is "selfattn".
 
     Returns:
-        The configs by block; a file of one unnamed block has the name "".
+        The configs by block name. A single unnamed block has the name "".
 
     Raises:
-        ValueError: if the file is of another version, or its config cannot be read.
+        ValueError: if the file has another version, or its config cannot be read.
 
     Example:
         >>> configs_of("layer.safetensors", {"version": "1", "config": '{"channels": 16}'})[""].qk_channels
@@ -240,7 +240,7 @@ def configs_of(path: PathLike, metadata: Mapping[str, str]) -> dict[str, SelfAtt
     """
     if metadata.get("version") != VERSION:
         raise ValueError(
-            f"{path}: is of version {metadata.get('version')!r}; this selfattn reads version {VERSION!r}: upgrade selfattn."
+            f"{path}: has version {metadata.get('version')!r}; this selfattn reads version {VERSION!r}: upgrade selfattn."
         )
     try:
         options = json.loads(metadata.get("config", ""))

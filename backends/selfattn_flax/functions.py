@@ -1,4 +1,4 @@
-"""The arithmetic that the layers of NNX and Linen share."""
+"""The arithmetic that the NNX and Linen layers share."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def rows(maps: jax.Array) -> jax.Array:
 
 
 def pool(maps: jax.Array, side: int) -> jax.Array:
-    """Max pooling over side×side windows, floor: (…, H, W, D) to (…, H', W', D)."""
+    """Max pooling over side×side windows, rounding down: (…, H, W, D) to (…, H', W', D)."""
     return nnx.max_pool(maps, window_shape=(side, side), strides=(side, side)) if side > 1 else maps
 
 
@@ -30,6 +30,6 @@ def residual(gamma: jax.Array, attended: jax.Array, x: jax.Array, dtype: DTypeLi
 
 
 def unflatten(config: SelfAttentionConfig, attention: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A map (…, N, M) as (…, H, W, H', W'), for an input of this shape (…, H, W, C)."""
+    """A map (…, N, M) as (…, H, W, H', W'), for an input of shape (…, H, W, C)."""
     *leading, height, width, _ = shape
     return attention.reshape(*leading, height, width, *config.key_grid(height, width))

@@ -19,21 +19,20 @@ ZEROS_INIT: Initializer = jax.nn.initializers.zeros
 
 
 class NNXProjection(nnx.Conv):
-    """A 1×1 `nnx.Conv`, the gradient of whose bias is summed in at least float32.
+    """A 1×1 `nnx.Conv` that sums the gradient of its bias in at least float32.
 
-    It has no strides, groups or mask, nor a convolution or promotion of dtypes given from outside: of what `nnx.Conv`
-    takes, it takes what is listed here.
+    It takes only the arguments below: no strides, groups or mask, and no custom convolution or dtype promotion.
 
     Args:
         in_features: C_in.
         out_features: C_out.
         use_bias: whether there is a bias.
-        dtype: of the computation; by default promoted from the inputs and the parameters.
-        param_dtype: of the parameters.
-        precision: of the product of inputs and kernel.
-        kernel_init: of the kernel, by default as Glorot and Bengio say.
-        bias_init: of the bias.
-        rngs: where the initial parameters come from.
+        dtype: dtype of the computation, by default promoted from the inputs and the parameters.
+        param_dtype: dtype of the parameters.
+        precision: precision of the product of inputs and kernel.
+        kernel_init: initialiser of the kernel, by default that of Glorot and Bengio.
+        bias_init: initialiser of the bias.
+        rngs: source of the initial parameters.
 
     Example:
         >>> NNXProjection(6, 3, rngs=nnx.Rngs(0))(jnp.ones((1, 2, 2, 6))).shape
@@ -67,25 +66,25 @@ class NNXProjection(nnx.Conv):
         )
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """The convolution of the inputs (…, C_in), on an explicit mesh sharded as `out_sharding` says."""
+        """The convolution of the inputs (…, C_in). On an explicit mesh, `out_sharding` is its sharding."""
         bias = None if self.bias is None else self.bias[...]
         return project(inputs, self.kernel[...], bias, self.dtype, self.precision, out_sharding)
 
 
 class LinenProjection(nn.Conv):
-    """A 1×1 `nn.Conv`, the gradient of whose bias is summed in at least float32.
+    """A 1×1 `nn.Conv` that sums the gradient of its bias in at least float32.
 
-    As for `NNXProjection`, there are no strides, groups or mask, nor a convolution or promotion of dtypes given from
-    outside: these fields of `nn.Conv` are what they are by default.
+    Like `NNXProjection` it has no strides, groups or mask, and no custom convolution or dtype promotion. These fields of
+    `nn.Conv` keep their defaults.
 
     Args:
         features: C_out.
         use_bias: whether there is a bias.
-        dtype: of the computation; by default promoted from the inputs and the parameters.
-        param_dtype: of the parameters.
-        precision: of the product of inputs and kernel.
-        kernel_init: of the kernel, by default as Glorot and Bengio say.
-        bias_init: of the bias.
+        dtype: dtype of the computation, by default promoted from the inputs and the parameters.
+        param_dtype: dtype of the parameters.
+        precision: precision of the product of inputs and kernel.
+        kernel_init: initialiser of the kernel, by default that of Glorot and Bengio.
+        bias_init: initialiser of the bias.
 
     Example:
         >>> x = jnp.ones((1, 2, 2, 6))
@@ -103,7 +102,7 @@ class LinenProjection(nn.Conv):
     promote_dtype: Any = field(default_factory=lambda: promote_dtype, init=False)
     conv_general_dilated: Any = field(default=None, init=False)
     conv_general_dilated_cls: Any = field(default=None, init=False)
-    # By name alone: `nn.Conv` takes its window after the features, which would be taken for the first of them.
+    # By name only, because the second positional argument of `nn.Conv` is its window.
     _: KW_ONLY
     use_bias: bool = True
     dtype: DTypeLike | None = None
@@ -135,15 +134,15 @@ def project(
     precision: jax.lax.PrecisionLike = None,
     out_sharding: Any = None,
 ) -> jax.Array:
-    """What `Conv` does with a 1×1 kernel.
+    """The result of `Conv` for a 1×1 kernel.
 
     Args:
         inputs: (…, C_in).
         kernel: (1, 1, C_in, C_out).
         bias: (C_out,), or None.
-        dtype: of the computation; by default promoted from the others.
-        precision: of the product.
-        out_sharding: of the result, on an explicit mesh.
+        dtype: dtype of the computation, by default promoted from the others.
+        precision: precision of the product.
+        out_sharding: sharding of the result, on an explicit mesh.
 
     Returns:
         (…, C_out).
@@ -156,7 +155,7 @@ def project(
     outputs = pointwise(inputs, kernel, precision=precision, out_sharding=out_sharding)
     if bias is None:
         return outputs
-    # The gradient of what is broadcast is a sum over all positions, and in 16 bits XLA's stands still at a few hundred.
+    # The gradient of a broadcast bias is a sum over all positions. In 16 bits XLA's sum stops growing at a few hundred.
     wide = jnp.promote_types(outputs.dtype, jnp.float32)
     return (outputs.astype(wide) + bias.astype(wide)).astype(outputs.dtype)
 
@@ -168,16 +167,16 @@ def pointwise(
     precision: jax.lax.PrecisionLike = None,
     out_sharding: Any = None,
 ) -> jax.Array:
-    """What `jax.lax.conv_general_dilated` gives for a 1×1 window, in a third of the time of its gradient on a CPU.
+    """The result of `jax.lax.conv_general_dilated` for a 1×1 window. On a CPU its gradient takes a third of the time.
 
-    All positions are rows of one matrix: with several axes of them XLA's CPU library is slower at the gradient of the
+    All positions are rows of one matrix. With several axes of positions, XLA's CPU library is slower at the gradient of the
     kernel.
 
     Args:
         inputs: (…, C_in).
         kernel: (1, 1, C_in, C_out).
-        precision: of the product.
-        out_sharding: of the result, on an explicit mesh.
+        precision: precision of the product.
+        out_sharding: sharding of the result, on an explicit mesh.
 
     Returns:
         (…, C_out).

@@ -1,9 +1,9 @@
-"""1×1 convolutions divided by their spectral norm, for NNX and for Linen; the numerics are `selfattn_core.spectral_norm`'s.
+"""1×1 convolutions divided by their spectral norm, for NNX and Linen, with the numerics of `selfattn_core.spectral_norm`.
 
-Both apply kernel / sigma, sigma = vᵀ K u, where K is `kernel` as (C_in, C_out). `kernel` is the raw kernel, which is what
-is trained. A call with `use_running_average=False` first moves u and v by one power iteration, one with True does not;
-both are constants to the gradient, which goes through K in sigma. Where vᵀ K u is 0, as for a kernel of zeros, sigma is the
-constant 1. Unlike Flax's own two `SpectralNorm` they leave the raw kernel as it is, and iterate nothing in evaluation.
+Both apply kernel / sigma, sigma = vᵀ K u, where K is `kernel` as (C_in, C_out). `kernel` is the raw kernel, and it is
+trained. A call with `use_running_average=False` first moves u and v by one power iteration. A call with True does not. The
+gradient treats u and v as constants and goes through K in sigma. If vᵀ K u is 0, as for a kernel of zeros, sigma is the
+constant 1. Unlike Flax's own two `SpectralNorm`, these layers do not change the raw kernel, and do not iterate in evaluation.
 """
 
 from dataclasses import KW_ONLY
@@ -24,20 +24,20 @@ __all__ = ["LinenSpectralConv", "NNXSpectralConv", "converged_state", "refresh_s
 
 
 class NNXSpectralConv(NNXProjection):
-    """A 1×1 `nnx.Conv` with spectral norm; u (C_out,) and v (C_in,) are `nnx.BatchStat`, as the state of `nnx.BatchNorm`.
+    """A 1×1 `nnx.Conv` with spectral norm. u (C_out,) and v (C_in,) are `nnx.BatchStat`, like the state of `nnx.BatchNorm`.
 
-    It begins in training mode; `train()`, `eval()` and `nnx.view(…, use_running_average=True)` change that.
+    It starts in training mode. `train()`, `eval()` and `nnx.view(…, use_running_average=True)` change that.
 
     Args:
         in_features: C_in.
         out_features: C_out.
         use_bias: whether there is a bias.
-        dtype: of the computation; by default promoted from the inputs and the parameters.
-        param_dtype: of the parameters and the state.
-        precision: of the product of inputs and kernel.
-        kernel_init: of the kernel.
-        bias_init: of the bias.
-        rngs: where the initial parameters and the initial v come from.
+        dtype: dtype of the computation, by default promoted from the inputs and the parameters.
+        param_dtype: dtype of the parameters and the state.
+        precision: precision of the product of inputs and kernel.
+        kernel_init: initialiser of the kernel.
+        bias_init: initialiser of the bias.
+        rngs: source of the initial parameters and the initial v.
 
     Example:
         >>> conv = NNXSpectralConv(6, 3, rngs=nnx.Rngs(0))
@@ -78,29 +78,29 @@ class NNXSpectralConv(NNXProjection):
         self.use_running_average = False
 
     def normalised_kernel(self) -> jax.Array:
-        """The kernel that is applied, (1, 1, C_in, C_out); in training mode, after one power iteration."""
+        """The divided kernel (1, 1, C_in, C_out). In training mode, one power iteration runs first."""
         kernel = self.kernel[...]
         if not self.use_running_average:
             self.u[...], self.v[...] = _power_iteration(kernel, self.v[...])
         return _normalised(kernel, self.u[...], self.v[...])
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """The convolution of the inputs (…, C_in), on an explicit mesh sharded as `out_sharding` says."""
+        """The convolution of the inputs (…, C_in). On an explicit mesh, `out_sharding` is its sharding."""
         bias = None if self.bias is None else self.bias[...]
         kernel = self.normalised_kernel()
         return project(inputs, kernel, bias, self.dtype, self.precision, out_sharding)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view` calls."""
+        """Set the mode. `nnx.view` calls it."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
 
 class LinenSpectralConv(LinenProjection):
-    """A 1×1 `nn.Conv` with spectral norm; u (C_out,) and v (C_in,) are in the collection "batch_stats", as for `nn.BatchNorm`.
+    """A 1×1 `nn.Conv` with spectral norm. u (C_out,) and v (C_in,) are in "batch_stats", like the state of `nn.BatchNorm`.
 
     Args:
-        use_running_average: False moves u and v first, except in initialisation, which only makes them. The other
+        use_running_average: False moves u and v first, except during initialisation, which only creates them. The other
             fields are those of `LinenProjection`.
 
     Example:
@@ -127,15 +127,14 @@ class LinenSpectralConv(LinenProjection):
 
 
 def refresh_spectral_norm(model: nnx.Module) -> None:
-    """Make every estimate of a spectral norm in a module that of its present kernel.
+    """Recompute the state of every spectral norm in a module for its current kernel.
 
-    To be called after kernels came from outside the training: drawn anew, averaged, or restored without their
-    `nnx.BatchStat`, which `nnx.update` does without a word. The state belongs to other kernels then, and the first
-    outputs in evaluation are off by any factor.
+    Call it after you set kernels outside training: reinitialised, averaged, or restored without their `nnx.BatchStat`, which
+    `nnx.update` accepts silently. The old state belongs to other kernels, and the first outputs in evaluation mode could be
+    wrong by any factor.
 
     Args:
-        model: a layer or a whole model, outside of jitted functions. Modules other than ours, `nnx.SpectralNorm` too, are
-            left as they are.
+        model: a layer or a whole model, outside jitted functions. Only our modules change; `nnx.SpectralNorm` does not.
 
     Example:
         >>> conv = NNXSpectralConv(6, 3, rngs=nnx.Rngs(0))
@@ -151,7 +150,7 @@ def refresh_spectral_norm(model: nnx.Module) -> None:
 
 
 def converged_state(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The u and v that power iterations without end would reach on a kernel (1, 1, C_in, C_out), in its dtype.
+    """The limits of u and v under power iterations on a kernel (1, 1, C_in, C_out), in its dtype.
 
     Example:
         >>> [vector.shape for vector in converged_state(jnp.ones((1, 1, 6, 3)))]
@@ -162,7 +161,7 @@ def converged_state(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _initial_u(key: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The u of a new layer: from power iterations on its kernel that begin at a standard normal v."""
+    """The u of a new layer, from power iterations on its kernel that start at a standard normal v."""
     matrix = _matrix(kernel)
     v = jax.random.normal(key, matrix.shape[:1], matrix.dtype)
     u = jax.lax.fori_loop(0, WARM_UP - 1, lambda _, u: _forth(matrix, _back(matrix, u)), _forth(matrix, v))
@@ -177,7 +176,7 @@ def _following_v(kernel: jax.Array, u: jax.Array) -> jax.Array:
 
 def _power_iteration(kernel: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The state after one more power iteration."""
-    # Not to be differentiated at all: the root of a vector of zeros has no derivative.
+    # Never differentiated, because the root of a vector of zeros has no derivative.
     matrix = jax.lax.stop_gradient(_matrix(kernel))
     u = _forth(matrix, v.astype(matrix.dtype))
     return u.astype(v.dtype), _back(matrix, u).astype(v.dtype)
@@ -192,11 +191,11 @@ def _normalised(kernel: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _matrix(kernel: jax.Array) -> jax.Array:
-    """K, (C_in, C_out), in at least float32."""
+    """The kernel as a matrix (C_in, C_out), in at least float32."""
     return kernel[0, 0].astype(jnp.promote_types(kernel.dtype, jnp.float32))
 
 
-# Products and sums: a matrix product may be rounded on an accelerator.
+# Products and sums, because an accelerator may round a matrix product.
 def _forth(matrix: jax.Array, v: jax.Array) -> jax.Array:
     return _unit(jnp.sum(matrix * v[:, None], 0))
 

@@ -1,4 +1,4 @@
-"""Canonical arrays to and from trees of Flax, for NNX and for Linen."""
+"""Conversion of canonical arrays to and from Flax trees, for NNX and Linen."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ __all__ = ["to_numpy", "to_tree"]
 
 
 def to_numpy(parameter: jax.Array) -> Array:
-    """A parameter as a new, contiguous numpy array, a 1×1 kernel as the matrix that it is."""
+    """A parameter as a new contiguous numpy array. A 1×1 kernel becomes a matrix."""
     array = np.asarray(parameter)
     if array.ndim == 4 and array.shape[:2] == (1, 1):
         array = array[0, 0]
@@ -27,19 +27,19 @@ def to_numpy(parameter: jax.Array) -> Array:
 def to_tree(
     config: SelfAttentionConfig, params: Mapping[str, Array], param_dtype: DTypeLike | None
 ) -> dict[str, Any]:
-    """Canonical arrays as the tree that NNX has, and Linen too, but for the state, which it keeps apart.
+    """Canonical arrays as the tree of NNX. Linen has the same tree, except that it keeps the state apart.
 
     Args:
-        config: which layer.
+        config: options of the layer.
         params: arrays by canonical name.
-        param_dtype: of the parameters; None keeps that of the arrays.
+        param_dtype: dtype of the parameters. None keeps that of the arrays.
 
     Returns:
-        {"query": {"kernel": (1, 1, C, Dk), "bias": (Dk,)}, …, "gamma": (1,)}, new arrays; with spectral norm, "u" (Dk,)
-        and "v" (C,) stand beside each kernel.
+        {"query": {"kernel": (1, 1, C, Dk), "bias": (Dk,)}, …, "gamma": (1,)}, with new arrays. With spectral norm, each
+        kernel has "u" (Dk,) and "v" (C,) beside it.
 
     Raises:
-        ValueError: if the arrays do not fit the config (lists every problem), or float64 is wanted and JAX has none.
+        ValueError: if the arrays do not fit the config (lists every problem), or if float64 is wanted and JAX has none.
     """
     arrays = check_params(config, params)
     dtype = arrays["gamma"].dtype if param_dtype is None else jnp.dtype(param_dtype)

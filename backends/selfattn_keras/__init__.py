@@ -17,7 +17,7 @@ try:
     from selfattn_keras.weights import from_canonical, load, refresh_spectral_norm, save, to_canonical
     from selfattn_keras.with_map import SelfAttention2DWithMap
 except ModuleNotFoundError as error:
-    # Keras imports the framework that KERAS_BACKEND or keras.json names; only that one's absence is translated.
+    # Keras imports the framework that KERAS_BACKEND or keras.json names. Only an error about that one is translated.
     framework = (error.name or "").partition(".")[0]
     if framework in _FRAMEWORKS:
         _others = [other for other in _FRAMEWORKS if not missing_modules([other])]

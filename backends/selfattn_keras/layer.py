@@ -1,4 +1,4 @@
-"""The layer for Keras 3; the function is defined in `selfattn_core.spec`.
+"""The layer for Keras 3. `selfattn_core.spec` defines the function that it computes.
 
 Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3.
 """
@@ -20,13 +20,13 @@ from selfattn_keras.projection import Projection
 from selfattn_keras.spectral_norm import SpectralConv2D
 from selfattn_ops.blocks import check_block_size
 
-# Tensors of the backend, symbolic or not; Keras has no common type for them.
+# Tensors of the framework, symbolic or not. Keras has no common type for them.
 Tensor = Any
 Shape = Sequence[int | None]
 
 
 def _core() -> Any:
-    """The attention op of the framework underneath, which Keras fixes when it is imported."""
+    """The attention operators of the framework that Keras runs on, which is fixed when Keras is imported."""
     backend = keras.backend.backend()
     if backend not in ("tensorflow", "jax", "torch"):
         raise ImportError(
@@ -49,7 +49,7 @@ class SelfAttention2D(keras.layers.Layer):
 
     The softmax runs over the keys. gamma starts at zero, so a new layer returns
     its input. Unlike `keras.layers.MultiHeadAttention` there is no 1/sqrt(d)
-    scale, and queries and keys can have another width than values.
+    scale, and queries and keys can have a different width from values.
 
     | array | shape |
     |---|---|
@@ -83,17 +83,17 @@ class SelfAttention2D(keras.layers.Layer):
             chooses by size. Changes memory, not the result.
         data_format: "channels_last" or "channels_first"; by default that of the
             Keras configuration.
-        kernel_initializer: of the projections. Each projection has its own
-            copy. If the initializer has a seed, each copy has a seed derived
-            from it, so query and key never start equal.
-        bias_initializer: of the projections, copied in the same way.
-        gamma_initializer: of the residual gain.
-        kernel_regularizer: of the projections, a copy each.
-        bias_regularizer: of the projections, a copy each.
-        gamma_regularizer: of the residual gain.
-        kernel_constraint: of the projections, a copy each.
-        bias_constraint: of the projections, a copy each.
-        gamma_constraint: of the residual gain.
+        kernel_initializer: initializer of the kernels. Each projection has its
+            own copy. If the initializer has a seed, each copy has a seed
+            derived from it, so query and key never start equal.
+        bias_initializer: initializer of the biases, copied in the same way.
+        gamma_initializer: initializer of gamma.
+        kernel_regularizer: regularizer of the kernels, a copy for each.
+        bias_regularizer: regularizer of the biases, a copy for each.
+        gamma_regularizer: regularizer of gamma.
+        kernel_constraint: constraint of the kernels, a copy for each.
+        bias_constraint: constraint of the biases, a copy for each.
+        gamma_constraint: constraint of gamma.
         **kwargs: `name`, `dtype`, `trainable` and the other arguments of
             `keras.layers.Layer`.
 
@@ -187,9 +187,9 @@ class SelfAttention2D(keras.layers.Layer):
         gamma_constraint: Any = None,
         **kwargs: Any,
     ) -> Self:
-        """A new layer of this config, built at once, since the config says how many channels there are.
+        """A new layer of this config. It is built at once, because the config contains the number of channels.
 
-        The arguments are those of `SelfAttention2D`. (`from_config` is Keras' own: it takes what `get_config` gave.)
+        The arguments are those of `SelfAttention2D`. (`from_config` is Keras' own, and takes the result of `get_config`.)
         """
         layer = cls(
             config.qk_channels,
@@ -216,15 +216,15 @@ class SelfAttention2D(keras.layers.Layer):
 
     @property
     def config(self) -> SelfAttentionConfig:
-        """What the layer is, once it is built.
+        """The options of the layer, once it is built.
 
         Raises:
-            ValueError: if it is not built yet, so that the number of channels is not known.
+            ValueError: if the layer is not built yet, so its number of channels is unknown.
         """
         if self._config is None:
             raise ValueError(
-                "SelfAttention2D: config exists once the layer is built, for its channels come from the input: "
-                "call the layer first, or make it with SelfAttention2D.from_spec."
+                "SelfAttention2D: config exists once the layer is built, because the input sets the number of channels. "
+                "Call the layer first, or create it with SelfAttention2D.from_spec."
             )
         return self._config
 
@@ -256,7 +256,7 @@ class SelfAttention2D(keras.layers.Layer):
             initializer=self.gamma_initializer,
             regularizer=self.gamma_regularizer,
             constraint=self.gamma_constraint,
-            # The residual is computed in float32, so gamma is not rounded to the compute dtype on the way.
+            # The residual is computed in float32, so gamma must not be rounded to the compute dtype first.
             autocast=False,
         )
         self._config = config
@@ -264,32 +264,31 @@ class SelfAttention2D(keras.layers.Layer):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the layer; see `call`."""
-        # Ahead of Keras, which would build first, and compare with input_spec without saying what to do.
+        # Checked before Keras builds the layer and compares with input_spec, because its message gives no advice.
         if hasattr(x, "shape"):
             self._check(x)
         return super().__call__(x, *args, **kwargs)
 
     def call(self, x: Tensor, *, return_attention_scores: bool = False, training: bool | None = None) -> Any:
-        """The output, and the map if asked for, which takes N·M numbers of memory.
+        """The output and, on request, the map, which takes N·M numbers of memory.
 
         Args:
-            x: (B, H, W, C) or (B, C, H, W), as `data_format` says.
+            x: (B, H, W, C), or (B, C, H, W) with "channels_first".
             return_attention_scores: whether to return (y, A) instead of y.
-            training: whether this is a step of training, which matters to spectral norm alone.
+            training: whether this is a step of training. Only spectral norm uses it.
 
         Raises:
-            ValueError: if the input's shape does not fit; as `tf.errors.InvalidArgumentError` where the size of the map
-                was unknown when a `tf.function` was traced, and not at all where XLA compiles that, which has no
-                assertions.
+            ValueError: if the input's shape does not fit. If a `tf.function` is traced with an unknown map size, its calls
+                raise `tf.errors.InvalidArgumentError` instead. Compiled by XLA, which has no assertions, they raise nothing.
         """
         self._check(x)
-        # TensorFlow's CPU has no channels-first convolution for every dtype, and Keras adds the bias of one to the wrong
-        # axis where W equals the number of channels. To a 1×1 kernel the two formats are one.
+        # For some dtypes TensorFlow has no channels-first convolution on the CPU, and Keras adds its bias to the wrong
+        # axis if W equals the number of channels. For a 1×1 kernel the two formats are equivalent.
         maps = x if self.data_format == "channels_last" else ops.transpose(x, (0, 2, 3, 1))  # (B, H, W, C)
         _check_running(maps, self.kv_pool)
         given, maps = maps, _never_empty(maps)
         batch, height, width = ops.shape(maps)[:3]
-        # Handed on, since Keras' own context knows it in `__call__`, but not in `stateless_call`.
+        # Passed on explicitly, because Keras' own context contains it in `__call__`, but not in `stateless_call`.
         mode = {} if training is None else {"training": training}
         query = _rows(self.query(maps, **mode))  # (B, N, Dk)
         key = _rows(_pool(self.key(maps, **mode), self.kv_pool))  # (B, M, Dk)
@@ -311,7 +310,7 @@ class SelfAttention2D(keras.layers.Layer):
         return y, (attention if maps is given else attention[: ops.shape(given)[0]])
 
     def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
-        """The shape of y, which is that of x."""
+        """The shape of y, which equals that of x."""
         return tuple(input_shape)
 
     def compute_output_spec(
@@ -321,7 +320,7 @@ class SelfAttention2D(keras.layers.Layer):
         return_attention_scores: bool = False,
         training: bool | None = None,  # noqa: ARG002 - shapes are the same
     ) -> Any:
-        """Shapes and dtypes of what `call` returns; sizes that are not known yet stay None."""
+        """Shapes and dtypes of the result of `call`. Sizes that are not known yet stay None."""
         self._check(x)
         y = keras.KerasTensor(x.shape, dtype=self.compute_dtype)
         if not return_attention_scores:
@@ -335,15 +334,15 @@ class SelfAttention2D(keras.layers.Layer):
         return y, keras.KerasTensor((sizes["B"], positions, keys), dtype=self.compute_dtype)
 
     def save_own_variables(self, store: Any) -> None:
-        """Put the weights into the store and, in a file of HDF5, the pooling, which no weight shows, beside them."""
+        """Put the weights into the store. In an HDF5 file, add the pooling, which no weight shows."""
         super().save_own_variables(store)
-        # Keras has no other way to an attribute, and would count one more array as a weight.
+        # Keras has no other way to write an attribute, and would count one more array as a weight.
         group = getattr(store, "_h5_entry_group", None)
         if group is not None and hasattr(group, "attrs"):
             group.attrs[KV_POOL] = str(self.kv_pool)
 
     def get_config(self) -> dict[str, Any]:
-        """Every argument of the constructor, as `from_config` takes them."""
+        """Every argument of the constructor, for `from_config`."""
         config: dict[str, Any] = super().get_config()
         for name in (
             "qk_channels",
@@ -362,7 +361,7 @@ class SelfAttention2D(keras.layers.Layer):
         return config
 
     def _config_for(self, input_shape: Shape) -> SelfAttentionConfig:
-        """The config of the layer that these options make for the channels of this input."""
+        """The config that follows from the layer's options and the channels of this input."""
         shape = tuple(input_shape)
         channels = shape[self._layout.index("C")] if len(shape) == 4 else None
         if channels is None:
@@ -393,10 +392,10 @@ class SelfAttention2D(keras.layers.Layer):
 
 
 def _pool(maps: Tensor, side: int) -> Tensor:
-    """(B, H, W, D) to (B, H // side, W // side, D): the first largest of each window, NaN where it holds one.
+    """(B, H, W, D) to (B, H // side, W // side, D): the first largest value of each window, or NaN if it contains one.
 
-    Not `ops.max_pool` on TensorFlow: that passes over NaN, and under XLA its second derivative is wrong or missing. Cut
-    up by reshaping there, because strided slices and their gradients take TensorFlow ten times as long.
+    On TensorFlow this replaces `ops.max_pool`, which ignores NaN and whose second derivative under XLA is wrong or missing.
+    Windows are made by reshaping there, because strided slices and their gradients take ten times as long.
     """
     if side == 1:
         return maps
@@ -426,7 +425,7 @@ def _rows(maps: Tensor) -> Tensor:
 
 
 def _check_running(maps: Tensor, side: int) -> None:
-    """Refuse maps (B, H, W, C) smaller than a pooling window where only TensorFlow's running graph knows their size."""
+    """Refuse maps (B, H, W, C) smaller than a pooling window if only TensorFlow's running graph knows their size."""
     if side == 1 or keras.backend.backend() != "tensorflow" or None not in maps.shape[1:3]:
         return
     tf = importlib.import_module("tensorflow")
@@ -439,7 +438,7 @@ def _check_running(maps: Tensor, side: int) -> None:
 
 
 def _never_empty(maps: Tensor) -> Tensor:
-    """(B, H, W, C), and one sample of zeros if B is 0 on TensorFlow, which fails at a convolution of no sample."""
+    """Maps (B, H, W, C). If B is 0 on TensorFlow, one sample of zeros, because a convolution of no sample fails there."""
     if keras.backend.backend() != "tensorflow" or maps.shape[0]:
         return maps
     batch, *sizes = ops.shape(maps)
@@ -450,8 +449,8 @@ def _never_empty(maps: Tensor) -> Tensor:
 def own_copy(option: Any, child: str) -> Any:
     """A child's own copy of an initializer, regularizer or constraint.
 
-    Random initializers draw from a fixed seed, so one that is shared, or copied with its seed, would give query and
-    key the same values. A `SeedGenerator` moves on with each draw and is meant to be shared.
+    Random initializers draw from a fixed seed. If query and key shared one, or copies with the same seed, they would get
+    the same values. A `SeedGenerator` advances with each draw and is meant to be shared.
     """
     config = option.get_config() if isinstance(option, keras.initializers.Initializer) else {}
     if "seed" not in config:

@@ -1,4 +1,4 @@
-"""The attention map with its positions as the rows and columns that they are."""
+"""`attention_grid`: the attention map with axes for rows and columns instead of flat positions."""
 
 from typing import Any
 
@@ -8,20 +8,20 @@ from selfattn_keras.layer import SelfAttention2D
 
 __all__ = ["attention_grid"]
 
-# Tensors of the backend, symbolic or not; Keras has no common type for them.
+# Tensors of the framework, symbolic or not. Keras has no common type for them.
 Tensor = Any
 
 
 def attention_grid(layer: SelfAttention2D, x: Tensor) -> Tensor:
-    """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
+    """The layer's map of x, unflattened. `grid[b, h, w]` holds the weights of output position (h, w).
 
     Args:
-        layer: which is built if it is not yet; it is called with `training=False`, so that no state of spectral norm moves.
-        x: (B, H, W, C) or (B, C, H, W), as the layer's `data_format` says.
+        layer: the layer, which is built if necessary. It is called with `training=False`, so spectral norm does not move.
+        x: (B, H, W, C), or (B, C, H, W) with "channels_first".
 
     Returns:
-        (B, H, W, H', W') in both data formats; H' = H // kv_pool and W' = W // kv_pool. The last two axes sum to 1.
-        It is the layer's map in N·M numbers of memory, and can be differentiated.
+        (B, H, W, H', W') in both data formats, where H' = H // kv_pool and W' = W // kv_pool. The last two axes sum to 1.
+        The grid takes N·M numbers of memory for each sample and can be differentiated.
 
     Raises:
         ValueError: if the input's shape does not fit.

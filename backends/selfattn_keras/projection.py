@@ -1,4 +1,4 @@
-"""A 1×1 convolution of Keras, in the form that is fastest on the framework underneath."""
+"""The 1×1 convolution of the Keras layer, in the form that is fastest on the framework that Keras runs on."""
 
 from functools import cache
 from pathlib import Path
@@ -9,7 +9,7 @@ from keras import ops
 
 __all__ = ["Projection", "add_bias"]
 
-# Tensors of the backend; Keras has no common type for them.
+# Tensors of the framework. Keras has no common type for them.
 Tensor = Any
 
 _NARROW = ("bfloat16", "float16")
@@ -17,10 +17,10 @@ _NARROW = ("bfloat16", "float16")
 
 @keras.saving.register_keras_serializable(package="selfattn")
 class Projection(keras.layers.Conv2D):
-    """A `keras.layers.Conv2D`, of which JAX computes 1×1 kernels as one product of matrices.
+    """A `keras.layers.Conv2D` that computes 1×1 kernels on JAX as one matrix product.
 
-    All positions are rows of one matrix: XLA's CPU library takes longer for the gradients of a convolution, and longer
-    to compile them. TensorFlow and PyTorch gain nothing from it. Results are those of a `Conv2D`, to rounding, but the
+    All positions are rows of one matrix. With a convolution, XLA's CPU library takes longer for the gradients and for
+    compiling them. TensorFlow and PyTorch would gain nothing. Results equal those of a `Conv2D` up to rounding, and the
     gradient of the bias is summed in at least float32.
 
     The arguments are those of `keras.layers.Conv2D`.
@@ -36,10 +36,10 @@ class Projection(keras.layers.Conv2D):
         return self.project(inputs, self.kernel)
 
     def project(self, inputs: Tensor, kernel: Tensor) -> Tensor:
-        """What `call` computes, with this kernel.
+        """The result of `call`, with this kernel.
 
         Args:
-            inputs: the maps.
+            inputs: feature maps (B, H, W, C_in).
             kernel: (1, 1, C_in, C_out).
         """
         outputs = self.convolution_op(inputs, kernel)
@@ -50,10 +50,10 @@ class Projection(keras.layers.Conv2D):
         return outputs if self.activation is None else self.activation(outputs)
 
     def convolution_op(self, inputs: Tensor, kernel: Tensor) -> Tensor:
-        """The convolution of the inputs (B, H, W, C_in), without bias; what Keras' own `call` calls.
+        """The convolution of the inputs (B, H, W, C_in), without bias. Keras' own `call` calls it.
 
         Args:
-            inputs: the maps.
+            inputs: feature maps (B, H, W, C_in).
             kernel: (1, 1, C_in, C_out).
         """
         dtype = keras.backend.standardize_dtype(inputs.dtype)
@@ -75,7 +75,7 @@ class Projection(keras.layers.Conv2D):
 
 @cache
 def _adds_up_in_16_bits() -> bool:
-    """Whether TensorFlow's 16-bit convolutions sum in 16 bits here: on a processor without AVX-512 they do (2.21)."""
+    """Whether TensorFlow's 16-bit convolutions sum in 16 bits, as 2.21 does on a processor without AVX-512."""
     import tensorflow as tf  # noqa: PLC0415 - Keras on another framework has none
 
     information = Path("/proc/cpuinfo")
@@ -84,11 +84,11 @@ def _adds_up_in_16_bits() -> bool:
 
 
 def add_bias(outputs: Tensor, bias: Tensor) -> Tensor:
-    """A bias along the last axis, added to 16 bits in float32.
+    """Add a bias along the last axis. For 16-bit outputs, the sum is computed in float32.
 
     Args:
-        outputs: of a convolution, (…, C_out).
-        bias: (C_out,).
+        outputs: outputs of a convolution, (…, C_out).
+        bias: the bias, (C_out,).
 
     Returns:
         The sum, in the dtype of `outputs`.
@@ -101,5 +101,5 @@ def add_bias(outputs: Tensor, bias: Tensor) -> Tensor:
     bias = ops.cast(bias, dtype)
     if dtype not in _NARROW:
         return ops.add(outputs, bias)
-    # The gradient of what is broadcast is a sum over all positions, and in 16 bits XLA's stands still at a few hundred.
+    # The gradient of a broadcast bias is a sum over all positions. In 16 bits XLA's sum stops growing at a few hundred.
     return ops.cast(ops.cast(outputs, "float32") + ops.cast(bias, "float32"), dtype)

@@ -1,4 +1,4 @@
-"""Weights of the Keras layer to and from canonical arrays and files."""
+"""Conversion of the Keras layer's weights to and from canonical arrays and files."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -18,13 +18,13 @@ from selfattn_keras.layer import SelfAttention2D, own_copy
 
 
 def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
-    """The layer's weights, and with spectral norm its state, as new, contiguous numpy arrays by canonical name.
+    """The layer's weights and its spectral norm state, if any, as new contiguous numpy arrays by canonical name.
 
     Args:
-        layer: built, on any device; bfloat16 is widened to float32, which is exact.
+        layer: a built layer on any device. bfloat16 is widened to float32, which is exact.
 
     Returns:
-        Kernels (C_in, C_out), biases (C_out,), gamma (1,); with spectral norm the kernels are the raw ones.
+        Kernels (C_in, C_out), biases (C_out,) and gamma (1,). With spectral norm the kernels are the raw ones.
 
     Raises:
         ValueError: if the layer is not built yet.
@@ -51,15 +51,15 @@ def from_canonical(
     """A built layer with these weights.
 
     Args:
-        config: which layer.
+        config: options of the layer.
         params: arrays by canonical name.
-        block_size: as in `SelfAttention2D`.
-        data_format: as in `SelfAttention2D`.
+        block_size: see `SelfAttention2D`.
+        data_format: see `SelfAttention2D`.
         dtype: name of a dtype or a dtype policy, for example "mixed_bfloat16"; by default the arrays' dtype.
 
     Raises:
-        ValueError: if the arrays do not fit the config (lists every problem), or their dtype is float64 and JAX has
-            not been told to compute in it.
+        ValueError: if the arrays do not fit the config (lists every problem), or if their dtype is float64 and JAX does
+            not have it enabled.
 
     Example:
         >>> layer = SelfAttention2D.from_spec(SelfAttentionConfig(16))
@@ -71,8 +71,8 @@ def from_canonical(
     dtype = arrays["gamma"].dtype.name if dtype is None else dtype
     _check_float64(keras.dtype_policies.get(dtype).variable_dtype)
     with undrawn():
-        # What is overwritten at once is neither drawn nor filled by JAX, which compiles that for each shape. The
-        # initializers are then those of any layer, for whoever makes another one of its config.
+        # The values are overwritten at once, so JAX does not draw or fill them, which it would compile for each shape. The
+        # initializers are then set to the usual ones, for a new layer from the same config.
         layer = SelfAttention2D.from_spec(
             config,
             block_size=block_size,
@@ -91,14 +91,14 @@ def from_canonical(
             child.bias_initializer = own_copy(layer.bias_initializer, name)
     for name, array in arrays.items():
         target = variable(layer, name)
-        # A copy, for JAX takes over the memory of an array that it is given.
+        # A copy, because JAX takes over the memory of the array.
         target.assign(np.array(array, order="C").reshape(target.shape))
     return layer
 
 
 @contextmanager
 def undrawn() -> Iterator[None]:
-    """Leave Python's random state, from which unseeded initializers draw their seeds, as the caller has it.
+    """Restore Python's random state afterwards. Initializers without a seed draw one from it.
 
     Example:
         >>> random.seed(1)
@@ -117,14 +117,14 @@ def undrawn() -> Iterator[None]:
 
 
 def refresh_spectral_norm(layer: SelfAttention2D) -> None:
-    """Make every estimate of a spectral norm in a layer that of its present kernel.
+    """Recompute the state of every spectral norm in a layer for its current kernels.
 
-    To be called after kernels came from outside the training: assigned, averaged, or loaded without u and v. The state
-    belongs to other kernels then, and the first outputs in evaluation are off by any factor. Loading a file that has
-    kernels without u and v does it by itself, with a warning.
+    Call it after you set kernels outside training: assigned, averaged, or loaded without u and v. The old state belongs to
+    other kernels, and the first outputs in evaluation could be wrong by any factor. Loading a file that has kernels without
+    u and v calls it automatically, with a warning.
 
     Args:
-        layer: built, with values that can be read: not inside a compiled function.
+        layer: a built layer. Its values must be readable, so do not call this inside a compiled function.
 
     Raises:
         ValueError: if the layer is not built yet.
@@ -157,26 +157,26 @@ def load(
     data_format: str | None = None,
     dtype: Any = None,
 ) -> SelfAttention2D:
-    """A built layer from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
+    """Load a built layer from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
 
     Args:
-        path: a canonical `.safetensors` file, or with `dialect` a checkpoint in any format that `selfattn inspect` reads.
-        block: which layer of a canonical file that holds several.
-        dialect: what another file is, as `selfattn dialects` lists them, or a `.toml` file of your own.
-        prefix: which block of such a file, where it has several.
-        settings: what such a file does not say, for example {"use_scale": False}.
-        strict: whether tensors under the prefix that nothing reads are an error.
-        block_size: as in `SelfAttention2D`.
-        data_format: as in `SelfAttention2D`.
+        path: a canonical `.safetensors` file. With `dialect`, a checkpoint in any format that `selfattn inspect` reads.
+        block: name of the block, if a canonical file holds several.
+        dialect: dialect of a checkpoint: a name that `selfattn dialects` lists, or your own `.toml` file.
+        prefix: prefix of the block, if a checkpoint holds several.
+        settings: facts that a checkpoint does not contain, for example {"use_scale": False}.
+        strict: whether unused tensors under the prefix are an error.
+        block_size: see `SelfAttention2D`.
+        data_format: see `SelfAttention2D`.
         dtype: name of a dtype or a dtype policy; by default the file's dtype.
 
     Warns:
-        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
-            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
+        UserWarning: if stored vectors u and v of spectral norm do not have length 1, for example because they are
+            averages. Also if neither `settings` nor a native file of this library contains `kv_pool`.
 
     Raises:
-        FileNotFoundError: if there is no such canonical file.
-        ValueError: if it is not a whole and fitting file of its kind; lists every problem.
+        FileNotFoundError: if the canonical file does not exist.
+        ValueError: if the file is incomplete or does not fit. It lists every problem.
     """
     config, params = load_any(
         path, block=block, dialect=dialect, prefix=prefix, settings=settings, strict=strict
@@ -188,14 +188,14 @@ def save(layer: SelfAttention2D, path: PathLike, *, overwrite: bool = False, sou
     """Write the layer's weights to a canonical file.
 
     Args:
-        layer: the layer, built.
+        layer: the built layer.
         path: the `.safetensors` file; its folder must exist.
         overwrite: whether an existing file may be replaced.
-        source: where the weights came from, for the reader.
+        source: note on the origin of the weights, stored in the file.
 
     Raises:
         FileExistsError: if the file exists and `overwrite` is False.
-        OSError: if it cannot be written; an existing file is left as it was.
+        OSError: if the file cannot be written. An existing file then stays unchanged.
         ValueError: if the layer is not built yet, or a weight is not finite.
 
     Example:
@@ -210,7 +210,7 @@ def save(layer: SelfAttention2D, path: PathLike, *, overwrite: bool = False, sou
 
 
 def _check_float64(dtype: str) -> None:
-    """Refuse float64 where it would be narrowed: JAX does so with a mere warning."""
+    """Refuse float64 if it would be narrowed. JAX itself only warns."""
     held = keras.backend.standardize_dtype(keras.ops.convert_to_tensor(np.zeros((), np.float64)).dtype)
     if dtype == "float64" != held:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The layer for code that expects a pair."""
+"""The layer for code that expects (y, A)."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ __all__ = ["SelfAttention2DWithMap"]
 
 @keras.saving.register_keras_serializable(package="selfattn")
 class SelfAttention2DWithMap(SelfAttention2D):
-    """`SelfAttention2D` that returns (y, A) unless told otherwise, as many published layers do.
+    """`SelfAttention2D` that returns (y, A) by default, as many published layers do.
 
-    `selfattn_keras.convert` puts it where such a layer was, so that what unpacks the pair goes on working. Every call makes
-    the whole map, N·M numbers for each sample: change the callers to use y alone, and a `SelfAttention2D`, where memory
-    matters. The arguments and the weights are the same.
+    `selfattn_keras.convert` replaces such layers by this one, so that code that unpacks the pair still works. Every call
+    computes the whole map, N·M numbers for each sample. If memory matters, change the callers to use y alone, and use
+    `SelfAttention2D`. The arguments and the weights are the same.
 
     Example:
         >>> y, A = SelfAttention2DWithMap(data_format="channels_last")(keras.random.normal((2, 3, 4, 16)))
@@ -27,16 +27,16 @@ class SelfAttention2DWithMap(SelfAttention2D):
         """The output and the map, or the output alone.
 
         Args:
-            x: (B, H, W, C) or (B, C, H, W), as `data_format` says.
+            x: (B, H, W, C), or (B, C, H, W) with "channels_first".
             return_attention_scores: whether to return (y, A) instead of y.
-            training: whether this is a step of training, which matters to spectral norm alone.
+            training: whether this is a step of training. Only spectral norm uses it.
         """
         return super().call(x, return_attention_scores=return_attention_scores, training=training)
 
     def compute_output_spec(
         self, x: Tensor, *, return_attention_scores: bool = True, training: bool | None = None
     ) -> Any:
-        """Shapes and dtypes of what `call` returns; sizes that are not known yet stay None."""
+        """Shapes and dtypes of the result of `call`. Sizes that are not known yet stay None."""
         return super().compute_output_spec(
             x, return_attention_scores=return_attention_scores, training=training
         )

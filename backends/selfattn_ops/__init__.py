@@ -1,6 +1,7 @@
-"""The memory-linear core of the layer, once per array framework; importing this package imports none of them.
+"""Attention without a scale, in memory linear in N, for each array framework.
 
-Import the one you use: `from selfattn_ops.torch import attend`, or `.jax`, or `.tensorflow`.
+Import it for the framework that you use: `from selfattn_ops.torch import attend`, or `.jax`, or `.tensorflow`. This
+package itself imports no framework.
 """
 
 from selfattn_core import __version__

@@ -1,4 +1,4 @@
-"""How many query rows are attended from at a time, and what the operands must look like; no framework here."""
+"""The size of query blocks, and the checks of the operands, without a framework."""
 
 import operator
 from collections.abc import Sequence
@@ -15,34 +15,33 @@ __all__ = [
 ]
 
 SCORE_BUDGET = 8 * 2**20
-"""Bytes of one float32 score buffer that the automatic choice aims at, on a CPU and wherever nothing else is known."""
+"""Bytes of one float32 score buffer that the automatic choice aims at, on a CPU and on unknown devices."""
 
 MINIMUM_ROWS = 128
-"""Query rows that a block of the automatic choice has at least: with fewer, products are slow."""
+"""The fewest query rows in a block of the automatic choice. With fewer, products are slow."""
 
 
 ACCELERATORS = frozenset({"cuda", "gpu", "mps", "rocm", "tpu", "xpu"})
-"""Kinds of device, in the words of their frameworks, that a product as small as a CPU's leaves idle."""
+"""Kinds of device, as the frameworks name them, that need larger products than a CPU to be busy."""
 
 ACCELERATOR_BUDGET = 64 * 2**20
-"""The same on these, at most; no card has been measured."""
+"""The largest score buffer on an accelerator, in bytes. No card has been measured."""
 
 _MOST_BUFFERS = 16
-"""No step holds so many score buffers at once; second derivatives hold 13."""
+"""More score buffers than any step holds at once. Second derivatives hold 13."""
 
 
 def score_budget(kind: str, batch: int, rows: int, keys: int, dtype: str = "float32") -> int:
-    """Bytes of one float32 score buffer that the automatic choice aims at: a pure function of its arguments.
+    """Bytes of one float32 score buffer that the automatic choice aims at. It depends on the arguments alone.
 
-    On an accelerator it grows with the map, but stays so small a part of it that all buffers of a step together are
-    less than one map.
+    On an accelerator the buffer grows with the map. All buffers of a step together stay smaller than one map.
 
     Args:
-        kind: of the device, in the words of its framework, without a number; one that is not known is as a CPU.
-        batch: B, elements in the leading axes together.
+        kind: the framework's name for the kind of device, without a number. An unknown kind counts as a CPU.
+        batch: B, the product of the leading axes.
         rows: N, query positions.
         keys: M, key positions.
-        dtype: of the operands; scores of float64 take twice the memory.
+        dtype: dtype of the operands. Scores in float64 take twice the memory.
 
     Example:
         >>> [score_budget(kind, 1, 128 * 128, 128 * 128) // 2**20 for kind in ("cpu", "cuda")]
@@ -57,14 +56,14 @@ def score_budget(kind: str, batch: int, rows: int, keys: int, dtype: str = "floa
 
 
 def block_rows(block_size: int | None, batch: int, rows: int, keys: int, budget: int | None = None) -> int:
-    """Query rows in a block: a pure function of sizes, never of free memory or of data.
+    """Query rows in a block. The number depends on sizes alone, never on free memory or on data.
 
     Args:
         block_size: the caller's choice in query rows, or None for the largest block within the budget.
-        batch: B, elements in the leading axes together.
+        batch: B, the product of the leading axes.
         rows: N, query positions.
         keys: M, key positions.
-        budget: bytes, as `score_budget` gives them; by default `SCORE_BUDGET`.
+        budget: bytes, from `score_budget`; by default `SCORE_BUDGET`.
 
     Returns:
         A number from 1 to max(N, 1).
@@ -89,10 +88,10 @@ def check_block_size(block_size: int | None) -> int | None:
     """The block size as a plain int, or None for the automatic choice.
 
     Args:
-        block_size: query rows that are attended from at a time.
+        block_size: query rows that are computed at a time.
 
     Raises:
-        ValueError: if it is neither None nor a positive integer.
+        ValueError: if `block_size` is neither None nor a positive integer.
 
     Example:
         >>> check_block_size(256)
@@ -122,14 +121,14 @@ def check_operands(
     """Refuse operands of `attend` that do not belong together.
 
     Args:
-        query: shape (…, N, Dk); None for a size that is not known yet.
+        query: shape (…, N, Dk), with None for a size that is not known yet.
         key: shape (…, M, Dk).
         value: shape (…, M, Dv).
         dtypes: the three dtypes.
-        devices: the three devices, where the framework has them.
+        devices: the three devices, if the framework has them.
 
     Raises:
-        ValueError: listing every mismatch.
+        ValueError: if the operands do not fit each other. It lists every mismatch.
 
     Example:
         >>> check_operands((2, 6, 4), (2, 5, 3), (2, 5, 8), dtypes=("float32",) * 3)

@@ -18,11 +18,11 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
     """Open a program.
 
     Args:
-        path: of the file.
-        input_name: of the input; the whole program is run.
-        output_names: of outputs; the whole program is run.
+        path: path of the file.
+        input_name: name of the input. The whole program is run.
+        output_names: names of outputs. The whole program is run.
     """
-    # The program lives as long as its method.
+    # The method keeps the program alive.
     program = Runtime.get().load_program(Path(path))
     method = program.load_method("forward")
     if method is None:
@@ -37,7 +37,7 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
         by_name = {each.name: value for each, value in zip(outputs, answered, strict=True)}
         return [to_numpy(by_name[name]) for name in names]
 
-    note = "a program does not say whether its sizes are open, but the largest that it plans memory for; it was asked at these"
+    note = "a program contains only the largest sizes that it plans memory for, not whether its sizes are open; these were used"
     return Artifact(tuple(inputs), tuple(outputs), run, {"executorch": version("executorch")}, notes=(note,))
 
 

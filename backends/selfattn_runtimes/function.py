@@ -1,4 +1,4 @@
-"""A function of the user's own, named module:function: it takes the maps as a numpy array and gives y, or y and the map."""
+"""The user's own function, given as module:function. It maps a numpy array x to y, or to y and the map."""
 
 import importlib
 from typing import Any
@@ -20,7 +20,7 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
         output_names: "y", "map" or none.
 
     Raises:
-        TypeError: if it is no function.
+        TypeError: if it is not a function.
     """
     module, _, attribute = path.partition(":")
     found: Any = importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""What LiteRT's interpreter is asked, whichever package it comes from."""
+"""The interpreter of LiteRT files, from either of the packages that contain it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +15,8 @@ def opened(interpreter: Any, versions: Mapping[str, str]) -> Artifact:
     """A file that an interpreter has loaded.
 
     Args:
-        interpreter: of ai-edge-litert or TensorFlow.
-        versions: of that package.
+        interpreter: interpreter of ai-edge-litert or TensorFlow.
+        versions: version of that package.
     """
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
     index = {each["name"]: each["index"] for each in (*inputs, *outputs)}
@@ -29,7 +29,7 @@ def opened(interpreter: Any, versions: Mapping[str, str]) -> Artifact:
             interpreter.allocate_tensors()
         interpreter.set_tensor(index[name], np.ascontiguousarray(x))
         interpreter.invoke()
-        # A copy: views of the interpreter's memory do not outlive its next call.
+        # A copy, because the next call overwrites the interpreter's memory.
         return [np.array(interpreter.get_tensor(index[each])) for each in names]
 
     formats = {np.dtype(each["dtype"]).name for each in interpreter.get_tensor_details()}

@@ -1,4 +1,4 @@
-"""Files of `jax.export`: what `Exported.serialize()` gives."""
+"""Files of `jax.export`, written by `Exported.serialize()`."""
 
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
     """Open a file.
 
     Args:
-        path: of the file.
-        input_name: of the input, "input 0" and so on; the whole function is run.
-        output_names: of outputs, "output 0" and so on; the whole function is run.
+        path: path of the file.
+        input_name: name of the input, "input 0" and so on. The whole function is run.
+        output_names: names of outputs, "output 0" and so on. The whole function is run.
     """
     exported = export.deserialize(bytearray(Path(path).read_bytes()))
     inputs = [_tensor(f"input {number}", aval) for number, aval in enumerate(exported.in_avals)]

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from numpy.typing import NDArray
 
-# Registers the layer under the name that is in files.
+# This import registers the layer under its name in files.
 import selfattn_keras  # noqa: F401
 from selfattn_core.verifying.artifact import Artifact, Tensor
 
@@ -14,15 +14,15 @@ __all__ = ["open_artifact"]
 
 
 def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str, ...]) -> Artifact:
-    """Open a model, or the part of it that is one of its layers.
+    """Open a model, or one of its layers.
 
     Args:
-        path: of the file.
-        input_name: of the layer whose input is fed; by default the model's own input.
-        output_names: of the layer whose output is read; by default the model's own outputs.
+        path: path of the file.
+        input_name: name of the layer whose input is fed; by default the model's own input.
+        output_names: name of the layer whose output is read; by default the model's own outputs.
 
     Raises:
-        ValueError: if the model has not the layers that are named.
+        ValueError: if the model does not have these layers.
     """
     model = keras.saving.load_model(path, compile=False)
     own = {each.name for each in model.inputs}
@@ -63,7 +63,7 @@ def _part(model: Any, input_name: str | None, output_names: tuple[str, ...]) -> 
 
 
 def _names(model: Any, layers: tuple[str, ...]) -> tuple[str, ...]:
-    """Of its outputs: of a part, that of the layer; what else that layer gives has a number behind it."""
+    """The names of the outputs. The outputs of one layer have its name, with numbers from the second on."""
     count = len(model.outputs)
     if len(layers) == 1:
         return (layers[0], *(f"{layers[0]} {number}" for number in range(1, count)))

@@ -19,12 +19,12 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
     """Open a file, or the part of it between two tensors.
 
     Args:
-        path: of the file.
-        input_name: of the tensor that is fed; by default the graph's own input.
-        output_names: of the tensors that are read; by default the graph's own outputs.
+        path: path of the file.
+        input_name: name of the tensor that is fed; by default the graph's own input.
+        output_names: names of the tensors that are read; by default the graph's own outputs.
 
     Raises:
-        ValueError: if there are no such tensors, or what lies between them needs more than the first.
+        ValueError: if these tensors do not exist, or if the part between them needs further inputs.
     """
     model = onnx.load(path)
     onnx.checker.check_model(path)
@@ -32,7 +32,7 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
     if _is_part(model, input_name, output_names):
         source = _part(model, input_name, output_names).SerializeToString()
     options = onnxruntime.SessionOptions()
-    # Errors alone: warnings about a graph are its exporter's.
+    # Log errors only, because warnings about a graph concern its exporter.
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
@@ -65,14 +65,14 @@ def _part(model: Any, input_name: str | None, output_names: tuple[str, ...]) -> 
     needed = {name for node in part.graph.node for name in node.input} - made
     if needed:
         raise ValueError(
-            f"what lies between {start} and its outputs needs {', '.join(sorted(needed))} too, perhaps its sizes: export the "
-            "network with fixed sizes, or the layer alone."
+            f"the part between {start} and its outputs also needs {', '.join(sorted(needed))}, perhaps because of open sizes: export "
+            "the network with fixed sizes, or the layer alone."
         )
     return part
 
 
 def _formats(model: Any) -> set[str]:
-    """Dtypes of the weights; integers are those of shapes and axes, unless something is quantised."""
+    """The dtypes of the weights. Integers belong to shapes and axes, unless something is quantised."""
     constants = [
         attribute.t
         for node in model.graph.node

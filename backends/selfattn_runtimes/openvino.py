@@ -15,9 +15,9 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
     """Open a file, or the part of it between two tensors.
 
     Args:
-        path: of the file.
-        input_name: of the tensor that is fed; by default the network's own input.
-        output_names: of the tensors that are read; by default the network's own outputs.
+        path: path of the file.
+        input_name: name of the tensor that is fed; by default the network's own input.
+        output_names: names of the tensors that are read; by default the network's own outputs.
     """
     core = openvino.Core()
     model = core.read_model(path)
@@ -36,8 +36,8 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
     notes = []
     if by_default != openvino.Type.f32:
         notes.append(
-            "computed with INFERENCE_PRECISION_HINT = f32; on this processor OpenVINO computes in "
-            f"{by_default.get_type_name()} unless it is told so"
+            "computed with INFERENCE_PRECISION_HINT = f32; by default, OpenVINO computes in "
+            f"{by_default.get_type_name()} on this processor"
         )
     return Artifact(
         tuple(_tensor(each, f"input {number}", asked) for number, each in enumerate(model.inputs)),
@@ -50,7 +50,7 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
 
 
 def _own_names(model: Any) -> set[str]:
-    """Of the network's own input and outputs; one without a name has a number."""
+    """The names of the network's own inputs and outputs. One without a name has a number."""
     own: set[str] = set()
     for kind, ports in (("input", model.inputs), ("output", model.outputs)):
         for number, port in enumerate(ports):
@@ -59,7 +59,7 @@ def _own_names(model: Any) -> set[str]:
 
 
 def _part(model: Any, input_name: str | None, output_names: tuple[str, ...]) -> Any:
-    """The network between two tensors, which has an input and results of its own."""
+    """The network between two tensors, as a model with its own input and results."""
     found = {name: output for op in model.get_ops() for output in op.outputs() for name in output.get_names()}
     named = [name for name in (input_name, *output_names) if name is not None]
     if missing := [name for name in named if name not in found]:
@@ -76,8 +76,8 @@ def _part(model: Any, input_name: str | None, output_names: tuple[str, ...]) -> 
         return openvino.Model(ends, [fed], "part")
     except RuntimeError as error:
         raise ValueError(
-            f"what lies between {input_name} and its outputs needs more, perhaps the sizes of the network's input: export the "
-            f"network with fixed sizes, or the layer alone. OpenVINO says: {error}"
+            f"the part between {input_name} and its outputs needs more, perhaps the sizes of the network's input: export the "
+            f"network with fixed sizes, or the layer alone. OpenVINO's error: {error}"
         ) from error
 
 

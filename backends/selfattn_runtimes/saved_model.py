@@ -1,4 +1,4 @@
-"""TensorFlow's SavedModel folders, by their serving signature."""
+"""TensorFlow's SavedModel folders, run by their serving signature."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
     """Open a folder.
 
     Args:
-        path: of the folder.
-        input_name: of the signature's input; the whole signature is run.
-        output_names: of its outputs; the whole signature is run.
+        path: path of the folder.
+        input_name: name of the signature's input. The whole signature is run.
+        output_names: names of its outputs. The whole signature is run.
 
     Raises:
-        ValueError: if there is no `serving_default` among several signatures, or none at all.
+        ValueError: if there is no signature, or there are several without `serving_default`.
     """
     loaded = tf.saved_model.load(path)
     signatures = dict(loaded.signatures)

@@ -12,8 +12,8 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
     """Open a file.
 
     Args:
-        path: of the file.
-        input_name: of the input; the whole file is run.
-        output_names: of outputs; the whole file is run.
+        path: path of the file.
+        input_name: name of the input. The whole file is run.
+        output_names: names of outputs. The whole file is run.
     """
     return opened(tf.lite.Interpreter(path), {"tensorflow": tf.__version__})

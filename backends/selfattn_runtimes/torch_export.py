@@ -16,14 +16,14 @@ def open_artifact(path: str, *, input_name: str | None, output_names: tuple[str,
     """Open a program.
 
     Args:
-        path: of the file.
-        input_name: of the input; the whole program is run.
-        output_names: of outputs; the whole program is run.
+        path: path of the file.
+        input_name: name of the input. The whole program is run.
+        output_names: names of outputs. The whole program is run.
     """
     program = torch.export.load(path)
     module = program.module()
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    # Arguments that are no tensors were made constants, and are passed on as such.
+    # Arguments that are not tensors became constants, and are passed on as constants.
     given = program.graph_signature.user_inputs
     inputs = [_tensor(name, values[name]) for name in given if isinstance(name, str) and name in values]
     names_out = [name for name in program.graph_signature.user_outputs if isinstance(name, str)]

@@ -1,4 +1,4 @@
-"""Between numpy and PyTorch, bfloat16 too, which numpy has from ml_dtypes and `torch.from_numpy` does not take."""
+"""Conversion between numpy and PyTorch, including ml_dtypes' bfloat16, which `torch.from_numpy` does not accept."""
 
 from typing import Any
 
@@ -17,6 +17,6 @@ def from_numpy(array: NDArray[Any]) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
-    """A copy of the tensor as an array; of bfloat16, in float32."""
+    """A copy of the tensor as an array. bfloat16 becomes float32."""
     array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
     return array

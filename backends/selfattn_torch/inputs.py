@@ -1,4 +1,4 @@
-"""What the layer for PyTorch says of an input that is no tensor."""
+"""The error messages of the PyTorch layer for an input that is not a tensor."""
 
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
@@ -7,13 +7,13 @@ __all__ = ["refuse"]
 
 
 def refuse(x: object) -> None:
-    """Refuse an input that is no tensor, unless it overrides torch's functions and so stands for one.
+    """Refuse an input that is not a tensor, unless it overrides torch's functions and so acts as one.
 
     Args:
-        x: not a `torch.Tensor`.
+        x: an input that is not a `torch.Tensor`.
 
     Raises:
-        TypeError: if it is an array, a list or the like.
+        TypeError: if it is an array, a list or a similar object.
         torch.fx.proxy.TraceError: if `torch.fx` is tracing through the layer.
 
     Example:
@@ -24,8 +24,8 @@ def refuse(x: object) -> None:
     """
     if isinstance(x, Proxy):
         raise TraceError(
-            "SelfAttention2d: got a torch.fx.Proxy; expected a tensor, since the layer chooses by the input's shape what it "
-            "computes: make the layer a leaf of your tracer, by a Tracer whose is_leaf_module is true for it, or use torch.export."
+            "SelfAttention2d: got a torch.fx.Proxy; expected a tensor, because the computation depends on the input's shape. "
+            "Use torch.export, or make the layer a leaf: subclass Tracer so that is_leaf_module returns True for it."
         )
     if hasattr(type(x), "__torch_function__"):
         return

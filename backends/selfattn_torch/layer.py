@@ -1,4 +1,4 @@
-"""The layer for PyTorch; the function is defined in `selfattn_core.spec`.
+"""The layer for PyTorch. `selfattn_core.spec` defines the function that it computes.
 
 Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3.
 """
@@ -27,7 +27,7 @@ class SelfAttention2d(nn.Module):
 
     The softmax runs over the keys. gamma starts at zero, so a new layer returns
     its input. Unlike `nn.MultiheadAttention` there is no 1/sqrt(d) scale, and
-    queries and keys can have another width than values.
+    queries and keys can have a different width from values.
 
     | array | shape |
     |---|---|
@@ -64,8 +64,8 @@ class SelfAttention2d(nn.Module):
             before the next forward pass: see `SpectralConv2d`.
         block_size: how many query positions are computed at a time; None
             chooses by size. Changes memory, not the result.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if the options do not make a layer, or (when called) the
@@ -141,7 +141,7 @@ class SelfAttention2d(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Draw new parameters: Glorot-uniform kernels, zero biases, zero gamma; and the state of spectral norm."""
+        """Draw new parameters (Glorot-uniform kernels, zero biases and gamma) and a new state of spectral norm."""
         for name in projections(self.config):
             self.get_submodule(name).reset_parameters()
         nn.init.zeros_(self.gamma)
@@ -154,7 +154,7 @@ class SelfAttention2d(nn.Module):
     def forward(
         self, x: torch.Tensor, need_weights: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The output, and the map if asked for, which takes N·M numbers of memory.
+        """The output and, on request, the map, which takes N·M numbers of memory.
 
         Args:
             x: (B, C, H, W) or (C, H, W).
@@ -188,7 +188,7 @@ class SelfAttention2d(nn.Module):
         return y, (attention if x.dim() == 4 else attention.squeeze(0))
 
     if TYPE_CHECKING:
-        # torch declares that the call of every module returns Any. pyright keeps that for `__call__ = forward`.
+        # torch declares that calling a module returns Any. With `__call__ = forward` pyright still infers Any.
         @overload
         def __call__(self, x: torch.Tensor, need_weights: Literal[False] = False) -> torch.Tensor: ...
         @overload
@@ -203,21 +203,21 @@ class SelfAttention2d(nn.Module):
         return nn.functional.max_pool2d(maps, side, side) if side > 1 else maps
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Put the weights there, and among torch's versions of modules the pooling, which no weight shows."""
+        """Save the weights, and put the pooling, which no weight shows, into the metadata of the state dict."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         versions = getattr(destination, "_metadata", {})
-        # What `selfattn port` and `load` read; a state dict's names stay what they are.
+        # `selfattn port` and `load` read it. The names in the state dict stay the same.
         versions.get(prefix.removesuffix("."), {})[KV_POOL] = self.config.kv_pool
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What `torch.jit.script` calls first, also for a layer inside another module."""
+        """Refuse `torch.jit.script`, which calls this method first, also for a layer inside another module."""
         raise NotImplementedError(
-            "SelfAttention2d: got a call of torch.jit.script, which cannot compile what the layer computes; expected torch.export, "
-            "or tracing: torch.jit.trace(layer, x) is a module that may stand in a scripted one."
+            "SelfAttention2d: got a call of torch.jit.script, which cannot compile the layer; expected torch.export, or tracing: "
+            "torch.jit.trace(layer, x) returns a module that you can use inside a scripted one."
         )
 
     def extra_repr(self) -> str:
-        """The config, and the block size where it is set."""
+        """The config, and the block size if it is set."""
         options: dict[str, Any] = self.config.to_dict()
         channels, options["bias"] = options.pop("channels"), options.pop("use_bias")
         if self.block_size is not None:
@@ -227,13 +227,14 @@ class SelfAttention2d(nn.Module):
 
 def _rows(maps: torch.Tensor) -> torch.Tensor:
     """(B, D, H, W) to (B, N, D), positions in row-major order."""
-    # Not `.mT`, which the older converters do not know.
+    # The older converters do not support `.mT`.
     return maps.flatten(2).transpose(-2, -1)
 
 
 def _scaled_sum(maps: torch.Tensor, gain: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     """Gain times attended, plus maps."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        # Core ML's converter knows no addcmul. Run here, the two would take up to a third longer and another map.
+        # Core ML's converter does not support addcmul. Outside an export, a product and a sum would take up to a third
+        # longer and another feature map of memory.
         return maps + gain * attended
     return torch.addcmul(maps, gain, attended)

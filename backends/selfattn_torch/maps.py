@@ -1,4 +1,4 @@
-"""The attention map with its positions as the rows and columns that they are."""
+"""`attention_grid`: the attention map with axes for rows and columns instead of flat positions."""
 
 import torch
 
@@ -8,15 +8,15 @@ __all__ = ["attention_grid"]
 
 
 def attention_grid(layer: SelfAttention2d, x: torch.Tensor) -> torch.Tensor:
-    """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
+    """The layer's map of x, unflattened. `grid[b, h, w]` holds the weights of output position (h, w).
 
     Args:
-        layer: in either mode; it is called in evaluation, so that no state of spectral norm moves, and keeps its mode.
+        layer: the layer, in any mode. It is called in evaluation mode, so spectral norm does not move. Its mode is kept.
         x: (B, C, H, W) or (C, H, W).
 
     Returns:
-        (B, H, W, H', W'), without B where x has none; H' = H // kv_pool and W' = W // kv_pool. The last two axes sum
-        to 1. It is the layer's map in N·M numbers of memory, and can be differentiated.
+        (B, H, W, H', W'), without B if x has none, where H' = H // kv_pool and W' = W // kv_pool. The last two axes sum
+        to 1. The grid takes N·M numbers of memory for each sample and can be differentiated.
 
     Raises:
         ValueError: if the input's shape does not fit.
@@ -28,7 +28,7 @@ def attention_grid(layer: SelfAttention2d, x: torch.Tensor) -> torch.Tensor:
         >>> grid.shape
         torch.Size([3, 5, 8, 2, 4])
     """
-    # Each by itself, since some may be in evaluation already.
+    # One by one, because some modules may be in evaluation mode already.
     training = [module for module in layer.modules() if module.training]
     try:
         for module in training:

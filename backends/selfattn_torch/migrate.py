@@ -1,4 +1,4 @@
-"""State dicts as other versions and other tools have written them, on their way into the layer."""
+"""Loading state dicts that other versions or other tools wrote."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ __all__ = ["accept_older"]
 
 
 def accept_older(_layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Bring the entries of a layer to today's names and shapes; a `register_load_state_dict_pre_hook` hook.
+    """Bring the entries of a layer to today's names and shapes. A hook for `register_load_state_dict_pre_hook`.
 
-    gamma may have any shape of one element, as in the many layers that keep a scalar, and may be called `weight`, to
-    which some loaders rename whatever has "gamma" in its name.
+    gamma may have any shape of one element, because many layers keep a scalar. It may be called `weight`, because some
+    loaders rename everything that has "gamma" in its name.
 
     Args:
-        state_dict: the entries; torch gives hooks a copy, which is changed.
-        prefix: of the layer's own entries.
+        state_dict: the entries. torch passes a copy to hooks, and this function changes it.
+        prefix: prefix of the layer's own entries.
     """
     name = f"{prefix}gamma"
     renamed = f"{prefix}weight"

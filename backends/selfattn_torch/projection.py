@@ -1,4 +1,4 @@
-"""The 1×1 convolutions of the layer: how they draw their parameters, and three of them computed as one."""
+"""The 1×1 convolutions of the layer: their initial parameters, and a product that computes three of them at once."""
 
 import torch
 from torch import nn
@@ -7,14 +7,14 @@ from torch.nn.modules import module as hooks
 __all__ = ["Projection", "project"]
 
 _WIDEST = 256
-"""Input channels up to which one product was seen to be the faster, on a CPU; above, its three are as fast."""
+"""Input channels up to which one product was faster in measurements on a CPU. Above, three products are as fast."""
 
 
 class Projection(nn.Conv2d):
     """`nn.Conv2d` whose `reset_parameters` draws a Glorot-uniform kernel and a zero bias.
 
-    A model made on the meta device is filled by calling `reset_parameters` of each of its `modules()`, children after
-    their parents: a plain convolution would then replace the layer's initial parameters with its own.
+    To fill a model made on the meta device, a caller runs `reset_parameters` of all its `modules()`, children after their
+    parents. A plain convolution would then replace the layer's initial parameters by its own.
 
     Example:
         >>> projection = Projection(16, 2, 1)
@@ -30,13 +30,13 @@ class Projection(nn.Conv2d):
 
 
 def project(maps: torch.Tensor, *children: nn.Module) -> tuple[torch.Tensor, ...]:
-    """What each child makes of the maps: (B, D, H, W), D channels of its own.
+    """The output (B, D, H, W) of each child, where D is the child's own number of channels.
 
-    Children that are plain 1×1 convolutions are computed in one product, which reads the maps once. A child that is
-    hooked, parametrised, wrapped or replaced is called, and then all of them are.
+    If all children are plain 1×1 convolutions, one product computes them and reads the maps once. If any child is hooked,
+    parametrised, wrapped or replaced, each child is called.
 
     Args:
-        maps: (B, C, H, W).
+        maps: feature maps (B, C, H, W).
         children: `query`, `key` and `value` of a layer.
     """
     if not all(_is_plain(child) for child in children):
@@ -51,9 +51,9 @@ def project(maps: torch.Tensor, *children: nn.Module) -> tuple[torch.Tensor, ...
 
 
 def _is_plain(child: nn.Module) -> bool:
-    """Whether calling the child would be a 1×1 convolution and nothing else, and one that is worth joining."""
+    """Whether a call of the child is only a 1×1 convolution, and joining it saves time."""
     return (
-        # A parametrised module, such as one of torch's spectral_norm, has a class of its own.
+        # A parametrised module, for example by torch's spectral_norm, has a different class.
         type(child) in (Projection, nn.Conv2d)
         and type(child.weight) in (nn.Parameter, torch.Tensor)
         and child.weight.shape[2:] == (1, 1)
@@ -62,7 +62,7 @@ def _is_plain(child: nn.Module) -> bool:
         and child.groups == 1
         and child.in_channels <= _WIDEST
         and "forward" not in vars(child)
-        # What `Module.__call__` looks at.
+        # `Module.__call__` runs these hooks.
         and not (
             child._forward_hooks  # noqa: SLF001
             or child._forward_pre_hooks  # noqa: SLF001

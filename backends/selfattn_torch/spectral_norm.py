@@ -1,4 +1,4 @@
-"""A 1×1 convolution divided by its spectral norm; the numerics are those of `selfattn_core.spectral_norm`."""
+"""A 1×1 convolution divided by its spectral norm, with the numerics of `selfattn_core.spectral_norm`."""
 
 from typing import Any, Literal
 
@@ -17,29 +17,31 @@ _TRACKER = ModuleTracker()
 class SpectralConv2d(Projection):
     """A 1×1 `nn.Conv2d` that applies weight / sigma, sigma = uᵀ W v, where W is `weight` as (C_out, C_in).
 
-    `weight` is the raw kernel, which is what is trained. A call in training mode first moves the buffers `u` and `v` by
-    one power iteration, a call in evaluation mode does not; both are constants to the gradient, which goes through W
-    in sigma. Where uᵀ W v is 0, as for a weight of zeros, sigma is the constant 1. A call that repeats an earlier one,
-    as activation checkpointing does while it goes backward, does not move them again. It takes them as they are then: a checkpointed call needs its backward pass before the next call in
-    training mode, or its gradient is that of the later state. A loss of real and fake images takes both in one batch,
-    or a backward pass after each.
+    `weight` is the raw kernel, and it is trained. A call in training mode first moves the buffers `u` and `v` by one power
+    iteration. A call in evaluation mode does not. The gradient treats u and v as constants and goes through W in sigma. If
+    uᵀ W v is 0, as for a weight of zeros, sigma is the constant 1.
 
-    Under `torch.func.grad`, `vjp` and `jvp` a call in training mode needs the buffers as arguments, which then move:
-    `functional_call(layer, (parameters, buffers), (x,))` with `buffers` cloned inside the function that is
-    differentiated. Captured buffers cannot be written there, and torch raises. In evaluation mode nothing is
-    written, and captured buffers work.
+    Activation checkpointing repeats a call during the backward pass. The repeated call does not move u and v, and uses
+    their current values. So run the backward pass of a checkpointed call before the next call in training mode; otherwise
+    the gradient belongs to the later state. For a loss of real and fake images, put both into one batch, or run a backward
+    pass after each.
 
-    This is `torch.nn.utils.parametrizations.spectral_norm`, except that reading `weight` moves nothing, that a weight of
-    zeros gives numbers instead of NaN, and that the layer can be pickled and initialised late. A state dict of
-    `torch.nn.utils.spectral_norm` or of the parametrization loads.
+    Under `torch.func.grad`, `vjp` and `jvp`, a call in training mode needs the buffers as arguments:
+    `functional_call(layer, (parameters, buffers), (x,))`. Clone `buffers` inside the differentiated function, because the
+    call moves them. torch raises an error for captured buffers, which cannot be written there. In evaluation mode captured
+    buffers work, because nothing is written.
+
+    The differences from `torch.nn.utils.parametrizations.spectral_norm`: reading `weight` moves nothing, a weight of zeros
+    gives numbers instead of NaN, and the layer can be pickled and initialised late. A state dict of the parametrization or
+    of `torch.nn.utils.spectral_norm` loads.
 
     Args:
         in_channels: C_in.
         out_channels: C_out.
-        kernel_size: 1; there for the sake of the signature of `nn.Conv2d`.
+        kernel_size: always 1. It exists because `nn.Conv2d` has it.
         bias: whether there is a bias.
-        device: of parameters and buffers.
-        dtype: of parameters and buffers.
+        device: device of parameters and buffers.
+        dtype: dtype of parameters and buffers.
 
     Example:
         >>> conv = SpectralConv2d(6, 3, bias=False)
@@ -68,17 +70,17 @@ class SpectralConv2d(Projection):
         self.reset_state()
 
     def reset_parameters(self) -> None:
-        """Draw new parameters, and the state that belongs to them."""
+        """Draw new parameters and the state for them."""
         super().reset_parameters()
-        # The constructor of nn.Conv2d comes here before there are buffers.
+        # The constructor of nn.Conv2d calls this method before the buffers exist.
         if hasattr(self, "u"):
             self.reset_state()
 
     @torch.no_grad()
     def reset_state(self) -> None:
-        """Draw u and v for the present weight: 15 power iterations from a standard normal v."""
+        """Set u and v for the current weight: 15 power iterations from a standard normal v."""
         if self.weight.is_meta:
-            # There is nothing to compute, and torch would take milliseconds for each step of it.
+            # The meta device has no numbers, and torch would take milliseconds for each step.
             return
         weight = _matrix(self.weight)
         v = torch.randn_like(self.v, dtype=weight.dtype)
@@ -89,7 +91,7 @@ class SpectralConv2d(Projection):
 
     @torch.no_grad()
     def refresh_state(self) -> None:
-        """Make u and v those of the present weight, as power iterations without end would; see `refresh_spectral_norm`."""
+        """Set u and v to the limit of power iterations on the current weight; see `refresh_spectral_norm`."""
         found = converged(self.weight[:, :, 0, 0].T.double().cpu().numpy())
         for name, vector in zip(("u", "v"), found, strict=True):
             new = torch.from_numpy(vector.copy()).to(self.weight)
@@ -108,19 +110,19 @@ class SpectralConv2d(Projection):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
         absent = any(prefix + name not in state_dict for name in ("u", "v"))
-        # No warning: torch says here that every load is strict, and itself names what is missing.
+        # No warning: torch reports every load as strict here, and lists missing keys itself.
         if absent and prefix + "weight" in state_dict and not self.weight.is_meta:
             self.refresh_state()
 
     def normalised_weight(self) -> torch.Tensor:
-        """The kernel that is applied, (C_out, C_in, 1, 1); in training mode, after one power iteration."""
+        """The divided kernel (C_out, C_in, 1, 1). In training mode, one power iteration runs first."""
         weight = _matrix(self.weight)
         if self.training and not _is_repeating():
             with torch.no_grad():
                 u, v = _power_iteration(weight, self.v.to(weight.dtype))
                 self.u.copy_(u)
                 self.v.copy_(v)
-        # A tensor of its own: the buffers may move again before the gradient is computed.
+        # New tensors, because the buffers may move again before the gradient is computed.
         direction = torch.outer(self.u.to(weight.dtype), self.v.to(weight.dtype))
         sigma = (weight * direction).sum()
         return (weight / torch.where(sigma != 0, sigma, 1)).to(self.weight.dtype)[:, :, None, None]
@@ -131,16 +133,15 @@ class SpectralConv2d(Projection):
 
 
 def refresh_spectral_norm(module: nn.Module) -> None:
-    """Make every estimate of a spectral norm in a module that of its present weight.
+    """Recompute the state of every spectral norm in a module for its current weights.
 
-    To be called after weights came from outside the training: drawn anew, copied, averaged, or loaded without u and v.
-    The state belongs to other weights then, and the first outputs in evaluation are off by any factor.
-    `load_state_dict(strict=False)` does it by itself where the state dict has weights without u and v, which it returns
-    among its `missing_keys`.
+    Call it after you set weights outside training: reinitialised, copied, averaged, or loaded without u and v. The old
+    state belongs to other weights, and the first outputs in evaluation mode could be wrong by any factor.
+    `load_state_dict(strict=False)` does it automatically for weights without u and v, and lists u and v in its
+    `missing_keys`.
 
     Args:
-        module: a layer or a whole model. Modules other than `SpectralConv2d`, PyTorch's own parametrization too, are left
-            as they are.
+        module: a layer or a whole model. Only `SpectralConv2d` modules change; PyTorch's own parametrization does not.
 
     Example:
         >>> conv = SpectralConv2d(6, 3, bias=False)
@@ -155,31 +156,31 @@ def refresh_spectral_norm(module: nn.Module) -> None:
 
 
 def _matrix(weight: torch.Tensor) -> torch.Tensor:
-    """(C_out, C_in), in at least float32."""
+    """The weight as a matrix (C_out, C_in), in at least float32."""
     return weight[:, :, 0, 0].to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _power_iteration(weight: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The state after one more iteration. Products and sums: a matrix product would be rounded under autocast."""
+    """The state after one more iteration. It uses products and sums, because autocast would round a matrix product."""
     u = _unit((weight * v).sum(1))
     return u, _unit((weight * u[:, None]).sum(0))
 
 
 def _unit(vector: torch.Tensor) -> torch.Tensor:
-    # `selfattn_core.spectral_norm.fallback`, on the vector's device.
+    # The same as `selfattn_core.spectral_norm.fallback`, on the vector's device.
     cubes = torch.arange(1, vector.shape[0] + 1, device=vector.device) ** 3
     vector = torch.where((vector != 0).any(), vector, (2 * (cubes % 101) - 101).to(vector.dtype))
     return nn.functional.normalize(vector, dim=0, eps=EPS)
 
 
 def _is_repeating() -> bool:
-    """Whether this call is inside a backward pass, that is, computes once more what has been computed before."""
-    # A compiled graph repeats operations, never a call.
+    """Whether this call is inside a backward pass, which means that it repeats an earlier call."""
+    # A compiled graph repeats operations, but never a call.
     return not torch.compiler.is_compiling() and _TRACKER.is_bw
 
 
 def _rename_foreign_keys(_: SpectralConv2d, state_dict: dict[str, Any], prefix: str, *_rest: object) -> None:
-    """Read what PyTorch's own two spectral norms wrote, whose vectors mean the same."""
+    """Read the state of PyTorch's own two spectral norms. Their vectors have the same meaning."""
     foreign = {
         "weight_orig": "weight",
         "weight_u": "u",

@@ -1,4 +1,4 @@
-"""Weights of the PyTorch layer to and from canonical arrays and files."""
+"""Conversion of the PyTorch layer's weights to and from canonical arrays and files."""
 
 from collections.abc import Mapping
 from operator import attrgetter
@@ -22,17 +22,16 @@ Layer = TypeVar("Layer", bound=SelfAttention2d)
 
 
 def to_canonical(layer: SelfAttention2d) -> dict[str, Array]:
-    """The layer's weights, and with spectral norm its state, as new, contiguous numpy arrays by canonical name.
+    """The layer's weights and its spectral norm state, if any, as new contiguous numpy arrays by canonical name.
 
     Args:
-        layer: on any device; bfloat16 is widened to float32, which is exact.
+        layer: a layer on any device. bfloat16 is widened to float32, which is exact.
 
     Returns:
-        Kernels (C_in, C_out), biases (C_out,), gamma (1,); with spectral norm the kernels are the raw ones.
+        Kernels (C_in, C_out), biases (C_out,) and gamma (1,). With spectral norm the kernels are the raw ones.
 
     Raises:
-        ValueError: if a projection is not a plain convolution, whose kernel is what the layer computes with, or is
-            sharded.
+        ValueError: if a projection is sharded, or is not a plain convolution that computes with its own kernel.
 
     Example:
         >>> to_canonical(SelfAttention2d(16))["query.kernel"].shape
@@ -61,14 +60,14 @@ def from_canonical(
     """A layer with these weights.
 
     Args:
-        config: which layer.
+        config: options of the layer.
         params: arrays by canonical name.
-        block_size: as in `SelfAttention2d`.
-        device: of the parameters; by default the CPU.
-        dtype: of the parameters; by default that of the arrays.
+        block_size: see `SelfAttention2d`.
+        device: device of the parameters; by default the CPU.
+        dtype: dtype of the parameters; by default that of the arrays.
 
     Raises:
-        ValueError: if the arrays do not fit the config; lists every problem.
+        ValueError: if the arrays do not fit the config. It lists every problem.
 
     Example:
         >>> layer = SelfAttention2d(16)
@@ -88,9 +87,9 @@ def make(
     device: torch.device | str | int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Layer:
-    """What `from_canonical` makes, of a given class."""
+    """`from_canonical` for a given class."""
     arrays = check_params(config, params)
-    # Made on the meta device, so that torch's random state is not touched.
+    # The layer is made on the meta device, so that torch's random state does not change.
     layer = kind.from_config(config, block_size=block_size, device="meta", dtype=dtype)
     state = {}
     for name, array in arrays.items():
@@ -114,26 +113,26 @@ def load(
     device: torch.device | str | int | None = None,
     dtype: torch.dtype | None = None,
 ) -> SelfAttention2d:
-    """A layer from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
+    """Load a layer from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
 
     Args:
-        path: a canonical `.safetensors` file, or with `dialect` a checkpoint in any format that `selfattn inspect` reads.
-        block: which layer of a canonical file that holds several.
-        dialect: what another file is, as `selfattn dialects` lists them, or a `.toml` file of your own.
-        prefix: which block of such a file, where it has several.
-        settings: what such a file does not say, for example {"use_scale": False}.
-        strict: whether tensors under the prefix that nothing reads are an error.
-        block_size: as in `SelfAttention2d`.
-        device: of the parameters; by default the CPU.
-        dtype: of the parameters; by default the file's.
+        path: a canonical `.safetensors` file. With `dialect`, a checkpoint in any format that `selfattn inspect` reads.
+        block: name of the block, if a canonical file holds several.
+        dialect: dialect of a checkpoint: a name that `selfattn dialects` lists, or your own `.toml` file.
+        prefix: prefix of the block, if a checkpoint holds several.
+        settings: facts that a checkpoint does not contain, for example {"use_scale": False}.
+        strict: whether unused tensors under the prefix are an error.
+        block_size: see `SelfAttention2d`.
+        device: device of the parameters; by default the CPU.
+        dtype: dtype of the parameters; by default that of the file.
 
     Warns:
-        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
-            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
+        UserWarning: if stored vectors u and v of spectral norm do not have length 1, for example because they are
+            averages. Also if neither `settings` nor a native file of this library contains `kv_pool`.
 
     Raises:
-        FileNotFoundError: if there is no such canonical file.
-        ValueError: if it is not a whole and fitting file of its kind; lists every problem.
+        FileNotFoundError: if the canonical file does not exist.
+        ValueError: if the file is incomplete or does not fit. It lists every problem.
     """
     config, params = load_any(
         path, block=block, dialect=dialect, prefix=prefix, settings=settings, strict=strict
@@ -148,11 +147,11 @@ def save(layer: SelfAttention2d, path: PathLike, *, overwrite: bool = False, sou
         layer: the layer.
         path: the `.safetensors` file; its folder must exist.
         overwrite: whether an existing file may be replaced.
-        source: where the weights came from, for the reader.
+        source: note on the origin of the weights, stored in the file.
 
     Raises:
         FileExistsError: if the file exists and `overwrite` is False.
-        OSError: if it cannot be written; an existing file is left as it was.
+        OSError: if the file cannot be written. An existing file then stays unchanged.
         ValueError: if a weight is not finite.
 
     Example:
@@ -167,7 +166,7 @@ def save(layer: SelfAttention2d, path: PathLike, *, overwrite: bool = False, sou
 
 
 def _check_plain(layer: SelfAttention2d) -> None:
-    """Refuse to take for the layer's kernel a part of it, or what something else makes another one of."""
+    """Refuse a layer whose stored kernel is only a shard, or is changed before it is used."""
     problems = []
     expected = (SpectralConv2d,) if layer.config.spectral_norm else (Projection, nn.Conv2d)
     if any(hasattr(parameter, "full_tensor") for parameter in layer.parameters()):
@@ -180,15 +179,15 @@ def _check_plain(layer: SelfAttention2d) -> None:
             problems.append(f"the weight of {name} is computed by a hook")
     if problems:
         raise ValueError(
-            f"SelfAttention2d: got a layer of which {', '.join(problems)}; expected plain convolutions, whose whole weights "
-            "are what they compute with: merge an adapter into its base, take parametrizations and hooks off, for example "
-            'with torch.nn.utils.parametrize.remove_parametrizations(layer.query, "weight"), and gather shards into a '
-            "layer that is not sharded."
+            f"SelfAttention2d: got a layer with these problems: {', '.join(problems)}. Expected plain convolutions that "
+            "compute with their own, whole weights. Merge an adapter into its base, remove parametrizations and hooks, for "
+            'example with torch.nn.utils.parametrize.remove_parametrizations(layer.query, "weight"), and gather shards into '
+            "a layer that is not sharded."
         )
 
 
 def _tensor(array: Array) -> torch.Tensor:
-    """Shares memory; bfloat16 goes by its bits, since torch does not know numpy's."""
+    """The array as a tensor that shares its memory. bfloat16 goes through its bits: torch does not accept numpy's."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

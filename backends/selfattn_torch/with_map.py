@@ -1,4 +1,4 @@
-"""The layer for code that expects a pair."""
+"""The layer for code that expects (y, A)."""
 
 import torch
 
@@ -8,11 +8,11 @@ __all__ = ["SelfAttention2dWithMap"]
 
 
 class SelfAttention2dWithMap(SelfAttention2d):
-    """`SelfAttention2d` that returns (y, A) unless told otherwise, as many published layers do.
+    """`SelfAttention2d` that returns (y, A) by default, as many published layers do.
 
-    `selfattn_torch.convert` puts it where such a layer was, so that what unpacks the pair goes on working. Every call makes
-    the whole map, N·M numbers for each sample: change the callers to use y alone, and a `SelfAttention2d`, where memory
-    matters. The weights are the same.
+    `selfattn_torch.convert` replaces such layers by this one, so that code that unpacks the pair still works. Every call
+    computes the whole map, N·M numbers for each sample. If memory matters, change the callers to use y alone, and use
+    `SelfAttention2d`. The weights are the same.
 
     Example:
         >>> y, A = SelfAttention2dWithMap(16)(torch.randn(2, 16, 3, 4))

@@ -1,1 +1,1 @@
-"""A classifier of handwritten digits, trained in PyTorch and carried to Keras and Flax; see `__main__.py`."""
+"""A classifier of handwritten digits, trained in PyTorch and moved to Keras and Flax; see `__main__.py`."""

@@ -1,7 +1,7 @@
 """Train a digit classifier with one self-attention layer in PyTorch, run it in Keras and Flax, compare the logits.
 
-Run as `python -m examples.digits`. Exit codes: 0 all frameworks agree, 1 one does not or the training fell short, 3
-something is not installed, 130 interrupted.
+Run as `python -m examples.digits`. Exit codes: 0 all frameworks agree, 1 a framework disagrees or the training fell short,
+3 something is not installed, 130 interrupted.
 """
 
 import argparse
@@ -24,7 +24,7 @@ LEAST_GAMMA = 0.1
 
 
 def main() -> int:
-    """Run the example; returns the exit code."""
+    """Run the example and return the exit code."""
     arguments = _arguments()
     if missing := missing_modules(["torch", "safetensors", "sklearn", "tqdm", "matplotlib"]):
         print(
@@ -72,7 +72,7 @@ def main() -> int:
 
 
 def say(line: str) -> None:
-    """Print at once, also into a pipe."""
+    """Print without buffering, also into a pipe."""
     print(line, flush=True)
 
 
@@ -80,16 +80,21 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.digits", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--epochs", type=positive, default=10, help="of the training (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     parser.add_argument(
-        "--folder", type=Path, default=Path("build/digits"), help="for the files (default: %(default)s)"
+        "--epochs", type=positive, default=10, help="epochs of the training (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("build/digits"),
+        help="folder for the files (default: %(default)s)",
     )
     return parser.parse_args()
 
 
 def _train(training: data.Digits, arguments: argparse.Namespace, folder: Path) -> None:
-    """Train and write the weights; torch is imported here, so that the steps before it show at once."""
+    """Train and write the weights. torch is imported here, so that the first steps show at once."""
     from examples.digits import torch_model
     from examples.digits.train import train
 
@@ -98,7 +103,7 @@ def _train(training: data.Digits, arguments: argparse.Namespace, folder: Path) -
 
 
 def _score(folder: Path, expectation: Expectation, held_out: data.Digits) -> list[Row]:
-    """Ask one framework after the other, each line of output begun before the wait for its answer."""
+    """Run one framework after the other. Each line of output starts before the framework answers."""
     rows = []
     for framework in PROGRAMS:
         print(f"   {framework:<18}", end="", flush=True)
@@ -110,7 +115,7 @@ def _score(folder: Path, expectation: Expectation, held_out: data.Digits) -> lis
 
 
 def _conclude(rows: list[Row], seconds: float) -> int:
-    """The last lines, and the exit code."""
+    """Print the last lines and return the exit code."""
     wrong = [row.framework for row in rows if row.problem and not row.missing]
     absent = [row.framework for row in rows if row.missing]
     if wrong or absent:
@@ -122,7 +127,7 @@ def _conclude(rows: list[Row], seconds: float) -> int:
     say(f"Same numbers everywhere: the worst difference is {worst:.1f} × the noise floor ({seconds:.0f} s).")
     say("\nNext:")
     for command, purpose in (
-        (f"{_program('selfattn')} conform", "every backend against the specification, derivatives too"),
+        (f"{_program('selfattn')} conform", "every backend against the definition, with derivatives"),
         ("make test", "all tests"),
         (f"{_program('python')} -m examples.digits --seed 1", "another training, the same agreement"),
     ):
@@ -131,7 +136,7 @@ def _conclude(rows: list[Row], seconds: float) -> int:
 
 
 def _program(name: str) -> str:
-    """How to call a program of this Python's environment from here."""
+    """The command for a program of this Python's environment."""
     programs = Path(sys.executable).parent
     return str((programs / name).relative_to(Path.cwd())) if programs.is_relative_to(Path.cwd()) else name
 

@@ -1,4 +1,4 @@
-"""Whether the frameworks agree: every logit beside the numpy model in float64, in units of float32 noise."""
+"""Comparison of the frameworks: the error of every logit against the numpy model in float64, in float32 noise floors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from selfattn_core.conformance.verdicts.tolerance import Expectation, judge
 
 Array = NDArray[Any]
 
-# The conformance kit's policy, for a whole network instead of one layer: a framework may be off by `FACTOR` noise
-# floors, 8. The cap in ulp only keeps a noisy numpy from hiding a bug.
+# The rule of the conformance kit, for a whole network instead of one layer: a framework may be off by `FACTOR` noise
+# floors, 8. The cap in ulp only prevents that a noisy numpy hides a bug.
 _ALLOWANCE_ULP = 1.0
 _CAP_ULP = 64.0
 
@@ -25,11 +25,11 @@ class Row:
     """One framework's line of the table.
 
     Args:
-        framework: its name.
-        accuracy: on the held-out images; None without usable logits.
-        ratio: the largest logit difference as a multiple of the noise floor; infinite without usable logits.
-        problem: why it does not agree; empty if it does.
-        missing: whether it is not installed.
+        framework: name of the framework.
+        accuracy: accuracy on the held-out images, or None without usable logits.
+        ratio: the largest logit difference as a multiple of the noise floor. Infinite without usable logits.
+        problem: why the framework disagrees. Empty if it agrees.
+        missing: whether the framework is not installed.
     """
 
     framework: str
@@ -40,10 +40,10 @@ class Row:
 
 
 def expect(model: Classifier, images: Array) -> Expectation:
-    """The logits of the numpy model in float64, and how far from them float32 arithmetic may end.
+    """The logits of the numpy model in float64, and the allowed error of float32 arithmetic.
 
-    The noise floor is the error of the same model in float32, plus one ulp of the largest logit because that error is
-    one draw and can be small by luck.
+    The noise floor is the error of the same model in float32, plus one ulp of the largest logit, because that error is one
+    random sample and can be small by chance.
     """
     want = model.astype("float64")(images)
     ulp = float(np.finfo(np.float32).eps * np.abs(want).max())

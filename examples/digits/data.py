@@ -1,4 +1,4 @@
-"""Real scans of handwritten digits, bundled with scikit-learn: nothing is downloaded."""
+"""Real scans of handwritten digits. scikit-learn contains them, so nothing is downloaded."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 HELD_OUT = 360
-"""How many of the 1797 images the training never sees."""
+"""The number of held-out images among the 1797."""
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images with what they show.
+    """Images with their labels.
 
     Args:
         images: (B, 8, 8, 1), float32 from 0 to 1 in steps of 1/16.
@@ -29,7 +29,7 @@ class Digits:
 
 
 def load() -> tuple[Digits, Digits]:
-    """The images to train on and the held-out ones; always the same two sets.
+    """The training images and the held-out images. They are always the same two sets.
 
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
     """

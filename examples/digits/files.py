@@ -1,12 +1,12 @@
-"""What the processes of this example pass to each other, all in one folder.
+"""The files that the processes of this example exchange, all in one folder.
 
-| file | holds |
+| file | content |
 |---|---|
-| `attention.safetensors` | the attention layer as a canonical file: written and read by `save` and `load` of every adapter |
+| `attention.safetensors` | the attention layer as a canonical file, for `save` and `load` of every adapter |
 | `network.safetensors` | the other layers as plain arrays, `NETWORK` below |
 | `images.npy` | the held-out images (B, 8, 8, 1) |
-| `<framework>.npy` | the logits (B, 10) that a framework gave them |
-| `<framework>.log` | what its process printed |
+| `<framework>.npy` | a framework's logits (B, 10) for these images |
+| `<framework>.log` | the output of its process |
 | `attention.png` | attention maps of three held-out images |
 """
 
@@ -36,14 +36,14 @@ NETWORK: Mapping[str, tuple[int, ...]] = {
 }
 """Names and shapes in `network.safetensors`.
 
-Kernels of convolutions are (height, width, C_in, C_out), that of the dense layer (C_in, C_out): as Keras and Flax have
-them, while torch puts C_out first.
+Kernels of convolutions are (height, width, C_in, C_out), and that of the dense layer is (C_in, C_out), as in Keras and Flax.
+torch puts C_out first.
 """
 
 
 def save_network(folder: Path, arrays: Mapping[str, Array]) -> None:
     """Write the layers other than attention."""
-    # safetensors 0.8 stores the memory of a transposed array as it lies: in the wrong order.
+    # safetensors 0.8 stores the memory of a transposed array unchanged, which is the wrong order.
     contiguous = {name: np.ascontiguousarray(array) for name, array in _checked(arrays).items()}
     safetensors.numpy.save_file(contiguous, folder / NETWORK_FILE)
 
@@ -54,7 +54,7 @@ def load_network(folder: Path) -> dict[str, Array]:
 
 
 def logits_file(folder: Path, framework: str) -> Path:
-    """Where a framework leaves its answer."""
+    """The file of a framework's answer."""
     return folder / f"{framework}.npy"
 
 
@@ -62,7 +62,7 @@ def answer(score: Callable[[Path, Array], Array]) -> None:
     """The whole program of a framework's process, `python -m examples.digits.<model> FOLDER FRAMEWORK`.
 
     Args:
-        score: takes the folder and the held-out images, gives their logits.
+        score: maps the folder and the held-out images to their logits.
     """
     folder, framework = Path(sys.argv[1]), sys.argv[2]
     logits = score(folder, np.load(folder / IMAGES))

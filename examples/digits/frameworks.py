@@ -1,4 +1,4 @@
-"""The frameworks, each asked in its own process for the logits of the held-out images."""
+"""The logits of the held-out images from each framework, computed in separate processes."""
 
 import os
 import subprocess
@@ -25,10 +25,10 @@ PROGRAMS: Mapping[str, str] = {
     "flax-nnx": "examples.digits.nnx_model",
     "flax-linen": "examples.digits.linen_model",
 }
-"""The program that scores the images, by the name that `selfattn backends` gives the framework."""
+"""The program that scores the images, by the framework's name in `selfattn backends`."""
 
 _ENVIRONMENT: Mapping[str, str] = {
-    # Accelerators round float32 products by default; this example compares the last bits.
+    # Accelerators round float32 products by default, but this example compares the last bits.
     "CUDA_VISIBLE_DEVICES": "",
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -39,13 +39,13 @@ _TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What a framework said.
+    """The answer of a framework.
 
     Args:
-        framework: its name.
-        logits: (B, 10); None if there are none.
+        framework: name of the framework.
+        logits: (B, 10), or None if there are none.
         problem: why there are none.
-        missing: whether that is because it is not installed.
+        missing: whether the framework is not installed.
     """
 
     framework: str
@@ -59,14 +59,14 @@ def ask(framework: str, folder: Path) -> Answer:
 
     Args:
         framework: one of `PROGRAMS`.
-        folder: with the files that `files` describes.
+        folder: folder with the files that `files` describes.
     """
     registered = REGISTRY[framework]
     if missing := missing_modules(registered.requires):
         install = f"pip install 'selfattn[{registered.extra}]'"
         return Answer(framework, problem=f"{', '.join(missing)} not installed: {install}", missing=True)
     result = files.logits_file(folder, framework)
-    # The answer of an earlier run must not stand in for one that does not come.
+    # Remove the answer of an earlier run, so that it cannot replace a missing answer.
     result.unlink(missing_ok=True)
     log = folder / f"{framework}.log"
     with log.open("wb") as output:

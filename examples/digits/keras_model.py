@@ -14,7 +14,7 @@ Array = NDArray[Any]
 
 
 def build(attention: SelfAttention2D) -> keras.Model:
-    """The classifier around an attention layer; its other layers have new weights."""
+    """The classifier around an attention layer. Its other layers have new weights."""
     return keras.Sequential(
         [
             keras.Input((8, 8, 1)),
@@ -43,6 +43,6 @@ def logits(model: keras.Model, images: Array) -> Array:
 
 
 if __name__ == "__main__":
-    # The images are channels-last, whatever the reader's keras.json says.
+    # The images are channels-last, whatever the user's keras.json contains.
     keras.config.set_image_data_format("channels_last")
     files.answer(lambda folder, images: logits(load(folder), images))

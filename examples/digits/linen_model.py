@@ -16,7 +16,7 @@ Array = NDArray[Any]
 
 
 class Classifier(nn.Module):
-    """The classifier around an attention layer, whose variables are "attention" in the tree.
+    """The classifier around an attention layer, whose variables are named "attention" in the tree.
 
     Args:
         attention: the layer.
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
 
 
 def load(folder: Path) -> tuple[Classifier, dict[str, Any]]:
-    """The classifier and its variables: the weights that were trained in PyTorch."""
+    """The classifier and its variables, with the weights that were trained in PyTorch."""
     attention, variables = linen.load(folder / files.ATTENTION)
     network = {name: jnp.asarray(array) for name, array in files.load_network(folder).items()}
     params = traverse_util.unflatten_dict(network, sep=".") | {"attention": variables["params"]}

@@ -20,7 +20,7 @@ class Classifier(nnx.Module):
 
     Args:
         attention: the layer, for 32 channels.
-        rngs: where the weights of the other layers come from.
+        rngs: source of the other layers' weights.
     """
 
     def __init__(self, attention: SelfAttention2D, *, rngs: nnx.Rngs) -> None:

@@ -1,4 +1,4 @@
-"""The classifier in numpy, around the specification of the attention layer: what every framework is held against."""
+"""The classifier in numpy, around the definition of the attention layer. Every framework is compared with it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +16,11 @@ Array = NDArray[Any]
 
 
 class Classifier:
-    """The function; it computes in the dtype of its weights.
+    """The classifier, which computes in the dtype of its weights.
 
     Args:
-        config: of the attention layer.
-        attention: its parameters by canonical name.
+        config: config of the attention layer.
+        attention: parameters of the attention layer by canonical name.
         network: the other layers, by the names and shapes of `files.NETWORK`.
     """
 
@@ -37,12 +37,12 @@ class Classifier:
         return x.max(axis=(1, 2)) @ self.network["dense.kernel"] + self.network["dense.bias"]
 
     def features(self, images: Array) -> Array:
-        """What the attention layer gets, (B, 8, 8, 32)."""
+        """The input of the attention layer, (B, 8, 8, 32)."""
         x = images.astype(self.network["dense.bias"].dtype)
         return _relu(self._conv("conv2", _relu(self._conv("conv1", x))))
 
     def attention_map(self, images: Array) -> Array:
-        """What the attention layer attends to, (B, 64, 64)."""
+        """The attention map, (B, 64, 64)."""
         return spec.attention_map(self.config, self.attention, self.features(images))
 
     def astype(self, dtype: str) -> "Classifier":
@@ -54,12 +54,12 @@ class Classifier:
         return Classifier(self.config, attention, network)
 
     def without_attention(self) -> "Classifier":
-        """The same classifier with gamma = 0, where the attention layer returns its input."""
+        """The same classifier with gamma = 0, so that the attention layer returns its input."""
         return Classifier(self.config, self.attention | {"gamma": np.zeros_like(self.gamma)}, self.network)
 
     @property
     def gamma(self) -> Array:
-        """The residual gain of the attention layer, (1,)."""
+        """Gamma of the attention layer, (1,)."""
         return self.attention["gamma"]
 
     def _conv(self, name: str, x: Array) -> Array:
@@ -71,7 +71,7 @@ class Classifier:
 
 
 def load(folder: Path) -> Classifier:
-    """The classifier with the trained weights, in float32 as they are stored."""
+    """The classifier with the trained weights, in float32, their stored dtype."""
     config, attention = selfattn_core.load(folder / files.ATTENTION)
     return Classifier(config, attention, files.load_network(folder))
 

@@ -10,7 +10,7 @@ from selfattn_core.maps import unflatten
 from selfattn_core.viz import draw_attention, save_figure
 
 DRAWN = (3, 5, 8)
-"""The digits, the first held-out image of each."""
+"""The digits to draw. The first held-out image of each is used."""
 
 POINTS = ((1, 4), (4, 3), (6, 4))
 """Pixels (y, x) to attend from: in the upper, middle and lower stroke of most digits."""
@@ -22,7 +22,7 @@ def draw(model: Classifier, held_out: Digits, path: Path) -> None:
     Args:
         model: the trained classifier.
         held_out: images to choose from.
-        path: the picture; replaced if it exists.
+        path: path of the picture, which is replaced if it exists.
     """
     from matplotlib.figure import Figure
 

@@ -15,13 +15,13 @@ Array = NDArray[Any]
 
 
 class Classifier(nn.Module):
-    """Two convolutions, self-attention over the 8×8 positions, and a dense layer over the largest of each channel.
+    """Two convolutions, self-attention over the 8×8 positions, and a dense layer over the maximum of each channel.
 
-    A convolution sees 5×5 pixels at most and the pooling forgets where things were, so how the parts of a digit lie
-    to each other is for the attention to find out.
+    The convolutions see at most 5×5 pixels, and the pooling drops positions. Only the attention can find how the parts of a
+    digit are placed.
 
     Args:
-        attention: the attention layer; by default a new one, with gamma = 0.
+        attention: the attention layer. By default a new one, with gamma = 0.
     """
 
     def __init__(self, attention: SelfAttention2d | None = None) -> None:

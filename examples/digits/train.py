@@ -14,16 +14,16 @@ PEAK_LEARNING_RATE = 0.01
 
 
 def train(digits: Digits, *, epochs: int, seed: int) -> Classifier:
-    """A new classifier, trained; shows its loss and gamma as it goes.
+    """Train a new classifier, and show its loss and gamma meanwhile.
 
-    The number of epochs is fixed beforehand, so that the held-out images have no say in when to stop.
+    The number of epochs is fixed in advance, so the held-out images do not influence when the training stops.
 
     Args:
-        digits: what to train on.
-        epochs: how often to go through it.
-        seed: of the first weights and of the order of the images.
+        digits: the training images.
+        epochs: number of passes over them.
+        seed: seed of the initial weights and of the order of the images.
     """
-    # Images this small gain nothing from a second thread, and one thread adds in the same order on every machine.
+    # Such small images gain nothing from a second thread, and one thread adds in the same order on every machine.
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = Classifier()

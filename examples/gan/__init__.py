@@ -1,1 +1,1 @@
-"""What the three SAGAN programs share: digits, files, pictures, the loop and a measure of quality; it imports no framework."""
+"""Code that the three SAGAN programs share, without a framework: data, files, pictures, the loop and a quality measure."""

@@ -1,4 +1,4 @@
-"""Whether networks that were moved to another framework give the same images and scores."""
+"""Comparison of the images and scores of networks that were moved to another framework."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from examples.gan.files import Samples
 __all__ = ["Agreement", "compare", "compare_images"]
 
 ALLOWED = 64.0
-"""Units in the last place of float32 of the largest number; the networks add thousands of products."""
+"""The allowed difference in units in the last place (float32) of the largest number. The networks add thousands of products."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Agreement:
     """The largest differences, in units in the last place of the largest number.
 
     Args:
-        images: of all pixels.
-        scores: of the discriminator; None where there is none.
+        images: the largest difference of all pixels.
+        scores: the largest difference of the discriminator's scores, or None without a discriminator.
     """
 
     images: float
@@ -26,7 +26,7 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Whether both are rounding errors."""
+        """Whether both differences are rounding errors."""
         return all(difference <= ALLOWED for difference in (self.images, self.scores or 0.0))
 
     def __str__(self) -> str:
@@ -38,12 +38,12 @@ class Agreement:
 
 
 def compare(got: Samples, want: Samples) -> Agreement:
-    """How far an answer is from the one that the checkpoint came with."""
+    """The differences between an answer and the one stored with the checkpoint."""
     return Agreement(_difference(got.images, want.images), _difference(got.scores, want.scores))
 
 
 def compare_images(got: np.ndarray, want: Samples) -> Agreement:
-    """The same where there is no discriminator."""
+    """The differences of images alone, without a discriminator."""
     return Agreement(_difference(got, want.images), None)
 
 

@@ -1,4 +1,4 @@
-"""What a step of the training gets: real images and random numbers, the same in every framework and after a resumption."""
+"""The batches of a training: real images and random numbers, the same in every framework and after a resumption."""
 
 from typing import Any, NamedTuple
 
@@ -14,12 +14,12 @@ Array = NDArray[Any]
 
 
 class Batch(NamedTuple):
-    """Of one step of both networks.
+    """The batch for one step of both networks.
 
     Args:
         real: (B, 8, 8, 1), float32.
-        labels: (B,), int64, the classes of the real images, and of those made beside them.
-        latents: (B, LATENT), float32, of the images beside the real ones.
+        labels: (B,), int64, the classes of the real images, and of the images generated beside them.
+        latents: (B, LATENT), float32, for the images generated beside the real ones.
         new_latents: (B, LATENT), float32, for the step of the generator.
         new_labels: (B,), int64, for the step of the generator.
     """
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 def draw(digits: Digits, seed: int, step: int) -> Batch:
     """The batch of a step.
 
-    It follows from the seed and the step alone. So no state of a random generator has to be in a checkpoint.
+    It depends only on the seed and the step, so a checkpoint needs no state of a random generator.
     """
     random = np.random.default_rng((seed, step))
     chosen = random.integers(len(digits), size=BATCH)

@@ -1,12 +1,12 @@
-"""A finished run: the files that the examples pass to each other, all in one folder.
+"""The files of a finished run, which the examples exchange, all in one folder.
 
-| file | holds |
+| file | content |
 |---|---|
-| `attention.safetensors` | the attention layers as one canonical file with a block for each of `BLOCKS`: `save` and `load` of every adapter |
+| `attention.safetensors` | the attention layers as one canonical file with a block for each of `BLOCKS`, for `load` of every adapter |
 | `networks.safetensors` | the other layers as plain arrays, `NETWORKS` below |
-| `samples.npz` | `latents` and `labels`, what the averaged generator made of them (`images`), and the discriminator's `scores` of those |
+| `samples.npz` | `latents` and `labels`, the averaged generator's `images` from them, and the discriminator's `scores` of these |
 
-Whoever reads them into another framework first makes the images of `samples.npz` again.
+A program that reads them into another framework first generates the images of `samples.npz` again.
 """
 
 import io
@@ -37,7 +37,7 @@ Array = NDArray[Any]
 
 ATTENTION = "attention.safetensors"
 BLOCKS = ("generator", "discriminator", "averaged")
-"""The networks of a run; the last is the generator with averaged weights."""
+"""The networks of a run. The last is the generator with averaged weights."""
 _NETWORKS_FILE = "networks.safetensors"
 _SAMPLES_FILE = "samples.npz"
 
@@ -76,13 +76,13 @@ NETWORKS: Mapping[str, tuple[int, ...]] = {
 }
 """Names and shapes in `networks.safetensors`: kernels (height, width, C_in, C_out) or (C_in, C_out).
 
-The generators' dense layer gives a 4×4 map with the channels last.
+The output of the generators' dense layer is a 4×4 map with the channels last.
 """
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a checkpoint's networks answer.
+    """The outputs of a checkpoint's networks.
 
     Args:
         latents: (B, LATENT).
@@ -98,8 +98,8 @@ class Samples:
 
 
 def save_networks(folder: Path, arrays: Mapping[str, Array]) -> None:
-    """Write the layers other than attention, replacing those of an earlier run."""
-    # safetensors 0.8 stores the memory of a transposed array as it lies: in the wrong order.
+    """Write the layers other than attention. The file of an earlier run is replaced."""
+    # safetensors 0.8 stores the memory of a transposed array unchanged, which is the wrong order.
     contiguous = {name: np.ascontiguousarray(array) for name, array in _checked(arrays).items()}
     write_atomically(folder / _NETWORKS_FILE, safetensors.numpy.save(contiguous), overwrite=True)
 
@@ -110,14 +110,14 @@ def load_networks(folder: Path) -> dict[str, Array]:
 
 
 def save_samples(folder: Path, samples: Samples) -> None:
-    """Write what the networks answer, replacing that of an earlier run."""
+    """Write the outputs of the networks. The file of an earlier run is replaced."""
     content = io.BytesIO()
     np.savez(content, **vars(samples))
     write_atomically(folder / _SAMPLES_FILE, content.getvalue(), overwrite=True)
 
 
 def load_samples(folder: Path) -> Samples:
-    """What the networks should answer."""
+    """The expected outputs of the networks."""
     with np.load(folder / _SAMPLES_FILE) as archive:
         return Samples(**archive)
 

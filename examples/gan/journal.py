@@ -1,4 +1,4 @@
-"""The numbers of a training, step by step: a table, and scalars for TensorBoard where its writer is installed."""
+"""The numbers of a training, step by step: a table, and scalars for TensorBoard if its writer is installed."""
 
 import csv
 import io
@@ -18,8 +18,8 @@ class Journal:
     """Numbers of one training, written to `history.csv` and, if tensorboardX is installed, to `tensorboard/`.
 
     Args:
-        folder: of the run.
-        step: that the training begins with; rows of it and of later steps, of a run that was cut off, are dropped.
+        folder: folder of the run.
+        step: first step of the training. Rows of this and later steps, from an interrupted run, are dropped.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
@@ -44,7 +44,7 @@ class Journal:
                 self._writer.add_scalar(name, value, step)
 
     def write(self) -> None:
-        """Put on disk what was noted so far."""
+        """Write all noted values to disk."""
         text = io.StringIO()
         if self._rows:
             table = csv.DictWriter(text, list(self._rows[0]), lineterminator="\n")
@@ -56,7 +56,7 @@ class Journal:
 
 
 def read(folder: Path) -> list[dict[str, float]]:
-    """The rows of a table that a `Journal` wrote, every number as it was."""
+    """The rows of a table that a `Journal` wrote, with exact numbers."""
     with (folder / HISTORY).open(encoding="utf-8", newline="") as file:
         return [
             {name: int(value) if name == "step" else float(value) for name, value in row.items()}

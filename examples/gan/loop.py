@@ -1,4 +1,4 @@
-"""The loop around the steps, the same in every framework: progress, samples, a film of the map, scalars, checkpoints."""
+"""The training loop of every framework: progress, samples, an animation of the map, scalars and checkpoints."""
 
 import argparse
 import shutil
@@ -23,42 +23,42 @@ Array = NDArray[Any]
 
 
 class Training(Protocol):
-    """What a program's training can do; arrays are numpy's, and channels last."""
+    """The interface of a program's training. Arrays are numpy arrays with channels last."""
 
     step: int
-    """How many steps were made."""
+    """The number of completed steps."""
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """One step of each network; losses and gains before it."""
+        """Make one step of each network, and return the losses and gains before it."""
 
     def generate(self, latents: Array, labels: Array) -> Array:
         """Images (B, 8, 8, 1) of the averaged generator."""
 
     def attend(self, latents: Array, labels: Array) -> Array:
-        """The map (B, 8, 8, 8, 8) that they are made with."""
+        """The map (B, 8, 8, 8, 8) for these images."""
 
     def gain(self) -> float:
         """The gamma of that map's layer."""
 
     def samples(self, latents: Array, labels: Array) -> files.Samples:
-        """Images, and the discriminator's scores of them."""
+        """Images and the discriminator's scores of them."""
 
     def save(self, folder: Path) -> None:
-        """Write all that the next step depends on."""
+        """Write everything that the next step depends on."""
 
     def load(self, folder: Path) -> None:
-        """Go on where `save` was called."""
+        """Continue from the last call of `save`."""
 
     def export(self, folder: Path) -> None:
         """Write the networks as files that every framework reads."""
 
 
 def train(training: Training, options: argparse.Namespace) -> int:
-    """Train from the first step or the last checkpoint; returns the exit code.
+    """Train from the first step or the last checkpoint, and return the exit code.
 
     Args:
-        training: new, or with the networks of another run.
-        options: from `program.arguments`.
+        training: a new training, or one with the networks of another run.
+        options: options from `program.arguments`.
     """
     began, folder = time.monotonic(), options.folder
     if options.start and not _moved(training, options.start):
@@ -66,7 +66,7 @@ def train(training: Training, options: argparse.Namespace) -> int:
     if options.resume:
         training.load(folder)
     if options.overwrite:
-        # Of the other files only the name counts; in these folders those of the old run would stay beside the new ones.
+        # The other files are replaced by name. In these folders, files of the old run would remain beside the new ones.
         for name in ("checkpoints", "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
     digits, _ = data.load()
@@ -74,7 +74,7 @@ def train(training: Training, options: argparse.Namespace) -> int:
 
     def look() -> None:
         if watch.recorded(training.step):
-            return  # the checkpoint that the run was resumed from
+            return  # this is the checkpoint from which the run was resumed
         quality = watch.record(training.step, training.generate, training.attend, training.gain())
         bar.write(f"   step {training.step:5}: {quality}; gamma {training.gain():+.3f}", file=sys.stdout)
         sys.stdout.flush()
@@ -98,7 +98,7 @@ def train(training: Training, options: argparse.Namespace) -> int:
 
 
 def _moved(training: Training, folder: Path) -> bool:
-    """Whether the networks of another run answer as they did there."""
+    """Whether the networks of another run give the same outputs as there."""
     wanted = files.load_samples(folder)
     difference = agreement.compare(training.samples(wanted.latents, wanted.labels), wanted)
     print(f"The networks of {folder}: {difference}", flush=True)

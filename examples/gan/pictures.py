@@ -1,4 +1,4 @@
-"""Pictures of a training: a sheet of samples, and the generator's attention as it moves."""
+"""Pictures of a training: a sheet of samples, and an animation of the generator's attention."""
 
 import io
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ __all__ = ["POINTS", "Snapshot", "save_map_animation", "save_sheet"]
 Array = NDArray[Any]
 
 POINTS = ((1, 3), (4, 2), (6, 5))
-"""Pixels (y, x) that the animation attends from."""
+"""The query points of the animation, pixels (y, x)."""
 
 _ROWS = 8
 _ENLARGED = 6
@@ -27,11 +27,11 @@ Snapshot = tuple[int, Array, Array, float]
 
 
 def save_sheet(path: Path, images: Array) -> None:
-    """Write the first images of each digit, a column for each.
+    """Write the first images of each digit, one column for each digit.
 
     Args:
-        path: the .png file; replaced if it exists.
-        images: (B, 8, 8, 1), sorted by class, the same number of each.
+        path: path of the .png file, which is replaced if it exists.
+        images: (B, 8, 8, 1), sorted by class, with the same number of each.
     """
     from PIL import Image
 

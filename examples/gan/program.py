@@ -1,4 +1,4 @@
-"""What the three programs have in common as programs: options, the folder of a run, and how they end."""
+"""Options, folders and exit codes of the three SAGAN programs."""
 
 import argparse
 import sys
@@ -19,22 +19,24 @@ def arguments(framework: str, description: str, *, steps: int) -> argparse.Names
     """The options of a program.
 
     Args:
-        framework: as in the name of the program.
-        description: for `--help`.
-        steps: of a whole training.
+        framework: framework in the name of the program.
+        description: text for `--help`.
+        steps: number of steps of a whole training.
     """
     parser = argparse.ArgumentParser(prog=f"python -m examples.sagan_{framework}", description=description)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, to see it run")
-    parser.add_argument("--steps", type=positive, help=f"where the training ends (default: {steps})")
+    parser.add_argument("--quick", action="store_true", help=f"train for {QUICK_STEPS} steps, as a quick try")
+    parser.add_argument("--steps", type=positive, help=f"last step of the training (default: {steps})")
     parser.add_argument(
         "--every", type=positive, help="steps from one sample and checkpoint to the next (default: a tenth)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)"
+    )
     parser.add_argument(
         "--precision",
         choices=["bfloat16", "float32"],
         default="float32",
-        help="of convolutions and matrix products; bfloat16 is slower on processors without such instructions "
+        help="precision of convolutions and matrix products; bfloat16 is slower on processors without such instructions "
         "(default: %(default)s)",
     )
     if framework == "torch":
@@ -42,27 +44,27 @@ def arguments(framework: str, description: str, *, steps: int) -> argparse.Names
             "--compiler",
             choices=["inductor", "aot_eager", "none"],
             default="none",
-            help="of the losses; inductor needs a C++ compiler and minutes, which networks this small do not win back "
+            help="compiler of the losses; inductor needs a C++ compiler and minutes, which such small networks do not repay "
             "(default: %(default)s)",
         )
         parser.add_argument(
             "--device",
             default="cpu",
-            help="to train on, in torch's words, as in cuda:1 (default: %(default)s)",
+            help="device to train on, as torch names it, such as cuda:1 (default: %(default)s)",
         )
     parser.add_argument(
         "--folder",
         type=Path,
         default=Path("build/sagan") / framework,
-        help="of the run (default: %(default)s)",
+        help="folder of the run (default: %(default)s)",
     )
     begin = parser.add_mutually_exclusive_group()
-    begin.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    begin.add_argument("--resume", action="store_true", help="continue the run in the folder")
     begin.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     parser.add_argument(
         "--start",
         type=Path,
-        help="the folder of a finished run, of any framework, whose networks to begin with",
+        help="start with the networks of a finished run in this folder, from any framework",
     )
     options = parser.parse_args()
     options.steps = options.steps or (QUICK_STEPS if options.quick else steps)
@@ -71,11 +73,11 @@ def arguments(framework: str, description: str, *, steps: int) -> argparse.Names
 
 
 def missing(error: ModuleNotFoundError, extra: str) -> int:
-    """Say what is not installed and what to do; the exit code.
+    """Print which package is missing and how to install it, and return the exit code.
 
     Args:
-        error: of the import.
-        extra: of selfattn, which brings the framework.
+        error: the error of the import.
+        extra: the extra of selfattn that installs the framework.
     """
     command = f"pip install 'selfattn[{extra},viz]' safetensors scikit-learn tqdm"
     print(f"This example needs {error.name}: {command}", file=sys.stderr)
@@ -83,15 +85,15 @@ def missing(error: ModuleNotFoundError, extra: str) -> int:
 
 
 def refusal(options: argparse.Namespace) -> int:
-    """Say what stands against the training before it begins: 0 if nothing does, otherwise the exit code.
+    """Check the options before the training begins, and print every problem. Returns 0 or the exit code.
 
-    A run of hours must not end with the news that its target exists.
+    A run of hours must not fail at its end because its target exists.
     """
     problems = []
     begun = (options.folder / HISTORY).exists()
     if begun and not (options.resume or options.overwrite):
         problems.append(
-            f"{options.folder} holds a run: pass --resume to go on with it, --overwrite to replace it, or another --folder."
+            f"{options.folder} holds a run: pass --resume to continue it, --overwrite to replace it, or another --folder."
         )
     if options.resume and not begun:
         problems.append(f"{options.folder} holds no run that could be resumed.")
@@ -111,7 +113,7 @@ def refusal(options: argparse.Namespace) -> int:
 
 
 def conclude(options: argparse.Namespace, quality: Quality) -> int:
-    """The exit code of a training that came to its end."""
+    """The exit code of a finished training."""
     if not options.quick and quality.recognised < LEAST_RECOGNISED:
         print(
             f"FAILED: the training fell short. Expected at least {LEAST_RECOGNISED:.0%} of the images to be recognised; "

@@ -1,4 +1,4 @@
-"""How good images are, by comparison with the real ones: no network that would itself have to be trained."""
+"""The quality of generated images, measured by comparison with real images, without another trained network."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +20,9 @@ class Quality:
     """Two shares, each 1 at best.
 
     Args:
-        recognised: of the images, those whose nearest real image is of the class they were made for. Real held-out
-            images reach 0.98.
-        coverage: of the held-out real images, those that have an image as near as their fifth-nearest real one; low
-            where the generator knows a few images only.
+        recognised: share of the images whose nearest real image has the intended class. Real held-out images reach 0.98.
+        coverage: share of the held-out real images that have a generated image as near as their fifth-nearest real one. It
+            is low if the generator makes only a few different images.
     """
 
     recognised: float
@@ -38,7 +37,7 @@ def measure(images: Array, labels: Array, training: Digits, held_out: Digits) ->
 
     Args:
         images: (B, 8, 8, 1).
-        labels: (B,), the classes they were made for.
+        labels: (B,), the intended classes.
         training: real images to recognise by.
         held_out: real images to be covered.
 
@@ -53,6 +52,6 @@ def measure(images: Array, labels: Array, training: Digits, held_out: Digits) ->
 
 
 def _distances(first: Array, second: Array) -> Array:
-    """Squared, (first, second)."""
+    """Squared distances, (first, second)."""
     a, b = (images.reshape(len(images), -1).astype(np.float64) for images in (first, second))
     return (a * a).sum(axis=1)[:, None] - 2 * a @ b.T + (b * b).sum(axis=1)

@@ -1,4 +1,4 @@
-"""Sizes that the data, the networks and their files have in common, the same in every framework."""
+"""Sizes of the data, the networks and their files, the same in every framework."""
 
 __all__ = ["BATCH", "CLASSES", "LATENT", "SIDE", "WIDTHS"]
 
@@ -8,7 +8,7 @@ SIDE = 8
 CLASSES = 10
 
 LATENT = 24
-"""Numbers that an image is made from, besides its class."""
+"""The length of the random vector from which an image is generated, besides its class."""
 
 WIDTHS = {"first": 64, "attended": 48, "last": 32}
 """Channels of the generator: at 4×4, at the attention layer, before the last convolution."""

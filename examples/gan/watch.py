@@ -1,4 +1,4 @@
-"""What is recorded while the networks train: the quality of fixed samples, and the generator's attention on one of them."""
+"""Records of a training: the quality of fixed samples, and the generator's attention on one of them."""
 
 import io
 from collections.abc import Callable
@@ -28,12 +28,12 @@ _DRAWN = 8 * _PER_CLASS
 
 
 class Watch:
-    """Records of one training, on the same latents throughout.
+    """Records of one training, always on the same latents.
 
     Args:
-        folder: of the run; what an earlier part of it recorded up to `step` is kept.
-        seed: of the latents.
-        step: that the training begins with.
+        folder: folder of the run. Earlier records up to `step` are kept.
+        seed: seed of the latents.
+        step: first step of the training.
     """
 
     def __init__(self, folder: Path, seed: int, step: int = 0) -> None:
@@ -50,7 +50,7 @@ class Watch:
                 self._frames = {name: list(earlier[name][:kept]) for name in self._frames}
 
     def recorded(self, step: int) -> bool:
-        """Whether the state at this step was recorded before the training was cut off."""
+        """Whether the state at this step was recorded before the training was interrupted."""
         return step in self._frames["steps"]
 
     def record(
@@ -60,13 +60,13 @@ class Watch:
         attend: Callable[[Array, Array], Array],
         gamma: float,
     ) -> Quality:
-        """Record how good the samples are, draw them, and add a frame to the film.
+        """Record the quality of the samples, draw them, and add a frame to the animation.
 
         Args:
-            step: of the training.
-            generate: images (B, 8, 8, 1) of latents (B, LATENT) and labels (B,).
-            attend: the map (B, 8, 8, 8, 8) that they are made with.
-            gamma: of that attention layer.
+            step: step of the training.
+            generate: maps latents (B, LATENT) and labels (B,) to images (B, 8, 8, 1).
+            attend: maps them to the map (B, 8, 8, 8, 8) for these images.
+            gamma: gamma of that attention layer.
         """
         images = generate(self.latents, self.labels)
         self.quality = measure(images, self.labels, self._digits, self._held_out)

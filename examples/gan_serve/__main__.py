@@ -1,7 +1,7 @@
 """Export the averaged generator of a run as a SavedModel, load it in a process without selfattn, compare the images.
 
 Run as `python -m examples.gan_serve`, after `python -m examples.sagan_torch` or another of the three. Exit codes: 0 the same
-images, 1 other images, 2 there is no finished run, 3 something is not installed, 130 interrupted.
+images, 1 different images, 2 there is no finished run, 3 something is not installed, 130 interrupted.
 """
 
 import argparse
@@ -20,7 +20,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def main() -> int:
-    """Run the example; returns the exit code."""
+    """Run the example and return the exit code."""
     arguments = _arguments()
     if missing := missing_modules(["keras", "tensorflow"]):
         print(f"This example needs {', '.join(missing)}: pip install 'selfattn[keras]'", file=sys.stderr)
@@ -32,7 +32,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return BAD_INPUT
-    # Imported first of all that imports Keras: it chooses TensorFlow, whose format a SavedModel is.
+    # Imported before all other modules that import Keras, because it selects TensorFlow, which SavedModels need.
     from examples import sagan_keras
 
     start = time.monotonic()
@@ -59,10 +59,10 @@ def main() -> int:
 
 
 def _ask(saved: Path, wanted: files.Samples, folder: Path) -> np.ndarray:
-    """The images of the SavedModel, from a process of its own."""
+    """The images of the SavedModel, from a separate process."""
     request, answer = folder / "request.npz", folder / "answer.npy"
     np.savez(request, latents=wanted.latents, labels=wanted.labels)
-    # The answer of an earlier run must not stand in for one that does not come.
+    # Remove the answer of an earlier run, so that it cannot replace a missing answer.
     answer.unlink(missing_ok=True)
     paths = [str(path.resolve()) for path in (saved, request, answer)]
     subprocess.run([sys.executable, "-m", "examples.gan_serve.serve", *paths], cwd=_ROOT, check=True)
@@ -75,7 +75,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="fewer images")
     parser.add_argument(
-        "--folder", type=Path, default=Path("build/sagan/torch"), help="of the run (default: %(default)s)"
+        "--folder",
+        type=Path,
+        default=Path("build/sagan/torch"),
+        help="folder of the run (default: %(default)s)",
     )
     return parser.parse_args()
 

@@ -1,1 +1,1 @@
-"""Two implementations of the layer that share no code with this library, and conform."""
+"""Two implementations of the layer that share no code with this library, as backends of the conformance kit."""

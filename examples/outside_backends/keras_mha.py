@@ -2,9 +2,9 @@
 
     selfattn conform examples.outside_backends.keras_mha:Backend
 
-One head over height and width jointly is the layer without gamma, residual and pooling. Keras divides the scores by
-sqrt(Dk), so the query is multiplied by it; where the config has no out projection, the layer's own is the identity.
-Nothing of selfattn is imported.
+One head over all positions is the layer without gamma, residual and pooling. Keras divides the scores by sqrt(Dk), so the
+query is multiplied by sqrt(Dk). If the config has no out projection, that of Keras is the identity. Nothing from selfattn
+is imported.
 """
 
 import os
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-# The derivatives below are JAX's. A backend has its process to itself, so it may choose.
+# The derivatives below need JAX. A backend has its own process, so it may choose the framework.
 os.environ["KERAS_BACKEND"] = "jax"
 
 import jax
@@ -26,21 +26,21 @@ __all__ = ["Backend", "Layer"]
 Params = dict[str, jax.Array]
 
 
-# Compared by identity, as what a function is compiled for has to be.
+# Compared by identity, because JAX compiles functions for each instance.
 @dataclass(frozen=True, eq=False)
 class Layer:
     """Keras' layer as a function of canonical weights.
 
     Args:
-        config: the widths.
-        attend: built for these.
+        config: config with the widths.
+        attend: the layer, built for these widths.
     """
 
     config: Any
     attend: keras.layers.MultiHeadAttention
 
     def __call__(self, params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Y (B, H, W, C) and the map (B, N, N)."""
+        """The output y (B, H, W, C) and the map (B, N, N)."""
         channels, dtype = self.config.channels, x.dtype
         scale = jnp.sqrt(jnp.asarray(self.config.qk_channels, dtype))
         weights = {
@@ -89,16 +89,16 @@ def _r1(
 
 
 class Backend:
-    """What the kit speaks to."""
+    """The backend that the kit calls."""
 
     name = "Keras MultiHeadAttention"
 
     def versions(self) -> Mapping[str, str]:
-        """For the report."""
+        """Versions for the report."""
         return {"keras": keras.__version__, "jax": jax.__version__}
 
     def claims(self) -> frozenset[str]:
-        """Everything but the table of parameters, which this layer keeps under other names."""
+        """Everything except the table of parameters, because this layer has other parameter names."""
         return frozenset({"forward", "map", "vjp", "r1"})
 
     def layouts(self) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ class Backend:
         return ("channels_last",)
 
     def declines(self, config: Any) -> str:
-        """Why there is no layer for this config; the kit lists its cases as unclaimed, with this reason."""
+        """Why there is no layer for this config. The kit lists its cases as unclaimed, with this reason."""
         return "MultiHeadAttention cannot pool keys after projecting them" if config.kv_pool > 1 else ""
 
     def build(self, config: Any, params: Mapping[str, np.ndarray], dtype: str, layout: str) -> Model:  # noqa: ARG002
@@ -124,7 +124,7 @@ class Backend:
         return Layer(config, attend), _arrays(params)
 
     def update(self, model: Model, params: Mapping[str, np.ndarray]) -> Model:
-        """The same layer with other weights: what is compiled for it stays."""
+        """The same layer with other weights. Functions compiled for it stay valid."""
         return model[0], _arrays(params)
 
     def forward(self, model: Model, x: np.ndarray) -> np.ndarray:
@@ -136,7 +136,7 @@ class Backend:
         return np.asarray(_call(*model, jnp.asarray(x))[1])
 
     def vjp(self, model: Model, x: np.ndarray, dy: np.ndarray) -> Mapping[str, np.ndarray]:
-        """The first derivatives, by canonical name: the query's scale is inside the function."""
+        """The first derivatives, by canonical name. The scale of the query is inside the function."""
         return _named(*_vjp(*model, jnp.asarray(x), jnp.asarray(dy)))
 
     def r1(self, model: Model, x: np.ndarray, w: np.ndarray) -> tuple[float, Mapping[str, np.ndarray]]:

@@ -1,8 +1,8 @@
-"""A self-attention layer of one's own in plain JAX, as a backend of the conformance kit.
+"""A self-attention layer in plain JAX, as a backend of the conformance kit.
 
     selfattn conform examples.outside_backends.pure_jax:Backend
 
-Nothing of selfattn is imported: the kit hands over a config and numpy arrays, and takes numpy arrays.
+Nothing from selfattn is imported. The kit passes a config and numpy arrays, and expects numpy arrays.
 """
 
 from collections.abc import Mapping
@@ -55,9 +55,9 @@ def layer(params: Params, x: jax.Array, pool: int) -> jax.Array:
     """The whole layer: y = gamma · attention(x) + x.
 
     Args:
-        params: as for `attention`, and gamma (1,).
+        params: parameters of `attention`, and gamma (1,).
         x: (B, H, W, C).
-        pool: as for `attention`.
+        pool: see `attention`.
     """
     return params["gamma"] * attention(params, x, pool)[0] + x
 
@@ -82,20 +82,20 @@ def _r1(params: Params, x: jax.Array, w: jax.Array, pool: int) -> tuple[jax.Arra
 
 
 class Backend:
-    """What the kit speaks to. A model is the params and the side of the pooling window."""
+    """The backend that the kit calls. A model is the params and the side of the pooling window."""
 
     name = "pure JAX"
 
     def versions(self) -> Mapping[str, str]:
-        """For the report."""
+        """Versions for the report."""
         return {"jax": jax.__version__}
 
     def claims(self) -> frozenset[str]:
-        """What is implemented below; the kit asks for nothing else."""
+        """The abilities implemented below. The kit asks for nothing else."""
         return frozenset({"forward", "map", "vjp", "r1", "params"})
 
     def layouts(self) -> tuple[str, ...]:
-        """The one that `layer` computes in."""
+        """The layout of `layer`."""
         return ("channels_last",)
 
     def build(self, config: Any, params: Mapping[str, np.ndarray], dtype: str, layout: str) -> Any:  # noqa: ARG002
@@ -125,5 +125,5 @@ class Backend:
         return float(value), {name: np.asarray(value) for name, value in {"x": by_x, **by_params}.items()}
 
     def params(self, model: Any) -> Mapping[str, np.ndarray]:
-        """The weights as they are kept."""
+        """The stored weights."""
         return {name: np.asarray(value) for name, value in model[0].items()}

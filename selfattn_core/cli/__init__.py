@@ -1,4 +1,4 @@
-"""The `selfattn` command: one file a command, and what the commands share."""
+"""The `selfattn` command: one file for each subcommand, and the code that they share."""
 
 from selfattn_core.cli.command import main
 

@@ -1,4 +1,4 @@
-"""The `attend` command: from files of weights, features and an image to a picture of the attention map."""
+"""The `attend` command: draw the map of an image from files of weights and features."""
 
 import math
 import warnings
@@ -24,11 +24,11 @@ __all__ = ["LARGEST_IMAGE", "WHOLE", "Attended", "attend", "attend_files", "read
 Array = NDArray[Any]
 
 LARGEST_IMAGE = 2**24
-"""Pixels of a picture that is decoded, 4096×4096."""
+"""The most pixels of a picture that is decoded, 4096×4096."""
 
 WHOLE = 2**24
-"""Weights of the largest map of which every row is computed for the layer's change, one from 64×64 positions to as many
-keys: a tenth of a second. Of a larger one it is as many rows as have so many weights together."""
+"""The most weights of a map that are computed for the layer's change: 64×64 positions to as many keys, or a tenth of a
+second. From a larger map, only as many rows are computed as have this number of weights."""
 
 
 class _Point(click.ParamType[tuple[int, int]]):
@@ -65,7 +65,7 @@ class _Point(click.ParamType[tuple[int, int]]):
     required=True,
     multiple=True,
     type=_Point(),
-    help="A pixel of the image to attend from; y counts downwards. One to six of them.",
+    help="A pixel of the image to attend from; y counts downwards. Repeat for up to six pixels.",
 )
 @click.option(
     "--out",
@@ -160,19 +160,19 @@ def attend(
 
 @dataclass(frozen=True)
 class Attended:
-    """What points of one image attend to.
+    """The attention from some points of one image.
 
     Args:
         image: (height, width) or (height, width, 3), uint8.
-        rows: (points, H', W'), what each point attends to.
+        rows: (points, H', W'), the row of the map for each point.
         grid_size: (H, W).
-        statistics: of the rows, each (points,).
+        statistics: statistics of the rows, each (points,).
         positions: (h, w) of the feature map for each point.
-        config: of the layer.
-        gamma: of the layer.
-        change: the root mean square of y − x relative to that of x, what the layer does to these features.
-        changed: how many output positions that is taken over: all, or so many drawn by lot where all would take seconds to
-            minutes.
+        config: options of the layer.
+        gamma: gamma of the layer.
+        change: the root mean square of y − x relative to that of x, which is the layer's effect on these features.
+        changed: the number of output positions that `change` is computed from. It is all of them, or a random choice if all
+            would take seconds to minutes.
     """
 
     image: Array
@@ -197,22 +197,22 @@ def attend_files(
     sample: int | None = None,
     layout: str = "channels_last",
 ) -> Attended:
-    """What the layer in a canonical file attends to, from the formula of the numpy definition, in float32.
+    """The attention of the layer in a canonical file, by the formula of the numpy definition, in float32.
 
-    Memory is linear in the positions: rows of the map are computed for the points, and for the change in blocks.
+    Memory is linear in the positions. The rows of the map are computed for the points, and in blocks for the change.
 
     Args:
         weights: canonical file.
-        features: the layer's input, as for `read_features`.
-        image: the picture that the features were computed from.
+        features: file with the layer's input, see `read_features`.
+        image: the picture from which the features were computed.
         points: pixels (y, x) of the image.
-        block: which layer of a file that holds several.
-        array: as for `read_features`.
-        sample: as for `read_features`.
-        layout: as for `read_features`.
+        block: name of the block, if the file holds several.
+        array: see `read_features`.
+        sample: see `read_features`.
+        layout: see `read_features`.
 
     Raises:
-        ModuleNotFoundError: if what reads images is not installed.
+        ModuleNotFoundError: if Pillow is not installed.
         OSError: if a file cannot be read.
         ValueError: if a file cannot be used, files do not fit each other or memory, or a point is outside the image.
     """
@@ -236,8 +236,8 @@ def attend_files(
         change = relative_change(config, params, x, positions=asked)
     except MemoryError:
         raise ValueError(
-            f"{features}: the attention of {height}×{width} positions does not fit into memory; take features of a "
-            "smaller image, or a crop."
+            f"{features}: the attention of {height}×{width} positions does not fit into memory; use the features of a "
+            "smaller image, or of a crop."
         ) from None
     if not (np.isfinite(rows).all() and np.isfinite(change)):
         raise ValueError(
@@ -258,16 +258,16 @@ def attend_files(
 
 
 def read_image(path: Path) -> Array:
-    """The pixels of a picture as they are stored, (height, width) or (height, width, 3), uint8.
+    """The pixels of a picture as stored, (height, width) or (height, width, 3), uint8.
 
     Args:
-        path: any format that Pillow reads. Transparency is dropped, and orientation tags of cameras are not applied,
-            as image loaders of training code do not apply them.
+        path: a file in any format that Pillow reads. Transparency is dropped. Orientation tags of cameras are ignored, as
+            image loaders of training code ignore them.
 
     Raises:
         ModuleNotFoundError: if Pillow is not installed.
         OSError: if the file cannot be read.
-        ValueError: if it is not a picture, is damaged, or has more than `LARGEST_IMAGE` pixels, which are not decoded.
+        ValueError: if it is not a picture, is damaged, or has more than `LARGEST_IMAGE` pixels.
     """
     require("selfattn attend", ["matplotlib", "PIL"], "viz")
     from PIL import Image, UnidentifiedImageError
@@ -278,7 +278,7 @@ def read_image(path: Path) -> Array:
     refused = f"at most {LARGEST_IMAGE} pixels are decoded: scale it down, the map is no finer for it."
     try:
         with warnings.catch_warnings():
-            # Pillow warns of a size that is far beyond ours, and of transparency that is dropped.
+            # Pillow warns about sizes far above our limit, and about dropped transparency.
             warnings.simplefilter("ignore")
             with Image.open(path) as picture:
                 width, height = picture.size
@@ -293,14 +293,14 @@ def read_image(path: Path) -> Array:
         raise ValueError(f"{path}: does not fit into memory; scale it down.") from None
     except PermissionError:
         raise
-    # What Pillow's readers raise on a damaged file is of every kind, and does not name it.
+    # For a damaged file, Pillow's readers raise exceptions of any kind, and do not name the file.
     except Exception as error:
         raise ValueError(f"{path}: cannot be read, it may be damaged ({error}).") from error
     raise ValueError(f"{path}: has {height}×{width} pixels; {refused}")
 
 
 def _layer(path: Path, block: str | None) -> tuple[SelfAttentionConfig, dict[str, Array]]:
-    """What `load` gives; its errors in the words of the command."""
+    """The result of `load`, with errors that name the options of the command."""
     from selfattn_core.files.features import check_is_file
 
     check_is_file(path)
@@ -322,8 +322,8 @@ def _is_canonical(path: Path) -> bool:
 
 
 def _by_lot(positions: int, rows: int) -> Array | None:
-    """So many of the positions, always the same ones, in their order; None if that is all of them."""
+    """This number of positions, chosen at random with a fixed seed, in order. None if all positions are chosen."""
     if positions <= rows:
         return None
-    # Not every k-th one, which would be a few columns where k divides the width.
+    # A random choice, because every k-th position would be in a few columns if k divides the width.
     return np.sort(np.random.default_rng(0).choice(positions, rows, replace=False))

@@ -28,7 +28,7 @@ def backends() -> None:
 
 
 def _version(module: str) -> str:
-    """The version of the distribution that a module comes from, without importing it."""
+    """The version of the distribution that contains a module, without importing the module."""
     import importlib.metadata
 
     distributions = importlib.metadata.packages_distributions().get(module, [module])

@@ -1,4 +1,4 @@
-"""The `selfattn` command, a group. Each of its commands is a file of that name, read when the command is needed."""
+"""The `selfattn` command group. Each subcommand is a file with its name, imported only when it is needed."""
 
 from importlib import import_module
 
@@ -10,7 +10,7 @@ from selfattn_core.cli.guard import GuardedGroup
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = ("attend", "backends", "conform", "dialects", "inspect", "port", "verify")
-"""Each is a module of `selfattn_core.cli` that holds a click command of the same name."""
+"""The subcommands. Each is a module of `selfattn_core.cli` that contains a click command of the same name."""
 
 
 class _Commands(GuardedGroup):

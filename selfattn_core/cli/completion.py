@@ -1,4 +1,4 @@
-"""What the shell is offered where the command takes a backend, a case, a dialect or a file."""
+"""Shell completion of backends, cases, dialects and files."""
 
 from typing import TYPE_CHECKING
 
@@ -11,12 +11,12 @@ __all__ = ["backends", "cases", "dialects", "files", "portable_dialects"]
 
 
 def files(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
-    """Files, which the shell finds itself; for options whose value may be something else too.
+    """Files, which the shell lists itself. For options that accept files and other values.
 
     Args:
-        context: of the command line so far.
-        parameter: that is being completed.
-        incomplete: what has been typed of it.
+        context: context of the command line so far.
+        parameter: the parameter to complete.
+        incomplete: the typed part of its value.
 
     Example:
         >>> [item.type for item in files(click.Context(click.Command("port")), click.Option(["--json"]), "re")]
@@ -28,12 +28,12 @@ def files(context: click.Context, parameter: click.Parameter, incomplete: str) -
 
 
 def backends(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
-    """The backends that ship with the library, without those that were named already.
+    """The built-in backends that the command line does not name yet.
 
     Args:
-        context: of the command line so far.
-        parameter: that is being completed.
-        incomplete: what has been typed of it.
+        context: context of the command line so far.
+        parameter: the parameter to complete.
+        incomplete: the typed part of its value.
 
     Example:
         >>> command = click.Command("conform", params=[click.Argument(["names"], nargs=-1)])
@@ -50,12 +50,12 @@ def backends(context: click.Context, parameter: click.Parameter, incomplete: str
 
 
 def cases(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
-    """Cases; after a slash, their dtypes and then their layouts.
+    """Cases and, after a slash, their dtypes and layouts.
 
     Args:
-        context: of the command line so far.
-        parameter: that is being completed.
-        incomplete: what has been typed of it.
+        context: context of the command line so far.
+        parameter: the parameter to complete.
+        incomplete: the typed part of its value.
 
     Example:
         >>> context = click.Context(click.Command("conform"))
@@ -70,12 +70,12 @@ def cases(context: click.Context, parameter: click.Parameter, incomplete: str) -
 
 
 def dialects(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
-    """Every known dialect, and files, as one may be a TOML file of the user's own.
+    """Every known dialect, and files, because a dialect can be the user's own TOML file.
 
     Args:
-        context: of the command line so far.
-        parameter: that is being completed.
-        incomplete: what has been typed of it.
+        context: context of the command line so far.
+        parameter: the parameter to complete.
+        incomplete: the typed part of its value.
 
     Example:
         >>> context = click.Context(click.Command("dialects"))
@@ -90,12 +90,12 @@ def dialects(context: click.Context, parameter: click.Parameter, incomplete: str
 def portable_dialects(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> "list[CompletionItem]":
-    """As `dialects`, without those that are known and refused.
+    """The result of `dialects`, without the dialects that are refused.
 
     Args:
-        context: of the command line so far.
-        parameter: that is being completed.
-        incomplete: what has been typed of it.
+        context: context of the command line so far.
+        parameter: the parameter to complete.
+        incomplete: the typed part of its value.
 
     Example:
         >>> context = click.Context(click.Command("port"))
@@ -111,7 +111,7 @@ def portable_dialects(
 def _names_and_files(names: list[str], incomplete: str) -> "list[CompletionItem]":
     from click.shell_completion import CompletionItem
 
-    # Files first: at that word bash drops the names before it, and offers files only where no name fits.
+    # Files come first, because at that word bash drops all names before it. It then offers files only if no name fits.
     return [
         CompletionItem(incomplete, type="file"),
         *(CompletionItem(name) for name in names if name.startswith(incomplete)),

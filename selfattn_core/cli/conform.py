@@ -89,14 +89,15 @@ def conform(
     BACKEND is a name that `selfattn backends` lists, or module:object for a backend of your own. Without BACKEND, all
     are checked. Errors are multiples of the noise floor.
 
-    Exit code 1: a check failed. 2: a name is no backend, or no device of the framework. 3: a framework or the device is
-    missing.
+    Exit code 1: a check failed. 2: a backend or a device has an unknown name. 3: a framework or the device is missing.
     """
     files = {"json": json_file, "html": html_file, "junit": junit_file, "markdown": markdown_file}
     targets = {form: target for form, target in files.items() if target is not None}
     if diff:
         if names or targets or self_test or devices or cases:
-            raise click.UsageError("--diff runs nothing: give it two files, and no backend or other report.")
+            raise click.UsageError(
+                "--diff compares two files and runs nothing: pass no backend and no other report."
+            )
         sys.exit(_tell_difference(*diff))
     sys.exit(
         _run(
@@ -112,7 +113,7 @@ def conform(
 
 
 def forms() -> Mapping[str, Callable[[Mapping[str, Any]], str]]:
-    """The forms in which a report can be written, by option."""
+    """The formats of a report, by option."""
     from selfattn_core.conformance.report import as_html, as_junit, as_markdown
 
     return {
@@ -155,7 +156,7 @@ def _run(
     except ValueError as error:
         problems.append(f"--case: {error}")
     if cases and not names:
-        problems.append("--case: name the BACKEND that is to run it")
+        problems.append("--case: name the BACKEND that should run it")
     if problems:
         raise click.UsageError(f"{'; '.join(problems)}.")
     device = devices[0] if devices else ""
@@ -188,7 +189,9 @@ def _device_problems(names: Sequence[str], devices: Sequence[str]) -> list[str]:
     if len(devices) > 1:
         return [f"--device: got {' and '.join(devices)}; expected one device a run"]
     if devices and not names:
-        return [f"--device {devices[0]}: broken implementations are numpy's, which has none; name a BACKEND"]
+        return [
+            f"--device {devices[0]}: the broken implementations run on numpy, which has no devices; name a BACKEND"
+        ]
     from selfattn_core.conformance.execution.runner import unknown_device
 
     found: dict[str, list[str]] = {}
@@ -199,7 +202,7 @@ def _device_problems(names: Sequence[str], devices: Sequence[str]) -> list[str]:
 
 
 def _tell_difference(old: Path, new: Path) -> int:
-    """Print what changed between two JSON reports; the exit code is 1 if something is worse."""
+    """Print the differences between two JSON reports. The exit code is 1 if a result got worse."""
     from selfattn_core.conformance.report import difference
 
     try:
@@ -215,11 +218,11 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is no JSON: {error}") from error
+        raise ValueError(f"{path}: is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: is no report of selfattn conform --json.")
+        raise ValueError(f"{path}: is not a report of selfattn conform --json.")
     return content
 
 
-# Bytes. Reports of six backends have two million.
+# In bytes. A report of six backends has two million.
 _LARGEST_REPORT = 2**27

@@ -1,4 +1,4 @@
-"""What all commands have in common: a user's mistake ends in one paragraph and an exit code, and a signal leaves nothing behind."""
+"""Error handling of all commands: a user's mistake gives one paragraph and an exit code, and a signal leaves no files."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ __all__ = ["GuardedGroup", "ended_by_signals", "explained", "in_words_of_the_com
 
 
 class GuardedGroup(click.Group):
-    r"""A group whose commands end without a traceback where the cause lies outside of the program.
+    r"""A group whose commands end without a traceback if the cause is outside the program.
 
     Example:
         >>> from click.testing import CliRunner
@@ -34,7 +34,7 @@ class GuardedGroup(click.Group):
     """
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, guarded."""
+        """Run the command and translate its errors."""
         with ended_by_signals():
             try:
                 return super().invoke(ctx)
@@ -52,10 +52,10 @@ class _Failure(click.ClickException):
 
 
 def explained(error: Exception) -> click.ClickException | None:
-    """What to tell a user of an exception; None if it is click's own, or a fault of the program, whose traceback is needed.
+    """The message and exit code for an exception. None for click's own, and for a bug, whose traceback is needed.
 
     Args:
-        error: what ended a command.
+        error: the exception that ended a command.
 
     Example:
         >>> explained(MemoryError()).exit_code
@@ -84,16 +84,16 @@ def in_words_of_the_command(error: Exception) -> str:
 
 def _of_a_library(error: ImportError) -> str:
     if isinstance(error, ModuleNotFoundError):
-        # Any other missing module is a fault of the program.
+        # Our own message names the package to install. Any other missing module is a bug.
         return str(error) if isinstance(error, NotInstalledError) else ""
-    return f"{error.name or 'a library'} is installed, and cannot be loaded: {error}"
+    return f"{error.name or 'a library'} is installed, but cannot be loaded: {error}"
 
 
 def _of_the_system(error: OSError) -> str:
     if error.errno is None:
         return str(error)
     if error.filename is None:
-        # A reader of standard output that went away, as `head` does, is no error to tell; click ends quietly.
+        # It is not an error if a reader of standard output ends early, as `head` does. click then exits quietly.
         if error.errno == errno.EPIPE:
             return ""
         return f"standard output, or a file in {tempfile.tempdir or 'the folder of temporary files'}: {error.strerror or error}."
@@ -102,16 +102,16 @@ def _of_the_system(error: OSError) -> str:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP as exceptions, which Ctrl-C is anyway: processes are ended and unfinished files removed.
+    """Turn SIGTERM and SIGHUP into exceptions, like Ctrl-C, so that processes are ended and unfinished files removed.
 
-    A signal that is ignored, as `nohup` asks for, stays so. One that meets the program in a callback, where Python prints
-    the exception and goes on, is sent once more.
+    A signal that is ignored, for example by `nohup`, stays ignored. In a callback, Python prints the exception and
+    continues. The signal is then sent again.
     """
 
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    # Only there can a handler be set.
+    # Only the main thread can set a handler.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -128,7 +128,7 @@ def ended_by_signals() -> Iterator[None]:
             return
         code = lost.exc_value.code if isinstance(lost.exc_value, SystemExit) else None
         number = code - 128 if isinstance(code, int) else signal.SIGINT
-        # From another thread and a moment later, when this callback is over.
+        # Sent from another thread a moment later, when this callback is over.
         threading.Timer(_MOMENT, os.kill, (os.getpid(), number)).start()
 
     sys.unraisablehook = again

@@ -27,8 +27,8 @@ __all__ = ["inspect"]
 def inspect(file: Path, own: tuple[str, ...], tensors: bool, json_file: str | None) -> None:
     """Find the attention blocks in a checkpoint.
 
-    For each block, shows which dialects fit and why the others do not. FILE holds one layer or a whole network, in any
-    format that can be read. The only values that are read are u and v of spectral norm.
+    Shows for each block which dialects fit and why the others do not. FILE contains one layer or a whole network, in any
+    readable format. The command reads no values except u and v of spectral norm.
     """
     from selfattn_core.porting.inspect import inspect as run
 

@@ -13,24 +13,24 @@ __all__ = ["NamedPath", "checked_target", "given_settings", "report_option"]
 
 
 class NamedPath(click.Path):
-    """A path. An empty one, as from a shell variable that is not set, would mean the current folder and is refused."""
+    """A path. An empty path, for example from an unset shell variable, would mean the current folder, so it is refused."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path of a value that is not empty."""
+        """The path, if the value is not empty."""
         if value == "":
             self.fail("the path is empty; name a file.", param, ctx)
         return super().convert(value, param, ctx)
 
 
 def report_option(form: str, summary: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The option `--FORM FILE`, which writes a report and passes its target on as `FORM_file`.
+    """The option `--FORM FILE` for a report. The command receives its value as `FORM_file`.
 
     Args:
-        form: of the report: json, html, junit or markdown.
-        summary: the help of the option.
+        form: format of the report: json, html, junit or markdown.
+        summary: help text of the option.
     """
     return click.option(
         f"--{form}", f"{form}_file", metavar="FILE", shell_complete=completion.files, help=summary
@@ -41,10 +41,10 @@ def given_settings(options: Sequence[str]) -> dict[str, str]:
     """The settings of `--set`, by name.
 
     Args:
-        options: NAME=VALUE, once for each `--set`.
+        options: one NAME=VALUE for each `--set`.
 
     Raises:
-        click.UsageError: if an option has another form.
+        click.UsageError: if an option is not NAME=VALUE.
 
     Example:
         >>> given_settings(["use_scale=false"])

@@ -146,7 +146,7 @@ def verify(
         )
     if dialect is not None and block is not None:
         problems.append(
-            "--block names a layer of a canonical file: with --from pass --prefix, the beginning of its keys"
+            "--block is for a canonical file: with --from, pass --prefix, the beginning of the block's keys"
         )
     if problems:
         raise click.UsageError(f"{'; '.join(problems)}.")

@@ -1,1 +1,1 @@
-"""Files on disk: input files are read up to a limit, output files are written whole or not at all."""
+"""Reading input files up to a limit, and writing output files so that they are complete or absent."""

@@ -1,4 +1,4 @@
-"""Reading the feature map of one image from an `.npy` or `.npz` file, whose header is checked before memory is allocated."""
+"""Reading the feature map of one image from an `.npy` or `.npz` file. The header is checked before memory is allocated."""
 
 import math
 import os
@@ -22,22 +22,22 @@ __all__ = ["LARGEST_ARRAY", "LARGEST_GRID", "check_is_file", "read_features"]
 Array = NDArray[Any]
 
 LARGEST_GRID = 2**20
-"""Positions of a feature map that is taken, 1024×1024."""
+"""The most positions of a feature map, 1024×1024."""
 
 LARGEST_ARRAY = 2**30
-"""Numbers of an array that is unpacked, 4 GiB in float32."""
+"""The most numbers of an array that is unpacked, 4 GiB in float32."""
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """An array of a file that has not been read.
+    """An array of a file, not read yet.
 
     Args:
-        shape: as stored.
-        dtype: as stored.
-        read: gives one sample of a batch, or for None the array.
+        shape: stored shape.
+        dtype: stored dtype.
+        read: function that returns one sample of a batch, or for None the whole array.
     """
 
     shape: tuple[int, ...]
@@ -56,19 +56,19 @@ def read_features(
     """The input of the attention layer for one image, (H, W, C).
 
     Args:
-        path: .npy, of which only the sample is read, or .npz; nothing in it is unpickled.
-        config: of the layer, which says what C is.
-        array: which array of an .npz with several.
-        sample: which sample of a batch of several.
-        layout: of the file, "channels_last" or "channels_first", with a batch axis or without.
+        path: an .npy file, of which only the sample is read, or an .npz file. Nothing is unpickled.
+        config: config of the layer, which contains C.
+        array: name of the array in an .npz file with several.
+        sample: number of the sample in a batch of several.
+        layout: layout of the file, "channels_last" or "channels_first", with or without a batch axis.
 
     Returns:
         A new array in the file's dtype, bfloat16 as float32.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it holds no such features, promises more than it has, or more than `LARGEST_GRID` positions or
-            `LARGEST_ARRAY` numbers.
+        ValueError: if the file does not contain such features, is shorter than its header promises, or has more than
+            `LARGEST_GRID` positions or `LARGEST_ARRAY` numbers.
     """
     with _opened(path, array) as stored:
         shape = stored.shape
@@ -93,8 +93,8 @@ def read_features(
         config.check_input((1, height, width, config.channels), layer=str(path))
         if height * width > LARGEST_GRID:
             raise ValueError(
-                f"{path}: holds features of {height}×{width} positions; at most {LARGEST_GRID} are taken: take features of "
-                "a smaller image, or a crop."
+                f"{path}: holds features of {height}×{width} positions; at most {LARGEST_GRID} are accepted: use the features of "
+                "a smaller image, or of a crop."
             )
         try:
             features = np.ascontiguousarray(np.moveaxis(stored.read(chosen), channel, -1))
@@ -106,10 +106,10 @@ def read_features(
 
 
 def check_is_file(path: Path) -> None:
-    """Refuse what is no ordinary file.
+    """Refuse a path that is not an ordinary file.
 
     Raises:
-        OSError: if it is a folder, is absent, or is a pipe or a device, which would be waited for.
+        OSError: if the path is a folder or does not exist, or if it is a pipe or a device, where reading could block.
 
     Example:
         >>> check_is_file(Path("there-is-no-such.npy"))
@@ -126,7 +126,7 @@ def check_is_file(path: Path) -> None:
 
 
 def _chosen(path: Path, shape: tuple[int, ...], sample: int | None) -> int | None:
-    """Which sample of the batch is read; None where there is no batch axis."""
+    """The number of the sample to read, or None without a batch axis."""
     if len(shape) == 3:
         if sample is not None:
             raise ValueError(f"{path}: holds one sample of shape {shape}; pass no --sample.")
@@ -153,8 +153,8 @@ def _opened(path: Path, name: str | None) -> Iterator[_Stored]:
             info = arrays[key]
             if math.prod(info.shape) > LARGEST_ARRAY:
                 raise ValueError(
-                    f"{path}: the array {key!r} of shape {info.shape} has more than {LARGEST_ARRAY} numbers, which are not "
-                    "unpacked; save fewer samples, or as .npy, of which one is read."
+                    f"{path}: the array {key!r} of shape {info.shape} has more than {LARGEST_ARRAY} numbers, too many to "
+                    "unpack; save fewer samples, or save an .npy file, of which only one sample is read."
                 )
 
             def unpacked(sample: int | None) -> Array:
@@ -189,7 +189,7 @@ def _single(path: Path, start: bytes, size: int) -> _Stored:
         if start.startswith(b"\x93NUMPY"):
             raise ValueError(f"{str(error).removesuffix('.')}.") from None
         raise ValueError(
-            f"{path}: cannot be read as .npy or .npz: it is damaged, or another format; expected an array of numbers, as "
+            f"{path}: cannot be read as .npy or .npz: it is damaged, or has another format; expected an array of numbers, as "
             "numpy.save writes it."
         ) from None
     if header.dtype.hasobject:
@@ -209,7 +209,7 @@ def _single(path: Path, start: bytes, size: int) -> _Stored:
         try:
             whole = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read, or has changed meanwhile ({error}).") from error
+            raise ValueError(f"{path}: cannot be read, or changed while it was read ({error}).") from error
         values = np.array(whole if sample is None else whole[sample], order="C")
         return decode(values.view(np.uint8), dtype) if dtype == "bfloat16" else values
 

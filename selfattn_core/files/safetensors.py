@@ -1,10 +1,10 @@
-"""The `.safetensors` format, read and written without the library of that name: a JSON header and the tensors behind it.
+"""Reading and writing the `.safetensors` format, a JSON header and the tensors behind it, without the library of that name.
 
-What the library does, measured with safetensors 0.8.0 and numpy 2: its numpy side reads no bfloat16 and no 8-bit floats
-unless ml_dtypes is installed, it writes the memory of a non-contiguous array in the wrong order, and it writes the entries
-of the metadata in an order that changes from file to file, so that equal weights are not equal files. Its reader accepts a
-header that names a tensor twice and reports one problem at a time. The tests read with the library what is written here,
-and compare the bytes.
+Measurements with safetensors 0.8.0 and numpy 2 gave the reasons. The library's numpy side reads no bfloat16 and no 8-bit
+floats unless ml_dtypes is installed. It writes the memory of a non-contiguous array in the wrong order. It writes metadata
+entries in an order that changes from file to file, so equal weights do not give equal files. Its reader accepts a header
+that names a tensor twice, and reports one problem at a time. The tests read our files with the library, and compare the
+bytes.
 
 Source: the format as described in the README of huggingface/safetensors.
 """
@@ -65,16 +65,16 @@ DTYPES = {
     "F6_E3M2": "float6_e3m2fn",
     "F4": "float4_e2m1fn",
 }
-"""The names of dtypes in numpy and ml_dtypes by their codes in a file."""
+"""The names of dtypes in numpy and ml_dtypes, by their codes in a file."""
 
 CODES = {name: code for code, name in DTYPES.items()}
-"""The codes by the names."""
+"""The codes of dtypes, by their names."""
 
 LONGEST_HEADER = 32 * 2**20
-"""Bytes of a header that are parsed. A network of ten thousand tensors needs about one MiB."""
+"""The most bytes of a header that is parsed. A network of ten thousand tensors needs about one MiB."""
 
 _MOST_AXES = 32
-# What numpy has itself; bfloat16 is widened.
+# The dtypes of numpy itself. bfloat16 is widened.
 _WRITABLE = (
     *("float64", "float32", "float16", "int64", "int32", "int16", "int8"),
     *("uint64", "uint32", "uint16", "uint8", "bool"),
@@ -87,13 +87,13 @@ class SafetensorsError(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a file.
+    """The place of a tensor in a file.
 
     Args:
-        code: of its dtype, one of `DTYPES`.
-        shape: as stored.
-        place: of its first byte in the file.
-        size: in bytes.
+        code: code of its dtype, one of `DTYPES`.
+        shape: stored shape.
+        place: position of its first byte in the file.
+        size: size in bytes.
     """
 
     code: str
@@ -104,11 +104,11 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file promises, after it has been checked.
+    """The checked header of a file.
 
     Args:
         metadata: texts by name.
-        tensors: by name, in the order of the header.
+        tensors: places of the tensors by name, in the order of the header.
     """
 
     metadata: dict[str, str]
@@ -116,14 +116,14 @@ class Header:
 
 
 def read_header(file: BinaryIO) -> Header:
-    """The header of a file. Nothing is allocated for a tensor.
+    """Read the header of a file. No memory is allocated for tensors.
 
     Args:
-        file: open for reading.
+        file: a file open for reading.
 
     Raises:
-        SafetensorsError: if the header is not one, names a key twice, or promises other bytes than the file holds; lists
-            every tensor that is wrong. The message does not name the file.
+        SafetensorsError: if the header is invalid, names a key twice, or does not match the bytes of the file. The message
+            lists every wrong tensor, and does not name the file.
 
     Example:
         >>> content = whole_file({"gamma": np.ones(1, np.float32)}, {"source": "mine"})
@@ -142,7 +142,7 @@ def read_header(file: BinaryIO) -> Header:
     if length > LONGEST_HEADER:
         raise SafetensorsError(f"has a header of {length} bytes; at most {LONGEST_HEADER} are read.")
     rows = _parsed(file.read(length))
-    # MLX writes null where there is none.
+    # MLX writes null if there is no metadata.
     metadata = rows.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise SafetensorsError("its __metadata__ is not a JSON object of strings.")
@@ -159,11 +159,11 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def read_tensor(file: BinaryIO, stored: StoredTensor) -> Array:
-    """A tensor's values as a new array; bfloat16 as float32, which is exact.
+    """Read a tensor's values as a new array. bfloat16 becomes float32, which is exact.
 
     Args:
-        file: that the header was read from.
-        stored: of the header; its dtype must be one of numpy's, or bfloat16.
+        file: the file of the header.
+        stored: entry of the header. Its dtype must be a numpy dtype or bfloat16.
     """
     file.seek(stored.place)
     content = file.read(stored.size)
@@ -178,7 +178,7 @@ def read_all(file: BinaryIO) -> tuple[dict[str, str], dict[str, Array]]:
     """The metadata and all tensors of a file.
 
     Raises:
-        SafetensorsError: as `read_header`.
+        SafetensorsError: see `read_header`.
         TypeError: if a tensor has a dtype that numpy lacks.
 
     Example:
@@ -190,14 +190,14 @@ def read_all(file: BinaryIO) -> tuple[dict[str, str], dict[str, Array]]:
 
 
 def whole_file(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
-    """A file in one piece, with the wider dtypes first, as the library orders them, so that every number is aligned.
+    """A file in one piece. Wider dtypes come first, as in the library, so that every number is aligned.
 
     Args:
-        tensors: by name, as `pieces` takes them.
+        tensors: tensors by name, see `pieces`.
         metadata: texts by name.
 
     Raises:
-        SafetensorsError: as `pieces`.
+        SafetensorsError: see `pieces`.
     """
     ordered = sorted(tensors, key=lambda name: (-widen(tensors[name]).itemsize, name))
     return b"".join(pieces({name: tensors[name] for name in ordered}, metadata))
@@ -208,14 +208,14 @@ def pieces(
 ) -> Iterator[bytes | memoryview]:
     """A file in pieces: the header, then one tensor after the other.
 
-    Every tensor is asked for twice and held for no longer than it takes, so all of them need not fit into memory.
+    Every tensor is requested twice and released at once, so they do not have to fit into memory together.
 
     Args:
-        tensors: by name, in the order of the file; bfloat16 is widened to float32.
-        metadata: texts by name; without any, the file has no entry for them.
+        tensors: tensors by name, in the order of the file. bfloat16 is widened to float32.
+        metadata: texts by name. If there are none, the file has no entry for them.
 
     Raises:
-        SafetensorsError: if the format has no place for a dtype, or a tensor has another size when it is asked for again.
+        SafetensorsError: if the format does not support a dtype, or a tensor has a different size the second time.
     """
     rows: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     place = 0
@@ -228,19 +228,19 @@ def pieces(
         offsets = [place, place + made.nbytes]
         rows[name] = {"dtype": CODES[made.dtype.name], "shape": made.shape, "data_offsets": offsets}
         place = offsets[1]
-        # Or it would be held while the next one is made.
+        # Otherwise it would be kept while the next one is made.
         del made
     yield header_bytes(rows)
     for name in tensors:
         made = _contiguous(tensors[name])
         if made.nbytes != rows[name]["data_offsets"][1] - rows[name]["data_offsets"][0]:
-            raise SafetensorsError(f"{name}: has changed while it was written; nothing was written.")
+            raise SafetensorsError(f"{name}: changed while it was written; nothing was written.")
         yield made.data if made.nbytes else b""
         del made
 
 
 def header_bytes(rows: Mapping[str, Any]) -> bytes:
-    """The beginning of a file: the length of the header, and the header.
+    """The start of a file: the length of the header, and the header.
 
     Args:
         rows: the JSON object of the header.
@@ -305,24 +305,26 @@ def _stored(key: str, row: object, start: int) -> StoredTensor:
 
 
 def _bits(code: str) -> int:
-    """Of one number: every code but BOOL names them."""
+    """The bits of one number. Every code except BOOL contains them."""
     named = re.search(r"\d+", code)
     return int(named[0]) if named else 8
 
 
 def _gaps(tensors: Mapping[str, StoredTensor], start: int, end: int) -> list[str]:
-    """Tensors must follow one another without overlap or gap and fill the file, as the format demands."""
+    """Check that tensors follow one another without overlap or gap and fill the file, as the format requires."""
     problems, place = [], 0
     for begin, stop, key in sorted(
         (row.place - start, row.place - start + row.size, key) for key, row in tensors.items()
     ):
         if begin != place:
             problems.append(
-                f"{key}: begins at byte {begin} of the data, the tensor before it ends at {place}"
+                f"{key}: begins at byte {begin} of the data, but the tensor before it ends at {place}"
             )
         place = max(place, stop)
     if place > end - start:
-        problems.append(f"the file is truncated: {place} bytes of data are promised, {end - start} are there")
+        problems.append(
+            f"the file is truncated: its header promises {place} bytes of data, and it has {end - start}"
+        )
     elif place < end - start:
-        problems.append(f"{end - start - place} bytes behind the last tensor belong to none")
+        problems.append(f"{end - start - place} bytes behind the last tensor belong to no tensor")
     return problems

@@ -1,4 +1,4 @@
-"""The targets of a command's reports: checked before the work begins, written after it."""
+"""Targets of a command's reports: checks before the work begins, and writing afterwards."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ STANDARD_OUTPUT = "-"
 
 
 def report_target(target: str) -> str:
-    """The target, and "-" where it is another name of standard output.
+    """The target, or "-" if it is another name of standard output.
 
     Example:
         >>> report_target("/dev/stdout"), report_target("report.json")
@@ -36,12 +36,12 @@ def report_target(target: str) -> str:
 def target_problems(
     targets: Mapping[str, str], *, keep: Mapping[str, str | os.PathLike[str]] | None = None
 ) -> list[str]:
-    """Why reports cannot be written there; a report replaces the file that it finds.
+    """Reasons why reports cannot be written to their targets. A report replaces an existing file.
 
     Args:
-        targets: file by the option's name; "-" is standard output, about which nothing is said.
-        keep: what the command reads, or writes otherwise, by its name in the usage: a report must not be one of these
-            files, nor lie in one of these folders.
+        targets: file by the option's name. "-" is standard output, which is always possible.
+        keep: other files and folders of the command, by their names in the usage. A report must not replace such a file or
+            be inside such a folder.
 
     Returns:
         One clause for each problem.
@@ -74,10 +74,10 @@ def target_problems(
 
 
 def shared_targets(targets: Mapping[str, str]) -> list[str]:
-    """Why several reports of one run cannot be written where each of them could be.
+    """Reasons why several reports of one run cannot be written together, although each one could be.
 
     Args:
-        targets: file by the option's name; "-" is standard output.
+        targets: file by the option's name. "-" is standard output.
 
     Returns:
         One clause for each problem.
@@ -102,7 +102,7 @@ def shared_targets(targets: Mapping[str, str]) -> list[str]:
 
 
 def is_replaced(path: Path) -> bool:
-    """Whether writing there makes a file or replaces one; a device or a pipe is written into.
+    """Whether writing there creates or replaces a file. A device or a pipe is written into instead.
 
     Example:
         >>> is_replaced(Path("report.json")), is_replaced(Path(os.devnull))
@@ -112,7 +112,7 @@ def is_replaced(path: Path) -> bool:
 
 
 def is_same(path: Path, kept: Path) -> bool:
-    """Whether two names are of one file, as of a symbolic or a hard link.
+    """Whether two names belong to one file, for example through a symbolic or hard link.
 
     Example:
         >>> is_same(Path("layer.npz"), Path("./layer.npz"))
@@ -127,8 +127,8 @@ def would_replace(path: str | os.PathLike[str], kept: str | os.PathLike[str]) ->
     """Whether writing to a path would replace another file or folder, or a part of it.
 
     Args:
-        path: what is going to be written.
-        kept: a file, a checkpoint that is a folder, or what the names of a TensorFlow checkpoint's files begin with.
+        path: the path to write.
+        kept: a file, a checkpoint folder, or the common beginning of the names of a TensorFlow checkpoint's files.
 
     Example:
         >>> would_replace("model.index", "model"), would_replace("model.json", "model")
@@ -144,14 +144,14 @@ def would_replace(path: str | os.PathLike[str], kept: str | os.PathLike[str]) ->
 
 
 def write_report(target: str, text: str) -> None:
-    """Write a report to a file, whole or not at all, or to standard output.
+    """Write a report to a file, which is then complete or absent, or to standard output.
 
     Args:
         target: a path, or "-".
         text: the report, which ends with a new line.
 
     Raises:
-        OSError: if it cannot be written; an existing file is left as it was.
+        OSError: if it cannot be written. An existing file then stays unchanged.
     """
     if target == STANDARD_OUTPUT:
         click.echo(text, nl=False)
@@ -160,14 +160,14 @@ def write_report(target: str, text: str) -> None:
 
 
 def write_reports(targets: Mapping[str, str], text: Callable[[str], str]) -> None:
-    """Write every report of a run that can be written, and then say which could not: a run takes minutes.
+    """Write as many reports of a run as possible, because a run takes minutes. Then raise an error for the others.
 
     Args:
-        targets: file by the option's name; "-" is standard output.
-        text: the report in the form of an option, which ends with a new line.
+        targets: file by the option's name. "-" is standard output.
+        text: maps an option to the report in its format, which ends with a new line.
 
     Raises:
-        OSError: if one could not be written; the others are.
+        OSError: if a report could not be written. The others are written.
     """
     failed = []
     for option, target in targets.items():

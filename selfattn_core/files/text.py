@@ -6,15 +6,15 @@ __all__ = ["read_text"]
 
 
 def read_text(path: Path, *, most: int) -> str:
-    """The text of a file, in UTF-8, with a byte-order mark or without.
+    """The text of a file in UTF-8, with or without a byte-order mark.
 
     Args:
         path: a file, or a pipe such as a shell's process substitution.
-        most: bytes that such a file may have; no more than one further byte is read.
+        most: the most bytes that the file may have. At most one further byte is read.
 
     Raises:
-        OSError: if there is no such file, it is a folder, or it cannot be read.
-        ValueError: if it has more bytes, or is no text in UTF-8.
+        OSError: if the file does not exist, is a folder, or cannot be read.
+        ValueError: if it has more bytes, or is not UTF-8 text.
 
     Example:
         >>> import os, tempfile

@@ -1,8 +1,8 @@
-"""Writing a file or a folder atomically: the target appears whole or not at all.
+"""Writing a file or a folder atomically: the target is complete or absent.
 
 The content is first written to a hidden folder beside the target, `.NAME.<digits>.tmp`, and then moved to its place in one
 step. A process that is killed leaves that folder behind, and the next process that writes the same target removes it. A
-lock, which ends with the process that holds it, shows whether another process still writes into such a folder.
+lock, which ends with its process, shows whether another process still writes into such a folder.
 
 A device, a pipe or a descriptor of this process (`/dev/stdout`, or what a shell's process substitution names) cannot be
 replaced. The content is written into it.
@@ -34,16 +34,16 @@ __all__ = [
 
 
 def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview], *, overwrite: bool) -> None:
-    """Put the content at the path so that a reader, a crash or a full disk never sees half of it.
+    """Write the content so that the file is never incomplete, even after a crash or on a full disk.
 
     Args:
-        path: the target; a symbolic link is followed. What is no regular file is written into.
-        content: all bytes of the file, in one piece or in several.
-        overwrite: whether something that exists may be replaced or written into.
+        path: the target. Symbolic links are followed. A target that is not a regular file is written into.
+        content: all bytes of the file, in one or several pieces.
+        overwrite: whether an existing target may be replaced or written into.
 
     Raises:
         FileExistsError: if the target exists and `overwrite` is False.
-        OSError: if it cannot be written; an existing file is left as it was. The error names the target.
+        OSError: if it cannot be written. An existing file then stays unchanged. The error names the target.
 
     Example:
         >>> import tempfile
@@ -66,7 +66,7 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview], 
         target = _parent_checked(path)
         with workplace(target) as folder:
             made = folder / "content"
-            # "x" gives the new file the permissions that the process' umask asks for.
+            # "x" gives the new file the permissions of the process' umask.
             with made.open("xb") as file:
                 _write_pieces(file.fileno(), pieces)
                 os.fsync(file.fileno())
@@ -78,10 +78,10 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview], 
 
 @contextmanager
 def write_folder_atomically(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A place for a folder that takes the target's place when the block ends without an exception.
+    """A temporary path for a new folder. It replaces the target when the block ends without an exception.
 
     Args:
-        path: the target; a symbolic link is followed.
+        path: the target. Symbolic links are followed.
         overwrite: whether an existing folder may be replaced.
 
     Yields:
@@ -89,7 +89,7 @@ def write_folder_atomically(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         FileExistsError: if the target exists and `overwrite` is False.
-        OSError: if it cannot be written; an existing folder is left as it was.
+        OSError: if it cannot be written. An existing folder then stays unchanged.
 
     Example:
         >>> import tempfile
@@ -107,8 +107,8 @@ def write_folder_atomically(path: Path, *, overwrite: bool) -> Iterator[Path]:
         if not target.exists():
             made.rename(target)
         elif not _exchange(made, target):
-            # In two steps, where the system has none that exchanges. If the process dies between them, the next one finds
-            # the old folder in the workplace.
+            # Two steps, if the system cannot exchange folders in one. If the process dies between them, the next process
+            # finds the old folder in the workplace.
             before = folder / _BEFORE
             target.rename(before)
             try:
@@ -120,15 +120,15 @@ def write_folder_atomically(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def workplace(target: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, on its file system, which is gone afterwards.
+    """A hidden folder beside the target, on its file system. It is removed afterwards.
 
-    What processes that were killed have left of the same target is removed as well.
+    Hidden folders that killed processes left for the same target are removed too.
 
     Args:
-        target: what is going to be written.
+        target: the path to write.
 
     Raises:
-        OSError: if nothing can be written there.
+        OSError: if this place is not writable.
 
     Example:
         >>> import tempfile
@@ -150,14 +150,14 @@ def workplace(target: Path) -> Iterator[Path]:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """See that there is room for so many bytes, for a library that does not end well where there is none.
+    """Check for free space, for a library that fails badly on a full disk.
 
     Args:
-        folder: where it is going to write.
-        size: in bytes.
+        folder: the folder to write into.
+        size: size in bytes.
 
     Raises:
-        OSError: if there is not. Where the system cannot say, nothing is raised.
+        OSError: if there is not enough space. Nothing is raised if the system does not know.
 
     Example:
         >>> import tempfile
@@ -176,10 +176,10 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def own_descriptor(path: str | os.PathLike[str]) -> int | None:
-    """The number of the open file of this process that a path stands for, or None.
+    """The number of this process' open file that a path names, or None.
 
     Args:
-        path: such as `/dev/stdout` or `/dev/fd/63`; symbolic links are followed.
+        path: a path such as `/dev/stdout` or `/dev/fd/63`. Symbolic links are followed.
 
     Example:
         >>> own_descriptor("/dev/stdout"), own_descriptor("layer.npz")
@@ -212,7 +212,7 @@ def _exists(path: Path) -> str:
 
 
 def _kind(path: Path) -> int | None:
-    """The mode bits of what is there, links followed; None if there is nothing."""
+    """The mode bits of the target, with links followed, or None if it does not exist."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
@@ -228,11 +228,11 @@ def _parent_checked(path: Path) -> Path:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """What the system reports of a hidden file, or of none, as a report of the file that was asked for."""
+    """Turn a system error about a hidden file, or about no file, into one about the target."""
     try:
         yield
     except OSError as error:
-        # One of our own sentences has no number and stays.
+        # Our own messages have no errno and stay.
         if error.errno is None or error.filename == str(path):
             raise
         raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
@@ -241,16 +241,16 @@ def _named(path: Path) -> Iterator[None]:
 def _write_into(
     path: Path, descriptor: int | None, kind: int | None, pieces: Iterable[bytes | memoryview]
 ) -> None:
-    """Write into what cannot be replaced."""
+    """Write into a target that cannot be replaced."""
     if kind is not None and stat.S_ISBLK(kind):
         raise OSError(f"{path}: is a disk; name a file on it. Nothing was written.")
     if descriptor == _STANDARD_OUTPUT:
         sys.stdout.flush()
     if descriptor is not None:
-        # Opened anew, a regular file behind it would be written from its beginning.
+        # Opening it again would write a regular file behind it from its beginning.
         opened = os.dup(descriptor)
     else:
-        # A pipe that nobody reads is an error at once instead of a wait without end.
+        # If nobody reads a pipe, this fails at once instead of waiting for ever.
         try:
             opened = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
         except OSError as error:
@@ -270,30 +270,30 @@ def _write_pieces(descriptor: int, pieces: Iterable[bytes | memoryview]) -> None
         left = view.cast("B") if view.nbytes else view
         while left.nbytes:
             left = left[os.write(descriptor, left) :]
-        # Or they would be held while the next one is made.
+        # Otherwise they would be kept while the next one is made.
         del piece, view, left
 
 
 def _link_new(made: Path, target: Path, path: Path) -> None:
-    """Move without replacing: unlike a rename, a hard link fails where another process was faster."""
+    """Move without replacing. Unlike a rename, a hard link fails if another process was faster."""
     try:
         target.hardlink_to(made)
     except FileExistsError:
         raise FileExistsError(_exists(path)) from None
     except OSError:
-        # A file system without hard links.
+        # The file system has no hard links.
         made.replace(target)
 
 
 def _locked_folder(target: Path) -> tuple[Path, int | None]:
-    """A new hidden folder and the lock on it, None where the file system has no locks."""
+    """A new hidden folder and the lock on it. The lock is None if the file system has no locks."""
     while True:
         folder = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
         folder.mkdir()
         try:
             lock = _lock(folder)
         except (BlockingIOError, FileNotFoundError):
-            # Another process took it for one that was left behind.
+            # Another process removed it as a leftover.
             continue
         if folder.exists():
             return folder, lock
@@ -318,7 +318,7 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """Hold a folder; None where that cannot be.
+    """Lock a folder. Returns None if the file system has no locks.
 
     Raises:
         BlockingIOError: if another process holds it.
@@ -340,7 +340,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step; False where the system cannot.
+    """Exchange two folders in one step. Returns False if the system cannot.
 
     Source: renameat2(2) of Linux, in glibc since 2.28.
     """
@@ -358,6 +358,6 @@ _MOST_LINKS = 40
 _STANDARD_OUTPUT = 1
 _DIGITS = 12
 _BEFORE = ".before"
-# From <fcntl.h> and <linux/fs.h>.
+# Values from <fcntl.h> and <linux/fs.h>.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -1,4 +1,4 @@
-"""Verification of exported files: does a file that runs elsewhere still compute the function of these weights?"""
+"""Verification of exported files: the comparison of a file's outputs with the definition at its weights."""
 
 from selfattn_core.verifying.errors import VerifyError
 from selfattn_core.verifying.report import Finding, VerifyReport

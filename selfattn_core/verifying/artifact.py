@@ -1,4 +1,4 @@
-"""What a runtime makes of an exported file: what goes in, what comes out, and a function between them."""
+"""An exported file as its runtime opened it: inputs, outputs and a function to run it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ class Tensor:
     """An input or an output of a file.
 
     Args:
-        name: in the file.
-        dtype: as numpy spells it; "bfloat16" too.
-        shape: sizes of the axes, None where a size is open; None as a whole where the file does not say.
+        name: name in the file.
+        dtype: numpy's name of the dtype, or "bfloat16".
+        shape: sizes of the axes, with None for an open size. None if the file does not contain the shape.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Artifact:
     """A file that its runtime has opened.
 
     Args:
-        inputs: all of them.
-        outputs: all of them.
-        run: from x, in the dtype and layout of the file, and the names of an input and of some outputs, to these outputs.
-        versions: of the runtime.
-        formats: dtypes that weights are stored in or products computed in, as far as the runtime tells.
-        notes: what a reader of the report has to know about this run.
+        inputs: all inputs.
+        outputs: all outputs.
+        run: maps x, in the dtype and layout of the file, the name of an input and the names of outputs to these outputs.
+        versions: versions of the runtime.
+        formats: dtypes of stored weights and of products, if the runtime provides them.
+        notes: notes about this run for the reader of the report.
     """
 
     inputs: tuple[Tensor, ...]

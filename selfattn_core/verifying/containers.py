@@ -1,4 +1,4 @@
-"""The containers that exported layers come in, and what runs each: as data, nothing is imported here."""
+"""The formats of exported layers and their runtimes, as data. Nothing is imported here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ __all__ = ["CONTAINERS", "Container", "Runtime", "container_of"]
 
 @dataclass(frozen=True)
 class Runtime:
-    """A program that runs the files of a container.
+    """A program that runs files of a format.
 
     Args:
-        name: as `--runtime` takes it.
-        target: "module:function", which opens a file; see `selfattn_runtimes`.
-        requires: top-level modules.
-        install: what pip has to be given.
-        environment: variables of its process.
+        name: name for `--runtime`.
+        target: "module:function" that opens a file; see `selfattn_runtimes`.
+        requires: top-level modules that it needs.
+        install: packages for `pip install`.
+        environment: environment variables of its process.
     """
 
     name: str
@@ -34,10 +34,10 @@ class Container:
     """A format of exported files.
 
     Args:
-        title: as its makers write it.
-        suffixes: of its files; none if it is known by something else.
-        runtimes: that run it, the usual one first.
-        refused: why no file of it is run here, and what to do; empty if it is run.
+        title: name of the format as its makers write it.
+        suffixes: suffixes of its files. Empty if the format is recognised by something else.
+        runtimes: programs that run it, the usual one first.
+        refused: why its files cannot be run here, and what to do instead. Empty if they can.
     """
 
     title: str
@@ -133,18 +133,18 @@ CONTAINERS: Mapping[str, Container] = {
         (Runtime("python", "selfattn_runtimes.function:open_artifact", (), ""),),
     ),
 }
-"""By the name that `--container` takes."""
+"""The formats by the name for `--container`."""
 
 
 def container_of(artifact: str, name: str | None = None) -> str:
-    """Which container an artifact is, by its suffix or, of a folder, by what is in it.
+    """The format of an artifact, by the suffix of a file or by the content of a folder.
 
     Args:
         artifact: a file, the folder of a SavedModel, or "module:function".
-        name: of `CONTAINERS`, where the file has not the suffix of its format.
+        name: name in `CONTAINERS`, if the suffix does not determine the format.
 
     Raises:
-        VerifyError: if it is none, or does not exist.
+        VerifyError: if the format is unknown, or the artifact does not exist.
 
     Example:
         >>> container_of("layer.onnx", "onnx")

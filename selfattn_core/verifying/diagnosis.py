@@ -1,4 +1,4 @@
-"""How a wrong artifact is wrong: the known bug, or the other config, that gives just its answers."""
+"""Explanations of wrong answers: a known bug or another config that gives the same answers as the artifact."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +21,8 @@ __all__ = ["Evidence", "diagnose"]
 
 Array = NDArray[Any]
 
-# Positions of the inputs that every known bug is computed on, and of a single one where there are no smaller ones: each bug
-# takes the time of the definition.
+# The most positions of inputs for the search, or of a single input if there are no smaller ones. Each bug takes as long to
+# compute as the definition.
 _MOST_POSITIONS = 1024
 _MOST_POSITIONS_OF_ONE = 2304
 _WINDOWS = (1, 2, 3, 4)
@@ -30,12 +30,12 @@ _WINDOWS = (1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class Evidence:
-    """An input, and what the artifact made of it.
+    """An input and the artifact's answers to it.
 
     Args:
         x: (B, H, W, C), float64.
-        answers: of the artifact by quantity, float64, in the definition's layout.
-        expectations: of the definition by quantity.
+        answers: answers of the artifact by quantity, float64, in the definition's layout.
+        expectations: expected answers by quantity.
         passed: whether the answers are within the limits.
     """
 
@@ -48,16 +48,16 @@ class Evidence:
 def diagnose(
     config: SelfAttentionConfig, params: Mapping[str, Array], evidence: Sequence[Evidence], factor: float
 ) -> list[str] | None:
-    """The explanations that fit all the evidence within the limits of the definition, in words.
+    """The explanations that fit all the evidence within the limits, as text.
 
     Args:
-        config: of the weights.
+        config: config of the weights.
         params: the weights, float64.
-        evidence: inputs and answers, right ones and wrong ones.
-        factor: noise floors that an error may reach.
+        evidence: inputs and answers, including correct answers.
+        factor: number of noise floors that an error may reach.
 
     Returns:
-        One for each; None if nothing was looked for, because all wrong answers are of large maps.
+        The explanations. None if there was no search, because all wrong answers belong to large maps.
     """
     wrong = sorted((each for each in evidence if not each.passed), key=lambda each: each.x.size)
     if not wrong:
@@ -65,7 +65,7 @@ def diagnose(
     if _positions(wrong[0]) > _MOST_POSITIONS_OF_ONE:
         return None
     small = [each for each in evidence if _positions(each) <= _MOST_POSITIONS]
-    # What is wrong is asked first: most explanations fail at once.
+    # Wrong answers are tested first, because most explanations fail there at once.
     small.sort(key=lambda each: (each.passed, each.x.size))
     if _positions(wrong[0]) > _MOST_POSITIONS:
         small = [_first_sample(wrong[0])]
@@ -94,7 +94,7 @@ def _explains(answer: Callable[[Array, str], Array], evidence: Evidence, factor:
         try:
             want = answer(evidence.x, quantity)
         except (ValueError, ArithmeticError, IndexError, AssertionError):
-            # A bug that cannot be computed at this size explains nothing here.
+            # A bug that cannot be computed at this size does not explain this answer.
             return False
         if got.shape != want.shape:
             return False
@@ -121,7 +121,7 @@ def _explanations(
 
 @cache
 def _known_bugs() -> tuple[tuple[str, Reference], ...]:
-    """Each is compiled from the definition's text, which takes longer than running it."""
+    """The known bugs, cached because compiling them from the definition's text takes longer than running them."""
     made = ((mutant, mutant.make()) for mutant in function.MUTANTS if not mutant.raises)
     return tuple(
         (f"{mutant.name}{f' (as in {mutant.seen_in})' if mutant.seen_in else ''}", backend)

@@ -1,4 +1,4 @@
-"""What is wrong with what was given to `verify`; not with what the artifact computes."""
+"""The error about wrong arguments of `verify`. Wrong answers of an artifact are part of the report instead."""
 
 __all__ = ["VerifyError"]
 

@@ -1,15 +1,15 @@
-"""How far from the definition the output of a file may be, by the format that it computes in.
+"""The limits for the outputs of a file, by the precision that it computes in.
 
-float64, float32, float16 and bfloat16 are held to the policy of the conformance kit: 8 or 4 noise floors and a hard cap. The floor is
-the error of the numpy definition at the same weights, computed in that format; for a file in 16 bits, so are the
-weights. int8 has a floor by the same idea: the error of the definition with kernels and every stored array (x, q, k, v, the
-map, o, y) rounded to 256 levels between its own smallest and largest value, times 4. Arithmetic in int8 that keeps
-its ranges is within it.
+For float64, float32, float16 and bfloat16 the limits are those of the conformance kit: 8 or 4 noise floors, and a cap. The
+noise floor is the error of the numpy definition at the same weights, computed in that precision. For a file in 16 bits the
+weights have this precision too. int8 has a similar limit: 4 times the error of the definition with kernels and every stored
+array (x, q, k, v, the map, o, y) rounded to 256 levels between its own smallest and largest value. Arithmetic in int8 that
+keeps its ranges stays within this limit.
 
-Some runtimes add up the keys one after the other, where numpy adds them in pairs. Over M keys that is as right, and may be
-off by M half ulp of what is added up, mostly where all terms are alike (Higham, "Accuracy and Stability of Numerical
-Algorithms", 2002, section 4.2). So a file that is beyond the limits is held to wider ones: the floor is the largest of
-the errors above and of that of the definition with sums in that order, and the cap grows by that bound.
+Some runtimes add up the keys one after the other, while numpy adds them in pairs. Both are correct. Over M keys the first
+may be off by M half ulp of the sum of the terms, mostly if all terms are similar (Higham, "Accuracy and Stability of
+Numerical Algorithms", 2002, section 4.2). So a file that exceeds the limits gets wider ones. Their noise floor is the
+largest of the errors above and of the error of the definition with sums in that order, and the cap grows by that bound.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,18 +33,18 @@ __all__ = ["INT8_FACTOR", "PRECISIONS", "expected", "factor", "found_precision",
 Array = NDArray[Any]
 
 PRECISIONS = ("float64", "float32", "float16", "bfloat16", "int8")
-"""From the finest to the coarsest."""
+"""The precisions from the finest to the coarsest."""
 
 INT8_FACTOR = 4.0
-"""Noise floors that an error may reach in int8, as in 16 bits."""
+"""The number of noise floors that an error may reach in int8, as in 16 bits."""
 
 
 def found_precision(input_dtype: str, formats: frozenset[str]) -> tuple[str, str]:
-    """The format that a file is held to if nobody says which, and why.
+    """The default precision for the limits of a file, and the reason.
 
     Args:
-        input_dtype: of x.
-        formats: of stored weights and of products, as far as the runtime tells.
+        input_dtype: dtype of x.
+        formats: dtypes of stored weights and of products, if the runtime provides them.
 
     Example:
         >>> found_precision("float32", frozenset({"float32", "int8"}))
@@ -63,17 +63,17 @@ def found_precision(input_dtype: str, formats: frozenset[str]) -> tuple[str, str
 
 
 def factor(precision: str) -> float:
-    """How many noise floors an error may reach."""
+    """The number of noise floors that an error may reach."""
     return INT8_FACTOR if precision == "int8" else FACTORS[precision]
 
 
 def held(x: Array, input_dtype: str, precision: str) -> Array:
-    """The input rounded to what the file's input and the format that it computes in both hold, in float64.
+    """The input in float64, rounded to values that both the file's input and its precision can represent.
 
     Args:
         x: any values.
-        input_dtype: that the file takes.
-        precision: that the file is held to.
+        input_dtype: dtype of the file's input.
+        precision: precision that sets the limits.
     """
     for dtype in (input_dtype, precision):
         if dtype in SIXTEEN_BITS or dtype == "float32":
@@ -90,18 +90,18 @@ def expected(
     *,
     in_turn: bool = False,
 ) -> dict[str, Expectation]:
-    """What the outputs of a file should be, with the noise floor and the hard cap around them.
+    """The expected outputs of a file, with their noise floors and caps.
 
     Args:
-        config: the layer.
+        config: options of the layer.
         params: its weights, float64.
         question: the input.
-        precision: that the file is held to.
+        precision: precision that sets the limits.
         asked: "y", "map" or both.
-        in_turn: whether sums over keys may have been made one key after the other; in 16 bits and int8 that is nothing.
+        in_turn: whether the file may have summed over keys one by one. This has no effect in 16 bits and int8.
     """
     in_turn = in_turn and precision in ("float64", "float32")
-    # A map of the whole batch may be more than there is memory for.
+    # The maps of the whole batch may not fit into memory.
     samples = [
         _expected(config, params, Question(question.name, question.x[b : b + 1]), precision, asked, in_turn)
         for b in range(question.x.shape[0])
@@ -158,7 +158,7 @@ def _case(
 
 
 def _error(case: Case, wide: Inputs, want: Array, precision: str, *, in_turn: bool) -> float:
-    """The largest error that the definition makes in this format; float64 and bfloat16 borrow that of another, as in the kit."""
+    """The largest error of the definition in this precision. As in the kit, float64 and bfloat16 use that of another."""
     if precision == "int8":
         noises = [quantities(case, _in(wide, "float32"), "float32", LayerReference(_EightBits))]
         ratio = 1.0
@@ -188,7 +188,7 @@ def _in(wide: Inputs, dtype: str) -> Inputs:
 
 
 class _InTurn(Layer):
-    """The spec's layer with sums over keys made one key after the other."""
+    """The definition's layer with sums over keys computed one key after the other."""
 
     def attend(self, config: SelfAttentionConfig) -> None:
         scores = self.q @ self.k.mT
@@ -200,14 +200,14 @@ class _InTurn(Layer):
 
 
 class _EightBits(Layer):
-    """The spec's layer with 256 levels wherever something is stored, and in the kernels."""
+    """The definition's layer with kernels and all stored arrays rounded to 256 levels."""
 
     def flatten(self, maps: Array) -> Array:
         return self.store(super().flatten(maps))
 
     def kernel(self, name: str) -> Array:
         kernel = super().kernel(name)
-        # A kernel that is divided by its norm is stored.
+        # The file stores a kernel divided by its norm.
         return kernel if self.config.spectral_norm else self.store(kernel)
 
     def attend(self, config: SelfAttentionConfig) -> None:

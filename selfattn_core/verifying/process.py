@@ -1,4 +1,4 @@
-"""The process of an artifact from outside: started, asked, waited for, and started again where the runtime took it along."""
+"""The process that runs an artifact, seen from outside: starting it, asking it, and restarting it after a crash."""
 
 import contextlib
 import json
@@ -33,14 +33,14 @@ _MOMENT = 2.0
 
 @dataclass(frozen=True)
 class Description:
-    """What an opened file says of itself.
+    """The description of an opened file.
 
     Args:
-        inputs: all of them.
-        outputs: all of them.
-        versions: of the runtime.
-        formats: dtypes of stored weights and of products, as far as the runtime tells.
-        notes: of the runtime, for the reader of a report.
+        inputs: all inputs.
+        outputs: all outputs.
+        versions: versions of the runtime.
+        formats: dtypes of stored weights and of products, if the runtime provides them.
+        notes: notes of the runtime for the reader of a report.
     """
 
     inputs: tuple[Tensor, ...]
@@ -52,13 +52,13 @@ class Description:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one input.
+    """The answer to one input.
 
     Args:
-        outputs: arrays in the order in which they were asked for; none if there is an error.
-        dtypes: that they have in the file.
-        error: of the runtime, or how its process ended.
-        raised: whether the runtime itself said so, and lives on.
+        outputs: arrays in the order of the request. Empty if there is an error.
+        dtypes: dtypes of the outputs in the file.
+        error: error of the runtime, or how its process ended.
+        raised: whether the runtime itself raised the error and still runs.
     """
 
     outputs: tuple[Array, ...] = ()
@@ -68,22 +68,22 @@ class Answer:
 
 
 class CrashedError(Exception):
-    """The runtime took its process along while it opened the file, or did not come to an end."""
+    """The runtime ended its process while it opened the file, or did not finish in time."""
 
 
 class Process:
-    """A file in its runtime, in a process of its own; use it in a `with` statement.
+    """A file in its runtime, in a separate process. Use it in a `with` statement.
 
     Args:
-        runtime: which.
+        runtime: the runtime.
         artifact: the file.
-        input_name: where a part of a network begins; None for the file's own input.
-        output_names: where it ends.
-        seconds: that one input may take.
+        input_name: tensor where a part of a network starts, or None for the file's own input.
+        output_names: tensors where the part ends.
+        seconds: time limit for one input.
 
     Raises:
         VerifyError: if the runtime refuses the file.
-        CrashedError: if it ends the process, or does not come to an end.
+        CrashedError: if the runtime ends the process, or does not finish in time.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Process:
         self.close()
 
     def open(self) -> Description:
-        """Start the process, and what the file says of itself."""
+        """Start the process and return the description of the file."""
         said = self._start()
         return Description(
             tuple(_tensor(each) for each in said["inputs"]),
@@ -128,13 +128,13 @@ class Process:
         )
 
     def ask(self, x: Array, dtype: str, input_name: str, output_names: tuple[str, ...]) -> Answer:
-        """What the file makes of an input; a process that ended is started again first.
+        """The answer of the file to an input. A process that has ended is started again first.
 
         Args:
-            x: in the layout of the file.
-            dtype: that the file takes.
-            input_name: of the file.
-            output_names: of the file.
+            x: input in the layout of the file.
+            dtype: dtype of the file's input.
+            input_name: name of the input in the file.
+            output_names: names of the outputs in the file.
         """
         if self.process is None:
             self._start()
@@ -159,7 +159,7 @@ class Process:
         return Answer(tuple(outputs), tuple(said["dtypes"]))
 
     def close(self) -> None:
-        """End the process, and remove what it wrote."""
+        """End the process, and remove its files."""
         self._end()
         self.scratch.cleanup()
 
@@ -174,7 +174,7 @@ class Process:
                 stderr=stream,
                 text=True,
                 encoding="utf-8",
-                # So that what a runtime forks can be ended with it.
+                # A process group, so that children of the runtime can be ended too.
                 start_new_session=True,
             )
         self.reader = threading.Thread(target=_read, args=(self.process, self.lines), daemon=True)
@@ -186,7 +186,7 @@ class Process:
         return said
 
     def _listen(self, seconds: float) -> dict[str, Any]:
-        """The next line, or how the process ended without one."""
+        """The next line. Raise an error if the process ended without one."""
         try:
             line = self.lines.get(timeout=seconds)
         except queue.Empty:
@@ -198,7 +198,7 @@ class Process:
         return said
 
     def _ending(self) -> str:
-        """How a process that went away ended, and the last that it printed."""
+        """How a process ended, and the last lines that it printed."""
         process = self.process
         code = process.wait() if process is not None else 0
         self._end()
@@ -216,21 +216,21 @@ class Process:
         if self.reader is not None:
             self.reader.join(_MOMENT)
         streams = [process.stdin]
-        # What a child of the runtime holds open has no end; closing it would wait for the reader, which waits for that.
+        # A child of the runtime may hold the stream open. Closing it would wait for the reader, which waits for its end.
         streams += [] if self.reader is not None and self.reader.is_alive() else [process.stdout]
         for stream in streams:
-            # What was written to a process that has gone cannot be flushed.
+            # A stream to a process that has ended cannot be flushed.
             with contextlib.suppress(OSError):
                 if stream is not None:
                     stream.close()
 
 
 def _kill(process: "subprocess.Popen[str]") -> None:
-    """End a process and its children, where the system has groups of them."""
+    """End a process and, if the system has process groups, its children."""
     if not hasattr(os, "killpg"):
         process.kill()
         return
-    # The process itself may have gone, and its children not.
+    # The process itself may have ended while its children still run.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -242,7 +242,7 @@ def _read(process: "subprocess.Popen[str]", lines: "queue.SimpleQueue[str]") -> 
             for line in process.stdout:
                 lines.put(line)
         except ValueError:
-            # It was closed by who ended the process.
+            # The code that ended the process closed the stream.
             pass
     lines.put("")
 

@@ -1,4 +1,4 @@
-"""What an artifact is asked: designed inputs on which a wrong layer shows, of the sizes that the file takes."""
+"""The inputs for an artifact: designed to reveal a wrong layer, in the sizes that the file accepts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,12 +18,15 @@ Sizes = tuple[int | None, int | None, int | None]
 Kind = Literal["ordinary", "peaked", "huge", "flat", "shifted", "alike"]
 
 LARGEST_MAP = 2**26
-"""Weights of the largest map that the definition is computed of, half a gigabyte in float64 for each sample; 8192 positions, unpooled."""
+"""The most weights of a map for which the definition is computed: 8192 positions without pooling.
 
-# Of which the blocks of a memory-linear layer in float32, 8 MiB, hold less than half.
+In float64 they take half a gigabyte for each sample.
+"""
+
+# A block of a memory-linear layer in float32, 8 MiB, holds less than half of these weights.
 _MANY_WEIGHTS = 9 * 2**19
 
-# The largest logit that an input of each kind leads to, about three standard deviations; and what the kind is.
+# The largest logit for an input of each kind, about three standard deviations, and a description of the kind.
 _LOGITS: Mapping[Kind, float] = {
     "ordinary": 9.0,
     "peaked": 90.0,
@@ -37,16 +40,16 @@ _WORDS: Mapping[Kind, str] = {
     "huge": "logits up to 3000",
     "flat": "an input near 0",
     "shifted": "an input far from 0",
-    "alike": "every position alike",
+    "alike": "every position equal",
 }
 
 _OVERFLOWING: Mapping[str, tuple[Kind, ...]] = {
     "float16": ("huge",),
     "bfloat16": ("huge",),
-    # Ranges that were measured on other inputs cut these off, and rightly so.
+    # An int8 file may cut these inputs off, because its ranges were measured on other inputs.
     "int8": ("huge", "peaked", "flat", "shifted"),
 }
-"""Kinds that are not asked in a format."""
+"""Kinds of input that are left out in a precision."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Question:
     """One input.
 
     Args:
-        name: of what it is.
-        x: (B, H, W, C), float64 values that the file's input holds.
+        name: description of the input.
+        x: (B, H, W, C), float64 values that the file's input can represent.
     """
 
     name: str
@@ -68,14 +71,14 @@ def questions(
     """The designed inputs for a file.
 
     Args:
-        config: the layer.
+        config: options of the layer.
         params: its weights, float64.
-        sizes: (B, H, W) that the file takes, None where open.
-        precision: that the file is held to.
-        seed: of the draws.
+        sizes: (B, H, W) that the file accepts, with None for an open size.
+        precision: precision that sets the limits.
+        seed: seed of the random inputs.
 
     Raises:
-        VerifyError: if the sizes leave no pooling window, or a map that is too large.
+        VerifyError: if the map is smaller than a pooling window, or too large.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     left_out = _OVERFLOWING.get(precision, ())
@@ -96,12 +99,12 @@ def questions(
 
 
 def own_question(config: SelfAttentionConfig, x: Array, name: str) -> Question:
-    """An input of the user's own.
+    """The user's own input.
 
     Args:
-        config: the layer.
+        config: options of the layer.
         x: (B, H, W, C), finite.
-        name: of where it comes from.
+        name: description of its origin.
 
     Raises:
         VerifyError: if its map is too small or too large.
@@ -113,18 +116,18 @@ def own_question(config: SelfAttentionConfig, x: Array, name: str) -> Question:
 
 
 def size_problem(config: SelfAttentionConfig, shape: tuple[int, int, int]) -> str:
-    """Why maps of a size cannot be asked; empty if they can."""
+    """Why maps of this size cannot be compared. Empty if they can."""
     _, height, width = shape
     down, across = config.key_grid(height, width)
     if not down * across:
         return (
             f"{height}×{width} positions hold no pooling window of {config.kv_pool}×{config.kv_pool}; "
-            "the layer that these weights are for does not take so small a map."
+            "the layer of these weights does not accept a map that is so small."
         )
     if height * width * down * across > LARGEST_MAP:
         return (
-            f"{height}×{width} positions have a map of {height * width}×{down * across} weights; the definition is computed "
-            f"of {LARGEST_MAP} at most: export for a smaller map, or with open sizes."
+            f"{height}×{width} positions have a map of {height * width}×{down * across} weights; the definition computes at "
+            f"most {LARGEST_MAP}: export for a smaller map, or with open sizes."
         )
     return ""
 
@@ -157,7 +160,7 @@ def _fitted(sizes: Sizes, shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _many(config: SelfAttentionConfig, height: int | None, width: int | None) -> tuple[int, int]:
-    """Sides with more weights than several blocks hold; those that are open are no multiple of the pooling window."""
+    """Sides whose map is larger than several blocks. Open sides are not multiples of the pooling window."""
     side = config.kv_pool
     for windows in range(1, 2**10):
         across = windows * side + (side > 1)
@@ -176,7 +179,7 @@ def _draw(generator: np.random.Generator, shape: tuple[int, ...], kind: Kind) ->
 
 
 def _scaled(config: SelfAttentionConfig, params: Mapping[str, Array], x: Array, wanted: float) -> Array:
-    """The input at the scale at which the largest logit is about what is wanted; that of biases does not grow with it."""
+    """The input, scaled so that the largest logit is about this value. The part from biases does not grow with the scale."""
     small = x[:1, : 4 * config.kv_pool, : 4 * config.kv_pool]
     scale = 1.0
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""What a verification found, as text, data and a page."""
+"""The report of a verification, as text, as data and as an HTML page."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ __all__ = ["Finding", "VerifyReport"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one input.
+    """The result for one input.
 
     Args:
-        question: which input.
-        verdicts: one for each output that was compared.
-        error: why there is no output; empty if there is.
-        refused: whether the file takes no input of this size, though it says that sizes are open: a limit, no wrong answer.
+        question: name of the input.
+        verdicts: one verdict for each compared output.
+        error: why there is no output. Empty if there is one.
+        refused: whether the file refuses an input of this size although it declares open sizes. This is not a wrong answer.
     """
 
     question: str
@@ -37,12 +37,12 @@ class Finding:
 
     @property
     def kind(self) -> str:
-        """The class of its cell on a page."""
+        """The CSS class of its cell on the page."""
         return "absent" if self.refused else "good" if self.passed else "bad"
 
     @property
     def words(self) -> str:
-        """The errors in noise floors, or what is wrong."""
+        """The errors in noise floors, or a description of what is wrong."""
         if self.refused:
             return f"refused: {self.error}"
         if self.passed:
@@ -53,24 +53,24 @@ class Finding:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found.
+    """The result of `verify`.
 
     Args:
         artifact: the file.
-        weights: what it was compared with.
+        weights: the weights that it was compared with.
         container: its format.
-        runtime: what ran it.
-        versions: of the runtime.
-        config: of the weights, as `SelfAttentionConfig.to_dict` gives it.
-        layout: of the file's maps.
-        sizes: (B, H, W) that the file takes, None where open.
+        runtime: the runtime that ran it.
+        versions: versions of the runtime.
+        config: config of the weights, from `SelfAttentionConfig.to_dict`.
+        layout: layout of the file's feature maps.
+        sizes: (B, H, W) that the file accepts, with None for an open size.
         with_map: whether the attention map is among the outputs, and was compared.
-        precision: the format that the file is held to.
-        why: that format was chosen; empty if it was said or is float32.
-        factor: noise floors that an error may reach.
-        findings: one for each input.
-        diagnosis: what is known to give just these answers, if they are wrong.
-        notes: what a reader has to know besides.
+        precision: precision that sets the limits.
+        why: reason for this precision. Empty if the caller chose it or it is float32.
+        factor: number of noise floors that an error may reach.
+        findings: one result for each input.
+        diagnosis: known bugs and configs that give the same wrong answers.
+        notes: further notes for the reader.
     """
 
     artifact: str
@@ -91,17 +91,17 @@ class VerifyReport:
 
     @property
     def answered(self) -> tuple[Finding, ...]:
-        """The findings of the sizes that the file takes."""
+        """The findings for the sizes that the file accepts."""
         return tuple(finding for finding in self.findings if not finding.refused)
 
     @property
     def passed(self) -> bool:
-        """Whether something was answered, and every answer is within the limits."""
+        """Whether there is an answer, and every answer is within the limits."""
         return bool(self.answered) and all(finding.passed for finding in self.answered)
 
     @property
     def worst(self) -> float:
-        """The largest error in noise floors; infinite where an answer could not be compared."""
+        """The largest error in noise floors. Infinite if an answer could not be compared."""
         ratios = [verdict.ratio for finding in self.answered for verdict in finding.verdicts]
         missing = any(finding.error for finding in self.answered)
         return float("inf") if missing or not ratios else max(ratios)
@@ -121,7 +121,7 @@ class VerifyReport:
 
     @property
     def facts(self) -> list[str]:
-        """Of the file and its run, one line each."""
+        """Facts about the file and its run, one line each."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         sizes = "×".join("?" if size is None else str(size) for size in self.sizes)
         outputs = "output and attention map" if self.with_map else "output"
@@ -129,11 +129,11 @@ class VerifyReport:
         return [
             f"{self.container}, run by {self.runtime}{f' ({versions})' if versions else ''}",
             f"{outputs}, {self.layout}, maps of {sizes} positions (batch × height × width; ? is open)",
-            f"held to {self.precision}{why}: up to {self.factor:g} × the noise floor",
+            f"precision {self.precision}{why}: up to {self.factor:g} × the noise floor",
         ]
 
     def to_text(self) -> str:
-        """For a terminal."""
+        """The report for a terminal."""
         width = max((len(finding.question) for finding in self.findings), default=0)
         lines = [self.headline, *(f"  {fact}" for fact in self.facts)]
         lines += [f"  {finding.question:<{width}}  {finding.words}" for finding in self.findings]
@@ -142,7 +142,7 @@ class VerifyReport:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """For a program."""
+        """The report for a program."""
         return {
             "selfattn": __version__,
             "numpy": np.__version__,
@@ -176,7 +176,7 @@ class VerifyReport:
         }
 
     def to_html(self) -> str:
-        """A page that needs nothing else."""
+        """The report as a self-contained HTML page."""
         style = files("selfattn_core.conformance.report").joinpath("page.css").read_text(encoding="utf-8")
         kind = "good" if self.passed else "bad"
         rows = "\n".join(
@@ -200,5 +200,5 @@ class VerifyReport:
 
 
 def _number(value: float) -> float | None:
-    """JSON has neither infinity nor NaN."""
+    """The value, or None for infinity and NaN, which JSON does not have."""
     return float(value) if np.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Which input and outputs of a file are the layer's, in which layout and sizes: found where shapes tell, asked for otherwise."""
+"""The input, outputs, layout and sizes of a file: found by their shapes, or chosen by the user."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Signature:
-    """How a file is asked.
+    """The chosen input and outputs of a file.
 
     Args:
         x: the input.
-        y: name of the output that is y.
-        attention: name of the output that is the map; None if there is none.
-        layout: of x and y.
-        sizes: (B, H, W), None where a size is open.
+        y: name of the output y.
+        attention: name of the output with the map, or None if there is no map.
+        layout: layout of x and y.
+        sizes: (B, H, W), with None for an open size.
     """
 
     x: Tensor
@@ -49,16 +49,17 @@ def signature(
     """Choose input, outputs and layout.
 
     Args:
-        artifact: for messages.
-        described: what the file says of itself.
-        config: of the weights.
-        input_name: of the input, where there are several.
-        output_name: of y, where several outputs could be it.
-        map_name: of the map, where its shape does not say so.
-        layout: of x and y, where their shapes do not say so.
+        artifact: name of the file for messages.
+        described: description of the file.
+        config: config of the weights.
+        input_name: name of the input, if there are several.
+        output_name: name of y, if several outputs could be y.
+        map_name: name of the map, if its shape does not determine it.
+        layout: layout of x and y, if their shapes do not determine it.
 
     Raises:
-        VerifyError: if something is missing, ambiguous or does not fit the config; says all of it, and what the file has.
+        VerifyError: if something is missing, ambiguous or does not fit the config. It lists every problem, and the inputs
+            and outputs of the file.
     """
     problems: list[str] = []
     x = _input(described.inputs, input_name, problems)
@@ -100,7 +101,7 @@ def _layout(
     if x.shape is None:
         if given is None:
             problems.append(
-                f"the shape of input {x.name} is not known; say the layout, one of {', '.join(LAYOUTS)}"
+                f"the shape of input {x.name} is not known; pass the layout, one of {', '.join(LAYOUTS)}"
             )
         return given
     if len(x.shape) != 4:
@@ -110,18 +111,18 @@ def _layout(
     possible = [layout for layout, size in axes.items() if size in (None, config.channels)]
     if given is not None and given not in possible:
         problems.append(
-            f"in {given} input {x} has {axes[given]} channels, and the weights are for {config.channels}"
+            f"in {given} input {x} has {axes[given]} channels, but the weights are for {config.channels}"
         )
         return None
     certain = [layout for layout in possible if axes[layout] == config.channels]
     other = [size for size in axes.values() if size not in (None, config.channels)]
-    # An axis of another size beside one that is open is the channels of another layer.
+    # If only one axis has a fixed size, it is the channels axis, so a different size belongs to a different layer.
     if not possible or (given is None and not certain and other):
         problems.append(f"input {x} has no axis of {config.channels} channels, which the weights are for")
         return None
     choices = [given] if given is not None else certain or possible
     if len(choices) > 1:
-        problems.append(f"input {x} could have either layout; say which, one of {', '.join(LAYOUTS)}")
+        problems.append(f"input {x} could have either layout; pass the layout, one of {', '.join(LAYOUTS)}")
         return None
     return choices[0]
 
@@ -140,7 +141,7 @@ def _outputs(
             return None, None
     rest = [each for each in outputs if each.name != map_name]
     if output_name is None:
-        # A file with one output need not say its shape; of several, y is the one that has that of x.
+        # A single output needs no known shape. Among several, y is the one with the shape of x.
         like = rest if len(rest) == 1 else [each for each in rest if _fits(each, x)]
         if len(like) != 1:
             problems.append(f"{'several outputs' if like else 'no output'} could be y; name it as output")

@@ -1,4 +1,4 @@
-"""Whether an exported file computes the function of some weights, compared with the numpy definition in float64."""
+"""`verify`: compare the outputs of an exported file with the numpy definition at its weights, in float64."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +30,8 @@ Array = NDArray[Any]
 PathLike = str | os.PathLike[str]
 
 _UNEXPLAINED = (
-    "no known bug was looked for, because what is wrong is wrong on large maps alone: export for a smaller map, or pass a "
-    "smaller size, if the file takes one."
+    "no known bug was searched for, because only answers on large maps are wrong: export for a smaller map, or pass a smaller "
+    "size, if the file accepts one."
 )
 
 
@@ -56,33 +56,33 @@ def verify(
     settings: Mapping[str, str | bool | float] | None = None,
     strict: bool = True,
 ) -> VerifyReport:
-    """Run an exported file on designed inputs, and compare with the definition at these weights.
+    """Run an exported file on designed inputs, and compare its outputs with the definition at these weights.
 
-    The file runs in its own runtime, in a process of its own. Some containers hold code, which their runtime executes:
-    verify what you would run anyway.
+    The file runs in its own runtime and in a separate process. Some formats contain code, which their runtime executes:
+    verify only files that you would run anyway.
 
     Args:
         artifact: a file of the layer, the folder of a SavedModel, or "module:function".
-        weights: a canonical file, or with `dialect` anybody's checkpoint.
-        container: name in `CONTAINERS`; by default the suffix says it.
-        runtime: which of the container's; by default the first that is installed.
-        input_name: of x, or where a part of a network begins.
-        output_name: of y, or where it ends.
-        map_name: of the attention map among the outputs; by default an output with three axes.
-        layout: "channels_last" or "channels_first", where shapes do not say it.
-        size: (H, W) of the maps, where sizes are open; by default several.
-        precision: "float32", "float16", "bfloat16" or "int8", what the file is held to; by default what it stores.
-        features: an `.npy` or `.npz` file with a map in the file's layout, asked instead of the designed inputs.
-        array: which array of `features`, where there are several.
-        sample: which sample of `features`, where there are several.
-        block: which layer of a canonical file.
-        dialect: of other weights.
-        prefix: which block of other weights.
-        settings: what other weights do not say.
-        strict: whether unused tensors under the prefix of other weights are an error.
+        weights: a canonical file. With `dialect`, anybody's checkpoint.
+        container: name of the format in `CONTAINERS`. By default the suffix determines it.
+        runtime: name of the runtime. By default the first that is installed.
+        input_name: name of x, or of the tensor where a part of a network starts.
+        output_name: name of y, or of the tensor where the part ends.
+        map_name: name of the output with the attention map. By default an output with three axes.
+        layout: "channels_last" or "channels_first", if the shapes do not determine it.
+        size: (H, W) of the maps, if the sizes are open. By default several sizes.
+        precision: "float32", "float16", "bfloat16" or "int8", which sets the limits. By default that of the stored weights.
+        features: an `.npy` or `.npz` file with a feature map in the file's layout, used instead of the designed inputs.
+        array: name of the array of `features`, if there are several.
+        sample: number of the sample of `features`, if there are several.
+        block: name of the block of a canonical file.
+        dialect: dialect of a checkpoint.
+        prefix: prefix of the block of a checkpoint.
+        settings: facts that a checkpoint does not contain.
+        strict: whether unused tensors under the prefix are an error.
 
     Returns:
-        What was found; `passed` says whether every answer is within the limits.
+        The report. Its `passed` is True if every answer is within the limits.
 
     Raises:
         VerifyError: if the artifact or an option cannot be used, or does not fit the weights.
@@ -99,7 +99,7 @@ def verify(
         ...     save(weights, config, init_params(config, seed=0))
         ...     report = verify("numpy:copy", weights, layout="channels_last", size=(4, 5))
         >>> report.passed, report.notes[0]
-        (True, 'gamma is 0, so that the function of these weights is y = x: nothing was learnt about the attention.')
+        (True, 'gamma is 0, so the function of these weights is y = x: nothing was learnt about the attention.')
     """
     artifact, weights = os.fspath(artifact), os.fspath(weights)
     name = container_of(artifact, container)
@@ -165,7 +165,7 @@ def _check_options(
     if precision is not None and precision not in PRECISIONS:
         problems.append(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
     if size is not None and features is not None:
-        problems.append("size is that of designed inputs, and features are asked instead: give one of them")
+        problems.append("size is for designed inputs, and features replace them: pass only one of the two")
     if container == "callable" and layout is None:
         problems.append(f"a function does not say its layout: give layout, one of {', '.join(LAYOUTS)}")
     if problems:
@@ -216,7 +216,7 @@ def _own_question(
 
 
 def _other_size(found: Signature, size: tuple[int, int]) -> str:
-    """Why a file cannot be asked maps of this size; empty if it can."""
+    """Why a file does not accept maps of this size. Empty if it does."""
     pairs = zip(size, found.sizes[1:], strict=True)
     if all(fixed in (None, own) for own, fixed in pairs):
         return ""
@@ -236,7 +236,7 @@ def _ask_all(
     known: dict[tuple[int, bool], dict[str, Expectation]] = {}
     failed: set[tuple[int, ...]] = set()
     wanted = ("y",) if found.attention is None else ("y", "map")
-    # The first once more at the end: a file must not remember what it was asked.
+    # The first input again at the end, because a file must not depend on earlier inputs.
     asked = (*asked, Question(f"{asked[0].name}, once more after the others", asked[0].x))
     for question in asked:
         answer = _ask(process, found, question)
@@ -245,7 +245,7 @@ def _ask_all(
             failed |= set() if answer.raised else {question.x.shape}
             continue
         outputs = dict(zip(wanted, _canonical(answer, found), strict=True))
-        # Sums in turn take the definition seconds on large maps, so that only files which may need them pay for them.
+        # On large maps, the definition with sums in turn takes seconds, so it runs only for files that may need it.
         for in_turn in (False, True):
             # The last question has the input of the first.
             key = (id(question.x), in_turn)
@@ -263,7 +263,7 @@ def _ask_all(
         raise VerifyError(
             f"{process.artifact}: {process.runtime.name} opens it and answers nothing: {findings[0].error}"
         )
-    # A runtime that crashed, or did not come to an end, has refused nothing.
+    # A runtime that crashed or did not finish has not refused an input.
     taken = {each.x.shape for each in evidence} | failed
     return [
         replace(finding, refused=question.x.shape not in taken)
@@ -286,13 +286,13 @@ def _canonical(answer: Answer, found: Signature) -> list[Array]:
 
 
 def _notes(params: Mapping[str, Array], evidence: Sequence[Evidence], allowed: float) -> Iterator[str]:
-    """What the verdict does not cover."""
+    """Notes about the limits of the verdict."""
     if not params["gamma"].any():
-        yield "gamma is 0, so that the function of these weights is y = x: nothing was learnt about the attention."
+        yield "gamma is 0, so the function of these weights is y = x: nothing was learnt about the attention."
     elif evidence and all(_hidden(each, allowed) and "map" not in each.answers for each in evidence):
         yield "the attention adds less to x than the limits allow: nothing was learnt about it."
 
 
 def _hidden(evidence: Evidence, allowed: float) -> bool:
-    """Whether the identity would have passed."""
+    """Whether the identity function would also pass."""
     return measure("y", evidence.x, evidence.expectations["y"], allowed).passed

@@ -1,7 +1,7 @@
-"""The process of an artifact: it opens the file, says what it takes, and answers one input after the other.
+"""The process of an artifact: it opens the file, describes it, and runs one input after the other.
 
-Whatever the runtime does to the process, who asked is still there. It is asked by lines of JSON on standard input, and
-answers by such lines on what was standard output when it started; arrays lie in a folder.
+If the runtime crashes, only this process ends. Questions are lines of JSON on standard input. Answers are lines of JSON on
+the original standard output. Arrays are files in a folder.
 """
 
 import json
@@ -57,7 +57,7 @@ def main(job_file: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What is asked. The process ends with who asks, also in the middle of an answer: a runtime may never come to its end."""
+    """The questions. This process ends with its parent, even during an answer, because a runtime may never finish."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
@@ -71,7 +71,7 @@ def _lines() -> Iterator[str]:
 
 
 def _private_output() -> TextIO:
-    """Standard output for this module alone; what runtimes print goes to standard error."""
+    """Standard output for this module only. Output of the runtimes goes to standard error."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return channel
@@ -104,12 +104,12 @@ def _cast(x: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 
 def _wide(output: NDArray[Any]) -> NDArray[Any]:
-    """As a dtype that numpy's files hold; bfloat16 is none."""
+    """The array in a dtype that numpy's files support, which bfloat16 is not."""
     return output if output.dtype.kind in "fiub" else output.astype(np.float32)
 
 
 def _words(error: Exception) -> str:
-    """The exception in a line; a runtime's own message may have many, and repeat itself."""
+    """The exception in one line. Messages of runtimes may have many lines and repetitions."""
     words = " ".join("".join(traceback.format_exception_only(error)).split())
     return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 1]}…"
 

@@ -1,9 +1,9 @@
 """Attention maps as pictures: the figure of the SAGAN paper, and an animation of it over training steps.
 
-Maps, statistics and coordinates are those of `selfattn_core.maps`, whose names can be imported from here as well.
+Maps, statistics and coordinates come from `selfattn_core.maps`. You can import its names from here too.
 
-Drawing needs matplotlib (`pip install 'selfattn[viz]'`), which is imported inside the calls. No window is opened and
-matplotlib's global state (pyplot, backend, style) is not touched: figures are `matplotlib.figure.Figure` objects.
+Drawing needs matplotlib (`pip install 'selfattn[viz]'`), which is imported inside the calls. Figures are
+`matplotlib.figure.Figure` objects. No window opens, and matplotlib's global state (pyplot, backend, style) does not change.
 
 Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, figures 1 and 5.
 """

@@ -1,4 +1,4 @@
-"""A map over the steps of a training, as an animated GIF."""
+"""An animated GIF of a map over the steps of a training."""
 
 import io
 from collections.abc import Sequence
@@ -31,27 +31,27 @@ def save_animation(
     milliseconds: int = 400,
     overwrite: bool = False,
 ) -> None:
-    """Write an animated GIF of a map over training steps, one figure a frame.
+    """Write an animated GIF of a map over training steps, one figure for each frame.
 
-    Each point's colour scale is the same in all frames, so that a map that sharpens is seen to.
+    Each point's colour scale is the same in all frames, so that you can see a map sharpen.
 
     Args:
-        path: the .gif file; its folder must exist.
-        images: one for each frame, or one for all, as for `attention_figure`.
+        path: path of the .gif file. Its folder must exist.
+        images: one image for each frame, or one for all, see `attention_figure`.
         grids: the map at each step, each (H, W, H', W').
-        points: as for `attention_figure`.
-        titles: of each frame, for example "step 400".
-        gammas: the layer's gain at each step. A frame whose gamma is about 0 says so; there is no warning, as a
+        points: see `attention_figure`.
+        titles: title of each frame, for example "step 400".
+        gammas: the layer's gamma at each step. If it is about 0, the frame shows a note. There is no warning, because a
             training starts there.
-        kv_pool: of the layer's config.
-        milliseconds: each frame is shown; the last one stays four times as long.
+        kv_pool: `kv_pool` of the layer's config.
+        milliseconds: duration of each frame. The last frame stays four times as long.
         overwrite: whether an existing file may be replaced.
 
     Raises:
-        FileExistsError: if the file exists and `overwrite` is False; it is left as it was.
+        FileExistsError: if the file exists and `overwrite` is False. The file stays unchanged.
         ModuleNotFoundError: if matplotlib is not installed.
-        OSError: if it cannot be written.
-        ValueError: if there is no frame, numbers of frames differ, or a frame cannot be drawn.
+        OSError: if the file cannot be written.
+        ValueError: if there is no frame, the numbers of frames differ, or a frame cannot be drawn.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""Draws panels with matplotlib, which is imported inside the calls."""
+"""Drawing panels with matplotlib, which is imported inside the calls."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,11 @@ Array = NDArray[Any]
 
 _INCHES = 2.1
 _SHOWN = 512
-"""Pixels along a side of a panel's image, or up to twice as many: more are not seen, and cost memory."""
+"""Pixels along a side of a panel's image, or up to twice as many. More would be invisible, and cost memory."""
 
 
 def empty_figure(panels: Panels, dpi: int) -> "Figure":
-    """An empty figure, as wide as the panels, as high as the image, the scale and the text need."""
+    """An empty figure with room for the panels, the scale and the text."""
     from matplotlib.figure import Figure
 
     aspect = panels.image.shape[0] / panels.image.shape[1]
@@ -37,11 +37,11 @@ def draw(
     """Fill a figure.
 
     Args:
-        figure: an empty one, or a subfigure.
-        panels: what it shows.
-        gamma: of the layer; None if it is not known.
-        title: above the panels.
-        largest: for each point the weight that has the full colour.
+        figure: an empty figure or subfigure.
+        panels: content of the figure.
+        gamma: gamma of the layer, or None if it is unknown.
+        title: title above the panels.
+        largest: for each point, the weight with the full colour.
     """
     grid_size = panels.grid_size
     size = (panels.image.shape[0], panels.image.shape[1])
@@ -78,13 +78,13 @@ def _gamma_line(gamma: float) -> str:
 
 
 def _ghost(image: Array) -> Array:
-    """The image in light grey, so that the colour above it is seen and the image still recognised."""
+    """The image in light grey, so that it stays recognisable below the colour."""
     grey = image if image.ndim == 2 else image[..., :3] @ np.array([0.2126, 0.7152, 0.0722])
     return 0.8 + 0.2 * grey
 
 
 def _tint(strength: Array, colour: str) -> Array:
-    """(height, width, 4): the colour, as opaque as the strength; nothing where there is no key."""
+    """(height, width, 4): the colour, with the strength as opacity. Transparent for pixels without a key."""
     from matplotlib.colors import to_rgb
 
     alpha = np.nan_to_num(strength).clip(0, 1)
@@ -92,7 +92,7 @@ def _tint(strength: Array, colour: str) -> Array:
 
 
 def _extent(image: Array, step: int) -> tuple[float, float, float, float]:
-    """Where every step-th pixel of an image lies in its coordinates."""
+    """The coordinates of every step-th pixel of an image."""
     return -0.5, image.shape[1] * step - 0.5, image.shape[0] * step - 0.5, -0.5
 
 
@@ -106,7 +106,7 @@ def _show(axes: "Axes", image: Array, step: int, title: str, colour: str = "#444
 
 
 def _scale(axes: "Axes", full: float, colour: str) -> None:
-    """A bar with the colours of the weights from 0 to the full one."""
+    """A bar with the colours of the weights from 0 to the largest."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -115,14 +115,14 @@ def _scale(axes: "Axes", full: float, colour: str) -> None:
         ScalarMappable(Normalize(0, full), colours), cax=axes, orientation="horizontal"
     )
     bar.set_ticks([0, full], labels=["0", f"{full:.2g}"], fontsize=7)
-    # Inwards, so that they do not run into those of the next bar.
+    # Inwards, so that they do not overlap with those of the next bar.
     first, last = axes.get_xticklabels()
     first.set_horizontalalignment("left")
     last.set_horizontalalignment("right")
 
 
 def _mark(axes: "Axes", point: tuple[int, int], size: tuple[int, int], colour: str, label: str) -> None:
-    """A dot with a white rim at the centre of the pixel, and its number beside it, towards the middle."""
+    """A dot with a white rim at the centre of the pixel, with its number beside it, towards the middle."""
     from matplotlib.patheffects import withStroke
 
     y, x = point

@@ -1,4 +1,4 @@
-"""The figure of one image: what points of it attend to."""
+"""The figure of one image: the attention from some of its points."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,22 +28,22 @@ def attention_figure(
     gamma: float | None = None,
     title: str = "",
 ) -> "Figure":
-    """The image with coloured query points, and beside it what each point attends to, in the same colour.
+    """The image with coloured query points and, beside it, the attention from each point in the same colour.
 
     Args:
-        image: (height, width), or with an axis of 1, 3 or 4 channels; uint8, or floating point from 0 to 1.
+        image: (height, width), or with a last axis of 1, 3 or 4 channels. uint8, or floating point from 0 to 1.
         grid: the map of this one image, (H, W, H', W').
-        points: pixels (y, x) of the image, one to six of them.
-        kv_pool: of the layer's config.
-        gamma: the layer's residual gain; with it, a map that has no effect yet is said to have none.
-        title: above the picture.
+        points: one to six pixels (y, x) of the image.
+        kv_pool: `kv_pool` of the layer's config.
+        gamma: gamma of the layer. With it, the figure shows a note if the map has no effect yet.
+        title: title above the picture.
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
-        ValueError: if shapes do not fit, or points are outside the image; lists every problem.
+        ValueError: if shapes do not fit, or points are outside the image. The message lists every problem.
 
     Warns:
-        UserWarning: if |gamma| is below `SMALL_GAMMA`, or if image and map seem to have H and W exchanged.
+        UserWarning: if |gamma| is below `SMALL_GAMMA`, or if H and W seem to be exchanged between image and map.
 
     Example:
         >>> import numpy as np
@@ -71,23 +71,23 @@ def rows_figure(
     gamma: float | None = None,
     title: str = "",
 ) -> "Figure":
-    """The figure of `attention_figure` where only the rows of the points are known.
+    """The figure of `attention_figure`, made from only the rows of the points.
 
     Args:
-        image: as for `attention_figure`.
-        rows: what each point attends to, (points, H', W'): of each, `grid[position_of(point, …)]`.
-        points: as for `attention_figure`.
+        image: see `attention_figure`.
+        rows: the rows of the map for the points, (points, H', W'), each `grid[position_of(point, …)]`.
+        points: see `attention_figure`.
         grid_size: (H, W) of the feature map.
-        kv_pool: as for `attention_figure`.
-        gamma: as for `attention_figure`.
-        title: as for `attention_figure`.
+        kv_pool: see `attention_figure`.
+        gamma: see `attention_figure`.
+        title: see `attention_figure`.
 
     Raises:
-        ModuleNotFoundError: as `attention_figure`.
-        ValueError: as `attention_figure`.
+        ModuleNotFoundError: see `attention_figure`.
+        ValueError: see `attention_figure`.
 
     Warns:
-        UserWarning: as `attention_figure`.
+        UserWarning: see `attention_figure`.
 
     Example:
         >>> import numpy as np
@@ -114,22 +114,22 @@ def draw_attention(
     gamma: float | None = None,
     title: str = "",
 ) -> None:
-    """Draw what `attention_figure` draws into a figure, or into a subfigure of one with several rows.
+    """Draw the picture of `attention_figure` into a figure, or into a subfigure of a larger figure.
 
     Args:
         figure: an empty `Figure` or `SubFigure`.
-        image: as for `attention_figure`.
-        grid: as for `attention_figure`.
-        points: as for `attention_figure`.
-        kv_pool: as for `attention_figure`.
-        gamma: as for `attention_figure`.
-        title: as for `attention_figure`.
+        image: see `attention_figure`.
+        grid: see `attention_figure`.
+        points: see `attention_figure`.
+        kv_pool: see `attention_figure`.
+        gamma: see `attention_figure`.
+        title: see `attention_figure`.
 
     Raises:
-        ValueError: as `attention_figure`.
+        ValueError: see `attention_figure`.
 
     Warns:
-        UserWarning: as `attention_figure`.
+        UserWarning: see `attention_figure`.
     """
     panels = panels_of_grid(image, grid, points, kv_pool)
     warn_of(panels, gamma)

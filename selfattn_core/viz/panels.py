@@ -1,4 +1,4 @@
-"""What a figure shows, checked: the image, the points, and what each point attends to."""
+"""The checked content of a figure: the image, the points, and the attention from each point."""
 
 import math
 import warnings
@@ -16,23 +16,23 @@ __all__ = ["COLOURS", "Panels", "largest_weights", "panels_of_grid", "panels_of_
 Array = NDArray[Any]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""One for each point, in this order; they stay apart with every common form of colour blindness.
+"""The colours of the points, in this order. They are distinct in every common form of colour blindness.
 
-Source: Okabe and Ito, "Color Universal Design", 2002, without the black and the yellow.
+Source: Okabe and Ito, "Color Universal Design", 2002, without black and yellow.
 """
 
 
 @dataclass(frozen=True)
 class Panels:
-    """What a figure shows.
+    """The content of a figure.
 
     Args:
         image: (height, width) or (height, width, 3 or 4), uint8, or floating point from 0 to 1.
-        rows: (points, H', W'), what each point attends to.
+        rows: (points, H', W'), the row of the map for each point.
         points: pixels (y, x) of the image.
         positions: (h, w) of the feature map for each point.
         grid_size: (H, W).
-        kv_pool: of the layer's config.
+        kv_pool: `kv_pool` of the layer's config.
     """
 
     image: Array
@@ -44,7 +44,7 @@ class Panels:
 
 
 def panels_of_grid(image: Array, grid: Array, points: Sequence[tuple[int, int]], kv_pool: int) -> Panels:
-    """The panels of a whole map, of which they keep the rows of the points."""
+    """The panels of a whole map. They keep only the rows of the points."""
     image, grid = _checked(image, points, lambda: checked_grid(grid, kv_pool))
     grid_size = (grid.shape[0], grid.shape[1])
     positions = _positions(points, image, grid_size)
@@ -55,7 +55,7 @@ def panels_of_grid(image: Array, grid: Array, points: Sequence[tuple[int, int]],
 def panels_of_rows(
     image: Array, rows: Array, points: Sequence[tuple[int, int]], grid_size: tuple[int, int], kv_pool: int
 ) -> Panels:
-    """The panels where only the rows of the points are known."""
+    """The panels, made from only the rows of the points."""
     image, rows = _checked(image, points, lambda: checked_rows(rows, len(points), grid_size, kv_pool))
     return Panels(image, rows, points, _positions(points, image, grid_size), grid_size, kv_pool)
 
@@ -69,7 +69,7 @@ def _positions(
 def _checked(
     image: Array, points: Sequence[tuple[int, int]], checked_map: Callable[[], Array]
 ) -> tuple[Array, Array]:
-    """The image, (height, width[, 3 or 4]), and the map; refused with every problem."""
+    """The checked image (height, width[, 3 or 4]) and map. The error lists every problem."""
     problems = []
     image = np.asarray(image)
     shape = image.shape
@@ -107,7 +107,7 @@ def _inside(point: tuple[int, int], size: tuple[int, int]) -> bool:
 
 
 def warn_of(panels: Panels, gamma: float | None) -> None:
-    """Warn of a picture that is right and says nothing, or is likely not of this image."""
+    """Warn if the map has no effect, or probably does not belong to this image."""
     if gamma is not None and (message := effect_warning(gamma)):
         warnings.warn(message, UserWarning, stacklevel=3)
     size, grid_size = panels.image.shape, panels.grid_size
@@ -122,5 +122,5 @@ def warn_of(panels: Panels, gamma: float | None) -> None:
 
 
 def largest_weights(drawn: Sequence[Panels]) -> list[float]:
-    """For each point the largest weight in any of the maps: the one that has the full colour."""
+    """For each point the largest weight in any of the maps, which gets the full colour."""
     return [float(full) for full in np.max([panels.rows.max(axis=(1, 2)) for panels in drawn], axis=0)]

@@ -1,4 +1,4 @@
-"""The files of figures: which formats can be written, and writing one."""
+"""The file formats of figures, and writing a figure."""
 
 import io
 from pathlib import Path
@@ -13,26 +13,24 @@ if TYPE_CHECKING:
 
 __all__ = ["format_of", "save_figure"]
 
-_NO_TRANSPARENCY = (
-    "PostScript has no transparency, which the heat maps are drawn with; .pdf is as good for print"
-)
+_NO_TRANSPARENCY = "PostScript has no transparency, which the heat maps need; .pdf is as good for print"
 _UNSUITED = {
     "eps": _NO_TRANSPARENCY,
     "ps": _NO_TRANSPARENCY,
-    "pgf": "a drawing for LaTeX keeps its images in files of their own; LaTeX takes .pdf",
+    "pgf": "a drawing for LaTeX keeps its images in separate files; LaTeX accepts .pdf",
 }
-"""What matplotlib has a writer for, and why it is no format of these figures."""
+"""Formats that matplotlib can write, but that do not suit these figures, with the reason."""
 
 
 def format_of(path: PathLike) -> str:
-    """The format that the suffix of a picture's name asks for, in matplotlib's words.
+    """Matplotlib's name of the format that the suffix of a picture's name selects.
 
     Args:
-        path: .png, .pdf, .svg, .jpg or another suffix that matplotlib writes here.
+        path: name with the suffix .png, .pdf, .svg, .jpg or another that matplotlib writes here.
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
-        ValueError: if these figures cannot be written in such a format.
+        ValueError: if these figures cannot be written in this format.
 
     Example:
         >>> format_of("Map.PNG")
@@ -47,7 +45,7 @@ def format_of(path: PathLike) -> str:
     from PIL import features
 
     known = set(FigureCanvasAgg.get_supported_filetypes()) - set(_UNSUITED)
-    # What a build of Pillow may lack.
+    # A build of Pillow may lack these.
     known -= {name for name in ("webp", "avif") if not features.check(name)}
     path = Path(path)
     suffix = path.suffix.lower().removeprefix(".")
@@ -61,17 +59,17 @@ def format_of(path: PathLike) -> str:
 
 
 def save_figure(figure: "Figure", path: PathLike, *, overwrite: bool = False) -> None:
-    """Write a figure; the suffix says the format.
+    """Write a figure in the format of the suffix.
 
     Args:
-        figure: what to write.
-        path: with a suffix as for `format_of`; the folder must exist.
+        figure: the figure.
+        path: path with a suffix for `format_of`. Its folder must exist.
         overwrite: whether an existing file may be replaced.
 
     Raises:
-        FileExistsError: if the file exists and `overwrite` is False; it is left as it was.
-        OSError: if it cannot be written.
-        ValueError: as `format_of`; PostScript would lose the heat maps' transparency, and with it the weights.
+        FileExistsError: if the file exists and `overwrite` is False. The file stays unchanged.
+        OSError: if the file cannot be written.
+        ValueError: see `format_of`. PostScript would lose the heat maps' transparency, and with it the weights.
 
     Example:
         >>> import tempfile

@@ -191,7 +191,7 @@ def spoiled(folder):
         ({"out": "map"}, "got the suffix ''; expected one of"),
         ({"out": "map.eps"}, "PostScript has no transparency"),
         ({"out": "map.ps"}, "PostScript has no transparency"),
-        ({"out": "map.pgf"}, "keeps its images in files of their own; LaTeX takes .pdf; expected one of"),
+        ({"out": "map.pgf"}, "keeps its images in separate files; LaTeX accepts .pdf; expected one of"),
         ({"features": "promised.npy"}, "promised.npy: promises an array of shape (1048576, 1048576, 16)"),
         (
             {"features": "cut.npy"},

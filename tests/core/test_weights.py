@@ -242,8 +242,8 @@ def test_tensors_of_no_block_are_reported(tmp_path):
     [
         ({"format": None}, "is not a selfattn file: its metadata says format=None"),
         ({"format": "pt"}, "is not a selfattn file: its metadata says format='pt'"),
-        ({"version": "2"}, "is of version '2'; this selfattn reads version '1': upgrade selfattn"),
-        ({"version": None}, "is of version None"),
+        ({"version": "2"}, "has version '2'; this selfattn reads version '1': upgrade selfattn"),
+        ({"version": None}, "has version None"),
         ({"config": None}, "the config in its metadata cannot be read"),
         ({"config": "{"}, "the config in its metadata cannot be read"),
         ({"config": "[]"}, "the config in its metadata cannot be read"),

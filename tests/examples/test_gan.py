@@ -22,7 +22,7 @@ def test_a_run_in_the_folder_is_noticed_before_the_training(tmp_path, monkeypatc
     assert "holds no run that could be resumed" in capsys.readouterr().err
     (folder / journal.HISTORY).touch()
     assert refused(monkeypatch, "--folder", folder) == BAD_INPUT
-    assert "pass --resume to go on with it, --overwrite to replace it" in capsys.readouterr().err
+    assert "pass --resume to continue it, --overwrite to replace it" in capsys.readouterr().err
     assert refused(monkeypatch, "--folder", folder, "--resume") == 0
     assert refused(monkeypatch, "--folder", folder, "--overwrite") == 0
 

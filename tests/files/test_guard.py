@@ -44,7 +44,7 @@ def run(error: BaseException):
         (
             ImportError("libtorch.so: no such file", name="torch"),
             3,
-            "torch is installed, and cannot be loaded",
+            "torch is installed, but cannot be loaded",
         ),
         (click.UsageError("expected y,x."), 2, "expected y,x."),
     ],
@@ -189,7 +189,7 @@ def test_a_library_that_does_not_load(tmp_path):
         PYTHONPATH=str(tmp_path / "broken"),
     )
     assert done.returncode == 3, done.stderr
-    assert done.stderr.startswith("Error: torch is installed, and cannot be loaded: libabsent-selfattn.so")
+    assert done.stderr.startswith("Error: torch is installed, but cannot be loaded: libabsent-selfattn.so")
     assert not (tmp_path / "o.pt").exists()
 
 

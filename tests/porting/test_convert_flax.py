@@ -679,7 +679,7 @@ def module_tied(net):
 
 
 OBSTACLES = {
-    module_tied: "its module attention.query is also aux, and the two would part",
+    module_tied: "its module attention.query is also aux, and would no longer be shared",
     sharded: "attention .Flat.: query.kernel is sharded, or annotated",
     hooked: "gamma has the hooks on_get_value",
     tied: "query.bias is also a variable of another module",

@@ -470,7 +470,7 @@ class Telling(Flat):
         (Ceil, "biggan", "at 17×19 the old layer is off by y"),
         (Local, "heykeetae", "at 17×19 the old layer is off by y"),
         (Dropping, "heykeetae", "in training the old layer computes something else"),
-        (Telling, "heykeetae", "what it returns in training is not what it returns in evaluation"),
+        (Telling, "heykeetae", r"it returns y in one mode and \(y, A\) in the other"),
     ],
 )
 def test_what_a_small_map_in_evaluation_does_not_show(make, dialect, words):

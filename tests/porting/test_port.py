@@ -533,7 +533,7 @@ def test_averaged_vectors_are_said_by_every_command(tmp_path, to, target):
     assert said(params) == [[], [], []]
     params["key.u"] *= np.float32(0.97)
     for (text,) in said(params):
-        assert "should have the length 1 and have another (key.u: 0.97)" in text
+        assert "should have the length 1 but have other lengths (key.u: 0.97)" in text
         assert "refresh_spectral_norm" in text
 
 

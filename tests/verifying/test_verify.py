@@ -98,7 +98,7 @@ def test_a_single_larger_map_is_explained_and_a_very_large_one_is_said_not_to_be
     assert verified("gamma_dropped", weights, size=(33, 34)).diagnosis == ("gamma ignored",)
     report = verified("gamma_dropped", weights, size=(50, 49))
     assert report.diagnosis == ()
-    assert "no known bug was looked for" in report.notes[0]
+    assert "no known bug was searched for" in report.notes[0]
 
 
 def test_a_format_has_its_own_floor(weights):
@@ -231,7 +231,7 @@ def test_features_of_the_users_own(weights, tmp_path):
         ("layer.onnx", {"runtime": "tvm"}, "ONNX files are run by onnxruntime, openvino"),
         ("layer.onnx", {"layout": "NHWC"}, "layout 'NHWC': expected channels_last or channels_first"),
         ("layer.onnx", {"precision": "int4"}, "precision 'int4': expected one of float64, float32"),
-        ("layer.onnx", {"size": (3, 4), "features": "x.npy"}, "give one of them"),
+        ("layer.onnx", {"size": (3, 4), "features": "x.npy"}, "pass only one of the two"),
         (f"{FUNCTIONS}:right", {}, "a function does not say its layout"),
         (f"{FUNCTIONS}:absent", {"layout": "channels_last"}, "has no attribute 'absent'"),
         (f"{FUNCTIONS}:not_callable", {"layout": "channels_last"}, "expected a function from maps to maps"),

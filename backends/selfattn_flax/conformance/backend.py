@@ -1,4 +1,4 @@
-"""The two Flax layers as the kit sees them."""
+"""The two Flax layers as backends of the conformance kit."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,11 +38,11 @@ class FlaxBackend(OnDevices):
         return frozenset(ABILITIES)
 
     def layouts(self) -> tuple[str, ...]:
-        """Flax has one."""
+        """The single layout of Flax, channels last."""
         return ("channels_last",)
 
     def dtypes(self) -> tuple[str, ...]:
-        """All that the kit knows."""
+        """All dtypes of the kit."""
         return DTYPES
 
     def build(
@@ -52,11 +52,11 @@ class FlaxBackend(OnDevices):
         dtype: str,
         layout: str,  # noqa: ARG002 - the protocol's, and there is but one
     ) -> Model:
-        """The layer; float64 needs a process in which JAX has it (JAX_ENABLE_X64=1)."""
+        """The layer. float64 needs a process with JAX_ENABLE_X64=1."""
         return Model(config, dtype, *self.kind.build(config, params, dtype, "highest"))
 
     def update(self, model: Model, params: Mapping[str, Array]) -> Model:
-        """The same static part over other arrays."""
+        """The same static part with other arrays."""
         state = filled(model.state, state_table(model.config), params, model.dtype)
         return replace(model, tree=like(model, params), state=state)
 
@@ -94,7 +94,7 @@ class FlaxBackend(OnDevices):
         return self.kind.export(static, tree, state)
 
     def training_pass(self, model: Model, x: Array) -> Mapping[str, Array]:
-        """The output in training, and the weights with the state after it."""
+        """The output in training mode, and the weights with the state after it."""
         y, state = functions.training_pass(self.kind, model.static, model.tree, model.state, model.given(x))
         return {"y": to_array(self.noted(y)), **self.kind.export(model.static, model.tree, state)}
 
@@ -123,7 +123,7 @@ class FlaxBackend(OnDevices):
         return {"dy": to_array(self.noted(by_dy))} | self._named(model, leaves, by_x)
 
     def compiled(self, model: Model) -> Model:
-        """By `jax.jit`, as all models of this backend are."""
+        """The model itself, because this backend compiles all its models with `jax.jit`."""
         return model
 
     def eager(self, model: Model) -> Model:
@@ -131,13 +131,13 @@ class FlaxBackend(OnDevices):
         return replace(model, compiled=False)
 
     def as_shipped(self, model: Model) -> Model:
-        """With no precision of its own, so that JAX's default counts."""
+        """The layer without its own precision, so that JAX's default applies."""
         params = self.kind.export(model.static, model.tree, model.state)
         static, tree, state = self.kind.build(model.config, params, str(model.dtype), None)
         return replace(model, static=static, tree=tree, state=state)
 
     def saved(self, model: Model, folder: str) -> Model:
-        """By Flax's own serialization of the trees."""
+        """The layer after Flax's own serialization of its trees."""
         path = Path(folder) / "layer.msgpack"
         trees = (model.tree, model.state)
         leaves = dict(enumerate(jax.tree.leaves(jax.device_get(trees))))
@@ -148,7 +148,7 @@ class FlaxBackend(OnDevices):
         return replace(model, tree=tree, state=state)
 
     def per_sample_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
-        """`jax.vmap` over the gradient."""
+        """Gradients per sample, by `jax.vmap` over the gradient."""
         gradients = functions.per_sample_vjp(
             self.kind, model.static, model.tree, model.state, model.given(x), model.given(dy)
         )

@@ -1,4 +1,4 @@
-"""What the kit asks of a layer of Flax, as functions of its parameters; most of them compiled."""
+"""The kit's questions to a Flax layer, as functions of its parameters. Most of them are compiled."""
 
 from functools import partial
 from typing import Any
@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 
-# Layers of one config are static in the same way, so that each function is compiled once for each size. Gradients by
-# parameters leave as leaves, whose names are no part of the program: those of the two layers are then the same.
+# Layers of one config have equal static parts, so each function is compiled once for each size. Gradients by parameters are
+# returned as leaves. Their names are then not part of the program, and the programs of both layers are the same.
 _static = partial(jax.jit, static_argnums=(0, 1))
 
 
@@ -47,7 +47,7 @@ compiled_attention_map = _static(attention_map)
 def vjp(
     kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array
 ) -> tuple[tuple[list[jax.Array], jax.Array], Any]:
-    """The gradients by the parameters, as leaves, and by x; and the state."""
+    """The gradients by the parameters, as leaves, the gradient by x, and the state."""
     _, pull, state = jax.vjp(lambda tree, x: kind.apply(static, tree, state, x), tree, x, has_aux=True)
     by_tree, by_x = pull(dy)
     return (jax.tree.leaves(by_tree), by_x), state
@@ -64,7 +64,7 @@ def _vjp_alone(
 
 @_static
 def training_pass(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    """The output in training, and the state after it."""
+    """The output in training mode, and the state after it."""
     return kind.train(static, tree, state, x)
 
 
@@ -72,7 +72,7 @@ def training_pass(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array) 
 def training_vjp(
     kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
-    """The gradients in training."""
+    """The gradients in training mode."""
     _, pull, _ = jax.vjp(lambda tree, x: kind.train(static, tree, state, x), tree, x, has_aux=True)
     by_tree, by_x = pull(dy)
     return jax.tree.leaves(by_tree), by_x
@@ -80,7 +80,7 @@ def training_vjp(
 
 @_static
 def r1(kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, w: jax.Array) -> Any:
-    """The penalty, and its gradients."""
+    """The penalty and its gradients."""
 
     def penalty(tree: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(jax.grad(lambda x: jnp.sum(w * kind.apply(static, tree, state, x)[0]))(x) ** 2)
@@ -103,5 +103,5 @@ def vjp_of_vjp(
 def per_sample_vjp(
     kind: Kind, static: Any, tree: Any, state: Any, x: jax.Array, dy: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
-    """The gradients for each sample by itself."""
+    """The gradients for each sample."""
     return jax.vmap(partial(_vjp_alone, kind, static), (None, None, 0, 0))(tree, state, x, dy)

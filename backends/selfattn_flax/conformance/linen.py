@@ -1,4 +1,4 @@
-"""The layer of Linen as pure functions."""
+"""The Linen layer as pure functions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +33,7 @@ def _split(module: nn.Module, variables: Mapping[str, Any]) -> tuple[Any, Any, A
 
 
 def _apply(static: nn.Module, tree: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    # What Linen is not asked to let move cannot.
+    # Collections that are not mutable cannot change.
     return static.apply({"params": tree, **state}, x, use_running_average=True), state
 
 

@@ -1,4 +1,4 @@
-"""A layer of Flax as pure functions of a tree of parameters, and arrays to and from such trees."""
+"""A Flax layer as pure functions of a tree of parameters, and conversions between arrays and trees."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Kind:
     """One of Flax's two layers, as pure functions of a tree of parameters.
 
     Args:
-        build: (config, canonical arrays, dtype, precision) to (what is static, parameters, state).
+        build: (config, canonical arrays, dtype, precision) to (static part, parameters, state).
         new: (config, seed) to the same, of a new layer.
         apply: (static, parameters, state, x) to y and the state after it, in evaluation.
         attention: (static, parameters, state, x) to A.
@@ -41,12 +41,12 @@ class Model:
     """A layer.
 
     Args:
-        config: which layer.
-        dtype: of its parameters.
-        static: what is not an array.
+        config: options of the layer.
+        dtype: dtype of its parameters.
+        static: the parts that are not arrays.
         tree: its parameters.
-        state: what else it holds; a pass that moves what it should leave alone moves this.
-        compiled: whether `forward`, `attention_map` and `vjp` are compiled; everything else always is.
+        state: its other arrays. A pass that wrongly changes something changes these.
+        compiled: whether `forward`, `attention_map` and `vjp` are compiled. All other functions always are.
     """
 
     config: SelfAttentionConfig
@@ -57,22 +57,22 @@ class Model:
     compiled: bool = True
 
     def given(self, x: Array) -> jax.Array:
-        """(B, H, W, C) as the layer takes it."""
+        """Maps (B, H, W, C) as the layer's input."""
         return jnp.asarray(x, self.dtype)
 
 
 def to_array(array: jax.Array) -> Array:
-    """A new array; bfloat16 is widened."""
+    """The value as a new array. bfloat16 is widened."""
     return np.array(widen(np.asarray(array)))
 
 
 def in_leaf_order(names: Iterable[str]) -> list[str]:
-    """Canonical names in the order of the leaves of a tree."""
+    """The canonical names of a tree's leaves, in their order."""
     return sorted(names, key=lambda name: name.split("."))
 
 
 def filled(tree: Any, names: Iterable[str], arrays: Mapping[str, Array], dtype: DTypeLike) -> Any:
-    """The tree with these arrays, of canonical names and shapes, for its leaves."""
+    """The tree with its leaves replaced by these arrays, which have canonical names and shapes."""
     leaves = [
         jnp.asarray(arrays[name][None, None] if name.endswith("kernel") else arrays[name], dtype)
         for name in in_leaf_order(names)
@@ -81,5 +81,5 @@ def filled(tree: Any, names: Iterable[str], arrays: Mapping[str, Array], dtype: 
 
 
 def like(model: Model, arrays: Mapping[str, Array]) -> Any:
-    """Arrays of canonical names and shapes as a tree like the model's."""
+    """Arrays with canonical names and shapes, as a tree with the structure of the model's tree."""
     return filled(model.tree, parameter_table(model.config), arrays, model.dtype)

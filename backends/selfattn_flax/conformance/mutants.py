@@ -1,4 +1,4 @@
-"""A mutant for the kit's own tests: what layers of NNX get wrong that numpy cannot show."""
+"""A mutant with an error that only an NNX layer can have, for the tests of the kit."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +16,7 @@ __all__ = ["MovesInEvaluation"]
 
 
 class MovesInEvaluation(FlaxBackend):
-    """The state of the spectral norm moves in every pass, as in a `nnx.SpectralNorm` that is never told to evaluate."""
+    """A layer whose spectral norm moves in every pass, like a `nnx.SpectralNorm` that is never set to evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__("moves in evaluation", nnx_backend.kind)

@@ -1,4 +1,4 @@
-"""The layer of NNX as pure functions."""
+"""The NNX layer as pure functions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,13 +25,13 @@ def _new(config: SelfAttentionConfig, seed: int) -> tuple[Any, Any, Any]:
 
 
 def _split(layer: SelfAttention2D) -> tuple[Any, Any, Any]:
-    # The specification is the function in evaluation.
+    # The definition is the function in evaluation mode.
     layer.eval()
     return nnx.split(layer, nnx.Param, ...)
 
 
 def _apply(static: Any, tree: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    # A variable may be moved only where it was made, which inside a derivative is there.
+    # A variable can only be changed in the trace that made it, so inside a derivative the layer is made there.
     layer = nnx.merge(static, tree, state, copy=True)
     y = layer(x)
     return y, nnx.split(layer, nnx.Param, ...)[2]

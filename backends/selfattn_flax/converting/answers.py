@@ -1,4 +1,4 @@
-"""The outputs and gradients of an NNX layer, asked on a copy with other values in its variables."""
+"""The outputs and gradients of an NNX layer, computed on a copy with other values in its variables."""
 
 import warnings
 from collections.abc import Mapping
@@ -24,15 +24,15 @@ KeyPath = tuple[Any, ...]
 
 @dataclass
 class Answers:
-    """What a layer says.
+    """The outputs and gradients of one call of a layer.
 
     Args:
-        y: (B, H, W, C).
+        y: the output (B, H, W, C).
         dx: the gradient of x.
-        map: what it returns beside y; None if it returns y alone.
-        gradients: by canonical name, in the layer's own form.
-        sown: names of what it sowed.
-        moved: keys of what it changed in itself.
+        map: the second value that the layer returns, or None if it returns y alone.
+        gradients: gradients by canonical name, in the layer's own form.
+        sown: names of the values that the layer sowed.
+        moved: keys of the layer's arrays that the call changed.
     """
 
     y: Any
@@ -44,15 +44,15 @@ class Answers:
 
 
 def answered(layer: nnx.Module, asked: Question, paths: Mapping[str, KeyPath]) -> Answers:
-    """What a layer says in evaluation mode, on the CPU and in the dtype of the question.
+    """The answers of a layer in evaluation mode, on the CPU and in the dtype of the question.
 
     Args:
-        layer: a copy, which is changed.
+        layer: a copy of the layer, which this function changes.
         asked: the question.
-        paths: of its parameters whose gradients are wanted, by canonical name.
+        paths: paths of the parameters to differentiate by, by canonical name.
 
     Raises:
-        PortError: if it does not return what a layer returns. Errors of its own pass through.
+        PortError: if the layer does not return y or (y, A). Errors of the layer itself pass through.
     """
     dtype = asked.x.dtype
     _at_rest(layer, dtype)
@@ -77,7 +77,7 @@ def answered(layer: nnx.Module, asked: Question, paths: Mapping[str, KeyPath]) -
         return y.astype(dtype), (result[1] if pair else None, _values(module))
 
     with warnings.catch_warnings():
-        # Of `sow`, outside of `nnx.capture`.
+        # `sow` outside `nnx.capture` leaves these.
         warnings.simplefilter("ignore", DeprecationWarning)
         x = jax.device_put(asked.x, _cpu())
         y, back, (beside, after) = jax.vjp(call, start, x, has_aux=True)
@@ -87,10 +87,10 @@ def answered(layer: nnx.Module, asked: Question, paths: Mapping[str, KeyPath]) -
 
 
 def trained(layer: nnx.Module, asked: Question) -> Any:
-    """What a layer returns in training mode, on the CPU and in the dtype of the question.
+    """The result of a layer in training mode, on the CPU and in the dtype of the question.
 
     Args:
-        layer: a copy, which is changed.
+        layer: a copy of the layer, which this function changes.
         asked: the question.
     """
     _at_rest(layer, asked.x.dtype)
@@ -101,9 +101,9 @@ def trained(layer: nnx.Module, asked: Question) -> Any:
 
 
 def probe_of(layer: nnx.Module) -> nnx.Module:
-    """A copy to ask, on the CPU, in at least float32, in which no parameter is zero.
+    """A copy for the comparison, on the CPU, in at least float32, without parameters that are zero.
 
-    A gamma of 0, or a last kernel or a batch norm that begins with zeros, hides whatever else the layer computes.
+    A gamma of 0, or a last kernel or batch norm that starts at zero, would hide everything else that the layer computes.
     """
     probe = copied(layer)
     double = any(value.dtype == np.float64 for value in _values(layer).values())
@@ -120,7 +120,7 @@ def probe_of(layer: nnx.Module) -> nnx.Module:
 
 
 def dtype_of(layer: nnx.Module, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    """The dtype of what a layer returns for an input of this shape and dtype."""
+    """The dtype of a layer's output for an input of this shape and dtype."""
     graph, state = nnx.split(layer)
 
     def call(state: Any, x: jax.Array) -> Any:
@@ -135,7 +135,7 @@ def dtype_of(layer: nnx.Module, shape: tuple[int, ...], dtype: DTypeLike) -> Any
 
 
 def arithmetic(dtype: DTypeLike) -> AbstractContextManager[Any]:
-    """In which a question of this dtype is answered as it is asked, whatever the process is set to."""
+    """A context that computes in this dtype on the CPU, whatever the settings of the process are."""
     stack = ExitStack()
     stack.enter_context(jax.default_device(_cpu()))
     stack.enter_context(jax.default_matmul_precision("highest"))
@@ -145,7 +145,7 @@ def arithmetic(dtype: DTypeLike) -> AbstractContextManager[Any]:
 
 
 def _at_rest(layer: nnx.Module, dtype: DTypeLike) -> None:
-    """Set a copy to evaluation, to the CPU and to a dtype."""
+    """Set a copy to evaluation mode, to the CPU and to a dtype."""
     layer.eval()
     for _, module in nnx.iter_modules(layer):
         computes = vars(module).get("dtype")
@@ -155,7 +155,7 @@ def _at_rest(layer: nnx.Module, dtype: DTypeLike) -> None:
 
 
 def _values(module: nnx.Module) -> dict[str, Any]:
-    """The floating-point arrays of a module by key."""
+    """The floating-point arrays of a module, by key."""
     found = {}
     for key, (_, leaf) in leaves_of(module).items():
         value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
@@ -169,7 +169,7 @@ def _cpu() -> Any:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
         raise PortError(
-            "convert asks layers on the CPU, which JAX has been told to leave out; add cpu to JAX_PLATFORMS, as in "
+            "convert runs layers on the CPU, but JAX_PLATFORMS excludes it; add cpu to JAX_PLATFORMS, as in "
             "JAX_PLATFORMS=cuda,cpu"
         ) from error
 
@@ -195,7 +195,7 @@ def _sown(module: nnx.Module) -> list[str]:
 
 
 def at_path(module: nnx.Module, path: KeyPath) -> Any:
-    """What stands at a path in a module."""
+    """The object at a path in a module."""
     return next(node for place, node in nnx.iter_graph(module) if place == path)
 
 
@@ -213,7 +213,7 @@ def _set(module: nnx.Module, path: KeyPath, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """What was returned, in words."""
+    """A description of a returned value."""
     if isinstance(value, jax.Array | np.ndarray):
         return f"an array {value.shape}"
     if isinstance(value, tuple | list):

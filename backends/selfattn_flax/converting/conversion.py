@@ -1,4 +1,4 @@
-"""An NNX model of somebody else's with our layer in the place of its attention layers."""
+"""`convert`: replace the attention layers of an NNX model by ours."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -42,44 +42,45 @@ def convert(
     inplace: bool = False,
     dry_run: bool = False,
 ) -> Conversion[nnx.Module]:
-    """Replace the attention layers of an NNX model by `SelfAttention2D`, each with the weights of the one that it replaces.
+    """Replace the attention layers of an NNX model by `SelfAttention2D`, with the same weights.
 
-    Each foreign layer and the one that takes its place are asked for their output and gradients, in evaluation mode, on the
-    CPU, in float32 or float64. Both must agree with the definition within the limits of the conformance kit, and with one
-    another in training mode. Nothing is replaced unless all do.
+    `convert` compares the output and gradients of each old layer and its replacement with the definition, in evaluation
+    mode, on the CPU, in float32 or float64. Both must stay within the limits of the conformance kit. In training mode the
+    two must agree with each other. Unless every layer passes, nothing is replaced.
 
-    A new layer has the devices, dtypes, precision and training mode of the old one, its variables have the types and the
-    metadata of the old ones, and its spectral norm the state. It has `query`, `key`, `value` and `gamma` where the old one
-    may have had other names, so an optimiser is made after this, and a checkpoint of the old model is restored before. No
-    random stream of the model moves.
+    A new layer keeps the devices, dtypes, precision and training mode of the old one, the types and metadata of its
+    variables, and its spectral norm with the state. Its parameters are named `query`, `key`, `value` and `gamma`. So create
+    the optimiser after `convert`, and restore a checkpoint of the old model before. Random streams of the model do not
+    advance.
 
-    Modules of Linen hold no weights: convert their parameters with `selfattn port`, and replace the module in the code of
-    the model by `selfattn_flax.linen.SelfAttention2D`.
+    Linen modules hold no weights. Convert their parameters with `selfattn port`, and use
+    `selfattn_flax.linen.SelfAttention2D` in the code of the model.
 
     Args:
-        model: the network, or a foreign layer itself, on maps (…, H, W, C). In training mode or not, on any device.
-        dialect: what the layers are: a name of `selfattn dialects` or a `.toml` file of your own. It names tensors as a
-            checkpoint of the NNX model does. None is for layers whose keys fit a single one, and needs `match`.
-        match: which modules: a class or several, a name such as "blocks.*.attention" with * for any text, or a function of
-            name and module; by default those that have the keys of the dialect.
-        settings: what the tensors do not show, as in `selfattn_core.porting.port`.
-        keep_spectral_norm: whether layers that have spectral norm keep it. False divides the kernels by it once.
-        returns: "same": a layer that returned (y, A) is replaced by one that does, `SelfAttention2DWithMap`, at N·M numbers
-            of memory in each call; "output": every new layer returns y alone.
-        block_size: as in `SelfAttention2D`.
-        size: (H, W) of the input that both layers are asked; by default two sizes, of which one cuts off windows of pooling.
-        inplace: whether `model` itself is changed; otherwise it stays as it is, and the result is a copy that shares no
-            array with it.
-        dry_run: do everything but replace. Without `inplace` it makes the copy too, and drops it.
+        model: the network, or a foreign layer itself, on maps (…, H, W, C), in any mode and on any device.
+        dialect: dialect of the layers: a name that `selfattn dialects` lists, or your own `.toml` file. Its keys are those of
+            a checkpoint of the NNX model. None finds the dialect by the keys, which must fit only one, and requires `match`.
+        match: modules to replace: a class, several classes, a name such as "blocks.*.attention" with * for any text, or a
+            function of name and module. By default, all modules that have the keys of the dialect.
+        settings: facts that the tensors do not show, as in `selfattn_core.porting.port`.
+        keep_spectral_norm: whether layers with spectral norm keep it. False divides the kernels by it once.
+        returns: "same" replaces a layer that returns (y, A) by one that does too, `SelfAttention2DWithMap`, at N·M numbers
+            of memory in each call. "output" makes every new layer return y alone.
+        block_size: see `SelfAttention2D`.
+        size: (H, W) of the input for the comparison. By default two sizes; pooling windows do not divide one of them.
+        inplace: whether `model` itself is changed. Otherwise the result is a copy that shares no array with it.
+        dry_run: whether to do everything except replace. Without `inplace` the copy is still made, and dropped.
 
     Returns:
-        The model, and for each layer what it was, what it is and how far both are from the definition.
+        The model, and for each layer its old class, its new one and the errors of both against the definition.
 
     Raises:
-        ConversionError: a PortError whose `report` says which layer computes something else than its dialect says.
-        PortError: if no layer is found, one cannot be replaced, or the model cannot be copied or changed; every reason.
-        TypeError: if the model is no `nnx.Module`; one of Linen is none.
-        ValueError: if another argument is none that is expected; every one of them.
+        ConversionError: if a layer does not compute what its dialect describes. It is a PortError whose `report` names
+            the layer.
+        PortError: if no layer is found, one cannot be replaced, or the model cannot be copied or changed. It lists every
+            reason.
+        TypeError: if the model is not an `nnx.Module`. A Linen module is not one.
+        ValueError: if other arguments are invalid. It lists all of them.
 
     Example:
         >>> import jax
@@ -141,8 +142,8 @@ def _check_model(model: Any) -> None:
     if isinstance(model, flax.linen.Module):
         kind = f"the Linen module {type(model).__name__}"
         advice = (
-            "which describes a model and holds no weights. Convert its parameters with `selfattn port`, and put "
-            "selfattn_flax.linen.SelfAttention2D where the code makes its attention layer."
+            "which describes a model and holds no weights. Convert its parameters with `selfattn port`, and use "
+            "selfattn_flax.linen.SelfAttention2D in the code of the model."
         )
     elif hasattr(model, "__wrapped__"):
         advice = "expected an nnx.Module: convert the module that it was made from, and compile the result."
@@ -150,13 +151,13 @@ def _check_model(model: Any) -> None:
 
 
 def _found(model: nnx.Module, chosen: Dialect | None, match: Match | None) -> Found:
-    """The layers to replace by their `id`, each once, with all places where it stands."""
+    """The layers to replace by their `id`, each once, with the names of all its places."""
     modules = [(name, node) for name, node in places(model) if isinstance(node, nnx.Module)]
     if match is None:
         forms = forms_of(model, "")
-        # `check_arguments` wants one of the two.
+        # `check_arguments` requires `dialect` or `match`.
         there = {prefix for tensors in forms for prefix in prefixes(chosen, index_of(tensors))}  # type: ignore[arg-type]
-        # A shared layer has its keys at the first of its places alone.
+        # A shared layer has its keys only at the first of its places.
         wanted = {id(node) for name, node in modules if (f"{normal(name)}/" if name else "") in there}
         matched = [(name, node) for name, node in modules if id(node) in wanted]
     elif isinstance(match, str):
@@ -168,7 +169,7 @@ def _found(model: nnx.Module, chosen: Dialect | None, match: Match | None) -> Fo
         matched = [(name, node) for name, node in modules if match(name, node)]
     found: Found = {}
     for name, node in matched:
-        # Ours have names that a dialect of ours fits.
+        # Our own layers fit a dialect too, so they are left out.
         if not isinstance(node, SelfAttention2D):
             _, names = found.get(id(node), (node, ()))
             found[id(node)] = (node, (*names, name))
@@ -192,7 +193,7 @@ def _replaced(model: nnx.Module, found: Found, new: Mapping[int, nnx.Module], *,
         raise PortError(
             f"nothing was replaced, because the model cannot be copied ({type(error).__name__}: {error}); convert with inplace=True"
         ) from error
-    # The two have their modules at the same paths.
+    # The model and its copy have their modules at the same paths.
     paths = {path: id(node) for path, node in nnx.iter_graph(model) if id(node) in found}
     put(twin, {id(node): new[paths[path]] for path, node in nnx.iter_graph(twin) if path in paths})
     return twin

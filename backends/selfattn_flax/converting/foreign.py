@@ -1,4 +1,4 @@
-"""A foreign attention layer of an NNX model: its tensors, its answers, and the layer of ours that takes its place."""
+"""A foreign attention layer of an NNX model: its tensors, its outputs and gradients, and its replacement."""
 
 import inspect
 from typing import Any
@@ -44,17 +44,17 @@ from selfattn_flax.spectral_norm import NNXSpectralConv
 __all__ = ["ForeignLayer", "modes_of"]
 
 KeyPath = tuple[Any, ...]
-# What `nnx.Variable` sets itself.
+# Metadata that `nnx.Variable` sets itself.
 _OF_EVERY_VARIABLE = ("hijax", "ref", "eager_sharding")
 
 
 class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
-    """One module that is to be replaced.
+    """One module to be replaced.
 
     Args:
         layer: the module.
-        names: of every place where it stands.
-        options: of the conversion.
+        names: names of all its places in the model.
+        options: options of the conversion.
     """
 
     def __init__(self, layer: nnx.Module, names: tuple[str, ...], options: Options) -> None:
@@ -64,7 +64,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         self.probe = probe_of(layer)
 
     def _form(self, layer: nnx.Module, dialect: Dialect) -> Tensors:
-        """The layer's tensors, in the form that has the keys of the dialect."""
+        """The layer's tensors, in the form whose keys are those of the dialect."""
         forms = forms_of(layer, self.names[0])
         return next((form for form in forms if "" in prefixes(dialect, index_of(form))), forms[0])
 
@@ -114,7 +114,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         return make(_kind(pair), probed.config, asked.params, block_size=self.options.block_size)
 
     def _ask(self, foreign: Foreign, asked: Question) -> Answers:
-        """The answers of the probe, of which a copy is asked, since a question may move its state."""
+        """The answers of a copy of the probe, because a call may move its state."""
         old = copied(self.probe)
         paths = {name: self._path(foreign, name) for name in parameter_table(foreign.config)}
         shape = asked.x.shape
@@ -127,7 +127,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         return answers
 
     def _in_training(self, foreign: Foreign, asked: Question, rested: Answers) -> tuple[str, str]:
-        """What to say of both layers in training mode: a failure and a note, one of them or both "".
+        """A failure and a note from comparing both layers in training mode. At least one of them is "".
 
         Args:
             foreign: the layer.
@@ -139,7 +139,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
             result = trained(copied(self.probe), asked)
         except Exception as error:
             return "", (
-                f"it does not run in training mode ({type(error).__name__}: {error}), where the new one does; it was compared in "
+                f"it does not run in training mode ({type(error).__name__}: {error}), but the new one does; they were compared only in "
                 "evaluation mode"
             )
         y = result[0] if pair and isinstance(result, tuple | list) and len(result) == 2 else result
@@ -169,7 +169,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
     def _dressed(
         self, foreign: Foreign, old: Answers, size: tuple[int, ...], *, pair: bool
     ) -> tuple[SelfAttention2D, list[str]]:
-        """Our layer with everything of the old one, and what is to say of it."""
+        """Our layer with everything from the old one, and the notes about it."""
         dtype, precision = self._computation(foreign)
         kind = _kind(pair)
         made = {"block_size": self.options.block_size, "precision": precision}
@@ -182,8 +182,8 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
             if self._returns_alike(plain, size):
                 new = plain
                 notes.append(
-                    f"the old layer computes in {jnp.dtype(dtype)} and returns another dtype; the new one computes in that which "
-                    "its input and its parameters promote to, and returns what the old one does"
+                    f"the old layer computes in {jnp.dtype(dtype)} and returns another dtype; the new one computes in the dtype that "
+                    "its input and parameters promote to, and returns the same dtype as the old one"
                 )
         if not self._returns_alike(new, size):
             notes.append("the new layer returns another dtype than the old one for some inputs")
@@ -210,21 +210,23 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
                 )
         if old.moved:
             notes.append(
-                f"the old layer moves its {listed(old.moved, 3)} in evaluation too; the new one moves nothing there"
+                f"the old layer moves its {listed(old.moved, 3)} in evaluation too; the new one changes nothing in evaluation"
             )
         return new, [*notes, *self._arguments()]
 
     def _arguments(self) -> list[str]:
-        """What is to say of what the old layer may be called with."""
+        """The notes about arguments of the old layer's call."""
         known = inspect.signature(SelfAttention2D.__call__).parameters
         given = list(inspect.signature(type(self.layer).__call__).parameters.values())[2:]
         others = [one.name for one in given if one.name not in known]
         return (
-            [f"the new layer takes no argument {', '.join(others)}; change what passes it"] if others else []
+            [f"the new layer takes no argument {', '.join(others)}; change the code that passes it"]
+            if others
+            else []
         )
 
     def _dress(self, new: SelfAttention2D, foreign: Foreign) -> None:
-        """Give each variable of ours the type, the metadata, the dtype and the device of what it comes from."""
+        """Give each of our variables the type, metadata, dtype and device of the variable that it comes from."""
         sources = [self._leaf(key) for origin in foreign.origins.values() for key in origin.sources]
         for name, origin in foreign.origins.items():
             path = _own_path(name)
@@ -264,12 +266,12 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
             shown = ", ".join(sorted(str(one) for one in found))
             raise PortError(
                 f"{self.where}: its projections compute in different ways (dtypes {shown}; precisions "
-                f"{', '.join(str(one) for one in precisions)}), and those of the new layer all in one; make them alike first"
+                f"{', '.join(str(one) for one in precisions)}), but those of the new layer compute in one way; make them equal first"
             )
         return found.pop(), precisions[0]
 
     def _returns_alike(self, new: SelfAttention2D, size: tuple[int, ...]) -> bool:
-        """Whether the dtype of y is the old layer's for inputs of the usual dtypes."""
+        """Whether y has the same dtype as the old layer's for inputs of the usual dtypes."""
         shape = (1, *size, new.config.channels)
         dtypes = ("float32", "bfloat16", "float16")
         try:
@@ -279,7 +281,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         return old == [dtype_of(new, shape, dtype) for dtype in dtypes]
 
     def _key(self, source: str) -> str:
-        """What `leaves_of` calls a tensor of either form."""
+        """The key that `leaves_of` gives a tensor of either form."""
         return source if source in self.leaves else source.removesuffix("/value")
 
     def _leaf(self, source: str) -> Any:
@@ -291,7 +293,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
 
 
 def modes_of(layer: nnx.Module) -> set[bool]:
-    """Whether the parts of a layer that have a mode are in that of evaluation."""
+    """Whether the parts of a layer that have a mode are in evaluation mode."""
     found: dict[str, set[bool]] = {"use_running_average": set(), "deterministic": set()}
     for _, module in nnx.iter_modules(layer):
         for name, modes in found.items():

@@ -1,4 +1,4 @@
-"""What stands against replacing a layer of an NNX model: said before anything is read or changed."""
+"""Reasons why a layer of an NNX model cannot be replaced, found before anything is changed."""
 
 import functools
 import inspect
@@ -19,17 +19,17 @@ _HOOKS = ("on_get_value", "on_set_value", "on_create_value", "on_add_axis", "on_
 
 
 def of_model(model: nnx.Module) -> Iterator[str]:
-    """Why nothing in the model can be replaced.
+    """Reasons why no layer of the model can be replaced.
 
     Args:
-        model: the whole.
+        model: the whole model.
     """
     for path, node in nnx.iter_graph(model):
         where = f"{_name(path)} ({type(node).__name__})"
         if isinstance(node, nnx.Optimizer):
             yield (
-                f"{where} holds a state for each of the model's parameters, which will have other names; convert the model alone, and "
-                "make a new optimiser"
+                f"{where} holds a state for the model's parameters, whose names will change; convert the model alone, and make a new "
+                "optimiser"
             )
         value = node.get_raw_value() if isinstance(node, nnx.Variable) else node
         if isinstance(node, nnx.Variable) and node.ref:
@@ -41,16 +41,16 @@ def of_model(model: nnx.Module) -> Iterator[str]:
 
 
 def of_layer(name: str, layer: nnx.Module, model: nnx.Module) -> Iterator[str]:
-    """Why a layer cannot be replaced by another with the same weights.
+    """Reasons why a layer cannot be replaced by another with the same weights.
 
     Args:
-        name: of its place.
+        name: name of its place.
         layer: the layer.
-        model: the whole.
+        model: the whole model.
     """
     where = f"{name or 'the model'} ({type(layer).__name__})"
     if not callable(layer):
-        yield f"{where} cannot be called, so it is no layer; narrow match="
+        yield f"{where} cannot be called, so it is not a layer; narrow match="
     outside = _variables_outside(model, layer)
     for path, node in nnx.iter_graph(layer):
         inner = f"{where}: {_name(path)}"
@@ -59,27 +59,27 @@ def of_layer(name: str, layer: nnx.Module, model: nnx.Module) -> Iterator[str]:
         if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState | nnx.Intermediate):
             yield from (f"{inner} {reason}" for reason in _of_variable(node, outside))
     for inner, outer in _modules_outside(model, layer):
-        yield f"{where}: its module {inner} is also {outer}, and the two would part; make them two"
+        yield f"{where}: its module {inner} is also {outer}, and would no longer be shared; make them two modules"
     for pair in nnx.find_duplicates(layer, only=nnx.Param):
-        yield f"{where}: {' and '.join(map(_name, pair))} are one, and would part; untie them"
+        yield f"{where}: {' and '.join(map(_name, pair))} are one variable, and would become two; untie them"
     if len(modes_of(layer)) > 1:
         yield f"{where} is in training mode in some of its parts only; call train() or eval() on it"
 
 
 def referring(model: nnx.Module, layers: Collection[nnx.Module], *, inplace: bool) -> Iterator[str]:
-    """Where a function, or another object that is no part of the graph of NNX, holds what would be replaced.
+    """Functions and other objects outside the NNX graph that hold parts to be replaced.
 
     Args:
-        model: the whole.
-        layers: that would be replaced.
-        inplace: whether the model itself is changed; in a copy, such objects go on holding all of the old model.
+        model: the whole model.
+        layers: the layers to be replaced.
+        inplace: whether the model itself is changed. In a copy, such objects still hold the old model.
     """
     replaced = {id(node) for layer in layers for _, node in places(layer)}
     everything = {id(node) for _, node in places(model)}
     wanted = replaced if inplace else everything
     seen: set[int] = set()
     for name, node in places(model):
-        # What a layer that goes away holds does not matter.
+        # The contents of a replaced layer do not matter.
         if id(node) in seen | replaced:
             continue
         seen.add(id(node))
@@ -88,28 +88,28 @@ def referring(model: nnx.Module, layers: Collection[nnx.Module], *, inplace: boo
             where = f"{name}.{key}" if name else key
             if held & replaced:
                 yield (
-                    f"{where} ({type(value).__name__}) holds a layer that would be replaced, and NNX cannot look into it; convert "
-                    "the model before nnx.jit and other functions are made from its parts"
+                    f"{where} ({type(value).__name__}) holds a layer to be replaced, and NNX cannot look into it; convert the model "
+                    "before you make functions from its parts, with nnx.jit for example"
                 )
             elif held & wanted:
                 yield (
-                    f"{where} ({type(value).__name__}) holds a part of the model, and a copy of the model would go on calling that "
-                    "part; convert with inplace=True"
+                    f"{where} ({type(value).__name__}) holds a part of the model, and a copy of the model would still call that part; "
+                    "convert with inplace=True"
                 )
 
 
 def _of_variable(variable: Any, outside: Collection[int]) -> Iterator[str]:
     value, metadata = variable.get_raw_value(), variable.get_metadata()
     if id(variable) in outside:
-        yield "is also a variable of another module, and the two would part; untie them"
+        yield "is also a variable of another module, and would no longer be shared; untie them"
     if hooks := [hook for hook in _HOOKS if metadata.get(hook)]:
-        yield f"has the hooks {', '.join(hooks)}, which were written for the old variable; remove them, and add them to the new one"
+        yield f"has the hooks {', '.join(hooks)}, made for the old variable; remove them, and add them to the new variable"
     if metadata.get("out_sharding") is not None or (
         isinstance(value, jax.Array) and len(value.sharding.device_set) > 1
     ):
         yield (
-            "is sharded, or annotated to be, along axes that the new layer has in other places; convert before, and annotate the "
-            "new variables"
+            "is sharded, or annotated to be, and the new layer has its axes in another order; convert first, and annotate the new "
+            "variables"
         )
     if isinstance(value, jax.Array | np.ndarray) and _is_quantised(value.dtype):
         yield f"is {value.dtype}: a quantised layer; convert the floating-point model"
@@ -121,7 +121,7 @@ def _is_quantised(dtype: Any) -> bool:
 
 
 def _variables_outside(model: nnx.Module, layer: nnx.Module) -> set[int]:
-    """Every variable that the model has by a way that does not lead through the layer."""
+    """The variables that the model also holds outside the layer."""
     inside = {id(node) for _, node in places(layer)}
     found: set[int] = set()
     for _, node in places(model):
@@ -135,7 +135,7 @@ def _variables_outside(model: nnx.Module, layer: nnx.Module) -> set[int]:
 
 
 def _modules_outside(model: nnx.Module, layer: nnx.Module) -> Iterator[tuple[str, str]]:
-    """The modules of a layer that hold numbers and that the model also has by another way: both names of each."""
+    """Both names of each module of the layer that holds numbers and that the model also holds outside the layer."""
     names = [name for name, node in places(model) if node is layer]
     within = tuple(f"{name}." if name else "" for name in names)
     owned: dict[int, str] = {}
@@ -159,7 +159,7 @@ def _has_numbers(node: nnx.Pytree) -> bool:
 
 
 def _held(value: Any, seen: set[int]) -> Iterator[Any]:
-    """The modules that a function or a plain object leads to."""
+    """The modules that a function or a plain object holds."""
     if id(value) in seen or isinstance(value, type):
         return
     seen.add(id(value))

@@ -1,4 +1,4 @@
-"""The modules of an NNX model: where each stands, and how one takes another's place."""
+"""The places of modules in an NNX model, and the replacement of modules there."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -14,10 +14,10 @@ __all__ = ["copied", "places", "plain_attributes", "put"]
 
 
 def places(model: nnx.Pytree) -> list[tuple[str, nnx.Pytree]]:
-    """Every module with the name of every place where it stands, such as "blocks.0.attention"; the model itself is "".
+    """Every module, with the name of each of its places, such as "blocks.0.attention". The model itself is "".
 
     Args:
-        model: with shared modules, or modules that hold their parents, as NNX allows.
+        model: the model. As NNX allows, it may share modules, and modules may hold their parents.
     """
     found: list[tuple[str, nnx.Pytree]] = []
 
@@ -32,14 +32,14 @@ def places(model: nnx.Pytree) -> list[tuple[str, nnx.Pytree]]:
 
 
 def put(model: nnx.Pytree, new: Mapping[int, nnx.Module]) -> None:
-    """Put other modules into a model, all of them or none.
+    """Replace modules of a model, either all of them or no module at all.
 
     Args:
-        model: what is changed.
-        new: by the `id` of the module whose every place it takes.
+        model: the model to change.
+        new: the new modules, by `id` of the modules that they replace everywhere.
 
     Raises:
-        PortError: if a place cannot be set; the model is as it was.
+        PortError: if a place cannot be set. The model is then unchanged.
     """
     done: list[tuple[nnx.Pytree, str, Any]] = []
     for path, node in list(nnx.iter_graph(model)):
@@ -57,20 +57,20 @@ def put(model: nnx.Pytree, new: Mapping[int, nnx.Module]) -> None:
                     setattr(owner, place, old)
                 where = ".".join(map(str, (*path, name)))
                 raise PortError(
-                    f"nothing was replaced, and the model is as it was, because {where} of a {type(node).__name__} cannot be set "
-                    f"({type(error).__name__}: {error}); set it where the code makes it"
+                    f"nothing was replaced, and the model is unchanged, because {where} of a {type(node).__name__} cannot be set "
+                    f"({type(error).__name__}: {error}); replace the layer in the code that creates it"
                 ) from error
             done.append((node, name, value))
 
 
 def copied(model: nnx.Module) -> nnx.Module:
-    """A copy that shares no array with the model, so that either may be donated to a jitted function."""
+    """A copy that shares no array with the model, so that you can donate either to a jitted function."""
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.tree.map(_own, state))
 
 
 def plain_attributes(node: nnx.Pytree) -> Iterator[tuple[str, Any]]:
-    """What a module holds that is neither a module nor a variable nor an array: names and values."""
+    """The names and values of attributes that are not modules, variables or arrays."""
     for name, value in _attributes(node):
         for leaf in jax.tree.leaves(value, is_leaf=_is_node):
             if not _is_node(leaf) and not isinstance(leaf, jax.Array):

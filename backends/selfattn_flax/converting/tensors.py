@@ -1,4 +1,4 @@
-"""The tensors of an NNX module under the names that a checkpoint of it has."""
+"""The tensors of an NNX module, by the names of its checkpoint."""
 
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,19 @@ KeyPath = tuple[Any, ...]
 
 
 def leaves_of(module: nnx.Module) -> dict[str, tuple[KeyPath, Any]]:
-    """The variables of a module, and its arrays that are none, with their paths, by key: "query/kernel"."""
+    """The variables and plain arrays of a module with their paths, by key such as "query/kernel"."""
     return {"/".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(module))}
 
 
 def forms_of(module: nnx.Module, name: str) -> list[Tensors]:
-    """What checkpoints of the module would hold, in each of the ways in which they name it.
+    """The tensors of a checkpoint of the module, in each of the naming schemes of checkpoints.
 
     Args:
         module: a whole model or a layer.
-        name: of its place.
+        name: name of its place.
 
     Returns:
-        With the keys of `nnx.to_pure_dict`, and with those of Orbax, which can add the level "value" to a variable's.
+        The tensors with the keys of `nnx.to_pure_dict`, and with those of Orbax, which may end with the level "value".
     """
     where = Path(f"{name or 'the model'} ({type(module).__name__})")
     entries: dict[str, Entry] = {}
@@ -38,7 +38,7 @@ def forms_of(module: nnx.Module, name: str) -> list[Tensors]:
     for key, (_, leaf) in leaves_of(module).items():
         value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
         if isinstance(leaf, nnx.RngState | nnx.Intermediate):
-            # No part of what the layer computes in evaluation.
+            # Not used by the layer in evaluation mode.
             continue
         if not isinstance(value, jax.Array | np.ndarray):
             left_out[key] = f"{key} is a {type(leaf).__name__}"
@@ -51,5 +51,5 @@ def forms_of(module: nnx.Module, name: str) -> list[Tensors]:
 
 
 def read(value: Any) -> Array:
-    """A variable's values as a new array; those of 16 bits that numpy has not are widened."""
+    """A variable's values as a new array. 16-bit dtypes that numpy does not have are widened."""
     return np.array(widen(np.asarray(value)), order="C")

@@ -1,4 +1,4 @@
-"""The layer for Flax Linen; the function is defined in `selfattn_core.spec`.
+"""The layer for Flax Linen. `selfattn_core.spec` defines the function that it computes.
 
 Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3.
 """
@@ -34,7 +34,7 @@ class SelfAttention2D(nn.Module):
 
     The softmax runs over the keys. gamma starts at zero, so a new layer returns
     its input. Unlike `nn.MultiHeadDotProductAttention` there is no 1/sqrt(d)
-    scale, and queries and keys can have another width than values.
+    scale, and queries and keys can have a different width from values.
 
     | array | shape |
     |---|---|
@@ -67,12 +67,12 @@ class SelfAttention2D(nn.Module):
             iteration; True changes nothing.
         block_size: how many query positions are computed at a time; None
             chooses by size. Changes memory, not the result.
-        dtype: of the computation and of y; by default promoted from x and the
-            parameters. The softmax and the residual are always computed in at
-            least float32.
-        param_dtype: of the parameters.
-        precision: of the projections. The attention itself is always computed
-            in full precision, even under a lower
+        dtype: dtype of the computation and of y, by default promoted from x and
+            the parameters. The softmax and the residual are always computed in
+            at least float32.
+        param_dtype: dtype of the parameters.
+        precision: precision of the projections. The attention itself is always
+            computed in full precision, even under a lower
             `jax_default_matmul_precision`.
         kernel_init: initialiser of the kernels.
         bias_init: initialiser of the biases.
@@ -116,7 +116,7 @@ class SelfAttention2D(nn.Module):
     use_running_average: bool | None = None
 
     def __post_init__(self) -> None:
-        """Refuse options that no number of channels could mend."""
+        """Refuse options that are invalid for every number of channels."""
         check_options(
             self.qk_channels,
             self.value_channels,
@@ -143,7 +143,7 @@ class SelfAttention2D(nn.Module):
         use_running_average: bool | None = None,
         name: str | None = None,
     ) -> Self:
-        """A new module of this config; its channels follow from the input all the same."""
+        """A new module of this config. Its number of channels still follows from the input."""
         return cls(
             config.qk_channels,
             config.value_channels,
@@ -164,15 +164,15 @@ class SelfAttention2D(nn.Module):
 
     @property
     def config(self) -> SelfAttentionConfig:
-        """The config, of a module that is bound to initialised variables.
+        """The config of a module that is bound to initialised variables.
 
         Raises:
-            ValueError: if it is not, so that the number of channels is not known.
+            ValueError: if the module is not bound, so its number of channels is unknown.
         """
         if self.scope is None or not self.has_variable("params", "query"):
             raise ValueError(
-                "SelfAttention2D: its channels are not known before it is bound to initialised variables: use "
-                "module.bind(variables).config, or read it in a call of the module."
+                "SelfAttention2D: the number of channels is unknown until the module is bound to initialised variables. Use "
+                "module.bind(variables).config, or read config inside a call of the module."
             )
         return config_of(self, _channels(self.get_variable("params", "query")))
 
@@ -180,12 +180,13 @@ class SelfAttention2D(nn.Module):
     def __call__(
         self, x: jax.Array, *, sow_weights: bool = False, use_running_average: bool | None = None
     ) -> jax.Array:
-        """The output; on request the map is sown, which takes N·M numbers of memory.
+        """The output. On request the map is sown, which takes N·M numbers of memory.
 
         Args:
             x: (…, H, W, C).
             sow_weights: whether to sow A as "attention_weights" into the collection "intermediates".
-            use_running_average: as in the constructor, where it is not given there; ignored without `spectral_norm`.
+            use_running_average: as in the constructor. Give it here if it is not given there. Ignored without
+                `spectral_norm`.
         """
         x = jnp.asarray(x)
         config = self.config if self.has_variable("params", "query") else self._inferred(x.shape)
@@ -237,7 +238,7 @@ class SelfAttention2D(nn.Module):
 
 
 def config_of(module: SelfAttention2D, channels: int) -> SelfAttentionConfig:
-    """The config of a module, for inputs of so many channels."""
+    """The config of a module for inputs with this number of channels."""
     return SelfAttentionConfig(
         channels,
         module.qk_channels,
@@ -250,5 +251,5 @@ def config_of(module: SelfAttention2D, channels: int) -> SelfAttentionConfig:
 
 
 def _channels(query: Mapping[str, Any]) -> int:
-    """C, from the parameters of the query projection."""
+    """C, read from the parameters of the query projection."""
     return int(nn.meta.unbox(query)["kernel"].shape[-2])

@@ -1,4 +1,4 @@
-"""The attention map of the Linen layer with its positions as the rows and columns that they are."""
+"""`attention_grid` of the Linen layer: the attention map with axes for rows and columns instead of flat positions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,16 +13,16 @@ __all__ = ["attention_grid"]
 
 
 def attention_grid(module: SelfAttention2D, variables: Mapping[str, Any], x: jax.Array) -> jax.Array:
-    """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
+    """The layer's map of x, unflattened. `grid[b, h, w]` holds the weights of output position (h, w).
 
     Args:
-        module: the layer, not bound; it is taken in evaluation.
-        variables: its variables.
+        module: the layer, not bound. It is called in evaluation.
+        variables: variables of the layer.
         x: (…, H, W, C).
 
     Returns:
-        (…, H, W, H', W'); H' = H // kv_pool and W' = W // kv_pool. The last two axes sum to 1. It is the layer's map
-        in N·M numbers of memory, and can be differentiated.
+        (…, H, W, H', W'), where H' = H // kv_pool and W' = W // kv_pool. The last two axes sum to 1. The grid takes N·M
+        numbers of memory for each sample and can be differentiated.
 
     Raises:
         ValueError: if the input's shape does not fit.

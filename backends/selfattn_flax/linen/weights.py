@@ -1,4 +1,4 @@
-"""Weights of the Linen layer to and from canonical arrays and files."""
+"""Conversion of the Linen layer's weights to and from canonical arrays and files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,18 +21,18 @@ from selfattn_flax.trees import to_numpy, to_tree
 
 
 def to_canonical(module: SelfAttention2D, variables: Mapping[str, Any]) -> dict[str, Array]:
-    """The layer's weights, and with spectral norm its state, as new, contiguous numpy arrays by canonical name.
+    """The layer's weights and its spectral norm state, if any, as new contiguous numpy arrays by canonical name.
 
     Args:
         module: the layer, bound or not.
         variables: its variables, {"params": {"query": …, …}} and with spectral norm {"batch_stats": …}, with or
-            without partitioning metadata; bfloat16 is widened to float32, which is exact.
+            without partitioning metadata. bfloat16 is widened to float32, which is exact.
 
     Returns:
-        Kernels (C_in, C_out), biases (C_out,), gamma (1,); with spectral norm the kernels are the raw ones.
+        Kernels (C_in, C_out), biases (C_out,) and gamma (1,). With spectral norm the kernels are the raw ones.
 
     Raises:
-        ValueError: if the variables are not those of this module; lists every problem.
+        ValueError: if the variables do not belong to this module. It lists every problem.
 
     Example:
         >>> module = SelfAttention2D()
@@ -56,16 +56,17 @@ def from_canonical(
     """A module and variables with these weights.
 
     Args:
-        config: which layer.
+        config: options of the layer.
         params: arrays by canonical name.
-        block_size: as in `SelfAttention2D`.
-        dtype: of the computation, as in `SelfAttention2D`.
-        param_dtype: of the parameters; by default that of the arrays.
-        precision: as in `SelfAttention2D`.
-        name: of the module.
+        block_size: see `SelfAttention2D`.
+        dtype: dtype of the computation, see `SelfAttention2D`.
+        param_dtype: dtype of the parameters; by default that of the arrays.
+        precision: see `SelfAttention2D`.
+        name: name of the module.
 
     Raises:
-        ValueError: if the arrays do not fit the config (lists every problem), or are float64 while JAX has no float64.
+        ValueError: if the arrays do not fit the config (lists every problem), or if they are float64 while JAX has no
+            float64.
 
     Example:
         >>> module = SelfAttention2D()
@@ -93,17 +94,17 @@ def from_canonical(
 
 
 def refresh_spectral_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The same variables, in which every estimate of a spectral norm is that of its kernel.
+    """The same variables, with the state of every spectral norm recomputed for its current kernel.
 
-    To be called after kernels came from outside the training: drawn anew, averaged, or restored without their
-    "batch_stats". The state belongs to other kernels then, and the first outputs in evaluation are off by any factor.
+    Call it after you set kernels outside training: reinitialised, averaged, or restored without their "batch_stats". The
+    old state belongs to other kernels, and the first outputs in evaluation could be wrong by any factor.
 
     Args:
-        variables: of a layer or of a whole model, {"params": …, "batch_stats": …}, outside of jitted functions; the
-            "batch_stats" may be those that `init` gave. The state of other modules stays as it is.
+        variables: {"params": …, "batch_stats": …} of a layer or of a whole model, outside jitted functions. The
+            "batch_stats" may come from `init`. The state of other modules does not change.
 
     Returns:
-        A new dict; what has not changed is shared.
+        A new dict, which shares all unchanged arrays.
 
     Example:
         >>> module = SelfAttention2D(spectral_norm=True, use_running_average=True)
@@ -139,28 +140,28 @@ def load(
     precision: jax.lax.PrecisionLike = None,
     name: str | None = None,
 ) -> tuple[SelfAttention2D, dict[str, Any]]:
-    """A module and variables from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
+    """Load a module and variables from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
 
     Args:
-        path: a canonical `.safetensors` file, or with `dialect` a checkpoint in any format that `selfattn inspect` reads.
-        block: which layer of a canonical file that holds several.
-        dialect: what another file is, as `selfattn dialects` lists them, or a `.toml` file of your own.
-        prefix: which block of such a file, where it has several.
-        settings: what such a file does not say, for example {"use_scale": False}.
-        strict: whether tensors under the prefix that nothing reads are an error.
-        block_size: as in `SelfAttention2D`.
-        dtype: of the computation, as in `SelfAttention2D`.
-        param_dtype: of the parameters; by default the file's.
-        precision: as in `SelfAttention2D`.
-        name: of the module.
+        path: a canonical `.safetensors` file. With `dialect`, a checkpoint in any format that `selfattn inspect` reads.
+        block: name of the block, if a canonical file holds several.
+        dialect: dialect of a checkpoint: a name that `selfattn dialects` lists, or your own `.toml` file.
+        prefix: prefix of the block, if a checkpoint holds several.
+        settings: facts that a checkpoint does not contain, for example {"use_scale": False}.
+        strict: whether unused tensors under the prefix are an error.
+        block_size: see `SelfAttention2D`.
+        dtype: dtype of the computation, see `SelfAttention2D`.
+        param_dtype: dtype of the parameters; by default that of the file.
+        precision: see `SelfAttention2D`.
+        name: name of the module.
 
     Warns:
-        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
-            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
+        UserWarning: if stored vectors u and v of spectral norm do not have length 1, for example because they are
+            averages. Also if neither `settings` nor a native file of this library contains `kv_pool`.
 
     Raises:
-        FileNotFoundError: if there is no such canonical file.
-        ValueError: if it is not a whole and fitting file of its kind (lists every problem), or holds float64 while JAX
+        FileNotFoundError: if the canonical file does not exist.
+        ValueError: if the file is incomplete or does not fit (lists every problem), or if it holds float64 while JAX
             has no float64.
     """
     config, params = load_any(
@@ -189,15 +190,15 @@ def save(
 
     Args:
         module: the layer.
-        variables: its variables.
+        variables: variables of the layer.
         path: the `.safetensors` file; its folder must exist.
         overwrite: whether an existing file may be replaced.
-        source: where the weights came from, for the reader.
+        source: note on the origin of the weights, stored in the file.
 
     Raises:
         FileExistsError: if the file exists and `overwrite` is False.
-        OSError: if it cannot be written; an existing file is left as it was.
-        ValueError: if the variables are not those of this module, or a weight is not finite.
+        OSError: if the file cannot be written. An existing file then stays unchanged.
+        ValueError: if the variables do not belong to this module, or a weight is not finite.
 
     Example:
         >>> import tempfile

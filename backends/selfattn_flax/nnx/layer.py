@@ -1,4 +1,4 @@
-"""The layer for Flax NNX; the function is defined in `selfattn_core.spec`.
+"""The layer for Flax NNX. `selfattn_core.spec` defines the function that it computes.
 
 Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2018, section 3.
 """
@@ -30,7 +30,7 @@ class SelfAttention2D(nnx.Module):
 
     The softmax runs over the keys. gamma starts at zero, so a new layer returns
     its input. Unlike `nnx.MultiHeadAttention` there is no 1/sqrt(d) scale, and
-    queries and keys can have another width than values.
+    queries and keys can have a different width from values.
 
     | array | shape |
     |---|---|
@@ -63,12 +63,12 @@ class SelfAttention2D(nnx.Module):
             layer is in training mode: see `train` and `eval`.
         block_size: how many query positions are computed at a time; None
             chooses by size. Changes memory, not the result.
-        dtype: of the computation and of y; by default promoted from x and the
-            parameters. The softmax and the residual are always computed in at
-            least float32.
-        param_dtype: of the parameters.
-        precision: of the projections. The attention itself is always computed
-            in full precision, even under a lower
+        dtype: dtype of the computation and of y, by default promoted from x and
+            the parameters. The softmax and the residual are always computed in
+            at least float32.
+        param_dtype: dtype of the parameters.
+        precision: precision of the projections. The attention itself is always
+            computed in full precision, even under a lower
             `jax_default_matmul_precision`.
         kernel_init: initialiser of the kernels.
         bias_init: initialiser of the biases.
@@ -169,7 +169,7 @@ class SelfAttention2D(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, *, sow_weights: bool = False) -> jax.Array:
-        """The output; on request the map is sown, which takes N·M numbers of memory.
+        """The output. On request the map is sown, which takes N·M numbers of memory.
 
         Args:
             x: (…, H, W, C).
@@ -181,7 +181,7 @@ class SelfAttention2D(nnx.Module):
         return y
 
     def _forward(self, x: jax.Array, *, with_map: bool) -> tuple[jax.Array, jax.Array | None]:
-        """The output, and the map if asked for."""
+        """The output and, on request, the map."""
         x = jnp.asarray(x)
         self.config.check_input(
             x.shape,

@@ -1,4 +1,4 @@
-"""The attention map of the NNX layer with its positions as the rows and columns that they are."""
+"""`attention_grid` of the NNX layer: the attention map with axes for rows and columns instead of flat positions."""
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,16 @@ __all__ = ["attention_grid"]
 
 
 def attention_grid(layer: SelfAttention2D, x: jax.Array) -> jax.Array:
-    """The layer's map of x, unflattened: `grid[b, h, w]` is where output position (h, w) attends.
+    """The layer's map of x, unflattened. `grid[b, h, w]` holds the weights of output position (h, w).
 
     Args:
-        layer: in either mode; it is called in evaluation, so that no state of spectral norm moves, and keeps its mode.
-            Nothing stays sown in it.
+        layer: the layer, in any mode. It is called in evaluation mode, so spectral norm does not move. Its mode is kept.
+            Sown values are removed.
         x: (…, H, W, C).
 
     Returns:
-        (…, H, W, H', W'); H' = H // kv_pool and W' = W // kv_pool. The last two axes sum to 1. It is the layer's map
-        in N·M numbers of memory, and can be differentiated.
+        (…, H, W, H', W'), where H' = H // kv_pool and W' = W // kv_pool. The last two axes sum to 1. The grid takes N·M
+        numbers of memory for each sample and can be differentiated.
 
     Raises:
         ValueError: if the input's shape does not fit.
@@ -32,7 +32,7 @@ def attention_grid(layer: SelfAttention2D, x: jax.Array) -> jax.Array:
         >>> grid.shape
         (3, 5, 8, 2, 4)
     """
-    # Without spectral norm nothing in it has a mode.
+    # Without spectral norm no part of the layer has a mode.
     view = nnx.view(layer, raise_if_not_found=False, use_running_average=True)
     _, sown = nnx.capture(view, nnx.Intermediate)(x, sow_weights=True)
     return unflatten(layer.config, sown["attention_weights"][0], jnp.shape(x))

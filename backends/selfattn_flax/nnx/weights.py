@@ -1,4 +1,4 @@
-"""Weights of the NNX layer to and from canonical arrays and files."""
+"""Conversion of the NNX layer's weights to and from canonical arrays and files."""
 
 from collections.abc import Mapping
 from operator import attrgetter
@@ -21,13 +21,13 @@ Layer = TypeVar("Layer", bound=SelfAttention2D)
 
 
 def to_canonical(layer: SelfAttention2D) -> dict[str, Array]:
-    """The layer's weights, and with spectral norm its state, as new, contiguous numpy arrays by canonical name.
+    """The layer's weights and its spectral norm state, if any, as new contiguous numpy arrays by canonical name.
 
     Args:
-        layer: on any device; bfloat16 is widened to float32, which is exact.
+        layer: a layer on any device. bfloat16 is widened to float32, which is exact.
 
     Returns:
-        Kernels (C_in, C_out), biases (C_out,), gamma (1,); with spectral norm the kernels are the raw ones.
+        Kernels (C_in, C_out), biases (C_out,) and gamma (1,). With spectral norm the kernels are the raw ones.
 
     Example:
         >>> to_canonical(SelfAttention2D(16, rngs=nnx.Rngs(0)))["query.kernel"].shape
@@ -49,15 +49,16 @@ def from_canonical(
     """A layer with these weights.
 
     Args:
-        config: which layer.
+        config: options of the layer.
         params: arrays by canonical name.
-        block_size: as in `SelfAttention2D`.
-        dtype: of the computation, as in `SelfAttention2D`.
-        param_dtype: of the parameters; by default that of the arrays.
-        precision: as in `SelfAttention2D`.
+        block_size: see `SelfAttention2D`.
+        dtype: dtype of the computation, see `SelfAttention2D`.
+        param_dtype: dtype of the parameters; by default that of the arrays.
+        precision: see `SelfAttention2D`.
 
     Raises:
-        ValueError: if the arrays do not fit the config (lists every problem), or are float64 while JAX has no float64.
+        ValueError: if the arrays do not fit the config (lists every problem), or if they are float64 while JAX has no
+            float64.
 
     Example:
         >>> layer = SelfAttention2D(16, rngs=nnx.Rngs(0))
@@ -86,7 +87,7 @@ def make(
     param_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> Layer:
-    """What `from_canonical` makes, of a given class."""
+    """`from_canonical` for a given class."""
     tree = to_tree(config, params, param_dtype)
 
     def abstract() -> Layer:
@@ -117,27 +118,27 @@ def load(
     param_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> SelfAttention2D:
-    """A layer from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
+    """Load a layer from a canonical file, whichever framework wrote it, or from anybody's checkpoint.
 
     Args:
-        path: a canonical `.safetensors` file, or with `dialect` a checkpoint in any format that `selfattn inspect` reads.
-        block: which layer of a canonical file that holds several.
-        dialect: what another file is, as `selfattn dialects` lists them, or a `.toml` file of your own.
-        prefix: which block of such a file, where it has several.
-        settings: what such a file does not say, for example {"use_scale": False}.
-        strict: whether tensors under the prefix that nothing reads are an error.
-        block_size: as in `SelfAttention2D`.
-        dtype: of the computation, as in `SelfAttention2D`.
-        param_dtype: of the parameters; by default the file's.
-        precision: as in `SelfAttention2D`.
+        path: a canonical `.safetensors` file. With `dialect`, a checkpoint in any format that `selfattn inspect` reads.
+        block: name of the block, if a canonical file holds several.
+        dialect: dialect of a checkpoint: a name that `selfattn dialects` lists, or your own `.toml` file.
+        prefix: prefix of the block, if a checkpoint holds several.
+        settings: facts that a checkpoint does not contain, for example {"use_scale": False}.
+        strict: whether unused tensors under the prefix are an error.
+        block_size: see `SelfAttention2D`.
+        dtype: dtype of the computation, see `SelfAttention2D`.
+        param_dtype: dtype of the parameters; by default that of the file.
+        precision: see `SelfAttention2D`.
 
     Warns:
-        UserWarning: if stored vectors u and v of spectral norm have not the length 1, as averages of them have; or if a
-            file of a layer of this library does not say its `kv_pool`, and `settings` do not either.
+        UserWarning: if stored vectors u and v of spectral norm do not have length 1, for example because they are
+            averages. Also if neither `settings` nor a native file of this library contains `kv_pool`.
 
     Raises:
-        FileNotFoundError: if there is no such canonical file.
-        ValueError: if it is not a whole and fitting file of its kind (lists every problem), or holds float64 while JAX
+        FileNotFoundError: if the canonical file does not exist.
+        ValueError: if the file is incomplete or does not fit (lists every problem), or if it holds float64 while JAX
             has no float64.
     """
     config, params = load_any(
@@ -155,11 +156,11 @@ def save(layer: SelfAttention2D, path: PathLike, *, overwrite: bool = False, sou
         layer: the layer.
         path: the `.safetensors` file; its folder must exist.
         overwrite: whether an existing file may be replaced.
-        source: where the weights came from, for the reader.
+        source: note on the origin of the weights, stored in the file.
 
     Raises:
         FileExistsError: if the file exists and `overwrite` is False.
-        OSError: if it cannot be written; an existing file is left as it was.
+        OSError: if the file cannot be written. An existing file then stays unchanged.
         ValueError: if a weight is not finite.
 
     Example:

@@ -1,4 +1,4 @@
-"""The NNX layer for code that expects a pair."""
+"""The NNX layer for code that expects (y, A)."""
 
 import jax
 from flax import nnx
@@ -11,9 +11,9 @@ __all__ = ["SelfAttention2DWithMap"]
 class SelfAttention2DWithMap(SelfAttention2D):
     """`SelfAttention2D` that returns (y, A), as many published layers do.
 
-    `selfattn_flax.convert` puts it where such a layer was, so that what unpacks the pair goes on working. Every call makes
-    the whole map, N·M numbers for each sample: change the callers to use y alone, and a `SelfAttention2D`, where memory
-    matters. The weights are the same.
+    `selfattn_flax.convert` replaces such layers by this one, so that code that unpacks the pair still works. Every call
+    computes the whole map, N·M numbers for each sample. If memory matters, change the callers to use y alone, and use
+    `SelfAttention2D`. The weights are the same.
 
     Example:
         >>> layer = SelfAttention2DWithMap(16, rngs=nnx.Rngs(0))
@@ -27,7 +27,7 @@ class SelfAttention2DWithMap(SelfAttention2D):
 
         Args:
             x: (…, H, W, C).
-            sow_weights: whether to sow A too, as `SelfAttention2D` does.
+            sow_weights: whether to sow A too, as in `SelfAttention2D`.
         """
         y, attention = self._forward(x, with_map=True)
         if sow_weights:

@@ -1,4 +1,4 @@
-"""The Keras layer as the kit sees it, on the framework that Keras runs on."""
+"""The Keras layer as a backend of the conformance kit, on the framework that Keras runs on."""
 
 import importlib
 import random
@@ -22,18 +22,18 @@ _FRAMEWORK = keras.backend.backend()
 
 _devices: Any = importlib.import_module(f"selfattn_ops.devices.{_FRAMEWORK}")
 
-# On tensors of the framework. What a result does not depend on has a gradient of zero.
+# These functions take tensors of the framework. An input that does not affect a result has a gradient of zero.
 _functions: Any = importlib.import_module(f"selfattn_keras.conformance.{_FRAMEWORK}")
 
 
 class KerasBackend(_devices.OnDevices):
-    """`SelfAttention2D` in both data formats; derivatives are the framework's own."""
+    """`SelfAttention2D` in both data formats. The framework computes the derivatives."""
 
     name = f"keras-{_FRAMEWORK}"
 
     @contextmanager
     def on(self, device: str) -> Iterator[Mapping[str, str]]:
-        """Keras on torch has a default device of its own, and it is a card if there is one."""
+        """Also set the default device of Keras on torch, which is a card if there is one."""
         own = keras.device(device.removesuffix(":0")) if _FRAMEWORK == "torch" else nullcontext()
         with super().on(device) as about, own:
             yield about
@@ -44,7 +44,7 @@ class KerasBackend(_devices.OnDevices):
         return {"keras": keras.__version__, _FRAMEWORK: framework.__version__}
 
     def claims(self) -> frozenset[str]:
-        """What Keras offers on this framework: it compiles nothing on torch, and has no gradients per sample but JAX's."""
+        """All abilities, except compilation on torch, and gradients per sample on torch and TensorFlow."""
         lacking = {"tensorflow": {"per_sample"}, "jax": set(), "torch": {"compiled", "per_sample"}}
         return frozenset(ABILITIES) - lacking[_FRAMEWORK]
 
@@ -53,18 +53,18 @@ class KerasBackend(_devices.OnDevices):
         return ("channels_last", "channels_first")
 
     def dtypes(self) -> tuple[str, ...]:
-        """All that the kit knows, but those that the device has not."""
+        """All dtypes of the kit that the device has."""
         return tuple(dtype for dtype in DTYPES if dtype != "float64" or not self.device.startswith("mps"))
 
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
     ) -> Model:
-        """The layer, with the dtype policy of that name; on JAX its functions are compiled."""
+        """The layer, with the dtype policy of that name. On JAX its functions are compiled."""
         layer = from_canonical(config, params, data_format=layout, dtype=dtype)
         return Model(layer, "compiled" if _FRAMEWORK == "jax" else "eager")
 
     def update(self, model: Model, params: Mapping[str, Array]) -> Model:
-        """The same layer with other values in its variables; on TensorFlow, called as a graph from now on."""
+        """The same layer with other values in its variables. On TensorFlow, later calls run as a graph."""
         for name, value in params.items():
             variable(model.layer, name).assign(model.like(name, value))
         return replace(model, way="graph") if model.way == "eager" else model
@@ -88,7 +88,7 @@ class KerasBackend(_devices.OnDevices):
         return to_canonical(model.layer)
 
     def initial(self, config: SelfAttentionConfig, seed: int) -> Mapping[str, Array]:
-        """A new layer; initializers without a seed of their own draw one from Python's random state."""
+        """The weights of a new layer. Initializers without a seed draw one from Python's random state."""
         state = random.getstate()
         try:
             random.seed(seed)
@@ -129,7 +129,7 @@ class KerasBackend(_devices.OnDevices):
         return Model(model.layer)
 
     def saved(self, model: Model, folder: str) -> Model:
-        """By way of a model in a `.keras` file."""
+        """The layer after its model was saved to a `.keras` file and loaded."""
         channels = model.layer.config.channels
         sizes = (
             (None, None, channels) if model.layer.data_format == "channels_last" else (channels, None, None)
@@ -140,7 +140,7 @@ class KerasBackend(_devices.OnDevices):
         return Model(keras.saving.load_model(path).layers[-1], model.way)
 
     def per_sample_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
-        """`jax.vmap` over the gradient."""
+        """Gradients per sample, by `jax.vmap` over the gradient."""
         by_x, *gradients = _functions.per_sample(model, model.given(x), model.given(dy))
         found = {"x": model.maps(self.noted(by_x))}
         for row, gradient in zip(parameter_table(model.layer.config).values(), gradients, strict=True):

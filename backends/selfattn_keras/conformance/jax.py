@@ -15,12 +15,12 @@ __all__ = ["attention", "forward", "per_sample", "r1", "vjp", "vjp_of_vjp"]
 
 @dataclass(frozen=True)
 class Pure:
-    """The layer as a function of what it holds.
+    """The layer as a pure function of its variables.
 
     Args:
         model: the layer.
-        state: the values of what is not trained.
-        training: how it is called.
+        state: the values of the non-trainable variables.
+        training: whether it is called in training mode.
     """
 
     model: Model
@@ -28,11 +28,11 @@ class Pure:
     training: bool = False
 
     def call(self, x: Tensor, *values: Tensor, with_map: bool = False) -> Any:
-        """Y, or y and the map."""
+        """The output y, or y and the map."""
         return self.called(x, *values, with_map=with_map)[0]
 
     def called(self, x: Tensor, *values: Tensor, with_map: bool = False) -> Any:
-        """The same, and what is not trained after it."""
+        """The same, and the non-trainable variables after it."""
         layer = self.model.layer
         given = {
             variable(layer, name).path: value for name, value in zip(self.model.names, values, strict=True)
@@ -42,11 +42,11 @@ class Pure:
         return layer.stateless_call(trainable, self.state, x, training=self.training, **options)
 
     def gradients(self, dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Those of sum(dy∘y) for x and each parameter."""
+        """The gradients of sum(dy∘y) for x and each parameter."""
         return self.gradients_and_state(dy, *inputs)[0]
 
     def gradients_and_state(self, dy: Tensor, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """The same, and what is not trained after it."""
+        """The same, and the non-trainable variables after it."""
         _, pullback, state = jax.vjp(self.called, *inputs, has_aux=True)
         return tuple(pullback(dy)), state
 
@@ -54,7 +54,7 @@ class Pure:
 def _in_its_way(
     model: Model, name: str, function: Callable[..., Any], *given: Any, training: bool = False
 ) -> Any:
-    """What a function of `Pure`, and of what else is given, gives."""
+    """The result of a function of `Pure` and the further arguments."""
     state = [each.value for each in model.layer.non_trainable_variables]
     if model.way == "eager":
         return function(Pure(model, state, training), *given)
@@ -75,7 +75,7 @@ def forward(model: Model, x: Tensor) -> Tensor:
 
 
 def _keep(model: Model, state: list[Tensor]) -> None:
-    """Where a pass has moved what it should leave alone, the layer has moved."""
+    """Copy changes of the non-trainable variables back to the layer, so that unwanted changes show."""
     for each, value in zip(model.layer.non_trainable_variables, state, strict=True):
         each.assign(value)
 

@@ -1,4 +1,4 @@
-"""A layer of Keras and how functions of it are called."""
+"""A Keras layer with the way its functions are called, and conversions between arrays and tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ __all__ = ["Model", "to_array"]
 
 @dataclass(frozen=True)
 class Model:
-    """A layer, and how functions of it are called.
+    """A layer, and the way its functions are called.
 
     Args:
         layer: the layer.
-        way: "eager" is operation by operation, "graph" as a function of the framework's, "compiled" by XLA.
-        kept: functions that have been made for this layer in this way, by name.
+        way: "eager" runs each operation by itself, "graph" a function of the framework, "compiled" uses XLA.
+        kept: functions already made for this layer in this way, by name.
     """
 
     layer: SelfAttention2D
@@ -40,19 +40,19 @@ class Model:
         return [variable(self.layer, name).value for name in self.names]
 
     def given(self, x: Array) -> Tensor:
-        """(B, H, W, C) as the layer takes it."""
+        """Maps (B, H, W, C) as the layer's input."""
         maps = x if self.layer.data_format == "channels_last" else x.transpose(0, 3, 1, 2)
         return keras.ops.convert_to_tensor(np.array(maps, order="C"), dtype=self.layer.compute_dtype)
 
     def like(self, name: str, array: Array) -> Tensor:
-        """An array of canonical shape in the shape of the framework's own."""
+        """An array of canonical shape, as a tensor in the shape that Keras uses."""
         if name == "x":
             return self.given(array)
         own = np.array(array, order="C").reshape(variable(self.layer, name).shape)
         return keras.ops.convert_to_tensor(own, dtype=self.layer.variable_dtype)
 
     def maps(self, maps: Tensor) -> Array:
-        """What the layer gives, as (B, H, W, C)."""
+        """The layer's output as (B, H, W, C)."""
         array = to_array(maps)
         return (
             array
@@ -71,5 +71,5 @@ class Model:
 
 
 def to_array(tensor: Tensor) -> Array:
-    """A new array; bfloat16 is widened."""
+    """The tensor as a new array. bfloat16 is widened."""
     return np.array(widen(np.asarray(keras.ops.convert_to_numpy(tensor))))

@@ -1,4 +1,4 @@
-"""Mutants for the kit's own tests: what layers of Keras get wrong that numpy cannot show."""
+"""Mutants with errors that only a Keras layer can have, for the tests of the kit."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ __all__ = ["GammaUntracked", "MovesInEvaluation", "ProjectsAnew"]
 
 
 class GammaUntracked(KerasBackend):
-    """Gamma is the framework's own variable, a `tf.Variable` on TensorFlow: Keras 3 neither trains nor saves it."""
+    """A layer whose gamma is a variable of the framework, such as `tf.Variable`. Keras 3 does not train or save it."""
 
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
@@ -29,18 +29,18 @@ class GammaUntracked(KerasBackend):
 
 
 class ProjectsAnew(KerasBackend):
-    """The value's projection is created in `call`, so that every call has other weights."""
+    """A layer that creates the value projection in `call`, so every call has different weights."""
 
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
     ) -> Model:
-        """The broken layer, with these weights wherever it keeps any."""
+        """The broken layer, with these weights in the variables that it keeps."""
         layer = _ProjectingAnew.from_spec(config, data_format=layout, dtype=dtype)
         return self.eager(self.update(Model(layer), params))
 
 
 class MovesInEvaluation(KerasBackend):
-    """The state of the spectral norm moves in every pass, as in Keras' wrapper called with `training` left out."""
+    """A layer whose spectral norm moves in every pass, like Keras' wrapper when it is called without `training`."""
 
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
@@ -63,6 +63,6 @@ class _ProjectingAnew(SelfAttention2D):
         value = keras.layers.Conv2D(
             self.config.value_channels, 1, data_format="channels_last", dtype=self.dtype_policy
         )
-        # Past Keras, which would say that the layer is built.
+        # Set past Keras, which would refuse because the layer is built.
         object.__setattr__(self, "value", value)
         return super().call(x, return_attention_scores=return_attention_scores, training=training)

@@ -1,4 +1,4 @@
-"""The outputs and gradients of a layer, asked with other values in its variables; the layer stays as it is."""
+"""The outputs and gradients of a Keras layer, computed with other values in its variables, without changing it."""
 
 import importlib
 from collections.abc import Iterator, Mapping
@@ -15,13 +15,13 @@ __all__ = ["Answer", "WrongResultError", "ask", "asked_in", "everything_in"]
 
 
 class Answer(NamedTuple):
-    """What a layer answered.
+    """The outputs and gradients of one call of a layer.
 
     Args:
-        result: what it returned.
+        result: the value that the layer returned.
         by_x: the gradient of x.
-        by_variable: the gradients of its variables, in their order; those that nothing depends on are 0.
-        losses: how many it added in the call, of an `activity_regularizer` too.
+        by_variable: the gradients of its variables, in their order. They are 0 for variables without effect.
+        losses: number of losses that the call added, including those of an `activity_regularizer`.
     """
 
     result: Any
@@ -31,7 +31,7 @@ class Answer(NamedTuple):
 
 
 def everything_in(layer: Any) -> list[Any]:
-    """The layer and every layer inside, each once; Keras has no public name for it.
+    """The layer and every layer inside it, each once. Keras has no public function for this.
 
     Example:
         >>> [each.name for each in everything_in(keras.Sequential([keras.layers.ReLU(name="a")], name="b"))]
@@ -44,15 +44,15 @@ def everything_in(layer: Any) -> list[Any]:
 def ask(
     layer: Any, values: Mapping[int, Array], x: Array, dy: Array, *, training: bool = False, **options: Any
 ) -> Answer:
-    """The result for x, the gradient of x, and those of the variables with floating-point values.
+    """The result for x, the gradient of x, and the gradients of the variables with floating-point values.
 
     Args:
-        layer: any layer of Keras, built.
-        values: of each of its variables, by the place in `layer.variables`.
-        x: as the layer takes it.
-        dy: the gradient of the result, or of the first part of it.
-        training: whether this is a step of training.
-        **options: of the call.
+        layer: any built Keras layer.
+        values: values for its variables, by their place in `layer.variables`.
+        x: input of the layer.
+        dy: the gradient of the result, or of its first part.
+        training: whether the layer is called in training mode.
+        **options: further arguments of the call.
 
     Raises:
         Exception: whatever the layer raises.
@@ -66,7 +66,7 @@ def ask(
     losses: list[Any] = []
 
     def function(x: Tensor, *tensors: Tensor) -> Any:
-        # By `add_update`, since the constructor would cast to the variable's own dtype.
+        # Set by `add_update`, because the constructor would cast to the variable's own dtype.
         with keras.StatelessScope(collect_losses=True) as scope:
             for variable, tensor in fixed:
                 scope.add_update((variable, tensor))
@@ -88,10 +88,10 @@ def ask(
 
 
 class WrongResultError(Exception):
-    """A result of another shape than x.
+    """A result whose shape differs from that of x.
 
     Args:
-        result: what came.
+        result: the value that the layer returned.
     """
 
     def __init__(self, result: Any) -> None:
@@ -101,10 +101,10 @@ class WrongResultError(Exception):
 
 @contextmanager
 def asked_in(layer: Any, dtype: str) -> Iterator[None]:
-    """Let the layer and every layer inside compute in this dtype, on the CPU; they are as before afterwards.
+    """Make the layer and every layer inside it compute in this dtype, on the CPU, and restore them afterwards.
 
     Args:
-        layer: any layer of Keras, built.
+        layer: any built Keras layer.
         dtype: "float32" or "float64".
     """
     inside = everything_in(layer)
@@ -112,12 +112,12 @@ def asked_in(layer: Any, dtype: str) -> Iterator[None]:
     policy = keras.dtype_policies.get(dtype)
     try:
         for each in inside:
-            # Past the setter, which would quantise, or write into a table that other layers have too.
+            # Set past the setter, which would quantise, or write into a table that other layers share.
             each._dtype_policy = policy  # noqa: SLF001
         with keras.device("cpu"), _nothing_compiled():
             yield
     finally:
-        # A call may leave things behind, such as the map for a picture.
+        # A call may leave attributes behind, such as the map for a picture.
         for each, attributes in zip(inside, kept, strict=True):
             vars(each).clear()
             vars(each).update(attributes)
@@ -125,7 +125,7 @@ def asked_in(layer: Any, dtype: str) -> Iterator[None]:
 
 @contextmanager
 def _nothing_compiled() -> Iterator[None]:
-    """PyTorch with gradients and without a dtype of its own, whatever the caller has switched on."""
+    """PyTorch with gradients and without autocast, whatever the caller has set."""
     if keras.backend.backend() != "torch":
         yield
         return

@@ -1,4 +1,4 @@
-"""A model of somebody else's with our layer in the place of its attention layers."""
+"""`convert`: replace the attention layers of a model by ours."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -45,45 +45,47 @@ def convert(
     inplace: bool = False,
     dry_run: bool = False,
 ) -> Conversion[Any]:
-    """Replace the attention layers of a model by `SelfAttention2D`, each with the weights of the one that it replaces.
+    """Replace the attention layers of a model by `SelfAttention2D`, with the same weights.
 
-    Each foreign layer and the one that takes its place are asked for their output and gradients, in evaluation, on the CPU,
-    in float32 or float64. Both must agree with the definition within the limits of the conformance kit, and with one another
-    in training. Nothing is replaced unless all do.
+    `convert` compares the output and gradients of each old layer and its replacement with the definition, in evaluation, on
+    the CPU, in float32 or float64. Both must stay within the limits of the conformance kit. In training the two must agree
+    with each other. Unless every layer passes, nothing is replaced.
 
-    A new layer has the name, dtype policy, device, data format and trainable flags of the old one, constraints and
-    regularizers of its variables, and its spectral norm with the state. It has `query`, `key`, `value` and `gamma` where the
-    old one may have had other names, so a weights file of the old model is loaded before. The result is not compiled: an
-    optimizer has nothing for the new variables.
+    A new layer keeps the name, dtype policy, device, data format and trainable flags of the old one, the constraints and
+    regularizers of its variables, and its spectral norm with the state. Its parameters are named `query`, `key`, `value` and
+    `gamma`, so load a weights file of the old model before `convert`. The result is not compiled, because an optimizer has
+    no state for the new variables.
 
-    The copy is made as Keras makes one: by `keras.models.clone_model` of a functional or sequential model, by `get_config` of
-    any other layer, with all weights. If it would not be the same, nothing is done.
+    The copy is made as Keras makes one, with all weights: by `keras.models.clone_model` for a functional or sequential
+    model, and by `get_config` for any other layer. If the copy would differ from the model, nothing is done.
 
     Args:
         model: the network, or a foreign layer itself, built.
-        dialect: what the layers are: a name of `selfattn dialects` or a `.toml` file of your own, for the keys that a
-            `.weights.h5` of the layer alone has. None is for layers whose keys fit a single one, and needs `match`.
-        match: which layers: a class or several, a name like "generator/attention_*" with * for any text, or a function of name
-            and layer; by default those that have the keys of the dialect.
-        settings: what the tensors do not show, as in `selfattn_core.porting.port`.
-        keep_spectral_norm: whether layers that have spectral norm keep it. False divides the kernels by it once, and leaves
+        dialect: dialect of the layers: a name that `selfattn dialects` lists, or your own `.toml` file. Its keys are those of
+            a `.weights.h5` file of the layer alone. None finds the dialect by the keys, which must fit only one, and
+            requires `match`.
+        match: layers to replace: a class, several classes, a name like "generator/attention_*" with * for any text, or a
+            function of name and layer. By default, all layers that have the keys of the dialect.
+        settings: facts that the tensors do not show, as in `selfattn_core.porting.port`.
+        keep_spectral_norm: whether layers with spectral norm keep it. False divides the kernels by it once, and leaves
             those of `keras.layers.SpectralNormalization` as evaluation applies them.
-        returns: "same": a layer that returned (y, A) is replaced by one that does, `SelfAttention2DWithMap`, at N·M numbers
-            of memory in each call; "output": every new layer returns y alone.
-        block_size: as in `SelfAttention2D`.
-        size: (H, W) of the input that both layers are asked; by default two sizes, and the one that the layer was
-            built for, if that has at most 1024 positions. Both must be right at each at which the old one runs.
-        inplace: whether `model` itself is changed, which can be done where layers are attributes, in lists too, and not in the
-            graph of a functional or sequential model; otherwise it stays as it is, and the result is a copy.
-        dry_run: do everything but replace.
+        returns: "same" replaces a layer that returns (y, A) by one that does too, `SelfAttention2DWithMap`, at N·M numbers
+            of memory in each call. "output" makes every new layer return y alone.
+        block_size: see `SelfAttention2D`.
+        size: (H, W) of the input for the comparison. By default two sizes, and the size that the layer was built for if it
+            has at most 1024 positions. Both layers must be right at every size at which the old one runs.
+        inplace: whether `model` itself is changed. This works for layers in attributes and in lists of them, but not in the
+            graph of a functional or sequential model. Otherwise the result is a copy.
+        dry_run: whether to do everything except replace.
 
     Returns:
-        The model, and for each layer what it was, what it is and how far both are from the definition.
+        The model, and for each layer its old class, its new one and the errors of both against the definition.
 
     Raises:
-        ConversionError: a PortError whose `report` says which layer computes something else than its dialect says.
-        PortError: if no layer is found, one cannot be replaced, or the model cannot be copied; every reason.
-        ValueError: if an argument cannot be taken, or neither `dialect` nor `match` is given.
+        ConversionError: if a layer does not compute what its dialect describes. It is a PortError whose `report` names
+            the layer.
+        PortError: if no layer is found, one cannot be replaced, or the model cannot be copied. It lists every reason.
+        ValueError: if an argument is invalid, or neither `dialect` nor `match` is given.
 
     Example:
         >>> class Attention(keras.layers.Layer):
@@ -134,7 +136,7 @@ def convert(
     }
     new, done = convert_all(foreign, dialect)
     if any(isinstance(each, keras.Model) and each.compiled for each in everything_in(model)):
-        note = "the model was compiled; nothing of its optimizer goes over: call compile again"
+        note = "the model was compiled, and its optimizer is not carried over: call compile again"
         first, *others = done.layers
         done = replace(done, layers=(replace(first, notes=(*first.notes, note)), *others))
     if inplace:
@@ -144,7 +146,7 @@ def convert(
 
 
 def _found(model: Any, dialect: str | None, match: Match | None) -> list[list[Place]]:
-    """The layers to replace, each with all places where it stands."""
+    """The layers to replace, each with all its places."""
     everywhere = list(places(model))
     if match is None:
         chosen = dialect_named(dialect or "")
@@ -158,14 +160,14 @@ def _found(model: Any, dialect: str | None, match: Match | None) -> list[list[Pl
         taken = [place for place in everywhere if match(place.name, place.layer)]
     found: dict[int, list[Place]] = {}
     for place in taken:
-        # Ours have names that a dialect of ours fits.
+        # Our own layers fit a dialect too, so they are left out.
         if not isinstance(place.layer, SelfAttention2D):
             found.setdefault(id(place.layer), [])
     for place in everywhere:
         if id(place.layer) in found:
             found[id(place.layer)].append(place)
     if not found:
-        unbuilt = ", some have no weights before the model is called once" if not model.built else ""
+        unbuilt = ", and some have no weights until the model is called" if not model.built else ""
         raise no_match("layer", match, dialect, (type(place.layer) for place in everywhere), unbuilt)
     return list(found.values())
 

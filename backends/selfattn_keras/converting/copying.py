@@ -1,4 +1,4 @@
-"""A copy of a model, in which some layers are others."""
+"""A copy of a Keras model with some layers replaced."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -18,16 +18,16 @@ __all__ = ["copied"]
 
 
 def copied(model: Any, new: Mapping[int, Any]) -> Any:
-    """A copy of a model with its weights, where layers have been exchanged. It is not compiled.
+    """A copy of a model with its weights and with some layers replaced. It is not compiled.
 
-    Functional and sequential models are copied by `keras.models.clone_model`, all else by its config.
+    Functional and sequential models are copied by `keras.models.clone_model`, all other layers by their config.
 
     Args:
-        model: built.
-        new: the layers that take the place of others, by `id` of those.
+        model: the built model.
+        new: the replacements, by `id` of the old layers.
 
     Raises:
-        PortError: if the copy would not be the same; every reason. The model is as it was.
+        PortError: if the copy would differ from the model. It lists every reason. The model is unchanged.
     """
     copier = _Copier(new)
     try:
@@ -48,8 +48,8 @@ def copied(model: Any, new: Mapping[int, Any]) -> Any:
 
 
 _ADVICE = (
-    "Keras copies a layer by its config: give the class a get_config that says everything. Or convert with inplace=True, which "
-    "copies nothing and changes the attributes that hold the layers; keep the weights in a file before"
+    "Keras copies a layer by its config: give the class a get_config that contains all its options. Or save the weights and "
+    "convert with inplace=True, which copies nothing and changes the attributes that hold the layers"
 )
 
 
@@ -59,13 +59,13 @@ class _Copier:
         self.at = ""
 
     def copy(self, layer: Any) -> Any:
-        """The copy of a layer, the same one each time."""
+        """The copy of a layer. Further calls return the same copy."""
         if id(layer) not in self.known:
             self.known[id(layer)] = self._graph(layer) if is_graph(layer) else self._by_config(layer)
         return self.known[id(layer)]
 
     def _graph(self, model: Any) -> Any:
-        # Keras would compile the copy, by a config that not every loss has.
+        # Keras would compile the copy from a config that some losses do not have.
         compiled, model.compiled = model.compiled, False
         try:
             inputs = None if isinstance(model, keras.Sequential) else _inputs(model)
@@ -82,7 +82,7 @@ class _Copier:
     def _by_config(self, layer: Any) -> Any:
         self.at = f"{layer.name} ({type(layer).__name__})"
         if type(layer) is keras.layers.Lambda:
-            # Its config has the code of a function without what that refers to.
+            # The config contains the code of a function, but not the values that it refers to.
             return keras.layers.Lambda(
                 layer.function,
                 layer._output_shape,  # noqa: SLF001 - what the constructor was given
@@ -105,7 +105,7 @@ class _Copier:
 
 
 def _inputs(model: Any) -> Any:
-    """New inputs of the same names, optional ones too, which `clone_model` would not keep."""
+    """New inputs with the same names, including optional inputs, which `clone_model` would not keep."""
 
     def like(tensor: Any) -> Any:
         source = tensor._keras_history.operation  # noqa: SLF001 - Keras has no other way from a tensor to its input
@@ -117,18 +117,18 @@ def _inputs(model: Any) -> Any:
 
 
 def _build_like(copy: Any, layer: Any) -> None:
-    """Make the variables of a copy, by a call as it was called first."""
+    """Create the variables of a copy by repeating the first call of the original."""
     config = layer.get_build_config() or {}
     shape = config.get("input_shape")
     if isinstance(shape, tuple | list) and all(side is None or isinstance(side, int) for side in shape):
-        # A call, because a layer with a `build` of its own may leave what is inside to it.
+        # A call, because a layer with its own `build` may leave the layers inside to the first call.
         copy(keras.KerasTensor((None, *shape[1:]), dtype=layer.compute_dtype))
     else:
         copy.build_from_config(config)
 
 
 def _alike(model: Any, copy: Any, new: Mapping[int, Any]) -> Iterator[str]:
-    """Give the copy the values and flags of the model, or say why it is another."""
+    """Give the copy the values and flags of the model, or explain why it differs."""
     gone = {
         id(each) for place in places(model) if id(place.layer) in new for each in everything_in(place.layer)
     }
@@ -149,12 +149,12 @@ def _alike(model: Any, copy: Any, new: Mapping[int, Any]) -> Iterator[str]:
         )
         return
     for old, other in pairs:
-        # Keras counts up the names of layers that a constructor made without one.
+        # Keras numbers the layers that a constructor made without a name.
         other.name = old.name
-        # The setter would set it for all that is inside.
+        # The setter would set it for all layers inside.
         other._trainable = old.trainable  # noqa: SLF001
     for old, other in zip(old_variables, new_variables, strict=True):
-        # A copy, for JAX gives the memory of what it trains away.
+        # A copy, because JAX reuses the memory of the arrays that it trains.
         other.assign(keras.ops.copy(old.value))
         other.trainable = old.trainable
 
@@ -170,8 +170,8 @@ def _kind(variable: Any) -> tuple[Any, ...]:
 
 
 def _differences(old: Any, other: Any) -> Iterator[str]:
-    """Attributes that the config does not say."""
-    # What Keras sets in classes of its own is in their configs, and some of it is drawn.
+    """Attributes that the config does not contain."""
+    # The configs of Keras' own classes contain what Keras sets in them. Some of these values are random.
     of_keras = type(old).__module__.partition(".")[0] == "keras"
     books = _books()
     for name, value in vars(old).items():
@@ -181,17 +181,17 @@ def _differences(old: Any, other: Any) -> Iterator[str]:
         found = vars(other).get(name)
         if not _same(value, found):
             yield (
-                f"{name} of {old.name} ({type(old).__name__}) is {repr(value)[:200]}, and of a copy by its config {repr(found)[:200]}"
+                f"{name} of {old.name} ({type(old).__name__}) is {repr(value)[:200]}, but a copy by its config has {repr(found)[:200]}"
             )
 
 
 def _books() -> set[str]:
-    """The attributes in which Keras and the framework keep what is theirs."""
+    """The attributes that Keras and the framework use for themselves."""
     blank = (keras.layers.Layer(name="blank"), keras.Sequential(name="blank"))
     return _LATER.union(*(vars(each) for each in blank))
 
 
-# What is not there before a model is built, compiled or called.
+# Attributes that exist only once a model is built, compiled or called.
 _LATER = {
     "_compile_config",
     "_compiled_trainable_state",
@@ -214,7 +214,7 @@ _LATER = {
 
 
 def _same(value: Any, found: Any, above: tuple[int, ...] = ()) -> bool:
-    """Whether two attributes say the same; layers, variables and what is not known to compare are passed over."""
+    """Whether two attributes are equal. Layers, variables and objects of unknown types count as equal."""
     if value is found or id(value) in above:
         return True
     above = (*above, id(value))
@@ -242,7 +242,7 @@ def _same(value: Any, found: Any, above: tuple[int, ...] = ()) -> bool:
 
 
 def _function(function: Any) -> tuple[Any, ...]:
-    """What says what a function does."""
+    """The parts of a function that determine its results."""
     if isinstance(function, partial):
         return function.func, function.args, function.keywords
     if isinstance(function, MethodType):

@@ -1,4 +1,4 @@
-"""A foreign attention layer of a model: its tensors, its answers, and the layer of ours that takes its place."""
+"""A foreign attention layer of a Keras model: its tensors, its outputs and gradients, and its replacement."""
 
 import inspect
 import re
@@ -31,13 +31,13 @@ from selfattn_keras.with_map import SelfAttention2DWithMap
 __all__ = ["ForeignLayer"]
 
 
-# Positions of an input whose map is still small.
+# The most positions of an input whose map still counts as small.
 _MOST_POSITIONS = 1024
 
 
 @dataclass(frozen=True)
 class _Verified:
-    """What came of the question: whether the layer returns (y, A), errors of both in noise floors, what is wrong, what to say."""
+    """The result of a comparison: whether the layer returns (y, A), both errors in noise floors, failures and notes."""
 
     pair: bool
     old: dict[str, float]
@@ -47,12 +47,12 @@ class _Verified:
 
 
 class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
-    """One layer that is to be replaced.
+    """One layer to be replaced.
 
     Args:
-        layer: the layer, built.
-        names: of every place where it stands.
-        options: of the conversion.
+        layer: the built layer.
+        names: names of all its places in the model.
+        options: options of the conversion.
     """
 
     def __init__(self, layer: Any, names: tuple[str, ...], options: Options) -> None:
@@ -96,7 +96,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         return new, report
 
     def _verified(self, foreign: Foreign) -> "_Verified":
-        """What both answer at every size at which the old one runs, and once in training."""
+        """Compare both layers at every size at which the old one runs, and once in training."""
         asked_at: list[tuple[Question, bool]] = []
         said: list[str] = []
 
@@ -120,7 +120,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         )
 
     def _built_size(self) -> tuple[int, int] | None:
-        """(H, W) that the layer was built for, if nobody said another and its map is small."""
+        """(H, W) that the layer was built for, if the caller gave no size and its map is small."""
         built = (self.layer.get_build_config() or {}).get("input_shape")
         if self.options.size is None and isinstance(built, tuple | list) and len(built) == 4:
             height, width = built[1:3] if self.data_format == "channels_last" else built[2:]
@@ -129,7 +129,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         return None
 
     def _in_training(self, foreign: Foreign, asked: Question, *, pair: bool) -> tuple[str, str]:
-        """What to say of the outputs in training: a failure and a note, one of them or both ""."""
+        """A failure and a note from comparing the outputs in training. At least one of them is ""."""
         try:
             # Keras' own generator draws its first seed from Python's.
             with undrawn():
@@ -151,20 +151,20 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         return failure, note
 
     def _extras(self) -> list[str]:
-        """What the call of the old layer takes besides x."""
+        """The arguments of the old layer's call besides x."""
         names = [*inspect.signature(self.layer.call).parameters.values()][1:]
         fixed = [each.name for each in names if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
         more = [name for name in fixed if name not in {"training", "return_attention_scores"}]
         if not more:
             return []
         return [
-            f"its call takes {', '.join(more)} too, which the new one does not; what passes it must be changed"
+            f"its call takes {', '.join(more)} too, and the new one does not; change the code that passes them"
         ]
 
     def _ask(
         self, foreign: Foreign, asked: Question, *, training: bool = False
     ) -> tuple[bool, dict[str, Array], list[str]]:
-        """Whether it returns (y, A), its answers, and what there is to say of them."""
+        """Whether the old layer returns (y, A), its outputs and gradients, and notes about them."""
         dtype = str(asked.x.dtype)
         values = {
             place: value.astype(dtype) if np.issubdtype(value.dtype, np.floating) else value
@@ -201,7 +201,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
     def _answers(
         self, foreign: Foreign, asked: Question, *, pair: bool, training: bool = False
     ) -> dict[str, Array]:
-        """What our layer answers."""
+        """The outputs and gradients of our layer."""
         dtype = str(asked.x.dtype)
         with keras.device("cpu"):
             twin = from_canonical(
@@ -227,15 +227,15 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
     def _dressed(
         self, foreign: Foreign, *, pair: bool, dropped_map: bool
     ) -> tuple[SelfAttention2D, list[str]]:
-        """Our layer with everything of the old one, and what is to say of it."""
+        """Our layer with everything from the old one, and the notes about it."""
         like = next(
             self.variables[origin.sources[0]] for origin in foreign.origins.values() if origin.sources
         )
         policy = self.layer.dtype_policy
         if policy.variable_dtype != like.dtype:
             raise PortError(
-                f"{self.where}: its variables are {like.dtype}, and its dtype policy {policy.name} says {policy.variable_dtype}; give "
-                "it a policy that says what they are."
+                f"{self.where}: its variables are {like.dtype}, but its dtype policy {policy.name} has {policy.variable_dtype}; give it "
+                "a policy with the dtype of its variables."
             )
         kind = SelfAttention2DWithMap if pair else SelfAttention2D
         place = like.value.device
@@ -261,10 +261,10 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
         return new, notes_of(foreign, to_canonical(new), dropped_map=dropped_map)
 
     def _rules(self, foreign: Foreign) -> dict[str, Any]:
-        """Constraints and regularizers of the variables, as our constructor takes them.
+        """Constraints and regularizers of the variables, as arguments of our constructor.
 
         Raises:
-            PortError: if it has none for them; every one.
+            PortError: if the constructor cannot express them. It lists every one.
         """
         rules: dict[str, Any] = {}
         problems = []
@@ -294,8 +294,8 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
                     problems.append(f"the {rule} {kinds} of its {part}s is {why}")
         if problems:
             raise PortError(
-                f"{self.where}: {'; '.join(problems)}, and cannot go over to the new layer. Set it to None on these variables, and give "
-                "the new layer its own."
+                f"{self.where}: {'; '.join(problems)}, so the new layer cannot have it. Set it to None on these variables, and set the "
+                "new layer's own afterwards."
             )
         return rules
 
@@ -309,9 +309,9 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2D]):
 
 
 def _without_zeros(layer: Any) -> dict[int, Array]:
-    """The numbers in its variables, by place, with others for those that are zero.
+    """The values of its variables, by place, with random values in place of zeros.
 
-    A gamma of 0, or a last kernel or a batch norm that begins with zeros, hides whatever else the layer computes.
+    A gamma of 0, or a last kernel or batch norm that starts at zero, would hide everything else that the layer computes.
     """
     generator = np.random.Generator(np.random.PCG64(0))
     values = {}
@@ -341,7 +341,7 @@ def _own_shape(name: str, foreign: Foreign) -> tuple[int, ...]:
 
 
 def _described(rule: Any) -> str:
-    """A constraint or a regularizer in words that are the same for equal ones."""
+    """A text for a constraint or a regularizer. Equal ones have equal texts."""
     config = rule.get_config() if hasattr(rule, "get_config") else id(rule)
     return "" if rule is None else f"{type(rule).__module__}.{type(rule).__qualname__} {config}"
 
@@ -354,7 +354,7 @@ def _parts(result: Any) -> list[Any]:
 
 
 def _short(error: Exception) -> str:
-    """An error of Keras in one line, without its colours."""
+    """An error of Keras in one line, without colours."""
     text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
     return f"{type(error).__name__}: {text if len(text) < 400 else text[:400] + ' …'}"
 

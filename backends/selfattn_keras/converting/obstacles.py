@@ -1,4 +1,4 @@
-"""What stands against replacing a layer of a model: said before anything is read or changed."""
+"""Reasons why a layer of a model cannot be replaced, found before anything is changed."""
 
 import inspect
 from collections.abc import Collection, Iterator
@@ -15,27 +15,27 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def of_model(model: Any) -> Iterator[str]:
-    """Why no layer of it can be replaced.
+    """Reasons why no layer of the model can be replaced.
 
     Args:
-        model: what was given.
+        model: the argument of `convert`.
     """
     if not isinstance(model, keras.layers.Layer):
         yield (
-            f"got a {type(model).__module__}.{type(model).__qualname__}; expected a model or a layer of Keras 3. A model of Keras 2, of "
-            "tf_keras too, goes through a file: `selfattn inspect` and `selfattn port` read it"
+            f"got a {type(model).__module__}.{type(model).__qualname__}; expected a model or a layer of Keras 3. Save a model of Keras 2 "
+            "or tf_keras to a file, and use `selfattn inspect` and `selfattn port`"
         )
     elif keras.distribution.distribution() is not None:
         yield "keras.distribution.set_distribution is in force; convert before the model is distributed"
 
 
 def of_layer(model: Any, place: Place, *, keep_spectral_norm: bool) -> Iterator[str]:
-    """Why a layer cannot be replaced by another with the same weights.
+    """Reasons why a layer cannot be replaced by another with the same weights.
 
     Args:
-        model: the whole.
-        place: of the layer.
-        keep_spectral_norm: as in `convert`.
+        model: the whole model.
+        place: place of the layer.
+        keep_spectral_norm: see `convert`.
     """
     layer = place.layer
     where = f"{place.name or 'the model'} ({type(layer).__name__})"
@@ -45,24 +45,24 @@ def of_layer(model: Any, place: Place, *, keep_spectral_norm: bool) -> Iterator[
     inside = everything_in(layer)
     policies = [each.dtype_policy for each in inside]
     if isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
-        yield f"{where}: has a table of dtype policies; give it the one that its layers have"
+        yield f"{where}: has a table of dtype policies; give it the single policy of its layers"
     for each, policy in zip(inside, policies, strict=True):
         own = "it" if each is layer else each.name
         if each.quantization_mode is not None or policy.quantization_mode is not None:
             yield f"{where}: {own} is quantised ({each.quantization_mode}); convert the floating-point model"
         elif policy.name != layer.dtype_policy.name:
             yield (
-                f"{where}: {own} has the dtype policy {policy.name}, and the layer {layer.dtype_policy.name}; the new layer has one, so "
-                "give all of it the same"
+                f"{where}: {own} has the dtype policy {policy.name}, and the layer {layer.dtype_policy.name}; the new layer has only "
+                "one, so set the same policy on all parts"
             )
         if getattr(each, "lora_enabled", False):
             yield f"{where}: {own} has a low-rank adapter (LoRA); save the model and load it again, which merges it"
         if each.activity_regularizer is not None and each is not layer:
-            yield f"{where}: {own} has an activity_regularizer, for which the new layer has no place; remove it"
+            yield f"{where}: {own} has an activity_regularizer, which the new layer cannot have; remove it"
         if keep_spectral_norm and isinstance(each, keras.layers.SpectralNormalization):
             yield (
-                f"{where}: {own} is a SpectralNormalization, which overwrites the kernel in training, as no layer of ours does; with "
-                "keep_spectral_norm=False the kernels stay as they are, and training goes on without it"
+                f"{where}: {own} is a SpectralNormalization, which overwrites the kernel in training, and our layer does not; use "
+                "keep_spectral_norm=False to keep the kernels and train on without spectral norm"
             )
         hooks = [hook for kind in _HOOKS for hook in getattr(each, kind, {}).values()]
         if hooks:
@@ -78,7 +78,7 @@ def of_layer(model: Any, place: Place, *, keep_spectral_norm: bool) -> Iterator[
 
 
 def of_callers(standing: Collection[Place]) -> Iterator[str]:
-    """Why what calls a layer cannot call another in its place.
+    """Reasons why the callers of a layer cannot call another in its place.
 
     Args:
         standing: every place of the layer.
@@ -88,29 +88,29 @@ def of_callers(standing: Collection[Place]) -> Iterator[str]:
         where = f"{place.name or 'the model'} ({type(layer).__name__})"
         nodes = getattr(place.parent, "_nodes", ()) if place.parent is not None else ()
         for index, node in enumerate(layer._inbound_nodes):  # noqa: SLF001 - Keras has no other way to what a call was given
-            # As Keras names a node of a graph.
+            # Keras names the nodes of a graph in this form.
             if f"{id(layer)}_ib-{index}" in nodes:
                 names = list(inspect.signature(layer.call).parameters)
                 given = [*names[1 : len(node.arguments.args)], *node.arguments.kwargs]
                 more = [each for each in given if each not in (names[0], "training")]
                 if more:
                     yield (
-                        f"{where}: the graph of {place.parent.name} calls it with x and {', '.join(more)}, which the new layer does not "
-                        "take; call it with x alone"
+                        f"{where}: the graph of {place.parent.name} calls it with x and {', '.join(more)}, but the new layer takes only x; "
+                        "call it with x alone"
                     )
         for each in place.above:
             for name in _compiled(each):
                 yield (
-                    f"{where}: {name} of {each.name} ({type(each).__name__}) is compiled (tf.function, jit or torch.compile), and goes on "
-                    "with the old layer; take that off, and compile what calls the converted model"
+                    f"{where}: {name} of {each.name} ({type(each).__name__}) is compiled (tf.function, jit or torch.compile), and would "
+                    "keep the old layer; convert it uncompiled, and compile the code that calls the converted model"
                 )
 
 
 def _compiled(layer: Any) -> Iterator[str]:
-    """The methods of a layer's own class, and functions that it holds, that are compiled."""
+    """The compiled functions among the methods of a layer's own class and its attributes."""
     kinds = [kind for kind in type(layer).__mro__ if kind.__module__.partition(".")[0] not in _FRAMEWORKS]
     named = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}
-    # Keras' own are made again.
+    # Keras makes its own functions again.
     mine = {
         name: value
         for name, value in vars(layer).items()
@@ -131,12 +131,12 @@ def _compiled(layer: Any) -> Iterator[str]:
 
 _FRAMEWORKS = {"keras", "tensorflow", "torch", "builtins"}
 
-# Of tf.function, of jax.jit, and of torch.compile.
+# Attributes of functions compiled by tf.function, by jax.jit and by torch.compile.
 _COMPILED = ("python_function", "lower", "_torchdynamo_orig_callable")
 
 
 def _shared(model: Any, layer: Any, where: str) -> Iterator[str]:
-    """What is inside of the layer, and outside too."""
+    """Layers and variables that the layer shares with others."""
     inside = {id(each) for each in everything_in(layer)}
     variables = {id(each): each for each in layer.variables}
     for each in everything_in(model):
@@ -145,19 +145,19 @@ def _shared(model: Any, layer: Any, where: str) -> Iterator[str]:
         below = everything_in(each)
         children = [child for child in each._layers if id(child) in inside and child is not layer]  # noqa: SLF001
         for child in children:
-            yield f"{where}: {child.name} is a layer of {each.name} too, and the two would part; give each its own"
+            yield f"{where}: {child.name} is a layer of {each.name} too, and would no longer be shared; give each its own"
         nested = {id(one) for child in below[1:] for one in child.variables}
         for one in each.variables:
             if id(one) in variables and id(one) not in nested:
-                yield f"{where}: {one.path} is a variable of {each.name} too, and the two would part; give each its own"
+                yield f"{where}: {one.path} is a variable of {each.name} too, and would no longer be shared; give each its own"
 
 
 def in_graphs(model: Any, layers: Collection[int]) -> Iterator[str]:
-    """Why layers cannot be replaced in place.
+    """Reasons why layers cannot be replaced in place.
 
     Args:
-        model: the whole.
-        layers: `id` of each.
+        model: the whole model.
+        layers: `id` of each layer.
     """
     if id(model) in layers:
         yield "the model itself is the layer, and cannot be replaced in place; take the result's `model`"
@@ -166,7 +166,7 @@ def in_graphs(model: Any, layers: Collection[int]) -> Iterator[str]:
             graph = place.above[-1]
             owner = place.name.rpartition("/")[0]
             whose = f"{owner} ({type(graph).__name__})" if owner else f"the model ({type(graph).__name__})"
-            instead = f", for {owner} alone, and give the result's `model` to what holds it" if owner else ""
+            instead = f", for {owner} alone, and put the result's `model` in its place" if owner else ""
             yield (
                 f"{place.name} is in the graph of {whose}, which Keras cannot change any more; convert with inplace=False{instead}"
             )

@@ -1,4 +1,4 @@
-"""Where layers stand in a model: in the graph of a functional or sequential one, or in an attribute."""
+"""The places of layers in a Keras model: in the graph of a functional or sequential model, or in an attribute."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ __all__ = ["Place", "children", "in_place", "is_graph", "places", "settled"]
 
 Keys = tuple[Any, ...]
 
-# Keras' own lists of what attributes and graphs hold.
+# Keras keeps its own lists of the contents of attributes and graphs here.
 _BOOKS = {"_layers", "_functional", "_operations", "_operations_by_depth", "_metrics", "_modules"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer stands.
+    """One place of a layer.
 
     Args:
-        name: the way to it through names of layers and attributes, "generator/blocks/0"; "" is the model itself.
-        layer: what stands there.
-        parent: the layer that holds it; None for the model itself.
-        keys: the attribute of the parent, and keys of the lists and dicts in that; empty in a graph.
-        above: every layer on the way, the model first.
+        name: the path to it through names of layers and attributes, "generator/blocks/0". "" is the model itself.
+        layer: the layer at this place.
+        parent: the layer that holds it, or None for the model itself.
+        keys: the attribute of the parent, and the keys of the lists and dicts inside it. Empty in a graph.
+        above: every layer on the path, the model first.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Place:
 
 
 def places(model: Any) -> Iterator[Place]:
-    """Every place in a model where a layer stands, itself first; a shared layer has several.
+    """Every place of a layer in a model, the model itself first. A shared layer has several places.
 
     Example:
         >>> model = keras.Sequential([keras.layers.ReLU(name="a"), keras.layers.ReLU(name="b")])
@@ -58,22 +58,22 @@ def _within(place: Place) -> Iterator[Place]:
 
 
 def is_graph(layer: Any) -> bool:
-    """Whether a layer is a functional or a sequential model, whose layers are the nodes of a graph."""
+    """Whether a layer is a functional or sequential model, whose layers are the nodes of a graph."""
     return isinstance(layer, keras.Sequential) or (
         isinstance(layer, keras.Model) and hasattr(layer, "_operations_by_depth")
     )
 
 
 def children(layer: Any) -> Iterator[tuple[str, Keys, Any]]:
-    """The name, the keys and the layer of each place right inside a layer."""
+    """The name, the keys and the layer of each place directly inside a layer."""
     if is_graph(layer):
         for child in layer.layers:
             if not isinstance(child, keras.layers.InputLayer):
                 yield child.name, (), child
     attributes = vars(layer)
-    # PyTorch keeps what is a module of its own aside.
+    # PyTorch keeps its own modules in a separate attribute.
     for name, value in [*attributes.items(), *attributes.get("_modules", {}).items()]:
-        # TensorFlow's own books begin with `_self_`.
+        # Attributes that TensorFlow uses itself begin with `_self_`.
         if name not in _BOOKS and not name.startswith("_self_"):
             for keys, child in _held(value, (name,)):
                 yield "/".join(map(str, keys)), keys, child
@@ -91,12 +91,12 @@ def _held(value: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
 
 
 def in_place(parent: Any, keys: Keys, new: Any) -> None:
-    """Put a layer where another stands in an attribute, in its position among the layers of the parent.
+    """Replace a layer in an attribute, and in its position among the layers of the parent.
 
     Args:
         parent: the layer that has the attribute.
-        keys: of the place.
-        new: built, for the parent adds nothing any more to what it has built.
+        keys: keys of the place.
+        new: the new layer. It must be built, because a built parent does not build it.
     """
     name, *rest = keys
     held = getattr(parent, name)
@@ -132,11 +132,11 @@ def _exchanged(held: Any, keys: list[Any], new: Any) -> Any:
 
 
 def settled(model: Any, new: Collection[Any]) -> None:
-    """Let every layer forget what it made for a layer that has gone: torch's parameters, compiled functions, the optimizer.
+    """Clear what layers made for a layer that was replaced: torch's parameters, compiled functions, the optimizer.
 
     Args:
-        model: the whole.
-        new: the layers that have come; what does not hold one of them is left alone.
+        model: the whole model.
+        new: the new layers. Only layers that hold one of them are cleared.
     """
     come = {id(layer) for layer in new}
     for layer in everything_in(model):

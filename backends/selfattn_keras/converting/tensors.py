@@ -1,4 +1,4 @@
-"""What Keras saves of a layer, under the keys that the porter reads in a file of it."""
+"""The tensors of a Keras layer, by the keys of its weights file."""
 
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ __all__ = ["stored"]
 
 
 def stored(layer: Any, where: str) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors that a `.weights.h5` of the layer alone has, and the variable that each comes from.
+    """The tensors of a `.weights.h5` file of the layer alone, and the variable of each tensor.
 
     Args:
-        layer: any layer of Keras, built.
-        where: what messages call it.
+        layer: any built Keras layer.
+        where: name of the layer in messages.
 
     Raises:
-        PortError: if Keras cannot save it.
+        PortError: if Keras cannot save the layer.
 
     Example:
         >>> layer = keras.layers.Dense(2)
@@ -33,7 +33,7 @@ def stored(layer: Any, where: str) -> tuple[Tensors, dict[str, Any]]:
     """
     tensors = _saved(layer, where)
     variables = layer.variables
-    # Numbers that say whose they are; nothing is written into the variables.
+    # The saved values identify their variables. Nothing is written into the variables.
     marked = [(each, np.full(each.shape, place, np.float32)) for place, each in enumerate(variables)]
     with keras.StatelessScope() as scope:
         for each, number in marked:
@@ -58,6 +58,6 @@ def _saved(layer: Any, where: str) -> Tensors:
                 entries = {key: Entry(info, arrays[key].copy) for key, info in read.items()}
                 return Tensors(Path(where), "keras", entries, read.metadata, pools=read.pools)
     except PortError as error:
-        raise PortError(f"{where}: what Keras saves of it cannot be read: {error}") from error
+        raise PortError(f"{where}: Keras saves it in a form that cannot be read: {error}") from error
     except Exception as error:
         raise PortError(f"{where}: Keras cannot save it: {type(error).__name__}: {error}") from error

@@ -1,6 +1,6 @@
-"""What each framework says about its devices, one file a framework; the adapters' backends of the conformance kit use it.
+"""The devices of each framework and how to measure their memory, for the built-in backends of the conformance kit.
+
+The layers do not need this package. To print the devices that a framework finds:
 
     python -m selfattn_ops.devices torch
-
-prints what the framework sees. Nothing here is needed to use a layer.
 """

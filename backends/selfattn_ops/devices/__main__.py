@@ -1,4 +1,4 @@
-"""The devices that a framework sees, as JSON: {"kinds": {word: names}, "models": {name: model}}."""
+"""Print the devices that a framework finds, as JSON: {"kinds": {word: names}, "models": {name: model}}."""
 
 import importlib
 import json
@@ -8,5 +8,5 @@ if __name__ == "__main__":
     module = importlib.import_module(f"selfattn_ops.devices.{sys.argv[1]}")
     kinds = module.devices()
     models = {name: module.about(name)["model"] for names in kinds.values() for name in names}
-    # What the framework prints may stand before it.
+    # The line break separates the JSON from anything that the framework has printed.
     sys.stdout.write("\n" + json.dumps({"kinds": kinds, "models": models}) + "\n")

@@ -1,4 +1,4 @@
-"""What the system says about the machine, where a framework does not; no framework here."""
+"""Facts about the machine that come from the operating system, not from a framework."""
 
 import platform
 from pathlib import Path
@@ -22,7 +22,7 @@ def processor() -> str:
 
 
 def nvidia_driver() -> str:
-    """The version of the NVIDIA driver, as Linux tells it; empty where there is none."""
+    """The version of the NVIDIA driver, read from Linux, or "" if there is none."""
     try:
         return Path("/sys/module/nvidia/version").read_text(encoding="utf-8").strip()
     except OSError:

@@ -24,7 +24,7 @@ _KINDS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 
 
 def devices() -> dict[str, tuple[str, ...]]:
-    """The names of the devices that there are, by JAX's words for their kinds; a card has two words.
+    """The names of the devices of this machine, by JAX's words for their kinds. A card has two words.
 
     Example:
         >>> devices()["cpu"][0]
@@ -51,15 +51,15 @@ def about(device: str) -> dict[str, str]:
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:
-    """Bytes by which the memory of a device rises, at its highest, while a call runs; by JAX's own counters.
+    """Bytes by which a call raises the memory of a device at its peak, by JAX's own counters.
 
     Args:
-        call: what to measure; it is called once.
-        device: one of `devices`; on the CPU it is the resident memory of this process.
+        call: the function to measure. It is called once.
+        device: one of `devices`. On the CPU the resident memory of this process is measured.
 
     Raises:
-        PeakUnknownError: if the device does not count, or, for its peak is never reset, the call stayed below an
-            earlier one.
+        PeakUnknownError: if the device has no counter, or if the call stayed below an earlier peak, which JAX cannot
+            reset.
     """
     found = _device(device)
     if found.platform == "cpu":
@@ -73,14 +73,14 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
 
 
 def peak_between(before: Mapping[str, int], peak: int) -> int:
-    """How far above what was in use a new peak is.
+    """Bytes between the memory in use before a call and the peak after it.
 
     Args:
         before: the device's counters before the call.
         peak: its peak after the call.
 
     Raises:
-        PeakUnknownError: if the peak is that of an earlier call.
+        PeakUnknownError: if the peak belongs to an earlier call.
 
     Example:
         >>> peak_between({"bytes_in_use": 10, "peak_bytes_in_use": 30}, 45)
@@ -95,15 +95,15 @@ def peak_between(before: Mapping[str, int], peak: int) -> int:
 
 
 class OnDevices(OnDevice):
-    """What a backend of the kit is asked about devices."""
+    """The questions about devices that the kit asks a backend."""
 
     def devices(self) -> Mapping[str, tuple[str, ...]]:
-        """Those of JAX."""
+        """The devices of JAX."""
         return devices()
 
     @contextmanager
     def on(self, device: str) -> Iterator[Mapping[str, str]]:
-        """In between, this is the default device."""
+        """Make this the default device inside a `with` block."""
         self.device = device
         try:
             with jax.default_device(_device(device)):
@@ -112,16 +112,16 @@ class OnDevices(OnDevice):
             self.device = "cpu:0"
 
     def noted(self, array: jax.Array) -> jax.Array:
-        """The same array, whose place is remembered."""
+        """The same array. The backend remembers its device."""
         self.note(map(_name, array.devices()))
         return array
 
     def peak_memory(self, call: Callable[[], object]) -> int:
-        """By the counters of the device."""
+        """The peak, by the counters of the device."""
         return peak_memory(call, self.device)
 
     def default_products(self, left: Array, right: Array) -> dict[str, Array]:
-        """The product of two matrices, and the same as a 1×1 convolution, as JAX computes them unless told otherwise."""
+        """The product of two matrices, and the same product as a 1×1 convolution, in the default precision of JAX."""
         a, b = jnp.asarray(left), jnp.asarray(right)
         convolved = jax.lax.conv_general_dilated(
             a[None, :, None, :], b[None, None], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")

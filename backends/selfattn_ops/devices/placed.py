@@ -1,4 +1,4 @@
-"""What a backend of the kit remembers of the device that it is on; no framework here."""
+"""The device of a backend of the kit and of its answers, without a framework."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ __all__ = ["OnDevice"]
 
 
 class OnDevice:
-    """The device that is computed on, and where answers lay.
+    """The device that computes, and the devices of the answers.
 
     Example:
         >>> backend = OnDevice()
@@ -19,14 +19,14 @@ class OnDevice:
     _noted: frozenset[str] = frozenset()
 
     def places(self) -> frozenset[str]:
-        """Where the answers since the last call lay."""
+        """The devices of all answers since the last call of this method."""
         noted, self._noted = self._noted, frozenset()
         return noted
 
     def note(self, names: Iterable[str]) -> None:
-        """Remember where an answer lies.
+        """Remember the devices of an answer.
 
         Args:
-            names: of its devices.
+            names: names of the devices.
         """
         self._noted |= set(names)

@@ -18,7 +18,7 @@ __all__ = ["OnDevices", "about", "devices", "peak_memory"]
 
 
 def devices() -> dict[str, tuple[str, ...]]:
-    """The names of the devices that there are, by TensorFlow's word for their kind, in lower case.
+    """The names of the devices of this machine, by TensorFlow's word for their kind, in lower case.
 
     Example:
         >>> devices()["cpu"][0]
@@ -50,11 +50,11 @@ def about(device: str) -> dict[str, str]:
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:
-    """Bytes by which the memory of a device rises, at its highest, while a call runs; by TensorFlow's own counters.
+    """Bytes by which a call raises the memory of a device at its peak, by TensorFlow's own counters.
 
     Args:
-        call: what to measure; it is called once.
-        device: one of `devices`; on the CPU it is the resident memory of this process.
+        call: the function to measure. It is called once.
+        device: one of `devices`. On the CPU the resident memory of this process is measured.
     """
     if device.startswith("cpu"):
         return peak_growth(call)
@@ -65,15 +65,15 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
 
 
 class OnDevices(OnDevice):
-    """What a backend of the kit is asked about devices."""
+    """The questions about devices that the kit asks a backend."""
 
     def devices(self) -> Mapping[str, tuple[str, ...]]:
-        """Those of TensorFlow."""
+        """The devices of TensorFlow."""
         return devices()
 
     @contextmanager
     def on(self, device: str) -> Iterator[Mapping[str, str]]:
-        """In between, operations run on this device."""
+        """Run operations on this device inside a `with` block."""
         self.device = device
         try:
             with tf.device(f"/{device.upper()}"):
@@ -82,16 +82,16 @@ class OnDevices(OnDevice):
             self.device = "cpu:0"
 
     def noted(self, tensor: tf.Tensor) -> tf.Tensor:
-        """The same tensor, whose place is remembered."""
+        """The same tensor. The backend remembers its device."""
         self.note([_name(tensor.device)])
         return tensor
 
     def peak_memory(self, call: Callable[[], object]) -> int:
-        """By the counters of the device."""
+        """The peak, by the counters of the device."""
         return peak_memory(call, self.device)
 
     def default_products(self, left: Array, right: Array) -> dict[str, Array]:
-        """The product of two matrices, and the same as a 1×1 convolution, as TensorFlow computes them unless told otherwise."""
+        """The product of two matrices, and the same product as a 1×1 convolution, in the default precision of TensorFlow."""
         a, b = tf.constant(left), tf.constant(right)
         convolved = tf.nn.conv2d(a[None, :, None, :], b[None, None], 1, "VALID")
         return {
@@ -101,5 +101,5 @@ class OnDevices(OnDevice):
 
 
 def _name(device: str) -> str:
-    """As in "gpu:0", of "/job:localhost/replica:0/task:0/device:GPU:0"."""
+    """The short name of a device: "gpu:0" for "/job:localhost/replica:0/task:0/device:GPU:0"."""
     return ":".join(device.split(":")[-2:]).lower()

@@ -18,7 +18,7 @@ __all__ = ["OnDevices", "about", "devices", "peak_memory"]
 
 
 def devices() -> dict[str, tuple[str, ...]]:
-    """The names of the devices that there are, by torch's word for their kind.
+    """The names of the devices of this machine, by torch's word for their kind.
 
     Example:
         >>> devices()["cpu"]
@@ -51,14 +51,14 @@ def about(device: str) -> dict[str, str]:
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:
-    """Bytes by which the memory of a device rises, at its highest, while a call runs; by torch's own counters.
+    """Bytes by which a call raises the memory of a device at its peak, by torch's own counters.
 
     Args:
-        call: what to measure; it is called once.
-        device: one of `devices`; on the CPU it is the resident memory of this process.
+        call: the function to measure. It is called once.
+        device: one of `devices`. On the CPU the resident memory of this process is measured.
 
     Raises:
-        PeakUnknownError: if this kind of device has no counter of a peak; nothing is called.
+        PeakUnknownError: if torch has no peak counter for this kind of device. Then `call` is not called.
     """
     kind = device.partition(":")[0]
     if kind == "cpu":
@@ -76,15 +76,15 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
 
 
 class OnDevices(OnDevice):
-    """What a backend of the kit is asked about devices."""
+    """The questions about devices that the kit asks a backend."""
 
     def devices(self) -> Mapping[str, tuple[str, ...]]:
-        """Those of torch."""
+        """The devices of torch."""
         return devices()
 
     @contextmanager
     def on(self, device: str) -> Iterator[Mapping[str, str]]:
-        """What is built in between is on this device."""
+        """Build layers and inputs on this device inside a `with` block."""
         self.device = device
         try:
             yield about(device)
@@ -92,16 +92,16 @@ class OnDevices(OnDevice):
             self.device = "cpu:0"
 
     def noted(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same tensor, whose place is remembered."""
+        """The same tensor. The backend remembers its device."""
         self.note([f"{tensor.device.type}:{tensor.device.index or 0}"])
         return tensor
 
     def peak_memory(self, call: Callable[[], object]) -> int:
-        """By the counters of the device."""
+        """The peak, by the counters of the device."""
         return peak_memory(call, self.device)
 
     def default_products(self, left: Array, right: Array) -> dict[str, Array]:
-        """The product of two matrices, and the same as a 1×1 convolution, as torch computes them unless told otherwise."""
+        """The product of two matrices, and the same product as a 1×1 convolution, in the default precision of torch."""
         a, b = (torch.from_numpy(matrix).to(self.device) for matrix in (left, right))
         image = a.T[None, :, None, :].contiguous()
         convolved = torch.nn.functional.conv2d(image, b.T[:, :, None, None].contiguous())

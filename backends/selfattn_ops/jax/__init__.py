@@ -1,11 +1,11 @@
 """Attention without a scale, for JAX: softmax(q kᵀ) v with logits and softmax in at least float32.
 
-Its products are in full precision, whatever JAX's default is: rounded logits move the whole map. For faster products, give
-operands in bfloat16.
+Products are computed in full precision whatever JAX's default is, because rounded logits change the whole map. For faster
+products, pass operands in bfloat16.
 
-Query rows are attended from in blocks, each against all keys, so that no (N, M) array beyond one block exists: not
-in the forward pass, nor in first or second derivatives, forward or reverse. Only query, key and value are kept for
-the derivatives.
+The computation takes one block of query rows at a time, against all keys. No (N, M) array larger than one block exists in
+the forward pass or in first or second derivatives, in forward or reverse mode. The derivatives keep only query, key and
+value.
 """
 
 import functools
@@ -28,13 +28,13 @@ __all__ = ["attend", "attend_with_map"]
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, block_size: int | None = None) -> jax.Array:
     """Softmax over keys of q kᵀ, times v; no 1/sqrt(d).
 
-    Sizes that are symbolic (`jax.export`): with N or M symbolic the rows are one block; a symbolic batch counts as one.
+    With a symbolic N or M (`jax.export`), all rows are one block. A symbolic batch counts as one element.
 
     Args:
         query: (…, N, Dk).
         key: (…, M, Dk).
         value: (…, M, Dv).
-        block_size: query rows at a time, at most; None chooses by size, and splits a large batch too.
+        block_size: the most query rows in a block. None chooses by size, and also splits a large batch.
 
     Returns:
         (…, N, Dv), in the dtype of the operands.
@@ -53,7 +53,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, block_size: in
 def attend_with_map(
     query: jax.Array, key: jax.Array, value: jax.Array, *, block_size: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """As `attend`, and the map (…, N, M), whose rows are output positions and sum to 1.
+    """The output of `attend` and the map (…, N, M). Each row of the map belongs to an output position and sums to 1.
 
     Example:
         >>> attend_with_map(jnp.zeros((1, 6, 2)), jnp.zeros((1, 4, 2)), jnp.ones((1, 4, 3)))[1].shape
@@ -71,7 +71,7 @@ def _checked(*operands: jax.Array) -> tuple[jax.Array, ...]:
     return arrays
 
 
-# Compiled as a whole, or every eager call would build its loop anew and compile it again.
+# Compiled as a whole, because every eager call would otherwise build its loop and compile it again.
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _attend(
     query: jax.Array, key: jax.Array, value: jax.Array, block_size: int | None, kind: str

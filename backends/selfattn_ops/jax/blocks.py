@@ -1,4 +1,4 @@
-"""Blocks of batch elements and query rows: how large they are, and the loop over them."""
+"""The size of blocks of batch elements and query rows, and the loop over them."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ __all__ = ["device_kind", "in_blocks", "join", "plan", "split"]
 
 
 def device_kind(array: jax.Array) -> str:
-    """JAX's word for the device that an array is on; of one that is traced, the device that is used by default."""
+    """JAX's word for the kind of device of an array. For a traced array it is that of the default device."""
     if not isinstance(array, jax.core.Tracer):
         return next(iter(array.devices())).platform
     default = jax.config.jax_default_device or jax.devices()[0]
@@ -24,17 +24,17 @@ def device_kind(array: jax.Array) -> str:
 def plan(
     query: tuple[Any, ...], keys: Any, block_size: int | None, kind: str = "cpu", dtype: str = "float32"
 ) -> tuple[int, int]:
-    """Parts that the batch and the rows are looped over in; 1 and 1 for no loop."""
+    """The number of parts of the batch and of the rows. With 1 and 1 there is no loop."""
     *leading, rows, _ = query
     if not (isinstance(rows, int) and isinstance(keys, int)) or 0 in query:
         return 1, 1
     batch = math.prod(leading) if all(isinstance(size, int) for size in leading) else 1
     chunks, budget = 1, score_budget(kind, batch, rows, keys, dtype)
     if block_size is None:
-        # So large a batch gets the fewest rows.
+        # The bytes of one element's block with the fewest rows.
         smallest = 4 * keys * block_rows(None, SCORE_BUDGET, rows, keys)
-        # A batch may be sharded without its type saying so, and looping over less than all devices hold would gather
-        # it; inside `shard_map` it is one device's share.
+        # A batch may be sharded without a sign of it in its type. A loop over less than what all devices hold would
+        # gather it. Inside `shard_map` the batch is the share of one device.
         local = bool(jax.sharding.get_abstract_mesh().manual_axes)
         unit = 1 if local else math.gcd(batch, jax.device_count())
         chunks = _parts(batch // unit, max(1, budget // (smallest * unit)))
@@ -42,24 +42,24 @@ def plan(
 
 
 def _parts(size: int, largest: int) -> int:
-    """How many parts of at most `largest` a size makes; equal parts, which need no padding, are worth some more."""
+    """How many parts of at most `largest` a size needs, or up to twice as many if these are equal and need no padding."""
     least = -(-size // largest)
     return next((count for count in range(least, 2 * least) if size % count == 0), least)
 
 
 def in_blocks(operands: Sequence[jax.Array], blocks: int) -> jax.Array:
-    """The output, from a loop over blocks of query rows."""
+    """The output, computed in a loop over blocks of query rows."""
     query, key, value = operands
     leading = query.shape[:-2]
     if math.prod(leading) == 1:
-        # XLA does not turn the products below around where they have a batch axis, be it of size 1.
+        # XLA does not transpose the products below if they have a batch axis, even one of size 1.
         query, key, value = (x.reshape(x.shape[-2:]) for x in operands)
     # Transposed outside the loop, so that the gradients are summed over blocks as (D, M): XLA's CPU library is up to 10
     # times slower at products that contract the rows and give (M, D).
     key, value = transposed(key), transposed(value)
     body = dense_attention
-    # One checkpoint keeps only the inputs for the first derivative; that derivative's own intermediates are kept for
-    # the second, an (N, M) array in all, unless a second one recomputes them as well.
+    # One checkpoint keeps only the inputs for the first derivative. Without a second checkpoint, the intermediates of the
+    # first derivative are kept for the second derivative, and together they are an (N, M) array.
     for _ in range(2):
         body = jax.checkpoint(body, prevent_cse=False)
     output = jax.lax.map(lambda rows: body(rows, key, value), split(query, -2, blocks))
@@ -68,15 +68,15 @@ def in_blocks(operands: Sequence[jax.Array], blocks: int) -> jax.Array:
 
 
 def split(array: jax.Array, axis: int, parts: int) -> jax.Array:
-    """Move interleaved parts of an axis to the front; a part takes every `parts`-th entry.
+    """Move interleaved parts of an axis to the front. A part takes every `parts`-th entry.
 
-    Interleaved, because the loop then runs over an axis that is not sharded where `axis` is.
+    The parts are interleaved so that the loop runs over an axis that is not sharded where `axis` is.
     """
     axis %= array.ndim
     size = -(-array.shape[axis] // parts)
     missing = size * parts - array.shape[axis]
     if missing:
-        # Copies of the last entry have the cotangent 0, and unlike zeros cannot turn an infinite key into a new NaN.
+        # Copies of the last entry have the cotangent 0. Unlike zeros, they cannot turn an infinite key into a new NaN.
         padding = [(0, missing if at == axis else 0) for at in range(array.ndim)]
         array = jnp.pad(array, padding, mode="edge")
     shape = array.shape

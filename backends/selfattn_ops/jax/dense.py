@@ -1,4 +1,4 @@
-"""Attention with the whole map at once: products in full precision, softmax, and rules for their derivatives."""
+"""Attention that computes the whole map at once: products in full precision, softmax, and their derivative rules."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ __all__ = ["dense_attention", "product", "scores_of", "softmax", "transposed"]
 
 
 def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Dense attention; key (…, Dk, M) and value (…, Dv, M) are transposed, here and below."""
+    """Attention from all rows at once. Here and below, key (…, Dk, M) and value (…, Dv, M) are transposed."""
     return _mix(scores_of(query, key), value)
 
 
 def transposed(array: jax.Array) -> jax.Array:
-    """The last two axes, exchanged."""
+    """Exchange the last two axes."""
     return jnp.swapaxes(array, -1, -2)
 
 
@@ -28,7 +28,10 @@ def product(attention: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _contract(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """A product in full, summed in at least float32, whatever `jax_default_matmul_precision` is; so are its derivatives."""
+    """A product in full precision, summed in at least float32, whatever `jax_default_matmul_precision` is.
+
+    The derivatives have the same precision.
+    """
     return jnp.einsum(
         subscripts,
         left,
@@ -39,14 +42,14 @@ def _contract(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _exponentials(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Exponentials whose largest in a row is 1, and one over their sums."""
+    """Exponentials, scaled so that the largest in each row is 1, and one over their sums."""
     exponentials = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     return exponentials, 1 / exponentials.sum(axis=-1, keepdims=True)
 
 
 @jax.custom_jvp
 def softmax(scores: jax.Array) -> jax.Array:
-    """The map, of scores."""
+    """The map of the scores."""
     exponentials, scale = _exponentials(scores)
     return exponentials * scale
 
@@ -58,15 +61,15 @@ def _softmax_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple
 
 
 def _softmax_tangent(attention: jax.Array, tangent: jax.Array) -> jax.Array:
-    # Contractions, not `(a * t).sum(-1)`: XLA's CPU library runs the fused product and sum of a batch of one 100 times
-    # slower. The second is written so because its transpose is the same sum, in reverse mode.
+    # Contractions instead of `(a * t).sum(-1)`, because XLA's CPU library runs the fused product and sum of a batch of
+    # one 100 times slower. The second product is a contraction because its transpose in reverse mode is the same sum.
     mean = _contract("...m,...m->...", attention, tangent)
     return attention * tangent - _contract("...,...m->...m", mean, attention)
 
 
 @jax.custom_jvp
 def _mix(scores: jax.Array, value: jax.Array) -> jax.Array:
-    """Softmax of the scores, times v: normalised after the product, which is one pass over the scores less."""
+    """Softmax of the scores, times v, normalised after the product to save one pass over the scores."""
     exponentials, scale = _exponentials(scores)
     return (product(exponentials, value) * scale).astype(value.dtype)
 
@@ -76,7 +79,7 @@ def _mix_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     scores, value = primals
     attention = softmax(scores)
-    # Skipping what is known to be zero saves its matrix product, in derivatives towards some operands only.
+    # In derivatives towards some operands only, skipping a tangent that is known to be zero saves a matrix product.
     terms = []
     if not isinstance(tangents[0], SymbolicZero):
         terms.append(product(_softmax_tangent(attention, tangents[0]), value))

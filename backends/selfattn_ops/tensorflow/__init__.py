@@ -1,7 +1,7 @@
 """Attention without a scale, for TensorFlow: softmax(q kᵀ) v in memory linear in N, through second derivatives.
 
-Scores exist for one block of query rows at a time, against all keys, and are computed anew for each derivative:
-only query, key and value are kept. Where one block holds everything, the plain operations are the whole answer.
+Scores exist for one block of query rows at a time, against all keys. Each derivative computes them again, so only query,
+key and value are kept. If one block holds everything, plain operations compute the output.
 """
 
 import math
@@ -26,13 +26,13 @@ def attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, *, block_size: in
     """Softmax over keys of q kᵀ, times v; no 1/sqrt(d).
 
     Logits and softmax are computed in at least float32. First and second derivatives never hold more scores than
-    one block of query rows. Sizes may be unknown when a `tf.function` is traced, the rank may not.
+    one block of query rows. When a `tf.function` is traced, sizes may be unknown but ranks must be known.
 
     Args:
         query: (…, N, Dk).
         key: (…, M, Dk).
         value: (…, M, Dv).
-        block_size: query rows at a time; None chooses by size.
+        block_size: query rows at a time. None chooses by size.
 
     Returns:
         (…, N, Dv), in the dtype of the operands.
@@ -63,9 +63,9 @@ def attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, *, block_size: in
 def attend_with_map(
     query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, *, block_size: int | None = None
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """As `attend`, and the map (…, N, M), whose rows are output positions and sum to 1.
+    """The output of `attend` and the map (…, N, M). Each row of the map belongs to an output position and sums to 1.
 
-    The map is what it costs: quadratic memory, here and in the derivatives, whatever `block_size` says.
+    The map takes quadratic memory, here and in the derivatives, whatever `block_size` is.
 
     Example:
         >>> attend_with_map(tf.zeros((1, 6, 2)), tf.zeros((1, 4, 2)), tf.ones((1, 4, 3)))[1].shape

@@ -1,4 +1,4 @@
-"""The derivatives as gradients that TensorFlow takes instead of its own."""
+"""The attention with custom gradients for TensorFlow, which work in blocks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,9 @@ __all__ = ["attend_in_blocks"]
 def attend_in_blocks(block_size: int | None, *operands: tf.Tensor) -> tf.Tensor:
     """(B, N, Dk), (B, M, Dk), (B, M, Dv) -> (B, N, Dv), in blocks, with derivatives in blocks.
 
-    Everything differentiated is an argument: TensorFlow drops the gradient of what such a function closes over.
-    identity makes each one a tensor of the graph at hand, which may be that of a derivative or of a branch: the next
-    derivative fails on another's. stop_gradient keeps the tapes from recording, and so from keeping, each block.
+    Every differentiated tensor is an argument, because TensorFlow drops the gradients of tensors in the closure.
+    `tf.identity` makes each one a tensor of the current graph, which may belong to a derivative or to a branch. Without
+    it the next derivative fails. `tf.stop_gradient` keeps the tapes from recording, and so from keeping, each block.
     """
 
     @tf.custom_gradient
@@ -29,7 +29,7 @@ def attend_in_blocks(block_size: int | None, *operands: tf.Tensor) -> tf.Tensor:
 
 
 def _gradients(block_size: int | None, *operands: tf.Tensor) -> Any:
-    """The three gradients from (q, k, v, G), with a derivative of their own."""
+    """The three gradients for (q, k, v, G), which have a custom gradient themselves."""
 
     @tf.custom_gradient
     def gradients(*operands: tf.Tensor) -> tuple[Any, Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""Blocks of batch elements and query rows: how large they are, and the loop over them."""
+"""The size of blocks of batch elements and query rows, and the loop over them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from selfattn_ops.tensorflow.sizes import Size, largest, shape_of, sizes_of, sma
 
 __all__ = ["Block", "Parts", "device_kind", "in_blocks", "is_single", "plan", "rows_of_block"]
 
-# What a block returns: results by row, and addends of the sums.
+# A block returns results by row, and addends of the sums.
 Parts = tuple[list[Any], list[Any]]
 Block = Callable[[Sequence[Any], Sequence[Any]], Parts]
 
@@ -18,7 +18,7 @@ Block = Callable[[Sequence[Any], Sequence[Any]], Parts]
 def rows_of_block(
     block_size: int | None, batch: Size, rows: Size, keys: Size, budget: int | None = None
 ) -> Size:
-    """`block_rows`, also of sizes that only the running graph knows."""
+    """`block_rows`, also for sizes that only the running graph knows."""
     if all(isinstance(size, int) for size in (batch, rows, keys)):
         return block_rows(block_size, batch, rows, keys, budget)
     wanted = check_block_size(block_size)
@@ -37,11 +37,11 @@ def plan(
 ) -> tuple[Size, Size]:
     """Batch elements and query rows in a block.
 
-    The rows are those of a single element: many rows of few elements read keys and values less often than few rows of
-    many. Elements fill what is left of the budget.
+    One element gets as many rows as fit, because many rows of few elements read keys and values less often than few rows
+    of many elements. Further elements fill the rest of the budget.
     """
     known = all(isinstance(size, int) for size in (batch, rows, keys))
-    # Sizes that only the running graph knows have the budget of a CPU.
+    # If only the running graph knows the sizes, the budget is that of a CPU.
     budget = score_budget(kind, batch, rows, keys, dtype) if known else SCORE_BUDGET
     block = rows_of_block(block_size, 1, rows, keys, budget)
     elements = budget // (4 * block * largest(keys, 1))
@@ -49,17 +49,17 @@ def plan(
 
 
 def device_kind(tensor: tf.Tensor) -> str:
-    """TensorFlow's word for the device that a tensor is on; in a graph, which does not tell, a card if there is one."""
+    """TensorFlow's word for the kind of device of a tensor. A graph does not know it: there it is a card if one exists."""
     if tensor.device:
         return tensor.device.split(":")[-2].lower()
     return "gpu" if tf.config.list_physical_devices("GPU") else "cpu"
 
 
 def is_single(block_size: int | None, batch: Size, rows: Size, keys: Size) -> bool | tf.Tensor:
-    """Whether one block is everything: True, False or, of sizes not known yet, a tensor."""
+    """Whether one block holds everything: True, False or, for sizes that are not known yet, a tensor."""
     elements, block = plan(block_size, batch, rows, keys)
     covered = [elements >= batch, block >= rows]
-    # Of nothing there is no first block whose result could be joined to others.
+    # With no elements or no rows there is no first block whose result could be joined to others.
     empty = [batch == 0, rows == 0]
     if all(one is True for one in covered) or any(one is True for one in empty):
         return True
@@ -76,15 +76,15 @@ def in_blocks(
     dtypes: Sequence[tf.DType],
     sums: Sequence[Sequence[Size]] = (),
 ) -> list[tf.Tensor]:
-    """Call `block` on batch elements and query rows in turn; join what it returns by row, add up the rest.
+    """Call `block` on batch elements and query rows in turn. Join its results by row and add up its addends.
 
     Args:
-        block_size: as in `attend`.
-        block: from parts of `by_row` (b, n, …) and `by_element` (b, M, …) to parts of the results and addends.
-        by_row: (B, N, …).
-        by_element: (B, M, …).
-        dtypes: of the results by row, (B, N, …).
-        sums: shapes of the sums without their batch axis, in the dtype of `by_row`.
+        block_size: see `attend`.
+        block: maps parts of `by_row` (b, n, …) and of `by_element` (b, M, …) to parts of the results and addends.
+        by_row: operands (B, N, …).
+        by_element: operands (B, M, …).
+        dtypes: dtypes of the results by row, (B, N, …).
+        sums: shapes of the sums without their batch axis. Their dtype is that of `by_row`.
     """
     batch, rows = sizes_of(by_row[0])[:2]
     keys = sizes_of(by_element[0])[1]
@@ -113,7 +113,7 @@ def in_blocks(
         return _sweep(batch, elements, 0, chunk, [*dtypes, *(wide for _ in sums)], [])[0]
 
     single = is_single(block_size, batch, rows, keys)
-    # The choice lies inside the derivatives: TensorFlow fails on the second derivative of a tf.cond around them.
+    # The tf.cond is inside the derivatives, because TensorFlow fails on the second derivative of a tf.cond around them.
     return in_turn() if single is False else tf.cond(single, everything, in_turn)
 
 
@@ -125,13 +125,13 @@ def _sweep(
     dtypes: Sequence[tf.DType],
     sums: list[tf.Tensor],
 ) -> Parts:
-    """Results of body(start, count) over [0, total), joined along `axis`, and its addends added to `sums`.
+    """Join the results of body(start, count) over [0, total) along `axis`, and add its addends to `sums`.
 
-    The steps are of equal length, as XLA needs, with the rest after the loop: the loop is one operation of the graph
-    however many steps it takes, and one step without a rest is no loop.
+    XLA needs steps of equal length, so the rest comes after the loop. The loop is one operation of the graph, however many
+    steps it takes. One step without a rest needs no loop.
     """
     steps, rest = total // step, total % step
-    # Of nothing as well: XLA compiles the loop also where it takes no step.
+    # At most `total`, because XLA also compiles a loop that takes no step.
     size = smallest(step, total)
     parts: list[list[tf.Tensor]] = []
 
@@ -158,9 +158,9 @@ def _sweep(
             lambda index, *_: index < turns,
             again,
             (tf.constant(0), arrays, sums),
-            # Blocks that run beside one another also lie in memory beside one another.
+            # Blocks that run in parallel would be in memory at the same time.
             parallel_iterations=1,
-            # XLA needs it to differentiate the loop, which only a third derivative does.
+            # XLA needs it to differentiate the loop. Only a third derivative does that.
             maximum_iterations=steps if isinstance(steps, int) else None,
         )
         parts.append([_joined(array.stack(), axis) for array in arrays])
@@ -172,7 +172,7 @@ def _sweep(
 
 
 def _joined(stacked: tf.Tensor, axis: int) -> tf.Tensor:
-    """(steps, …, count, …) -> (…, steps·count, …), the steps moved in front of `axis`."""
+    """(steps, …, count, …) -> (…, steps·count, …). The steps move in front of `axis`."""
     order = [*range(1, axis + 1), 0, *range(axis + 1, stacked.shape.rank)]
     turned = tf.transpose(stacked, order)
     sizes = sizes_of(turned)
@@ -185,6 +185,6 @@ def _part(tensor: tf.Tensor, axis: int, start: Size, count: Size) -> tf.Tensor:
         return tensor
     begin: list[Size] = [0] * len(sizes)
     begin[axis], sizes[axis] = start, count
-    # The converter to LiteRT narrows a constant size to 32 bits and leaves the loop's begin at 64; its runtime then reads
-    # either the one as the other, or refuses the file.
+    # The converter to LiteRT narrows a constant size to 32 bits and leaves the loop's begin at 64. Its runtime then
+    # misreads one of the two or refuses the file.
     return tf.slice(tensor, shape_of(begin, tf.int32), shape_of(sizes, tf.int32))

@@ -1,4 +1,4 @@
-"""Attention with the whole map at once, in plain operations."""
+"""Attention that computes the whole map at once, in plain operations."""
 
 import tensorflow as tf
 
@@ -6,14 +6,14 @@ __all__ = ["arithmetic_of", "dense_attention", "softmax_scores"]
 
 
 def dense_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The output, and the map."""
+    """The output and the map."""
     wide = arithmetic_of(query.dtype)
     attention = tf.cast(softmax_scores(tf.cast(query, wide), tf.cast(key, wide)), value.dtype)
     return tf.matmul(attention, value), attention
 
 
 def arithmetic_of(dtype: tf.DType) -> tf.DType:
-    """The dtype that is computed in: at least float32."""
+    """The dtype of the computation, which is at least float32."""
     return dtype if dtype.size > 2 else tf.float32
 
 

@@ -1,4 +1,4 @@
-"""The function and its first and second derivatives, a block of query rows at a time."""
+"""The function and its first and second derivatives, computed one block of query rows at a time."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def backward(
         a = softmax_scores(q, k)
         da = tf.matmul(g, v, transpose_b=True)
         ds = a * (da - _rowsum(a * da))
-        # dk is summed as (Dk, M): as (M, Dk) this product, narrow as Dk is, takes twice the time.
+        # dk is summed as (Dk, M). As (M, Dk) this product takes twice the time, because Dk is small.
         return [tf.matmul(ds, k)], [tf.matmul(q, ds, transpose_a=True), tf.matmul(a, g, transpose_a=True)]
 
     query, key, value, g = (tf.cast(operand, wide) for operand in (query, key, value, g))
@@ -52,12 +52,12 @@ def second(
     k_dot: tf.Tensor,
     v_dot: tf.Tensor,
 ) -> tuple[tf.Tensor, ...]:
-    """The gradients of `backward` towards q, k, v and G, for cotangents q̇, k̇, v̇ of dq, dk, dv.
+    """The gradients of `backward` for q, k, v and G, given cotangents q̇, k̇, v̇ of dq, dk, dv.
 
         U = q̇ kᵀ + q k̇ᵀ    Ȧ = A∘(U − rowsum(A∘U))    X = (U − u)∘(dA − D) + G v̇ᵀ    dṠ = A∘(X − rowsum(A∘X))
         dṠ k + dS k̇    dṠᵀ q + dSᵀ q̇    Ȧᵀ G    Ȧ v + A v̇
 
-    In plain operations, so that a third derivative exists; that one does keep every block.
+    It consists of plain operations, so that a third derivative exists. The third derivative keeps every block.
     """
     dtype, wide = query.dtype, arithmetic_of(query.dtype)
 

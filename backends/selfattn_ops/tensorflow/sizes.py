@@ -1,4 +1,4 @@
-"""Sizes that may be known only when a graph runs: an int where a size is known, a scalar int64 tensor where it is not."""
+"""Sizes of tensors: an int, or a scalar int64 tensor for a size that only the running graph knows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,8 @@ def sizes_of(tensor: tf.Tensor) -> list[Size]:
     known = tensor.shape.as_list()
     if None not in known:
         return known
-    # Products of sizes pass 32 bits, a size does not: slices count in 32, and tf.shape refuses what is beyond them.
+    # Products of sizes can exceed 32 bits, so sizes are int64. A single size cannot: slices count in 32 bits, and tf.shape
+    # refuses larger sizes.
     running = tf.cast(tf.shape(tensor), tf.int64)
     return [running[axis] if size is None else size for axis, size in enumerate(known)]
 

@@ -1,7 +1,7 @@
 """Attention without a scale, for PyTorch: softmax(q kᵀ) v in memory linear in N, through second derivatives.
 
-A block of query rows meets all keys at a time, so every block has its exact softmax row, and only q, k, v are
-kept for the derivatives, which compute the scores again.
+The computation takes one block of query rows at a time, against all keys, so every softmax row is exact. Derivatives
+compute the scores again, so only q, k and v are kept.
 """
 
 from selfattn_core.installed import require
@@ -23,23 +23,23 @@ def attend(
 ) -> torch.Tensor:
     """Softmax over keys of q kᵀ, times v; no 1/sqrt(d).
 
-    Memory is linear in N in the forward pass and in first and second derivatives; third derivatives are exact
-    and take (…, N, M). Forward mode, `torch.func`, `vmap` and batched gradients work. 16-bit operands have their logits, softmax and
-    derivatives in float32. Autocast does not change what is computed: the operands' dtype decides.
+    Memory is linear in N in the forward pass and in first and second derivatives. Third derivatives are exact and take
+    (…, N, M) numbers. Forward mode, `torch.func`, `vmap` and batched gradients work. For 16-bit operands, logits, softmax
+    and derivatives are computed in float32. Autocast changes nothing, because the dtype of the operands decides.
 
-    `torch.compile` sees two opaque operators whatever the number of blocks. Standard operators in one block, and
-    so (…, N, M), are what `torch.export` sees, a `torch.func` transform inside a compiled region, and a DTensor
-    (attend from its local shards instead).
+    `torch.compile` sees two opaque operators whatever the number of blocks. In three cases the computation consists of
+    standard operators in one block, which take (…, N, M) numbers: in `torch.export`, in a `torch.func` transform inside a
+    compiled region, and for a DTensor (call `attend` on its local shards instead).
 
-    No compiled region can be differentiated twice from outside: torch raises RuntimeError. For a gradient penalty
-    take the inner gradient inside the region, `torch.autograd.grad(..., create_graph=True)`, after setting
-    `torch._dynamo.config.trace_autograd_ops = True` yourself, or leave that step uncompiled.
+    A compiled region cannot be differentiated twice from outside: torch raises RuntimeError. For a gradient penalty, set
+    `torch._dynamo.config.trace_autograd_ops = True` and take the inner gradient inside the region with
+    `torch.autograd.grad(..., create_graph=True)`, or leave that step uncompiled.
 
     Args:
         query: (…, N, Dk).
         key: (…, M, Dk).
         value: (…, M, Dv).
-        block_size: query rows at a time; None chooses by size.
+        block_size: query rows at a time. None chooses by size.
 
     Returns:
         (…, N, Dv), in the dtype of the operands.
@@ -63,10 +63,10 @@ def attend(
 def attend_with_map(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, block_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `attend`, and the map (…, N, M), whose rows are output positions and sum to 1.
+    """The output of `attend` and the map (…, N, M). Each row of the map belongs to an output position and sums to 1.
 
-    Asking for the map is asking for its memory: both outputs are differentiable, any number of times, and
-    `block_size` is checked but changes nothing.
+    The map takes N·M numbers of memory for each sample. Both outputs can be differentiated any number of times.
+    `block_size` is checked but has no effect.
 
     Example:
         >>> attend_with_map(torch.zeros(1, 6, 2), torch.zeros(1, 4, 2), torch.ones(1, 4, 3))[1].sum(-1)
@@ -77,7 +77,7 @@ def attend_with_map(
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int | None) -> int | None:
-    # The shared check writes its message first; under torch.compile that would pin every dynamic size.
+    # The shared check begins with its message. Under torch.compile that would fix every dynamic size.
     agree = (
         query.dim() == key.dim() == value.dim() >= 2
         and query.shape[-1] == key.shape[-1]
@@ -97,11 +97,11 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_si
 
 
 def _must_be_plain(query: torch.Tensor, *, compiling: bool) -> bool:
-    """Whether only standard operators will do: in an exported graph, in a compiled transform, for a DTensor."""
+    """Whether standard operators are required: in an exported graph, in a compiled transform, for a DTensor."""
     if not compiling:
-        # A DTensor has no rule for writing into a buffer, and a block of rows would be gathered from its shards.
+        # A DTensor has no rule for writing into a buffer, and taking a block of rows would gather its shards.
         return torch.jit.is_tracing() or hasattr(type(query), "__tensor_flatten__")
-    # Of the operators for torch.compile, forward mode would take the tangent to be zero and say nothing.
+    # For the operators made for torch.compile, forward mode would silently use a tangent of zero.
     return (
         torch.compiler.is_exporting()
         or torch._C._are_functorch_transforms_active()  # noqa: SLF001
@@ -110,15 +110,15 @@ def _must_be_plain(query: torch.Tensor, *, compiling: bool) -> bool:
 
 
 def _is_small(query: torch.Tensor, key: torch.Tensor, block_size: int | None) -> bool:
-    """Whether the dense computation, in operators of torch's own, is no more than one block."""
+    """Whether the dense computation, in torch's own operators, fits in one block."""
     rows, keys = query.shape[-2], key.shape[-2]
     if query.numel() == 0 or keys == 0:
         return True
     return (
         (block_size is None or block_size >= rows)
         and 4 * (query.numel() // query.shape[-1]) * keys <= SCORE_BUDGET
-        # Under autocast torch's own backward would run in the dtype of autocast, and under vmap there are
-        # more scores than the shapes tell.
+        # Under autocast, torch's own backward would run in the dtype of autocast. Under vmap there are more
+        # scores than the shapes show.
         and not is_autocast(query)
         and not torch._C._are_functorch_transforms_active()  # noqa: SLF001
     )

@@ -1,4 +1,4 @@
-"""The derivatives as `torch.autograd.Function`s, for eager mode, `torch.func` and forward mode."""
+"""The function and its derivatives as `torch.autograd.Function`s, for eager mode, `torch.func` and forward mode."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def attend_in_blocks(
 
 
 class _InBlocks(torch.autograd.Function):
-    """A function of flat operands and the block size; it keeps its inputs for derivatives, and vmap is a larger batch."""
+    """A function of flat operands and the block size. It keeps its inputs for derivatives. vmap is a larger batch."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG004
@@ -134,10 +134,10 @@ class _AttendSecond(_InBlocks):
 
 
 def _applied(function: Any, *inputs: Any) -> Any:
-    """`function.apply` from within a derivative, which may be one of a batch.
+    """`function.apply` inside a derivative, which may be one of a batch.
 
-    `torch.autograd.grad(is_grads_batched=True)` batches gradients in a way of its own, older than `torch.func`, of
-    which `apply` does not know: the batch is taken off here, and put on again.
+    `torch.autograd.grad(is_grads_batched=True)` batches gradients in a way that is older than `torch.func`. `apply` does
+    not support it, so this function removes the batch and adds it again.
     """
     level = torch._C._vmapmode_increment_nesting() - 1  # noqa: SLF001
     torch._C._vmapmode_decrement_nesting()  # noqa: SLF001
@@ -145,7 +145,7 @@ def _applied(function: Any, *inputs: Any) -> Any:
         return function.apply(*inputs)
     *tensors, block_size = inputs
     bare = [
-        # A tensor without the batch is expanded to the size given, 1, and so to that of the others below.
+        # A tensor without the batch gets a batch of size 1, which is expanded to the others' size below.
         None if tensor is None else torch._remove_batch_dim(tensor, level, 1, 0)  # noqa: SLF001
         for tensor in tensors
     ]

@@ -1,8 +1,8 @@
-"""The walk over blocks of query rows, and products into its buffers.
+"""The loop over blocks of query rows, and the products that write into its buffers.
 
-Every product and every elementwise step writes into a buffer allocated before the loop: blocks of changing temporaries
-fragment the allocator until it holds many times what is alive. It also keeps autocast out, which leaves calls with `out=`
-and in-place calls alone.
+Every product and every elementwise step writes into a buffer allocated before the loop. Temporaries of changing sizes
+would fragment the allocator until it holds many times the memory in use. The buffers also keep autocast out, because
+autocast ignores in-place calls and calls with `out=`.
 """
 
 import math
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class Block(NamedTuple):
-    """Query rows of one or several batch elements, and where their scores go."""
+    """Query rows of one or several batch elements, and the buffers for their scores."""
 
     at: int | slice
     rows: slice
@@ -35,20 +35,20 @@ class Block(NamedTuple):
     buffers: tuple[torch.Tensor, ...]
 
     def keys_of(self, operand: torch.Tensor) -> torch.Tensor:
-        """The part of an operand by key, (…, M, D)."""
+        """This block's part of an operand by key, (…, M, D)."""
         return operand[self.at]
 
     def rows_of(self, operand: torch.Tensor) -> torch.Tensor:
-        """The part of an operand by query row, (…, n, D)."""
+        """This block's part of an operand by query row, (…, n, D)."""
         return operand[self.at][..., self.rows, :]
 
 
 def blocks(
     query: torch.Tensor, key: torch.Tensor, block_size: int | None, *dtypes: torch.dtype
 ) -> Iterator[Block]:
-    """Walk the batch and the query rows, with one buffer of scores for each of `dtypes`."""
+    """Loop over the batch and the query rows, with one buffer of scores for each of `dtypes`."""
     batch, positions, keys = query.shape[0], query.shape[1], key.shape[1]
-    # Whole elements before parts of them: a product with more rows is a faster one.
+    # Whole elements are preferred to parts of them, because a product with more rows is faster.
     least = positions if block_size is None else min(block_size, positions)
     dtype = "float64" if query.dtype == torch.float64 else "float32"
     budget = score_budget(query.device.type, batch, positions, keys, dtype)
@@ -64,7 +64,7 @@ def blocks(
             if together > 1:
                 yield Block(slice(start, start + count), rows, row == 0, buffers)
             else:
-                # A product of matrices is a faster call than a batch of one of them.
+                # A product of matrices is faster than a batch of one such product.
                 yield Block(start, rows, row == 0, tuple(buffer[0] for buffer in buffers))
 
 
@@ -77,8 +77,8 @@ def multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> N
 
 
 def accumulate(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, afresh: bool = False) -> None:
-    """Add a product to what is there, or write it afresh."""
-    # With beta=0 what is in `into`, NaN included, is not read.
+    """Add a product to the content of `into`, or replace the content with `afresh`."""
+    # With beta=0 the content of `into` is not read, not even NaN.
     if left.dim() == 2:
         into.addmm_(left, right, beta=0 if afresh else 1)
     else:
@@ -92,9 +92,9 @@ def softmax_scores(query: torch.Tensor, key: torch.Tensor, *, out: torch.Tensor)
 
 
 def softmax_backward(grad: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-    """A∘(dA − rowsum(A∘dA)), in place of dA."""
+    """Replace dA by A∘(dA − rowsum(A∘dA))."""
     if grad.device.type == "cpu":
-        # Row by row in cache: less than half the time of three passes over the scores.
+        # Row by row in cache, this takes less than half the time of three passes over the scores.
         torch.ops.aten._softmax_backward_data.out(grad, attention, -1, grad.dtype, grad_input=grad)  # noqa: SLF001
         return grad
     grad.mul_(attention)
@@ -102,19 +102,19 @@ def softmax_backward(grad: torch.Tensor, attention: torch.Tensor) -> torch.Tenso
 
 
 def ready(operand: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The operand in `dtype`, and in a layout that a product takes as it is, row by row or transposed."""
+    """The operand in `dtype`, with strides that a product accepts without a copy: by row, or transposed."""
     across, along = operand.stride()[-2:]
     rows, width = operand.shape[-2:]
-    # The gradient of a sum is expanded, and every block's product would copy it anew.
+    # The gradient of a sum is an expanded tensor, which the product of every block would copy again.
     if not ((along == 1 and across >= width) or (across == 1 and along >= rows)):
         operand = operand.contiguous()
     return operand.to(dtype)
 
 
 def factors(dtype: torch.dtype, *parts: torch.Tensor) -> torch.Tensor:
-    """The parts side by side, so that one product sums theirs, with columns of zeros where that is faster."""
+    """The parts side by side, so that one product is the sum of theirs. Columns of zeros are added if that is faster."""
     width = sum(part.shape[-1] for part in parts)
-    # Narrower than 16, a product on the CPU takes half as long again as at 16.
+    # On the CPU, a product narrower than 16 takes half as long again as one of width 16.
     padded = max(16, width) if parts[0].device.type == "cpu" else width
     if padded == width and len(parts) == 1:
         return ready(parts[0], dtype)
@@ -127,8 +127,8 @@ def factors(dtype: torch.dtype, *parts: torch.Tensor) -> torch.Tensor:
 
 
 def empty_gradient(operand: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Where the products with a transposed block of scores are summed."""
-    # On the CPU, up to three times as fast transposed where it is narrow, a sixth faster row by row where it is not.
+    """An array for the sum of products with a transposed block of scores."""
+    # On the CPU, a narrow array is up to three times as fast transposed. A wide one is a sixth faster by row.
     if operand.shape[-1] < 32:
         return operand.new_empty(*operand.shape[:-2], *operand.shape[:-3:-1], dtype=dtype).mT
     return operand.new_empty(operand.shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The derivatives as operators for `torch.compile`, which would unroll the loop over the blocks."""
+"""The function and its derivatives as custom operators, because `torch.compile` would unroll the loop over blocks."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def attend_op(
 def attend_backward_op(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, block_size: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Its gradients."""
+    """The gradients of the output."""
     return backward(query, key, value, grad, block_size)
 
 
@@ -37,7 +37,7 @@ def attend_second_op(
     value_dot: torch.Tensor,
     block_size: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of these."""
+    """The gradients of the gradients."""
     return second(query, key, value, grad, query_dot, key_dot, value_dot, None, block_size)
 
 

@@ -1,4 +1,4 @@
-"""Attention with the whole map at once, in standard operators, which torch can differentiate any number of times."""
+"""Attention that computes the whole map at once, in standard operators, differentiable any number of times."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ __all__ = ["arithmetic_of", "dense_attention", "dense_second", "dense_tangent", 
 def dense_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, and the map."""
+    """The output and the map."""
     if is_autocast(query):
         with torch.autocast(query.device.type, enabled=False):
             return dense_attention(query, key, value)
     multiply = torch.bmm if query.dim() == 3 else torch.matmul
     arithmetic = arithmetic_of(query)
     if arithmetic == query.dtype:
-        # Casts that do nothing still are nodes of an exported graph.
+        # Even a cast that does nothing would be a node of an exported graph.
         attention = torch.softmax(multiply(query, key.transpose(-2, -1)), dim=-1)
     else:
         scores = multiply(query.to(arithmetic), key.to(arithmetic).transpose(-2, -1))
@@ -26,24 +26,24 @@ def dense_attention(
 
 
 def arithmetic_of(operand: torch.Tensor) -> torch.dtype:
-    """The dtype that is computed in: at least float32."""
-    # Not `promote_types`, which torch.export writes into the graph.
+    """The dtype of the computation, which is at least float32."""
+    # `promote_types` would become part of the graph of torch.export.
     return torch.float32 if operand.dtype.itemsize < 4 else operand.dtype
 
 
 def is_autocast(tensor: torch.Tensor) -> bool:
-    """Whether autocast is on where a tensor is."""
-    # Of a device that holds no numbers torch does not know it.
+    """Whether autocast is on for the device of a tensor."""
+    # torch cannot answer this for the meta device.
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
 def dense_tangent(*operands: torch.Tensor) -> torch.Tensor:
-    """What `derivatives.tangent` computes, for third derivatives."""
+    """The result of `derivatives.tangent` in standard operators, for third derivatives."""
     return pushed(lambda *qkv: dense_attention(*qkv)[0], operands[:3], operands[3:])
 
 
 def dense_second(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What `derivatives.second` computes, for third derivatives."""
+    """The result of `derivatives.second` in standard operators, for third derivatives."""
 
     def first(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor) -> Any:
         out, pull = torch.func.vjp(lambda *qkv: dense_attention(*qkv)[0], query, key, value)
@@ -55,6 +55,6 @@ def dense_second(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def pushed(function: Any, operands: tuple[torch.Tensor, ...], dots: tuple[torch.Tensor, ...]) -> Any:
     """The tangent of a function's results."""
-    # An expanded operand, as under vmap, cannot be given a tangent.
+    # An expanded operand, as under vmap, cannot have a tangent.
     own = tuple(operand.clone(memory_format=torch.contiguous_format) for operand in operands)
     return torch.func.jvp(function, own, dots)[1]

@@ -1,4 +1,4 @@
-"""The function and its first and second derivatives, a block of query rows at a time.
+"""The function and its first and second derivatives, computed one block of query rows at a time.
 
 With `S = q kᵀ`, `A = softmax(S)`, G the gradient of o:
 
@@ -8,7 +8,7 @@ With `S = q kᵀ`, `A = softmax(S)`, G the gradient of o:
             dṠ = A∘(X − rowsum(A∘X))                    X = (U − u)∘(dA − D) + R
             ddq = dṠ k + dS k̇     ddk = dṠᵀ q + dSᵀ q̇   ddv = Ȧᵀ G + Aᵀ Ġ       ȯ = Ȧ v + A v̇
 
-The second order is at once the derivative of the backward pass and the tangent of forward mode.
+The second order is both the derivative of the backward pass and its tangent in forward mode.
 """
 
 import torch
@@ -75,7 +75,7 @@ def second(
     grad_dot: torch.Tensor | None,
     block_size: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of `backward` towards q, k, v and G."""
+    """The gradients of `backward` for q, k, v and G."""
     arithmetic = arithmetic_of(query)
     q, k, v, g = (ready(operand, arithmetic) for operand in (query, key, value, grad))
     q_dot, k_dot, v_dot = (ready(operand, arithmetic) for operand in (query_dot, key_dot, value_dot))

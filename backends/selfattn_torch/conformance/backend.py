@@ -1,4 +1,4 @@
-"""The PyTorch layer as the kit sees it."""
+"""The PyTorch layer as a backend of the conformance kit."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +18,7 @@ from selfattn_torch.weights import from_canonical, to_canonical
 
 
 class TorchBackend(OnDevices):
-    """`SelfAttention2d`; "channels_last" is torch's memory format of that name, the axes are (B, C, H, W) in both."""
+    """`SelfAttention2d`. "channels_last" is torch's memory format; the axes are (B, C, H, W) in both layouts."""
 
     name = "torch"
 
@@ -35,20 +35,20 @@ class TorchBackend(OnDevices):
         return ("channels_first", "channels_last")
 
     def dtypes(self) -> tuple[str, ...]:
-        """All that the kit knows, but those that the device has not."""
+        """All dtypes of the kit that the device has."""
         return tuple(dtype for dtype in DTYPES if dtype != "float64" or not self.device.startswith("mps"))
 
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str
     ) -> Model:
-        """The layer, and the memory format its inputs come in."""
+        """The layer, and the memory format of its inputs."""
         memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-        # The specification is the function in evaluation.
+        # The definition is the function in evaluation mode.
         layer = from_canonical(config, params, device=self.device, dtype=getattr(torch, dtype)).eval()
         return Model(layer, layer, memory_format)
 
     def update(self, model: Model, params: Mapping[str, Array]) -> Model:
-        """The same layer, its weights overwritten as by a checkpoint."""
+        """The same layer, with its weights overwritten as when a checkpoint is loaded."""
         model.layer.load_state_dict(from_canonical(model.layer.config, params).state_dict())
         return model
 
@@ -124,11 +124,11 @@ class TorchBackend(OnDevices):
         return self._gradients(torch.stack(terms).sum(), {"dy": cotangent} | inputs, None)
 
     def compiled(self, model: Model) -> Model:
-        """By `torch.compile`, as one graph."""
+        """The layer compiled by `torch.compile` as one graph."""
         return replace(model, call=torch.compile(model.layer, fullgraph=True))
 
     def saved(self, model: Model, folder: str) -> Model:
-        """By `torch.save` of the state dict."""
+        """The layer after `torch.save` and `torch.load` of the state dict."""
         path = Path(folder) / "layer.pt"
         torch.save(model.layer.state_dict(), path)
         layer = SelfAttention2d.from_config(model.layer.config, device=self.device, dtype=model.dtype)
@@ -136,7 +136,7 @@ class TorchBackend(OnDevices):
         return replace(model, layer=layer.eval(), call=layer)
 
     def per_sample_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
-        """`torch.func.vmap` over the gradient."""
+        """Gradients per sample, by `torch.func.vmap` over the gradient."""
         names = list(parameter_table(model.layer.config))
         parameters = {key: tensor.detach() for key, tensor in model.layer.named_parameters()}
 

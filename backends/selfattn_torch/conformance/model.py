@@ -1,4 +1,4 @@
-"""A layer of PyTorch, how it is called, and arrays to and from its tensors."""
+"""A PyTorch layer with the way it is called, and conversions between arrays and tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ __all__ = ["Model", "like", "maps_to_array", "to_array"]
 
 @dataclass(frozen=True)
 class Model:
-    """A layer, and how it is called.
+    """A layer, and the way it is called.
 
     Args:
         layer: the layer.
         call: the layer, or its compiled form.
-        memory_format: that its inputs come in.
+        memory_format: memory format of its inputs.
     """
 
     layer: SelfAttention2d
@@ -30,23 +30,23 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """The dtype of the parameters."""
         return self.layer.gamma.dtype
 
     def given(self, x: Array) -> torch.Tensor:
-        """(B, H, W, C) as the layer takes it."""
+        """Maps (B, H, W, C) as the layer's input."""
         maps = torch.from_numpy(np.array(x)).to(self.layer.gamma.device, self.dtype).permute(0, 3, 1, 2)
         return maps.contiguous(memory_format=self.memory_format)
 
     def inputs(self, x: Array) -> dict[str, torch.Tensor]:
-        """What derivatives are taken by: x, and the parameters by canonical name."""
+        """The tensors to differentiate by: x, and the parameters by canonical name."""
         names = parameter_table(self.layer.config)
         parameters = {name: self.layer.get_parameter(name.replace("kernel", "weight")) for name in names}
         return {"x": self.given(x).requires_grad_()} | parameters
 
 
 def to_array(tensor: torch.Tensor) -> Array:
-    """A new array; bfloat16 is widened."""
+    """The tensor as a new array. bfloat16 is widened."""
     wide = tensor.detach()
     wide = wide.float() if wide.dtype == torch.bfloat16 else wide
     return np.array(wide.cpu().numpy(), order="C")
@@ -58,7 +58,7 @@ def maps_to_array(maps: torch.Tensor) -> Array:
 
 
 def like(tensor: torch.Tensor, name: str, array: Array) -> torch.Tensor:
-    """An array of canonical shape in the shape of the framework's own."""
+    """An array of canonical shape, as a tensor in the shape that torch uses."""
     given = torch.from_numpy(np.array(array)).to(tensor.device, tensor.dtype)
     if name == "x":
         return given.permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""A mutant for the kit's own tests: what layers of PyTorch get wrong that numpy cannot show."""
+"""A mutant with an error that only a PyTorch layer can have, for the tests of the kit."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ __all__ = ["PlainGamma"]
 
 
 class PlainGamma(TorchBackend):
-    """Gamma is a tensor and no parameter, so that it is neither trained nor saved."""
+    """A layer whose gamma is a plain tensor instead of a parameter, so it is not trained and not saved."""
 
     def build(
         self, config: SelfAttentionConfig, params: Mapping[str, Array], dtype: str, layout: str

@@ -1,1 +1,1 @@
-"""Our layer in the place of foreign ones in a model."""
+"""Replacing foreign attention layers of a model by ours."""

@@ -1,4 +1,4 @@
-"""A model of somebody else's with our layer in the place of its attention layers."""
+"""`convert`: replace the attention layers of a model by ours."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -40,40 +40,40 @@ def convert(
     inplace: bool = False,
     dry_run: bool = False,
 ) -> Conversion[nn.Module]:
-    """Replace the attention layers of a model by `SelfAttention2d`, each with the weights of the one that it replaces.
+    """Replace the attention layers of a model by `SelfAttention2d`, with the same weights.
 
-    Each foreign layer and the one that takes its place are asked for their output and gradients, in evaluation mode, on the
-    CPU, in float32 or float64. Both must agree with the definition within the limits of the conformance kit, and with one
-    another in training mode. Nothing is replaced unless all do.
+    `convert` compares the output and gradients of each old layer and its replacement with the definition, in evaluation
+    mode, on the CPU, in float32 or float64. Both must stay within the limits of the conformance kit. In training mode the
+    two must agree with each other. Unless every layer passes, nothing is replaced.
 
-    A new layer has the device, dtype, training mode and `requires_grad` of the old one, and its spectral norm with the
-    state. It has `query`, `key`, `value` and `gamma` where the old one may have had other names, so an optimiser is made
-    after this, and a state dict of the old model goes through `selfattn port --whole`. What the old layer's `.grad` held
-    is gone.
+    A new layer keeps the device, dtype, training mode and `requires_grad` of the old one, and its spectral norm with the
+    state. Its parameters are named `query`, `key`, `value` and `gamma`. So create the optimiser after `convert`, and send a
+    state dict of the old model through `selfattn port --whole`. The old `.grad` values are lost.
 
     Args:
-        model: the network, or a foreign layer itself. In training mode or not, on any device.
-        dialect: what the layers are: a name of `selfattn dialects` or a `.toml` file of your own. None is for layers whose keys
-            fit a single one, and needs `match`.
-        match: which modules: a class or several, a name with * for any text, or a function of name and module; by default
-            those that have the keys of the dialect.
-        settings: what the tensors do not show, as in `selfattn_core.porting.port`.
-        keep_spectral_norm: whether layers that have spectral norm keep it. False divides the kernels by it once.
-        returns: "same": a layer that returned (y, A) is replaced by one that does, `SelfAttention2dWithMap`, at N·M numbers
-            of memory in each call; "output": every new layer returns y alone.
-        block_size: as in `SelfAttention2d`.
-        size: (H, W) of the input that both layers are asked; by default two sizes, of which one cuts off windows of pooling.
-        inplace: whether `model` itself is changed; otherwise it stays as it is, and the result is a copy.
-        dry_run: do everything but replace.
+        model: the network, or a foreign layer itself, in any mode and on any device.
+        dialect: dialect of the layers: a name that `selfattn dialects` lists, or your own `.toml` file. None finds the
+            dialect by the keys, which must fit only one, and requires `match`.
+        match: modules to replace: a class, several classes, a name with * for any text, or a function of name and module.
+            By default, all modules that have the keys of the dialect.
+        settings: facts that the tensors do not show, as in `selfattn_core.porting.port`.
+        keep_spectral_norm: whether layers with spectral norm keep it. False divides the kernels by it once.
+        returns: "same" replaces a layer that returns (y, A) by one that does too, `SelfAttention2dWithMap`, at N·M numbers
+            of memory in each call. "output" makes every new layer return y alone.
+        block_size: see `SelfAttention2d`.
+        size: (H, W) of the input for the comparison. By default two sizes; pooling windows do not divide one of them.
+        inplace: whether `model` itself is changed. Otherwise the result is a copy.
+        dry_run: whether to do everything except replace.
 
     Returns:
-        The model, and for each layer what it was, what it is and how far both are from the definition.
+        The model, and for each layer its old class, its new one and the errors of both against the definition.
 
     Raises:
-        ConversionError: a PortError whose `report` says which layer computes something else than its dialect says.
-        PortError: if no layer is found, or one cannot be replaced; every reason.
-        TypeError: if the model is no module.
-        ValueError: if an argument cannot be; every one.
+        ConversionError: if a layer does not compute what its dialect describes. It is a PortError whose `report` names
+            the layer.
+        PortError: if no layer is found, or one cannot be replaced. It lists every reason.
+        TypeError: if the model is not a module.
+        ValueError: if arguments are invalid. It lists all of them.
 
     Example:
         >>> class Attention(nn.Module):
@@ -140,7 +140,7 @@ def _converted(
 
 
 def _found(model: nn.Module, dialect: str | None, match: Match | None) -> dict[nn.Module, tuple[str, ...]]:
-    """The layers to replace, each once, with all places where it stands."""
+    """The layers to replace, each once, with the names of all its places."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if match is None:
         there = set(prefixes(dialect_named(dialect or ""), index_of(tensors_of(model, ""))))
@@ -151,7 +151,7 @@ def _found(model: nn.Module, dialect: str | None, match: Match | None) -> dict[n
         names = [name for name, module in modules.items() if isinstance(module, match)]
     else:
         names = [name for name, module in modules.items() if match(name, module)]
-    # Ours have names that a dialect of ours fits.
+    # Our own layers fit a dialect too, so they are left out.
     wanted = {modules[name] for name in names if not isinstance(modules[name], SelfAttention2d)}
     found: dict[nn.Module, tuple[str, ...]] = {}
     for name, module in modules.items():
@@ -180,13 +180,13 @@ def _replaced(
     inplace: bool,
 ) -> nn.Module:
     if not inplace:
-        # Where `deepcopy` meets an old layer, in whatever holds it, it takes the new one.
+        # Wherever `deepcopy` finds an old layer, it takes the new one.
         known: dict[int, Any] = {id(layer): new[layer] for layer in layers}
         try:
             return copy.deepcopy(model, detached(model) | known)
         except Exception as error:
             raise PortError(
-                f"the model cannot be copied: {type(error).__name__}: {error}. It is as it was; inplace=True needs no copy."
+                f"the model cannot be copied: {type(error).__name__}: {error}. It is unchanged. inplace=True needs no copy."
             ) from error
     done: list[tuple[nn.Module, str, nn.Module]] = []
     try:
@@ -197,9 +197,9 @@ def _replaced(
                 setattr(model.get_submodule(parent), child, new[layer])
     except Exception as error:
         for holder, child, layer in done:
-            # Past what refused: the holder is to be as it was.
+            # Restore the holder directly, past the `__setattr__` that refused.
             holder._modules[child] = layer  # noqa: SLF001
         raise PortError(
-            f"{name} could not be replaced, and the model is as it was: {type(error).__name__}: {error}."
+            f"{name} could not be replaced: {type(error).__name__}: {error}. The model is unchanged."
         ) from error
     return model

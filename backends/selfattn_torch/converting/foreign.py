@@ -1,4 +1,4 @@
-"""A foreign attention layer of a model: its tensors, its answers, and the layer of ours that takes its place."""
+"""A foreign attention layer of a PyTorch model: its tensors, its outputs and gradients, and its replacement."""
 
 import copy
 import inspect
@@ -32,14 +32,14 @@ __all__ = ["ForeignLayer"]
 
 @dataclass(frozen=True)
 class _Answers:
-    """What the foreign layer says.
+    """The answers of the foreign layer to one question.
 
     Args:
         asked: the question.
         found: y, the map and the gradients, in the shapes of the definition.
-        moved: keys of what it changed in itself.
-        pair: whether it returned (y, A).
-        map_shape: of A, as it came.
+        moved: keys of the layer's tensors that the call changed.
+        pair: whether the layer returned (y, A).
+        map_shape: shape of A as the layer returned it.
     """
 
     asked: Question
@@ -50,12 +50,12 @@ class _Answers:
 
 
 class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
-    """One module that is to be replaced.
+    """One module to be replaced.
 
     Args:
         layer: the module.
-        names: of every place where it stands.
-        options: of the conversion.
+        names: names of all its places in the model.
+        options: options of the conversion.
     """
 
     def __init__(self, layer: nn.Module, names: tuple[str, ...], options: Options) -> None:
@@ -81,13 +81,13 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
         notes += more
         if moved := seen[0].moved:
             notes.append(
-                f"the old layer moves its {listed(moved, 3)} in evaluation too; the new one moves nothing there"
+                f"the old layer moves its {listed(moved, 3)} in evaluation too; the new one changes nothing in evaluation"
             )
         if seen[0].map_shape != seen[0].found.get("map", np.zeros(0)).shape and pair:
             notes.append(f"the old map had the shape {seen[0].map_shape}, and the new one has (B, N, M)")
         if extra := _further_arguments(self.layer):
             notes.append(
-                f"the old layer also takes {', '.join(extra)}; the new one does not, so change what passes it"
+                f"the old layer also takes {', '.join(extra)}; the new one does not, so change the code that passes them"
             )
         failure, note = self._in_training(probed, seen[0])
         failures += (failure,) * bool(failure)
@@ -107,17 +107,17 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
         return new, report
 
     def _in_training(self, foreign: Foreign, evaluated: "_Answers") -> tuple[str, str]:
-        """What to say of the next output in training, by both layers; it has no definition where spectral norm moves."""
+        """A failure and a note from comparing both layers in training, where a moving spectral norm has no definition."""
         asked = evaluated.asked
         theirs = self._ask(foreign, asked, training=True)
         if theirs.pair != evaluated.pair:
-            return "what it returns in training is not what it returns in evaluation, y or (y, A)", ""
+            return "it returns y in one mode and (y, A) in the other: training and evaluation differ", ""
         twin = from_canonical(foreign.config, asked.params, block_size=self.options.block_size).train()
         ours = _positions(twin(_maps(asked.x)))
         return self._differs_in_training(foreign, asked, theirs.found["y"], ours)
 
     def _ask(self, foreign: Foreign, asked: Question, *, training: bool) -> "_Answers":
-        """What a copy of the probe answers, since answering may move its state."""
+        """The answers of a copy of the probe, because a call may move its state."""
         old = copy.deepcopy(self.probe, detached(self.probe)).train(training)
         before = {key: tensor.clone() for key, tensor in old.state_dict().items()}
         x = _maps(asked.x).requires_grad_()
@@ -154,7 +154,7 @@ class ForeignLayer(ForeignLayerBase[SelfAttention2d]):
     def _dressed(
         self, foreign: Foreign, *, pair: bool, dropped_map: bool
     ) -> tuple[SelfAttention2d, list[str]]:
-        """Our layer with everything of the old one, and what is to say of it."""
+        """Our layer with everything from the old one, and the notes about it."""
         state = self.layer.state_dict(keep_vars=True)
         like = next(state[origin.sources[0]] for origin in foreign.origins.values() if origin.sources)
         kind = SelfAttention2dWithMap if pair else SelfAttention2d
@@ -173,9 +173,9 @@ def _further_arguments(layer: nn.Module) -> list[str]:
 
 
 def _probe(layer: nn.Module) -> nn.Module:
-    """A copy to ask, on the CPU, in at least float32, in which no parameter is zero.
+    """A copy for the comparison, on the CPU, in at least float32, without parameters that are zero.
 
-    A gamma of 0, or a last kernel or a batch norm that begins with zeros, hides whatever else the layer computes.
+    A gamma of 0, or a last kernel or batch norm that starts at zero, would hide everything else that the layer computes.
     """
     probe = copy.deepcopy(layer, detached(layer))
     double = any(parameter.dtype == torch.float64 for parameter in layer.parameters())
@@ -211,7 +211,7 @@ def _maps(array: Array) -> torch.Tensor:
 
 
 def _positions(maps: torch.Tensor | None) -> Array:
-    assert maps is not None  # noqa: S101 - it was differentiated by
+    assert maps is not None  # noqa: S101 - backward has set this gradient
     return read(maps).transpose(0, 2, 3, 1)
 
 

@@ -1,4 +1,4 @@
-"""What stands against replacing a layer of a model: said before anything is read or changed."""
+"""Reasons why a layer of a model cannot be replaced, found before anything is changed."""
 
 import functools
 import itertools
@@ -17,11 +17,11 @@ _DISTRIBUTED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModu
 
 
 def of_model(model: nn.Module, names: Collection[str]) -> Iterator[str]:
-    """Why layers at these places cannot be replaced, whatever they hold.
+    """Reasons why layers at these places cannot be replaced, whatever the layers are.
 
     Args:
-        model: the whole.
-        names: of places in it, as `named_modules` gives them.
+        model: the whole model.
+        names: names of the places, from `named_modules`.
     """
     for name, module in model.named_modules():
         concerned = not name or any(
@@ -31,24 +31,24 @@ def of_model(model: nn.Module, names: Collection[str]) -> Iterator[str]:
             continue
         where = f"{name} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            yield f"{where} is compiled; convert the module that it was made from, and compile the result"
+            yield f"{where} is compiled; convert the module inside it, and compile the result"
         elif isinstance(module, torch.jit.ScriptModule):
             yield f"{where} is scripted or traced; convert the module that it was made from"
         elif "forward" in vars(module):
-            yield f"{where} has a function in the place of its forward, which a copy would share; delete it, and convert then"
+            yield f"{where} has a function in the place of its forward, and a copy would share it; delete it before convert"
         elif hasattr(module, "_checkpoint_wrapped_module"):
-            yield f"{where} is wrapped for activation checkpointing; convert the module inside it before it is wrapped"
+            yield f"{where} is wrapped for activation checkpointing; convert the inner module before wrapping it"
         elif any(kind.__name__ in _DISTRIBUTED for kind in type(module).__mro__):
-            yield f"{where} is distributed over processes; convert the module inside it before it is wrapped"
+            yield f"{where} is distributed over processes; convert the inner module before wrapping it"
 
 
 def of_layer(name: str, layer: nn.Module, others: Collection[int]) -> Iterator[str]:
-    """Why a layer cannot be replaced by another with the same weights.
+    """Reasons why a layer cannot be replaced by another with the same weights.
 
     Args:
-        name: of its place.
+        name: name of its place.
         layer: the layer.
-        others: `id` of every parameter that a module outside of it has.
+        others: `id` of every parameter that a module outside the layer has.
     """
     where = f"{name or 'the model'} ({type(layer).__name__})"
     yield from _of_tensors(where, layer, others)
@@ -58,13 +58,13 @@ def of_layer(name: str, layer: nn.Module, others: Collection[int]) -> Iterator[s
 def _of_tensors(where: str, layer: nn.Module, others: Collection[int]) -> Iterator[str]:
     dtypes = {str(each.dtype).removeprefix("torch.") for each in layer.parameters()}
     if len(dtypes) > 1:
-        yield f"{where}: its parameters are {' and '.join(sorted(dtypes))}; ours have one dtype: cast them with layer.to(dtype)"
+        yield f"{where}: its parameters are {' and '.join(sorted(dtypes))}; the new layer has one dtype, so use layer.to(dtype)"
     places: dict[int, list[str]] = {}
     for key, parameter in layer.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(key)
     for keys in places.values():
         if len(keys) > 1:
-            yield f"{where}: {' and '.join(keys)} are one parameter, and would part; untie them"
+            yield f"{where}: {' and '.join(keys)} are one parameter, and would become several; untie them"
     for key, tensor in itertools.chain(layer.named_parameters(), layer.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             yield f"{where}: {key} has no shape yet; run the model once"
@@ -74,21 +74,21 @@ def _of_tensors(where: str, layer: nn.Module, others: Collection[int]) -> Iterat
             yield f"{where}: {key} is sharded over devices; convert before the model is sharded"
     for key, parameter in layer.named_parameters():
         if id(parameter) in others:
-            yield f"{where}: {key} is also a parameter of another module, and the two would part; untie them"
+            yield f"{where}: {key} is also a parameter of another module, and would no longer be shared; untie them"
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):  # noqa: SLF001 - torch has no other way to ask
-            yield f"{where}: {key} has a hook, which has no place in the new layer; remove it and register it there"
+            yield f"{where}: {key} has a hook, which the new layer would lose; remove it, and register it on the new layer"
 
 
 def _of_parts(where: str, layer: nn.Module) -> Iterator[str]:
     if any(module.training != layer.training for module in layer.modules()):
-        yield f"{where}: parts of it are in another mode than the layer; call train() or eval() on the whole"
+        yield f"{where}: some of its parts are in another mode than the layer; call train() or eval() on the layer"
     for inner, module in layer.named_modules():
         if "quantized" in type(module).__module__ or any(
             tensor.is_quantized for tensor in itertools.chain(module.parameters(False), module.buffers(False))
         ):
             yield f"{where}: {inner or 'it'} is quantised; convert the floating-point model"
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:  # noqa: SLF001 - their common class
-            yield f"{where}: {inner} drops out a share of {module.p}, which the new layer would not; set its p to 0 if you can do without"
+            yield f"{where}: {inner} drops out a share of {module.p}, and the new layer has no dropout; set its p to 0"
         hooks = [hook for kind in _CALLED for hook in getattr(module, kind).values()]
         foreign = [hook for hook in hooks if not isinstance(hook, SpectralNorm)]
         if foreign:
@@ -100,26 +100,26 @@ def _of_parts(where: str, layer: nn.Module) -> Iterator[str]:
 
 
 def inner_parts_elsewhere(model: nn.Module, layer: nn.Module, names: Sequence[str]) -> Iterator[str]:
-    """Where a part of a layer stands outside of it too, and would go on with the old weights.
+    """Places outside a layer that also hold a part of it, and would keep the old weights.
 
     Args:
-        model: the whole.
-        layer: that would be replaced.
-        names: of its places.
+        model: the whole model.
+        layer: the layer to be replaced.
+        names: names of its places.
     """
     parts = {module: name for name, module in layer.named_modules() if module is not layer}
     for name, module in model.named_modules(remove_duplicate=False):
         inside = any(name.startswith(f"{place}." if place else place) for place in names)
         if module in parts and not inside:
-            yield f"{names[0] or 'the model'} ({type(layer).__name__}): its {parts[module]} is also {name}, and the two would part"
+            yield f"{names[0] or 'the model'} ({type(layer).__name__}): its {parts[module]} is also {name}, and would no longer be shared"
 
 
 def referring(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[str]:
-    """Where modules hold a layer in a plain attribute, which replacing it in place would miss.
+    """Plain attributes that hold a layer, which a replacement in place would miss.
 
     Args:
-        model: the whole.
-        layers: that would be replaced.
+        model: the whole model.
+        layers: the layers to be replaced.
     """
     parts = itertools.chain.from_iterable((*layer.modules(), *layer.parameters()) for layer in layers)
     wanted = {id(part) for part in parts}
@@ -130,8 +130,8 @@ def referring(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[str]:
         for key, value in vars(module).items():
             if key not in ("_modules", "_parameters") and any(id(one) in wanted for one in _held(value)):
                 yield (
-                    f"{name or 'the model'}.{key} holds a layer that would be replaced, or a part of it, and is no submodule; with "
-                    "inplace=False the copy has the new layer there too"
+                    f"{name or 'the model'}.{key} holds a layer to be replaced, or a part of it, but is not a submodule; use "
+                    "inplace=False, which puts the new layer there too"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a module under the names that its state dict has, and those that it has computed from its weights."""
+"""The tensors of a PyTorch module by the names of its state dict, and the tensors that it computed from its weights."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -16,7 +16,7 @@ __all__ = ["detached", "read", "tensors_of"]
 
 
 def tensors_of(module: nn.Module, name: str) -> Tensors:
-    """What a state dict of the module holds, as a file would."""
+    """The tensors of the module's state dict, in the form of a checkpoint."""
     entries = {}
     left_out = {}
     for key, tensor in module.state_dict().items():
@@ -30,13 +30,13 @@ def tensors_of(module: nn.Module, name: str) -> Tensors:
 
 
 def read(tensor: torch.Tensor) -> Array:
-    """A tensor as a new array; bfloat16 is widened."""
+    """A tensor as a new array. bfloat16 is widened."""
     tensor = tensor.detach().cpu()
     return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(), order="C")
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in attributes, also inside lists and dictionaries."""
+    """The tensors in attributes, including those inside lists and dictionaries."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple | set):
@@ -45,7 +45,7 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def detached(module: nn.Module) -> dict[int, Any]:
-    """What `deepcopy` is to take for the weights that an older spectral norm leaves in a module, which torch does not copy."""
+    """Detached tensors for `deepcopy`, in place of computed weights of the older spectral norm, which torch cannot copy."""
     computed = (
         tensor for each in module.modules() for tensor in _tensors_in(vars(each)) if not tensor.is_leaf
     )

@@ -365,10 +365,10 @@ def test_the_config_of_the_nnx_layer(config):
 def test_the_config_of_the_linen_layer_exists_once_channels_are_known(config):
     module = linen.SelfAttention2D.from_config(config, block_size=7)
     with pytest.raises(
-        ValueError, match="channels are not known before it is bound to initialised variables"
+        ValueError, match="number of channels is unknown until the module is bound to initialised variables"
     ):
         _ = module.config
-    with pytest.raises(ValueError, match="channels are not known"):
+    with pytest.raises(ValueError, match="number of channels is unknown"):
         _ = module.bind({}).config
     variables = module.init(jax.random.key(0), jnp.zeros((7, 9, config.channels)))
     assert module.bind(variables).config == config

@@ -251,7 +251,7 @@ def test_what_goes_is_noted():
         (_no_match, "no layer with the keys of keras.*Its layers are of the classes Conv2D, Sequential"),
         (_no_such_layer, "is not keras .*it has no query"),
         (_quantised, "is quantised .*convert the floating-point model"),
-        (_lent, "is a layer of lent.* too, and the two would part"),
+        (_lent, "is a layer of lent.* too, and would no longer be shared"),
         (_in_a_graph, "in the graph of the model .Sequential., which Keras cannot change"),
         (_uncopied, "strength of uncopied.*is 0.5.*inplace=True"),
         (_several_dialects, "choose its dialect with dialect=: its keys fit .*keras"),

@@ -107,17 +107,17 @@ def write_safetensors(folder: Path) -> dict[str, tuple[Path, str]]:
         cases[f"safetensors {name}"] = (path, words)
 
     whole = safetensors({"w": row()}, bytes(24))
-    case("half", "the file is truncated: 24 bytes of data are promised, 12 are there", whole[:-12])
+    case("half", "the file is truncated: its header promises 24 bytes of data, and it has 12", whole[:-12])
     case("half header", "is truncated or no .safetensors file", whole[:30])
     case("endless header", "its header should have 4294967296 bytes", struct.pack("<Q", 2**32) + whole[8:])
     case("key twice", "holds a key twice: w", safetensors(b'{"w": 1, "w": 2}'))
     case(
         "overlap",
-        "begins at byte 12 of the data, the tensor before it ends at 24",
+        "begins at byte 12 of the data, but the tensor before it ends at 24",
         safetensors({"w": row(), "v": row(begin=12, end=36)}, bytes(36)),
     )
     case("gap", "begins at byte 4 of the data", safetensors({"w": row(begin=4, end=28)}, bytes(28)))
-    case("trailing", "8 bytes behind the last tensor belong to none", whole + bytes(8))
+    case("trailing", "8 bytes behind the last tensor belong to no tensor", whole + bytes(8))
     case("shape", "needs 28 bytes, data_offsets 0 to 24 are 24", safetensors({"w": row((7,))}, bytes(24)))
     case("negative", "is not one of an array", safetensors({"w": row((-2, -3))}, bytes(24)))
     case("overflow", "is not one of an array", safetensors({"w": row((2**40, 2**40))}, bytes(24)))
