@@ -12,17 +12,16 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.cells import CEILINGS, Cell
 from selfattn_core import SelfAttentionConfig, init_params, spec
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.inputs import rounded
 from selfattn_core.conformance.verdicts.tolerance import ALLOWANCES, CAPS, EPS, Expectation, Verdict, judge
 from selfattn_ops.blocks import block_rows
 
 __all__ = ["PRODUCTS", "Problem", "products", "row_local"]
 
-Array = NDArray[Any]
 Dot = Callable[..., Any]
 Keep = Callable[[Array], Array]
 

@@ -12,10 +12,10 @@ covers p×p positions, and the last H − p·H' rows of positions belong to no k
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from selfattn_core.arrays import Array
 
 __all__ = [
     "SMALL_GAMMA",
@@ -30,7 +30,6 @@ __all__ = [
     "upsample",
 ]
 
-Array = NDArray[Any]
 
 SMALL_GAMMA = 1e-3
 """With a smaller |gamma| the output is practically the input, and the map is untrained noise."""

@@ -5,17 +5,15 @@ A row of the map needs all keys and one query, so any rows can be computed witho
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import fold_spectral_norm
 
 __all__ = ["attention_rows", "relative_change"]
 
-Array = NDArray[Any]
 
 _QUERIES, _KEYS = 1024, 4096
 """Sides of the block of weights that is held at once, 16 MiB in float32.

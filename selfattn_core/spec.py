@@ -73,16 +73,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import spectral_norm
-from selfattn_core.arrays import is_floating
+from selfattn_core.arrays import Array, is_floating
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import check_params, parameter_table, projections
 
 __all__ = ["VERSION", "attention_map", "forward", "magnitudes", "power_iteration", "r1", "vjp", "vjp_of_vjp"]
 
-Array = NDArray[Any]
 
 VERSION = 1
 """The version of the function. It changes whenever the inputs or expected values of a golden vector change."""

@@ -25,10 +25,11 @@ and ṽ is v; the order of the two halves, eps and the warm-up are those of
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from selfattn_core.arrays import Array
 
 __all__ = [
     "EPS",
@@ -42,7 +43,6 @@ __all__ = [
     "warmed_up",
 ]
 
-Array = NDArray[Any]
 
 EPS = 1e-12
 """Vectors shorter than this are divided by it instead of by their norm."""

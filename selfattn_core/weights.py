@@ -12,12 +12,10 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from selfattn_core.arrays import widen
+from selfattn_core.arrays import Array, widen
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.files.safetensors import SafetensorsError, read_all, read_header, read_tensor, whole_file
 from selfattn_core.files.writing import write_atomically
@@ -31,7 +29,6 @@ FORMAT = "selfattn"
 VERSION = "1"
 _READABLE = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.float32}
 
-Array = NDArray[Any]
 PathLike = str | os.PathLike[str]
 
 

@@ -5,15 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, spec
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.verdicts.tolerance import CAPS, EPS, Expectation, measure
 from selfattn_core.params import state_table
 
-Array = NDArray[Any]
 Params = dict[str, Array]
 
 FLAT = SelfAttentionConfig(11, 3)

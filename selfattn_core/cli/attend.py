@@ -5,12 +5,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.cli.guard import in_words_of_the_command
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.files.safetensors import SafetensorsError, read_header
@@ -21,7 +20,6 @@ from selfattn_core.weights import FORMAT, load
 
 __all__ = ["LARGEST_IMAGE", "WHOLE", "Attended", "attend", "attend_files", "read_image"]
 
-Array = NDArray[Any]
 
 LARGEST_IMAGE = 2**24
 """The most pixels of a picture that is decoded, 4096×4096."""

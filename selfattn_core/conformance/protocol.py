@@ -5,8 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
-from numpy.typing import NDArray
-
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import Layout, Run
 from selfattn_core.conformance.cases.computations import Ability
@@ -27,7 +26,6 @@ __all__ = [
     "takes_device",
 ]
 
-Array = NDArray[Any]
 Build = Callable[[SelfAttentionConfig, Mapping[str, Array], str, str], Any]
 
 

@@ -7,17 +7,15 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.protocol import ABILITIES
 from selfattn_core.params import init_params
 from selfattn_core.spec import FirstOrder, Layer, SecondOrder
 
 __all__ = ["FusedLayer", "LayerReference", "Model", "Reference"]
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

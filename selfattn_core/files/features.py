@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.npy import LONGEST_HEADER, dtype_name, npy_header
@@ -19,7 +18,6 @@ from selfattn_core.porting.formats.numbers import decode
 
 __all__ = ["LARGEST_ARRAY", "LARGEST_GRID", "check_is_file", "read_features"]
 
-Array = NDArray[Any]
 
 LARGEST_GRID = 2**20
 """The most positions of a feature map, 1024×1024."""

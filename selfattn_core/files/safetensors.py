@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
-from selfattn_core.arrays import widen
+from selfattn_core.arrays import Array, widen
 
 __all__ = [
     "CODES",
@@ -39,7 +38,6 @@ __all__ = [
     "whole_file",
 ]
 
-Array = NDArray[Any]
 
 DTYPES = {
     "BOOL": "bool",

@@ -3,11 +3,9 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
 
 import selfattn_core
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.porting.blocks.find import find_blocks
 from selfattn_core.porting.blocks.metadata import is_canonical
@@ -20,8 +18,6 @@ from selfattn_core.problems import Remedy, in_python
 from selfattn_core.weights import PathLike
 
 __all__ = ["load", "load_any"]
-
-Array = NDArray[Any]
 
 
 def load(

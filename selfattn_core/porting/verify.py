@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.backends import REGISTRY
 from selfattn_core.conformance.cases.case import Case
@@ -26,7 +26,6 @@ from selfattn_core.porting.report import Check
 
 __all__ = ["BACKENDS", "check_framework", "check_output", "designed_input", "main", "read_io"]
 
-Array = NDArray[Any]
 Layer = tuple[SelfAttentionConfig, Mapping[str, Array]]
 
 BACKENDS: Mapping[str, tuple[str, ...]] = {

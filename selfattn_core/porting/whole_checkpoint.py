@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.files.safetensors import CODES, header_bytes
 from selfattn_core.files.writing import write_atomically
 from selfattn_core.installed import imported, require
@@ -29,7 +29,6 @@ from selfattn_core.problems import Remedy
 
 __all__ = ["WHOLE", "Renamed", "write_whole"]
 
-Array = NDArray[Any]
 Keys = tuple[Any, ...]
 WHOLE = ("torch", "safetensors")
 

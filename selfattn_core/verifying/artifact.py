@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from numpy.typing import NDArray
+from selfattn_core.arrays import Array
 
 __all__ = ["Artifact", "Tensor"]
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import Inputs
@@ -19,7 +18,6 @@ from selfattn_core.params import parameter_table
 
 __all__ = ["Evidence", "diagnose"]
 
-Array = NDArray[Any]
 
 # The most positions of inputs for the search, or of a single input if there are no smaller ones. Each bug takes as long to
 # compute as the definition.

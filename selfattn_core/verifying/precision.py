@@ -14,11 +14,10 @@ largest of the errors above and of the error of the definition with sums in that
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import SIXTEEN_BITS, Case
 from selfattn_core.conformance.cases.inputs import Inputs, rounded
@@ -30,7 +29,6 @@ from selfattn_core.verifying.questions import Question
 
 __all__ = ["INT8_FACTOR", "PRECISIONS", "expected", "factor", "found_precision", "held"]
 
-Array = NDArray[Any]
 
 PRECISIONS = ("float64", "float32", "float16", "bfloat16", "int8")
 """The precisions from the finest to the coarsest."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.execution.environment import environment
 from selfattn_core.verifying.artifact import Tensor
 from selfattn_core.verifying.containers import Runtime
@@ -24,7 +24,6 @@ from selfattn_core.verifying.errors import VerifyError
 
 __all__ = ["Answer", "CrashedError", "Description", "Process"]
 
-Array = NDArray[Any]
 
 _OPENING_SECONDS = 120.0
 _ANSWER_SECONDS = 60.0

@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.verifying.errors import VerifyError
 
 __all__ = ["LARGEST_MAP", "Question", "own_question", "questions"]
 
-Array = NDArray[Any]
 Sizes = tuple[int | None, int | None, int | None]
 Kind = Literal["ordinary", "peaked", "huge", "flat", "shifted", "alike"]
 

@@ -4,11 +4,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import Layout
 from selfattn_core.conformance.verdicts.tolerance import Expectation, measure
@@ -26,7 +25,6 @@ from selfattn_core.verifying.signature import LAYOUTS, Signature, signature
 
 __all__ = ["verify"]
 
-Array = NDArray[Any]
 PathLike = str | os.PathLike[str]
 
 _UNEXPLAINED = (

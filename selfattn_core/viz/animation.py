@@ -3,11 +3,10 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.files.writing import write_atomically
 from selfattn_core.installed import require
 from selfattn_core.viz.drawing import draw, empty_figure
@@ -15,8 +14,6 @@ from selfattn_core.viz.panels import largest_weights, panels_of_grid
 from selfattn_core.weights import PathLike
 
 __all__ = ["save_animation"]
-
-Array = NDArray[Any]
 
 
 def save_animation(

@@ -1,11 +1,11 @@
 """Drawing panels with matplotlib, which is imported inside the calls."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.maps import effect_warning, row_statistics, upsample
 from selfattn_core.viz.panels import COLOURS, Panels
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "empty_figure"]
 
-Array = NDArray[Any]
 
 _INCHES = 2.1
 _SHOWN = 512

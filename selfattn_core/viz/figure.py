@@ -1,10 +1,9 @@
 """The figure of one image: the attention from some of its points."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from numpy.typing import NDArray
-
+from selfattn_core.arrays import Array
 from selfattn_core.installed import require
 from selfattn_core.viz.drawing import draw, empty_figure
 from selfattn_core.viz.panels import largest_weights, panels_of_grid, panels_of_rows, warn_of
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["attention_figure", "draw_attention", "rows_figure"]
 
-Array = NDArray[Any]
 
 _DPI = 150
 

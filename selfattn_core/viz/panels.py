@@ -4,16 +4,14 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.maps import checked_grid, checked_rows, effect_warning, position_of
 
 __all__ = ["COLOURS", "Panels", "largest_weights", "panels_of_grid", "panels_of_rows", "warn_of"]
 
-Array = NDArray[Any]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """The colours of the points, in this order. They are distinct in every common form of colour blindness.

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from selfattn_core import SelfAttentionConfig, spec
+from selfattn_core.arrays import Array
 from selfattn_core.params import parameter_table, state_table
 
-Array = NDArray[Any]
 CONFIG = SelfAttentionConfig(11, 3, 5, out_projection=True, spectral_norm=True)
 STEPS, RATE, PENALTY = 20, 0.03, 0.05
 

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import load, spec
-
-Array = NDArray[Any]
+from selfattn_core.arrays import Array
 
 
 def _layer() -> Any:

@@ -2,19 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import spectral_norm
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.params import parameter_table, projections
 
 __all__ = ["Inputs", "clear_windows", "inputs", "rounded"]
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

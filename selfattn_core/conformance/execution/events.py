@@ -4,10 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import TextIO, get_args
 
-from numpy.typing import NDArray
-
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.protocol import Claims
 from selfattn_core.conformance.results import Status
 
@@ -25,8 +24,6 @@ __all__ = [
     "read",
     "write",
 ]
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

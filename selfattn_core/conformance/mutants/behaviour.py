@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.mutants.mutant import Mutant
@@ -13,8 +13,6 @@ from selfattn_core.conformance.reference import Model, Reference
 from selfattn_core.params import glorot_limit, init_params
 
 __all__ = ["MUTANTS"]
-
-Array = NDArray[Any]
 
 
 class NewProjections(Reference):

@@ -1,17 +1,12 @@
 """Mutants of the family shipped: layers that round more than the default products of their framework."""
 
-from typing import Any
-
-from numpy.typing import NDArray
-
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.mutants.mutant import Mutant
 from selfattn_core.conformance.protocol import Backend
 from selfattn_core.conformance.reference import LayerReference
 from selfattn_core.conformance.verdicts.product_formats import kept_bits, rounding_layer
 
 __all__ = ["MUTANTS", "RoundsOperands"]
-
-Array = NDArray[Any]
 
 
 class RoundsOperands(LayerReference):

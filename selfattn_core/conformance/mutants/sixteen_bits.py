@@ -6,11 +6,10 @@ larger than those of correct backends, so that no limit can separate them.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.inputs import rounded
 from selfattn_core.conformance.mutants.edits import edited_spec
@@ -20,7 +19,6 @@ from selfattn_core.conformance.reference import Model, Reference
 
 __all__ = ["MUTANTS", "InBfloat16", "in_bfloat16"]
 
-Array = NDArray[Any]
 
 _STORE = "return values.astype(self.dtype).astype(self.arithmetic)"
 _STORED = "from selfattn_core.conformance.cases.inputs import rounded; return rounded(values, 'bfloat16')"

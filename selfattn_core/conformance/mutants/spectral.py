@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.mutants.mutant import Mutant, edited
@@ -15,7 +15,6 @@ from selfattn_core.params import fold_spectral_norm, init_params, projections
 
 __all__ = ["MUTANTS"]
 
-Array = NDArray[Any]
 
 _FAMILY: FamilyName = "spectral_norm"
 

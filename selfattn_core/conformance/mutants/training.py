@@ -1,18 +1,15 @@
 """Mutants of training: bugs that show over many steps."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.mutants.mutant import Mutant
 from selfattn_core.conformance.reference import Model, Reference
 
 __all__ = ["MUTANTS"]
-
-Array = NDArray[Any]
 
 
 class KeepsItsWeights(Reference):

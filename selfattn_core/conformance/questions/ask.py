@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.computations import ComputationName
 from selfattn_core.conformance.cases.families import FamilyName
@@ -18,7 +18,6 @@ from selfattn_core.conformance.questions.training import train
 
 __all__ = ["INITIAL_DRAWS", "answers"]
 
-Array = NDArray[Any]
 
 INITIAL_DRAWS = 4
 """The number of new layers whose weights are compared with the distribution. The last one repeats the seed of the first."""

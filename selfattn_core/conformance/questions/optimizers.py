@@ -1,14 +1,14 @@
 """The optimisers of the training cases, in numpy, so that every backend takes the same steps."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+
+from selfattn_core.arrays import Array
 
 __all__ = ["OPTIMIZERS", "Adam", "Momentum", "Optimizer"]
 
-Array = NDArray[Any]
 Params = Mapping[str, Array]
 
 

@@ -15,9 +15,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import clear_windows, inputs
 from selfattn_core.conformance.protocol import Backend, Build
@@ -38,7 +38,6 @@ __all__ = [
     "trained",
 ]
 
-Array = NDArray[Any]
 Params = Mapping[str, Array]
 Answers = Callable[[Params, Array], Array]
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.backends import REGISTRY, resolve
 from selfattn_core.conformance.cases.case import LAYOUTS, Run
@@ -43,8 +43,6 @@ from selfattn_core.conformance.verdicts.tolerance import (
     TERMS_CAP,
 )
 from selfattn_core.files.writing import write_atomically
-
-Array = NDArray[Any]
 
 __all__ = ["RESULT", "SEEDS", "TRAJECTORY_TURNS", "calibrated_runs", "measure", "policy"]
 

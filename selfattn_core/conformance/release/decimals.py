@@ -14,11 +14,11 @@ from decimal import Decimal
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from selfattn_core.arrays import Array
 
 __all__ = ["DIGITS", "Single", "fifty_digits", "to_decimals", "to_floats", "to_singles"]
 
-Array = NDArray[Any]
 
 DIGITS = 50
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.computations import COMPUTATIONS
 from selfattn_core.conformance.cases.families import FAMILIES
@@ -40,7 +40,6 @@ from selfattn_core.files.writing import write_atomically
 
 __all__ = ["EDITION", "FORMAT", "SUMS", "differences", "golden_cases", "vector", "write"]
 
-Array = NDArray[Any]
 
 FORMAT = "selfattn golden vector"
 SUMS = "SHA256SUMS"

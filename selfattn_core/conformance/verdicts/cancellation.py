@@ -6,17 +6,14 @@ rowsum(G∘o), and not as rowsum(A∘dA), leaves rounding errors in proportion t
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.spec import Layer
 
 __all__ = ["terms_through_the_map"]
-
-Array = NDArray[Any]
 
 
 def terms_through_the_map(

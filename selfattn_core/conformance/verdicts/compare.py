@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.case import Case, Run
 from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import inputs
@@ -20,8 +19,6 @@ from selfattn_core.conformance.verdicts.trajectory import curve_floors, judge_tr
 from selfattn_core.params import parameter_table, state_table
 
 __all__ = ["compare", "memory_limit"]
-
-Array = NDArray[Any]
 
 
 def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "float32") -> Outcome:

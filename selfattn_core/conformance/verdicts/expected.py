@@ -1,12 +1,11 @@
 """The expected value, noise floor and cap of each quantity of a case, all three computed with the spec."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import spec
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.case import SIXTEEN_BITS, Case
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
 from selfattn_core.conformance.questions.ask import answers
@@ -26,7 +25,6 @@ from selfattn_core.conformance.verdicts.tolerance import (
 
 __all__ = ["expect", "expect_on", "expect_shipped", "expectations", "quantities"]
 
-Array = NDArray[Any]
 
 _NOISE = {"float64": "float32", "float32": "float32", "float16": "float16", "bfloat16": "float16"}
 

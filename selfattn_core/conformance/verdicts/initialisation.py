@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from itertools import combinations
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfattn_core import spectral_norm
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.questions.ask import INITIAL_DRAWS
 from selfattn_core.conformance.verdicts.tolerance import Verdict
@@ -15,7 +14,6 @@ from selfattn_core.params import Parameter, glorot_limit, parameter_table, proje
 
 __all__ = ["distribution_verdicts"]
 
-Array = NDArray[Any]
 
 # The largest sqrt(n) times the Kolmogorov-Smirnov statistic, and the largest correlation in standard errors. A correct
 # backend exceeds each once in 10⁹ draws.

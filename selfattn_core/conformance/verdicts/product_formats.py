@@ -11,14 +11,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.spec import Layer
 
 __all__ = ["FORMATS", "Format", "coarsest", "kept_bits", "measured", "rounding_layer"]
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

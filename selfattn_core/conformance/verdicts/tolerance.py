@@ -23,11 +23,10 @@ An ulp here is eps times the largest expected value. Four rules change it:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.case import SIXTEEN_BITS
 from selfattn_core.conformance.verdicts.product_formats import FORMATS
 
@@ -48,7 +47,6 @@ __all__ = [
     "measure",
 ]
 
-Array = NDArray[Any]
 
 FACTOR = 8.0
 """The largest multiple of the noise floor that passes in float32 and float64."""

@@ -7,11 +7,10 @@ growth counts times 2⁻²⁹.
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.questions.training import (
     Trajectory,
@@ -24,7 +23,6 @@ from selfattn_core.conformance.verdicts.tolerance import EPS, FACTOR, Verdict
 
 __all__ = ["curve_floors", "judge_trajectory"]
 
-Array = NDArray[Any]
 
 _CURVE_ULP, _CURVE_CAP = 4.0, 256.0
 """In ulp of the first loss: the addition to the floor of the curve, and its cap."""

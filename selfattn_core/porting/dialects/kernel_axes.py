@@ -1,13 +1,10 @@
 """A stored kernel as a matrix. A dialect names the axes, as in "OIHW": O is C_out, I is C_in, and all others have size 1."""
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
+
+from selfattn_core.arrays import Array
 
 __all__ = ["from_matrix", "matrix_shape", "to_matrix"]
-
-Array = NDArray[Any]
 
 
 def matrix_shape(shape: tuple[int, ...], axes: str) -> tuple[int, int] | None:

@@ -3,18 +3,16 @@
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selfattn_core.arrays import widen
+from selfattn_core.arrays import Array, widen
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.tensors import TensorInfo
 
 __all__ = ["bits", "contiguous", "decode", "read_array", "stored_bytes"]
 
-Array = NDArray[Any]
 ReadInto = Callable[[memoryview], None]
 
 _NUMPY = {

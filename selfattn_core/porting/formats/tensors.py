@@ -4,16 +4,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.porting.errors import PortError
 
 __all__ = ["Array", "Entry", "TensorInfo", "Tensors"]
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

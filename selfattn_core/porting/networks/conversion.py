@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import Inputs
@@ -46,7 +46,6 @@ __all__ = [
     "sizes",
 ]
 
-Array = NDArray[Any]
 Model = TypeVar("Model")
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.conformance.verdicts.tolerance import FACTOR
 from selfattn_core.porting.dialects.dialect import Dialect
 from selfattn_core.porting.errors import PortError
@@ -30,7 +30,6 @@ from selfattn_core.porting.networks.conversion import (
 
 __all__ = ["DoesNotRunError", "ForeignLayerBase", "Options", "convert_all", "notes_of"]
 
-Array = NDArray[Any]
 Key = TypeVar("Key")
 Layer = TypeVar("Layer")
 

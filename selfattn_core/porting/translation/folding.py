@@ -14,16 +14,15 @@ None of these is the largest singular value until u has converged. A σ that was
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
+from selfattn_core.arrays import Array
 from selfattn_core.porting.dialects.dialect import SpectralNorm
 
 __all__ = ["batch_norm_factor", "cast", "spectral_state"]
 
-Array = NDArray[Any]
 _ROWS = 1 << 17
 """The number of elements that are widened to float64 at a time, so that memory never holds a large kernel twice."""
 

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import parameter_table, projections, state_table
 from selfattn_core.porting.blocks.match import Projection
@@ -26,7 +25,6 @@ from selfattn_core.spectral_norm import converged, unlike_unit_vectors
 
 __all__ = ["Imported", "Origin", "check_dtype", "import_block", "state_notes"]
 
-Array = NDArray[Any]
 _DTYPES = ("float16", "float32", "float64")
 
 

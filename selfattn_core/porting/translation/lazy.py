@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+
+from selfattn_core.arrays import Array
 
 __all__ = ["LazyArrays", "Mark", "MarkedArrays", "checksum", "mark"]
-
-Array = NDArray[Any]
 
 
 class Mark(NamedTuple):

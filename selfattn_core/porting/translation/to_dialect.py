@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.params import projections
 from selfattn_core.porting.dialects.dialect import BatchNorm, Dialect, KernelForm, Variant
@@ -18,8 +17,6 @@ from selfattn_core.porting.translation.lazy import MarkedArrays
 from selfattn_core.problems import Problem
 
 __all__ = ["Exported", "export_block", "separator"]
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
