@@ -154,7 +154,7 @@ def load(path: PathLike, *, block: str | None = None) -> tuple[SelfAttentionConf
             header = read_header(file)
         except SafetensorsError as error:
             raise ValueError(
-                f"{path}: cannot be read as .safetensors; it is truncated or another format ({error})."
+                f"{path}: cannot be read as .safetensors; it is truncated or another format: {str(error).rstrip('.')}."
             ) from error
         metadata, names = header.metadata, list(header.tensors)
         if metadata.get("format") != FORMAT:

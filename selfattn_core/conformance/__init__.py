@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 from selfattn_core.conformance.backends import REGISTRY, resolve
 from selfattn_core.conformance.protocol import ABILITIES, Backend
+from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
 
 if TYPE_CHECKING:
     from selfattn_core.conformance.reproduce import run_case
 
-__all__ = ["ABILITIES", "REGISTRY", "Backend", "resolve", "run_case"]
+__all__ = ["ABILITIES", "REGISTRY", "Backend", "PeakUnknownError", "resolve", "run_case"]
 
 
 def __getattr__(name: str) -> Any:

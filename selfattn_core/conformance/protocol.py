@@ -53,7 +53,7 @@ class Backend(Protocol):
 
     A backend that can compute on a chosen device has the methods of `Placed`. It may also have `peak_memory(call)`, which
     returns the bytes by which the device's memory rises at its highest while the call runs. `peak_memory` raises
-    `conformance.questions.peak_memory.PeakUnknownError` if it cannot measure that. Without the methods of `Placed` the
+    `selfattn_core.conformance.PeakUnknownError` if it cannot measure that. Without the methods of `Placed` the
     backend chooses its device itself.
     """
 

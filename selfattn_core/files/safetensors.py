@@ -135,7 +135,7 @@ def read_header(file: BinaryIO) -> Header:
     length = int.from_bytes(file.read(8), "little")
     if length > end - 8:
         raise SafetensorsError(
-            f"is truncated or no .safetensors file: its header should have {length} bytes, the file has {end}."
+            f"its header should have {length} bytes and the file has {end}, so it is truncated or no .safetensors file."
         )
     if length > LONGEST_HEADER:
         raise SafetensorsError(f"has a header of {length} bytes; at most {LONGEST_HEADER} are read.")

@@ -276,6 +276,17 @@ def test_other_formats_are_refused(tmp_path, content):
         load(tmp_path / "layer.safetensors")
 
 
+def test_the_reason_follows_in_a_sentence(tmp_path):
+    path = tmp_path / "layer.safetensors"
+    path.write_bytes(b"\xff" * 40)
+    with pytest.raises(ValueError, match="truncated or another format") as error:
+        load(path)
+    assert str(error.value) == (
+        f"{path}: cannot be read as .safetensors; it is truncated or another format: its header should have "
+        f"{2**64 - 1} bytes and the file has 40, so it is truncated or no .safetensors file."
+    )
+
+
 def test_a_folder_and_an_absent_file(tmp_path):
     with pytest.raises(ValueError, match="is a folder"):
         load(tmp_path)
