@@ -255,7 +255,7 @@ def test_a_device_that_is_not_there_is_missing():
         (["torch", "--device", ""], ["torch: got device ''; expected one of cpu, cuda, mps, xpu"]),
         (["toy_backends:OnTwo", "--device", ""], ["got device ''; expected a word of this backend's own"]),
         (["--self-test", "--device", "cpu"], ["name a BACKEND"]),
-        (["--device", "cpu", "--diff", "a.json", "b.json"], ["--diff runs nothing"]),
+        (["--device", "cpu", "--diff", "a.json", "b.json"], ["--diff compares two files and runs nothing"]),
     ],
 )
 def test_wrong_usage(arguments, words):

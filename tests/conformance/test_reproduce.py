@@ -63,7 +63,7 @@ def test_only_the_named_runs_are_asked(tmp_path):
     [
         ([REFERENCE, "--case", "SA-FWD-901"], "--case: case SA-FWD-901"),
         (["--case", FIRST], "--case: name the BACKEND"),
-        (["--diff", "a", "b", "--case", FIRST], "--diff runs nothing"),
+        (["--diff", "a", "b", "--case", FIRST], "--diff compares two files and runs nothing"),
     ],
 )
 def test_what_is_no_choice_of_cases(arguments, words):

@@ -57,4 +57,4 @@ def test_a_penalty_across_groups_of_shards_raises_or_loses_gradients(results):
 
 
 def test_shards_are_not_exported(results):
-    assert "of which the parameters are sharded" in results["export of shards"]
+    assert "with these problems: the parameters are sharded" in results["export of shards"]

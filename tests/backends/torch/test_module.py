@@ -303,7 +303,9 @@ def test_children_are_called_so_that_they_can_be_hooked_and_replaced(case, name)
     torch.testing.assert_close(y, merged(x), rtol=1e-4, atol=1e-5)
     y.square().sum().backward()
     assert wrapped.up.weight.grad.any()
-    with pytest.raises(ValueError, match=f"of which {name} is a LowRank; expected plain convolutions"):
+    with pytest.raises(
+        ValueError, match=f"with these problems: {name} is a LowRank. Expected plain convolutions"
+    ):
         to_canonical(layer)
 
     hooked, *_ = layer_of_case(case)
