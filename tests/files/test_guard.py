@@ -111,13 +111,16 @@ class TestSignals:
             def __del__(self) -> None:
                 signal.raise_signal(number)
 
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Under `nohup`, SIGHUP is ignored, and stays so.
+        before = signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
         expected = KeyboardInterrupt if number == signal.SIGINT else SystemExit
         try:
             with pytest.raises(expected):
                 work()
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(number, before)
 
     def test_other_threads_can_run_a_command(self):
         found = []

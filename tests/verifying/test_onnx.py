@@ -128,7 +128,7 @@ def test_a_part_that_needs_more_than_its_input(weights, tmp_path):
         feeds=(("image", (2, 4, 7, 16)),),
         gives=(("y", (2, 4, 7, 16)),),
     )
-    with pytest.raises(VerifyError, match="needs image too, perhaps its sizes"):
+    with pytest.raises(VerifyError, match="also needs image, perhaps because of open sizes"):
         verify(path, weights, input_name="x", output_name="y")
 
 
