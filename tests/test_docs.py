@@ -125,17 +125,6 @@ def test_commands_and_their_options_exist(place, text):
             )
 
 
-def test_the_commands_in_the_table_of_the_readme_exist():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = [line.split() for line in re.findall(r"`(selfattn [^`]+)`", readme)]
-    assert {words[1] for words in commands} >= {"inspect", "port", "conform", "verify", "attend"}
-    for words in commands:
-        command = main.get_command(click.Context(main), words[1])
-        assert command is not None, words
-        options = {option for parameter in command.params for option in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= options, words
-
-
 def targets() -> set[str]:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     return set(re.findall(r"^([a-z-]+):", makefile, re.M))
