@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["Array", "is_floating", "widen"]
+__all__ = ["Array", "contiguous", "is_floating", "widen"]
 
 Array = NDArray[Any]
 
@@ -24,3 +24,13 @@ def widen(array: Array) -> Array:
         dtype('float16')
     """
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def contiguous(array: Array) -> Array:
+    """An array in the form that writers need: contiguous, and bfloat16 widened to float32.
+
+    Example:
+        >>> contiguous(np.ones((2, 3)).T).flags.c_contiguous
+        True
+    """
+    return np.ascontiguousarray(widen(array)).reshape(np.shape(array))

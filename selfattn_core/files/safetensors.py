@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from selfattn_core.arrays import Array, widen
+from selfattn_core.arrays import Array, contiguous, widen
 
 __all__ = [
     "CODES",
@@ -218,7 +218,7 @@ def pieces(
     rows: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     place = 0
     for name in tensors:
-        made = _contiguous(tensors[name])
+        made = contiguous(tensors[name])
         if made.dtype.name not in _WRITABLE:
             raise SafetensorsError(
                 f"{name}: {made.dtype} has no place in .safetensors; it has {', '.join(_WRITABLE)}."
@@ -230,7 +230,7 @@ def pieces(
         del made
     yield header_bytes(rows)
     for name in tensors:
-        made = _contiguous(tensors[name])
+        made = contiguous(tensors[name])
         if made.nbytes != rows[name]["data_offsets"][1] - rows[name]["data_offsets"][0]:
             raise SafetensorsError(f"{name}: changed while it was written; nothing was written.")
         yield made.data if made.nbytes else b""
@@ -250,10 +250,6 @@ def header_bytes(rows: Mapping[str, Any]) -> bytes:
     text = json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _contiguous(array: Array) -> Array:
-    return np.ascontiguousarray(widen(array)).reshape(np.shape(array))
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

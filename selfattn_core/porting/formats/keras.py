@@ -18,11 +18,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from selfattn_core.arrays import contiguous
 from selfattn_core.installed import imported, require
 from selfattn_core.params import KV_POOL
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.format import Format
-from selfattn_core.porting.formats.numbers import contiguous
 from selfattn_core.porting.formats.tensors import Array, Entry, Tensors
 from selfattn_core.porting.formats.untrusted.file import Source
 from selfattn_core.porting.formats.untrusted.hdf5 import SIGNATURE, Dataset, Hdf5

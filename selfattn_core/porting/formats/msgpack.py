@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from selfattn_core.arrays import contiguous
 from selfattn_core.installed import imported, require
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.format import Format
-from selfattn_core.porting.formats.numbers import bits, contiguous, stored_bytes
+from selfattn_core.porting.formats.numbers import bits, stored_bytes
 from selfattn_core.porting.formats.tensors import Array, Entry, TensorInfo, Tensors
 from selfattn_core.porting.formats.untrusted.file import Source
 from selfattn_core.porting.formats.untrusted.limits import MAX_DEPTH, MAX_TENSORS, checked_shape

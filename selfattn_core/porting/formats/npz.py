@@ -10,10 +10,11 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
+from selfattn_core.arrays import contiguous
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.format import Format
 from selfattn_core.porting.formats.npy import LONGEST_HEADER, dtype_name, npy_header
-from selfattn_core.porting.formats.numbers import contiguous, read_array, stored_bytes
+from selfattn_core.porting.formats.numbers import read_array, stored_bytes
 from selfattn_core.porting.formats.tensors import Array, Entry, TensorInfo, Tensors
 from selfattn_core.porting.formats.untrusted.file import Source
 from selfattn_core.porting.formats.untrusted.zip import Archive, Member

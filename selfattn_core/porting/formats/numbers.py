@@ -7,11 +7,11 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from selfattn_core.arrays import Array, widen
+from selfattn_core.arrays import Array
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.tensors import TensorInfo
 
-__all__ = ["bits", "contiguous", "decode", "read_array", "stored_bytes"]
+__all__ = ["bits", "decode", "read_array", "stored_bytes"]
 
 ReadInto = Callable[[memoryview], None]
 
@@ -56,16 +56,6 @@ def stored_bytes(info: TensorInfo) -> int:
         30
     """
     return (math.prod(info.shape) * (bits(info.dtype) or 0) + 7) // 8
-
-
-def contiguous(array: Array) -> Array:
-    """An array in the form that writers need: contiguous, and bfloat16 widened to float32.
-
-    Example:
-        >>> contiguous(np.ones((2, 3)).T).flags.c_contiguous
-        True
-    """
-    return np.ascontiguousarray(widen(array)).reshape(np.shape(array))
 
 
 def read_array(where: str, info: TensorInfo, read_into: ReadInto) -> Array:

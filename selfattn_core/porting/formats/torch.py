@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from selfattn_core.arrays import contiguous
 from selfattn_core.installed import imported, require
 from selfattn_core.params import KV_POOL
 from selfattn_core.porting.errors import PortError
 from selfattn_core.porting.formats.format import Format
-from selfattn_core.porting.formats.numbers import bits, contiguous, read_array, stored_bytes
+from selfattn_core.porting.formats.numbers import bits, read_array, stored_bytes
 from selfattn_core.porting.formats.tensors import Array, Entry, TensorInfo, Tensors
 from selfattn_core.porting.formats.torch_names import names_and_wrappers
 from selfattn_core.porting.formats.untrusted import numpy_pickle
