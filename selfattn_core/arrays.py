@@ -1,13 +1,18 @@
-"""The type of numpy arrays in signatures, and helpers for bfloat16, which comes from ml_dtypes."""
+"""The type of numpy arrays in signatures, helpers for bfloat16, which comes from ml_dtypes, and a check of shapes."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["Array", "contiguous", "is_floating", "widen"]
+__all__ = ["Array", "contiguous", "declared_shape", "is_floating", "widen"]
 
 Array = NDArray[Any]
+
+# numpy's own limit is 64.
+_MOST_AXES = 32
 
 
 def is_floating(dtype: DTypeLike) -> bool:
@@ -34,3 +39,15 @@ def contiguous(array: Array) -> Array:
         True
     """
     return np.ascontiguousarray(widen(array)).reshape(np.shape(array))
+
+
+def declared_shape(shape: Sequence[object]) -> tuple[int, ...] | None:
+    """The shape that a file declares. None if no array can have it, because an axis is wrong or there are too many numbers.
+
+    Example:
+        >>> declared_shape([2, 3]), declared_shape([2, -3]), declared_shape([2**62])
+        ((2, 3), None, None)
+    """
+    axes = tuple(axis for axis in shape if isinstance(axis, int) and not isinstance(axis, bool) and axis >= 0)
+    fits = len(axes) == len(shape) <= _MOST_AXES and math.prod(axis or 1 for axis in axes) < 2**62
+    return axes if fits else None

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from selfattn_core.arrays import Array, contiguous, widen
+from selfattn_core.arrays import Array, contiguous, declared_shape, widen
 
 __all__ = [
     "CODES",
@@ -71,7 +71,6 @@ CODES = {name: code for code, name in DTYPES.items()}
 LONGEST_HEADER = 32 * 2**20
 """The most bytes of a header that is parsed. A network of ten thousand tensors needs about one MiB."""
 
-_MOST_AXES = 32
 # The dtypes of numpy itself. bfloat16 is widened.
 _WRITABLE = (
     *("float64", "float32", "float16", "int64", "int32", "int16", "int8"),
@@ -281,21 +280,18 @@ def _stored(key: str, row: object, start: int) -> StoredTensor:
         raise SafetensorsError(f"{key}: unknown dtype {str(code)[:40]!r}; known are {', '.join(DTYPES)}")
     if not isinstance(shape, list):
         raise SafetensorsError(f"{key}: the shape is {str(shape)[:100]}, not a list")
-    if (
-        len(shape) > _MOST_AXES
-        or not all(type(axis) is int and axis >= 0 for axis in shape)
-        or math.prod(axis or 1 for axis in shape) >= 2**62
-    ):
+    axes = declared_shape(shape)
+    if axes is None:
         raise SafetensorsError(f"{key}: the shape {str(shape)[:200]} is not one of an array.")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(place) is int for place in offsets):
         raise SafetensorsError(f"{key}: data_offsets are {str(offsets)[:100]}, not two integers")
     begin, stop = offsets
-    size = (math.prod(shape) * _bits(code) + 7) // 8
+    size = (math.prod(axes) * _bits(code) + 7) // 8
     if stop - begin != size or begin < 0:
         raise SafetensorsError(
-            f"{key}: {DTYPES[code]} {tuple(shape)} needs {size} bytes, data_offsets {begin} to {stop} are {stop - begin}"
+            f"{key}: {DTYPES[code]} {axes} needs {size} bytes, data_offsets {begin} to {stop} are {stop - begin}"
         )
-    return StoredTensor(code, tuple(shape), start + begin, size)
+    return StoredTensor(code, axes, start + begin, size)
 
 
 def _bits(code: str) -> int:

@@ -27,6 +27,7 @@ from selfattn_core.porting.formats.untrusted.file import Source
 from selfattn_core.porting.formats.untrusted.limits import (
     MAX_DEPTH,
     MAX_EXPANSION,
+    MAX_HEADER,
     MAX_TENSORS,
     SMALL,
     checked_shape,
@@ -38,7 +39,6 @@ __all__ = ["FORMATS", "is_orbax", "open_orbax", "steps_in"]
 _METADATA = "selfattn"
 _TREE = "_METADATA"
 _MANIFEST = "manifest.ocdbt"
-_MAX_HEADER = 32 * 2**20
 _ARRAYS = {"jax.Array", "np.ndarray", "scalar"}
 _TIMEOUT = 60
 # The bytes of a checkpoint beside the arrays. Each process writes its arrays, and then Orbax writes them once more together.
@@ -160,8 +160,8 @@ def _size(folder: Path) -> int:
 def _json(path: Path) -> dict[str, Any]:
     source = Source(path)
     try:
-        if source.size > _MAX_HEADER:
-            raise PortError(f"{path}: has {source.size} bytes; at most {_MAX_HEADER} are read.")
+        if source.size > MAX_HEADER:
+            raise PortError(f"{path}: has {source.size} bytes; at most {MAX_HEADER} are read.")
         content = json.loads(source.bytes_at(0, source.size))
     except PortError:
         raise

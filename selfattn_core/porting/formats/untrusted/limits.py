@@ -4,29 +4,27 @@ Listing a file allocates at most a fixed multiple of its header, and never more 
 after a check that the file has that many bytes.
 """
 
-import math
 from collections.abc import Sequence
 
+from selfattn_core.arrays import declared_shape
+from selfattn_core.files.safetensors import LONGEST_HEADER
 from selfattn_core.porting.errors import PortError
 
 __all__ = [
     "MAX_DEPTH",
     "MAX_EXPANSION",
     "MAX_HEADER",
-    "MAX_RANK",
     "MAX_TENSORS",
     "SMALL",
     "checked_shape",
 ]
 
-# The largest header, pickle or index in bytes. A network of ten thousand tensors needs about one MiB.
-MAX_HEADER = 32 * 2**20
+# The largest header, pickle or index in bytes, the same in every format.
+MAX_HEADER = LONGEST_HEADER
 # The number of tensors and other values in a file.
 MAX_TENSORS = 200_000
 # The levels of nested folders, groups and dicts.
 MAX_DEPTH = 32
-# The number of axes. numpy's own limit is 64.
-MAX_RANK = 32
 # Compressed bytes may grow by this factor, or to this number of bytes.
 MAX_EXPANSION = 200
 SMALL = 16 * 2**20
@@ -46,7 +44,7 @@ def checked_shape(where: str, shape: Sequence[object]) -> tuple[int, ...]:
         ...
         selfattn_core.porting.errors.PortError: x.npz: gamma: the shape [-1] is not one of an array.
     """
-    axes = tuple(axis for axis in shape if isinstance(axis, int) and not isinstance(axis, bool) and axis >= 0)
-    if len(axes) != len(shape) or len(axes) > MAX_RANK or math.prod(axis or 1 for axis in axes) >= 2**62:
+    axes = declared_shape(shape)
+    if axes is None:
         raise PortError(f"{where}: the shape {str(list(shape))[:200]} is not one of an array.")
     return axes
