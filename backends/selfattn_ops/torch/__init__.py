@@ -13,9 +13,13 @@ import torch  # noqa: E402 - the message above must come first
 from selfattn_ops.blocks import SCORE_BUDGET, check_block_size, check_operands  # noqa: E402
 from selfattn_ops.torch.autograd import attend_in_blocks  # noqa: E402
 from selfattn_ops.torch.compiled import attend_op  # noqa: E402
-from selfattn_ops.torch.dense import dense_attention, is_autocast  # noqa: E402
+from selfattn_ops.torch.dense import dense_attention, dense_transposed, is_autocast  # noqa: E402
+from selfattn_ops.torch.peaked import spreads  # noqa: E402
 
-__all__ = ["attend", "attend_with_map"]
+_WORTH_A_LOOK = 2**18
+"""Scores from which on it takes a hundredth of the time to see whether a map is peaked. In smaller maps it would count."""
+
+__all__ = ["attend", "attend_transposed", "attend_with_map"]
 
 
 def attend(
@@ -25,7 +29,10 @@ def attend(
 
     Memory is linear in N in the forward pass and in first and second derivatives. Third derivatives are exact and take
     (…, N, M) numbers. Forward mode, `torch.func`, `vmap` and batched gradients work. For 16-bit operands, logits, softmax
-    and derivatives are computed in float32. Autocast changes nothing, because the dtype of the operands decides.
+    and sums are computed in float32. On a processor with tiles (AMX), the derivatives of bfloat16 operands multiply in
+    bfloat16. Autocast changes nothing, because the dtype of the operands decides.
+
+    On a CPU, weights below any rounding are raised, because subnormal numbers are slow: see `selfattn_ops.torch.peaked`.
 
     `torch.compile` sees two opaque operators whatever the number of blocks. In three cases the computation consists of
     standard operators in one block, which take (…, N, M) numbers: in `torch.export`, in a `torch.func` transform inside a
@@ -53,11 +60,43 @@ def attend(
     """
     block_size = _check(query, key, value, block_size)
     compiling = torch.compiler.is_compiling()
-    if _must_be_plain(query, compiling=compiling) or (not compiling and _is_small(query, key, block_size)):
+    if _must_be_plain(query, compiling=compiling) or (
+        not compiling and _is_small(query, key, block_size, -2)
+    ):
         return dense_attention(query, key, value)[0]
     operands = _flat(query), _flat(key), _flat(value)
     out = attend_op(*operands, block_size) if compiling else attend_in_blocks(*operands, block_size)
     return out if query.dim() == 3 else out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def attend_transposed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, block_size: int | None = None
+) -> torch.Tensor:
+    """`attend` for operands and output with positions last, as the feature maps of a layer are when they are flattened.
+
+    A small map is computed without a transposition. Its operands are not checked.
+
+    Args:
+        query: (…, Dk, N).
+        key: (…, Dk, M).
+        value: (…, Dv, M).
+        block_size: as in `attend`.
+
+    Returns:
+        (…, Dv, N), in the dtype of the operands.
+
+    Raises:
+        ValueError: as `attend`, if the map is not small.
+
+    Example:
+        >>> attend_transposed(torch.zeros(1, 2, 6), torch.zeros(1, 2, 4), torch.ones(1, 3, 4)).shape
+        torch.Size([1, 3, 6])
+    """
+    compiling = torch.compiler.is_compiling()
+    if not (compiling or _must_be_plain(query, compiling=False)) and _is_small(query, key, block_size, -1):
+        return dense_transposed(query, key, value)
+    operands = (operand.transpose(-2, -1) for operand in (query, key, value))
+    return attend(*operands, block_size=block_size).transpose(-2, -1)
 
 
 def attend_with_map(
@@ -109,18 +148,20 @@ def _must_be_plain(query: torch.Tensor, *, compiling: bool) -> bool:
     )
 
 
-def _is_small(query: torch.Tensor, key: torch.Tensor, block_size: int | None) -> bool:
-    """Whether the dense computation, in torch's own operators, fits in one block."""
-    rows, keys = query.shape[-2], key.shape[-2]
-    if query.numel() == 0 or keys == 0:
+def _is_small(query: torch.Tensor, key: torch.Tensor, block_size: int | None, positions: int) -> bool:
+    """Whether the dense computation, in torch's own operators, fits in one block. `positions` is the axis of N and M."""
+    rows, keys, numbers = query.shape[positions], key.shape[positions], query.numel()
+    if numbers == 0 or keys == 0:
         return True
+    scores = numbers // (query.shape[-1] * query.shape[-2]) * rows * keys
     return (
         (block_size is None or block_size >= rows)
-        and 4 * (query.numel() // query.shape[-1]) * keys <= SCORE_BUDGET
+        and 4 * scores <= SCORE_BUDGET
         # Under autocast, torch's own backward would run in the dtype of autocast. Under vmap there are more
         # scores than the shapes show.
         and not is_autocast(query)
         and not torch._C._are_functorch_transforms_active()  # noqa: SLF001
+        and (scores < _WORTH_A_LOOK or not spreads(query, key, width=-3 - positions))
     )
 
 

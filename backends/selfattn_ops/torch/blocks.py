@@ -6,20 +6,23 @@ autocast ignores in-place calls and calls with `out=`.
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Self
 
 import torch
 
 from selfattn_ops.blocks import block_rows, score_budget
+from selfattn_ops.torch.peaked import raise_scores
 
 __all__ = [
     "Block",
-    "accumulate",
+    "Sum",
+    "as_factor",
     "blocks",
     "empty_gradient",
     "factors",
     "multiply",
+    "narrow_softmax_scores",
     "ready",
     "softmax_backward",
     "softmax_scores",
@@ -54,7 +57,7 @@ def blocks(
     budget = score_budget(query.device.type, batch, positions, keys, dtype)
     together = max(1, min(batch, budget // max(1, 4 * least * keys)))
     step = block_rows(block_size, together, positions, keys, budget)
-    whole = [query.new_empty(together * step * keys, dtype=dtype) for dtype in dtypes]
+    whole = _buffers(query, together * step * keys, dtypes)
     for start in range(0, batch, together):
         count = min(together, batch - start)
         for row in range(0, positions, step):
@@ -68,6 +71,21 @@ def blocks(
                 yield Block(start, rows, row == 0, tuple(buffer[0] for buffer in buffers))
 
 
+def _buffers(like: torch.Tensor, size: int, dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+    """One buffer for each of `dtypes`. Two share an allocation.
+
+    The C library keeps freed memory up to twice the largest allocation so far, and allocations of 32 MiB never. Single
+    buffers pass that limit when they are freed, and each call would wait for fresh pages.
+    """
+    size += -size % 16  # so that a buffer can be seen in a wider dtype
+    buffers = []
+    for pair in (dtypes[at : at + 2] for at in range(0, len(dtypes), 2)):
+        memory = like.new_empty(size * sum(dtype.itemsize for dtype in pair), dtype=torch.uint8)
+        parts = memory.split([size * dtype.itemsize for dtype in pair])
+        buffers += [part.view(dtype) for part, dtype in zip(parts, pair, strict=True)]
+    return buffers
+
+
 def multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:
     """Write a product of matrices, or of a batch of them."""
     if left.dim() == 2:
@@ -76,19 +94,69 @@ def multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> N
         torch.bmm(left, right, out=out)
 
 
-def accumulate(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, afresh: bool = False) -> None:
-    """Add a product to the content of `into`, or replace the content with `afresh`."""
-    # With beta=0 the content of `into` is not read, not even NaN.
-    if left.dim() == 2:
-        into.addmm_(left, right, beta=0 if afresh else 1)
-    else:
-        into.baddbmm_(left, right, beta=0 if afresh else 1)
+class Sum(NamedTuple):
+    """An array that products are added to. If their factors have a smaller dtype, `part` takes each product first."""
+
+    total: torch.Tensor
+    part: torch.Tensor | None
+
+    @classmethod
+    def of(cls, total: torch.Tensor, factor: torch.dtype) -> Self:
+        """A sum of products whose factors are in the dtype `factor`."""
+        return cls(total, None if factor == total.dtype else torch.empty_like(total, dtype=factor))
+
+    def of_keys(self, block: Block) -> Self:
+        """A block's part of a sum by key."""
+        return type(self)(block.keys_of(self.total), None if self.part is None else block.keys_of(self.part))
+
+    def of_rows(self, block: Block) -> Self:
+        """A block's part of a sum by query row."""
+        return type(self)(block.rows_of(self.total), None if self.part is None else block.rows_of(self.part))
+
+    def add(self, left: torch.Tensor, right: torch.Tensor, *, afresh: bool = False) -> None:
+        """Add a product to the content, or replace the content with `afresh`."""
+        if self.part is not None:
+            multiply(left, right, out=self.part)
+            if afresh:
+                self.total.copy_(self.part)
+            else:
+                self.total.add_(self.part)
+        # With beta=0 the content is not read, not even NaN.
+        elif left.dim() == 2:
+            self.total.addmm_(left, right, beta=0 if afresh else 1)
+        else:
+            self.total.baddbmm_(left, right, beta=0 if afresh else 1)
 
 
-def softmax_scores(query: torch.Tensor, key: torch.Tensor, *, out: torch.Tensor) -> None:
-    """Write softmax(q kᵀ)."""
+def as_factor(scores: torch.Tensor, narrow: torch.Tensor | None = None) -> torch.Tensor:
+    """The scores as the factor of a product: in the buffer `narrow`, if there is one."""
+    return scores if narrow is None else narrow.copy_(scores)
+
+
+def softmax_scores(query: torch.Tensor, key: torch.Tensor, *, out: torch.Tensor, reach: float | None) -> None:
+    """Write softmax(q kᵀ). With `reach`, lower scores are raised first; see `peaked`."""
     multiply(query, key.mT, out=out)
+    if reach is not None:
+        raise_scores(out, reach)
     torch.softmax(out, dim=-1, out=out)
+
+
+def narrow_softmax_scores(
+    query: torch.Tensor, key: torch.Tensor, *, out: torch.Tensor, reach: float | None, spare: torch.Tensor
+) -> None:
+    """Write softmax(q kᵀ) in a smaller dtype than it is computed in, part by part, with `spare`'s memory for the parts."""
+    count = max(1, len(out) // 2)
+    size = count * out[0].numel()
+    if len(out) > 1:
+        room = spare.flatten()[: spare.numel() // 2 * 2].view(query.dtype)
+    else:
+        room = query.new_empty(size)
+    for start in range(0, len(out), count):
+        part = out[start : start + count]
+        scores = room[: part.numel()].view(part.shape)
+        own = slice(start, start + count)
+        softmax_scores(query[own], key if key.dim() == 2 else key[own], out=scores, reach=reach)
+        part.copy_(scores)
 
 
 def softmax_backward(grad: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:

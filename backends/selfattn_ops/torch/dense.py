@@ -1,10 +1,13 @@
 """Attention that computes the whole map at once, in standard operators, differentiable any number of times."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["arithmetic_of", "dense_attention", "dense_second", "dense_tangent", "is_autocast", "pushed"]
+from selfattn_ops.torch.dtypes import arithmetic_of
+
+__all__ = ["dense_attention", "dense_second", "dense_tangent", "dense_transposed", "is_autocast", "pushed"]
 
 
 def dense_attention(
@@ -14,21 +17,32 @@ def dense_attention(
     if is_autocast(query):
         with torch.autocast(query.device.type, enabled=False):
             return dense_attention(query, key, value)
-    multiply = torch.bmm if query.dim() == 3 else torch.matmul
-    arithmetic = arithmetic_of(query)
-    if arithmetic == query.dtype:
-        # Even a cast that does nothing would be a node of an exported graph.
-        attention = torch.softmax(multiply(query, key.transpose(-2, -1)), dim=-1)
-    else:
-        scores = multiply(query.to(arithmetic), key.to(arithmetic).transpose(-2, -1))
-        attention = torch.softmax(scores, dim=-1).to(value.dtype)
+    multiply = _product(query)
+    attention = _map(query, key.transpose(-2, -1), value.dtype)
     return multiply(attention, value), attention
 
 
-def arithmetic_of(operand: torch.Tensor) -> torch.dtype:
-    """The dtype of the computation, which is at least float32."""
-    # `promote_types` would become part of the graph of torch.export.
-    return torch.float32 if operand.dtype.itemsize < 4 else operand.dtype
+def dense_transposed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The output (…, Dv, N) for query (…, Dk, N), key (…, Dk, M) and value (…, Dv, M), without autocast."""
+    multiply = _product(query)
+    attention = _map(query.transpose(-2, -1), key, value.dtype)
+    if attention.requires_grad:
+        # The derivative of the other product is a transposed dA, for which torch's softmax takes twice the time.
+        return multiply(attention, value.transpose(-2, -1)).transpose(-2, -1)
+    return multiply(value, attention.transpose(-2, -1))
+
+
+def _map(query: torch.Tensor, key: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The map for query (…, N, Dk) and key (…, Dk, M)."""
+    multiply, arithmetic = _product(query), arithmetic_of(query)
+    if arithmetic == query.dtype:
+        # Even a cast that does nothing would be a node of an exported graph.
+        return torch.softmax(multiply(query, key), -1)
+    return torch.softmax(multiply(query.to(arithmetic), key.to(arithmetic)), -1).to(dtype)
+
+
+def _product(operand: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return torch.bmm if operand.dim() == 3 else torch.matmul
 
 
 def is_autocast(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,78 @@
+"""Maps with weights that are too small for float32's normal numbers.
+
+Scores have no scale, so a row of a trained layer may spread over hundreds. Weights then run down into subnormal numbers,
+which a CPU adds and multiplies many times slower. No rounding of a result shows such weights, so they are raised.
+
+A raised weight is 2⁻⁴⁸ / M of the largest in its row, in float64 2⁻⁹⁶ / M. A row has M weights, so raising changes the
+output by less than 2⁻⁴⁸ of the largest |v|, however many keys there are. Rounding to float32 changes it by 2⁻²⁴.
+"""
+
+import math
+
+import torch
+
+from selfattn_ops.torch.dtypes import arithmetic_of
+
+__all__ = ["raise_scores", "reach", "spreads", "unit"]
+
+# By dtype: the bits of a raised weight below the largest of its row, and the spread of scores that needs no raising.
+_BITS = {torch.float32: 48, torch.float64: 96}
+_HARMLESS = {torch.float32: 64.0, torch.float64: 600.0}
+
+
+def spreads(query: torch.Tensor, key: torch.Tensor, *, width: int = -1) -> bool:
+    """Whether the scores of a row can lie so far apart that weights are subnormal.
+
+    Args:
+        query: (…, N, Dk).
+        key: (…, M, Dk), alike.
+        width: the axis of Dk.
+    """
+    # Only processors are slow at subnormal numbers, and on other devices the answer would have to be waited for. A tensor
+    # of another type, as in FakeTensorMode, may have no numbers.
+    if query.device.type != "cpu" or type(query) is not torch.Tensor:
+        return False
+    # |q·k| <= |q| |k|. Without large temporaries: they would change where the allocator puts the buffers of scores, which
+    # then cost page faults in every call.
+    longest = [
+        torch.linalg.vector_norm(operand.detach(), dim=width, dtype=arithmetic_of(operand)).amax()
+        for operand in (query, key)
+    ]
+    # Also if it is not a number.
+    return not 2 * float(longest[0] * longest[1]) <= _HARMLESS[arithmetic_of(query)]
+
+
+def reach(query: torch.Tensor, key: torch.Tensor) -> float | None:
+    """How far below the largest score of its row a score can count, or None if all count as they are.
+
+    Args:
+        query: (B, N, Dk) in the dtype of the scores.
+        key: (B, M, Dk), alike.
+
+    Example:
+        >>> key = torch.tensor([[[-1.0], [1.0]]])
+        >>> reach(torch.tensor([[[20.0]]]), key), round(reach(torch.tensor([[[200.0]]]), key))
+        (None, 34)
+    """
+    if not spreads(query, key):
+        return None
+    return _BITS[query.dtype] * math.log(2) + math.log(key.shape[-2])
+
+
+def raise_scores(scores: torch.Tensor, reach: float) -> None:
+    """Raise the scores that lie further than `reach` below the largest of their row. NaN stays."""
+    torch.maximum(scores, scores.amax(-1, keepdim=True).sub_(reach), out=scores)
+
+
+def unit(*tensors: torch.Tensor | None) -> float:
+    """A power of two that brings the largest number of the tensors to between 1/2 and 1.
+
+    Products of a raised weight with a small gradient would be subnormal again. Derivatives are linear in the gradient.
+
+    Example:
+        >>> unit(torch.tensor([3.0, -5.0]))
+        0.125
+    """
+    largest = max(float(tensor.abs().amax()) for tensor in tensors if tensor is not None)
+    exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    return 2.0 ** -max(-100, min(exponent, 100))
