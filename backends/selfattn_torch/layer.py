@@ -11,7 +11,7 @@ from torch import nn
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.params import KV_POOL, projections
 from selfattn_ops.blocks import check_block_size
-from selfattn_ops.torch import attend, attend_with_map
+from selfattn_ops.torch import attend_transposed, attend_with_map
 from selfattn_torch.inputs import refuse
 from selfattn_torch.migrate import accept_older
 from selfattn_torch.projection import Projection, project
@@ -170,15 +170,22 @@ class SelfAttention2d(nn.Module):
             floating=x.is_floating_point(),
         )
         maps = x if x.dim() == 4 else x.unsqueeze(0)  # (B, C, H, W)
-        query, key, value = project(maps, self.query, self.key, self.value)  # (B, D, H, W)
-        query = _rows(query)  # (B, N, Dk)
-        key = _rows(self._pool(key))  # (B, M, Dk)
-        value = _rows(self._pool(value))  # (B, M, Dv)
+        pool = self.config.kv_pool
+        query, key, value = project(maps, self.query, self.key, self.value, flat=pool == 1)
+        if pool > 1:
+            query = query.flatten(2)
+            key, value = (
+                nn.functional.max_pool2d(operand, pool, pool).flatten(2) for operand in (key, value)
+            )
+        # query (B, Dk, N), key (B, Dk, M) and value (B, Dv, M), positions in row-major order
         if need_weights:
-            attended, attention = attend_with_map(query, key, value, block_size=self.block_size)
+            # The older converters do not support `.mT`.
+            rows = (operand.transpose(-2, -1) for operand in (query, key, value))
+            attended, attention = attend_with_map(*rows, block_size=self.block_size)  # (B, N, Dv)
+            attended = attended.transpose(-2, -1)
         else:
-            attended = attend(query, key, value, block_size=self.block_size)  # (B, N, Dv)
-        attended = attended.transpose(-2, -1).unflatten(-1, maps.shape[2:])  # (B, Dv, H, W)
+            attended = attend_transposed(query, key, value, block_size=self.block_size)  # (B, Dv, N)
+        attended = attended.unflatten(-1, maps.shape[2:])  # (B, Dv, H, W)
         if self.config.out_projection:
             attended = self.out(attended)  # (B, C, H, W)
         y = _scaled_sum(maps, self.gamma.view(1, 1, 1, 1), attended)  # (B, C, H, W)
@@ -197,10 +204,6 @@ class SelfAttention2d(nn.Module):
         ) -> tuple[torch.Tensor, torch.Tensor]: ...
         def __call__(self, x: torch.Tensor, need_weights: bool = False) -> Any:
             """Call the layer with its hooks; see `forward`."""
-
-    def _pool(self, maps: torch.Tensor) -> torch.Tensor:
-        side = self.config.kv_pool
-        return nn.functional.max_pool2d(maps, side, side) if side > 1 else maps
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Save the weights, and put the pooling, which no weight shows, into the metadata of the state dict."""
@@ -223,12 +226,6 @@ class SelfAttention2d(nn.Module):
         if self.block_size is not None:
             options["block_size"] = self.block_size
         return ", ".join([str(channels), *(f"{name}={value}" for name, value in options.items())])
-
-
-def _rows(maps: torch.Tensor) -> torch.Tensor:
-    """(B, D, H, W) to (B, N, D), positions in row-major order."""
-    # The older converters do not support `.mT`.
-    return maps.flatten(2).transpose(-2, -1)
 
 
 def _scaled_sum(maps: torch.Tensor, gain: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,8 @@ class Projection(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
 
-def project(maps: torch.Tensor, *children: nn.Module) -> tuple[torch.Tensor, ...]:
-    """The output (B, D, H, W) of each child, where D is the child's own number of channels.
+def project(maps: torch.Tensor, *children: nn.Module, flat: bool) -> tuple[torch.Tensor, ...]:
+    """The output (B, D, H, W) of each child, where D is the child's own number of channels, or (B, D, H·W) if `flat`.
 
     If all children are plain 1×1 convolutions, one product computes them and reads the maps once. If any child is hooked,
     parametrised, wrapped or replaced, each child is called.
@@ -38,26 +38,36 @@ def project(maps: torch.Tensor, *children: nn.Module) -> tuple[torch.Tensor, ...
     Args:
         maps: feature maps (B, C, H, W).
         children: `query`, `key` and `value` of a layer.
+        flat: whether positions are one axis, in row-major order.
     """
-    if not all(_is_plain(child) for child in children):
-        return tuple(child(maps) for child in children)
-    convolutions: tuple[nn.Conv2d, ...] = children
-    if len({conv.bias is None for conv in convolutions}) > 1:
-        return tuple(child(maps) for child in children)
-    weight = torch.cat([conv.weight for conv in convolutions])
-    bias = None if convolutions[0].bias is None else torch.cat([conv.bias for conv in convolutions])
-    together = nn.functional.conv2d(maps, weight, bias)
-    return together.split([conv.out_channels for conv in convolutions], dim=1)
+    weights, biases = [], []
+    for child in children:
+        weight, bias = _plain_parameters(child)
+        if weight is None:
+            break
+        weights.append(weight)
+        if bias is not None:
+            biases.append(bias)
+    if len(weights) < len(children) or 0 < len(biases) < len(children):
+        outputs = tuple(child(maps) for child in children)
+        return tuple(output.flatten(2) for output in outputs) if flat else outputs
+    together = nn.functional.conv2d(maps, torch.cat(weights), torch.cat(biases) if biases else None)
+    # Flattened before it is split: three operations and their derivatives would count on a small map.
+    return (together.flatten(2) if flat else together).split([child.out_channels for child in children], 1)
 
 
-def _is_plain(child: nn.Module) -> bool:
-    """Whether a call of the child is only a 1×1 convolution, and joining it saves time."""
-    return (
-        # A parametrised module, for example by torch's spectral_norm, has a different class.
-        type(child) in (Projection, nn.Conv2d)
-        and type(child.weight) in (nn.Parameter, torch.Tensor)
-        and child.weight.shape[2:] == (1, 1)
-        and child.stride == (1, 1)
+def _plain_parameters(child: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weight and bias of a child whose call is only a 1×1 convolution, if joining it saves time; else (None, None).
+
+    Each is read once, because on a small map every attribute of a module counts.
+    """
+    # A parametrised module, for example by torch's spectral_norm, has a different class.
+    if type(child) not in (Projection, nn.Conv2d) or not isinstance(child, nn.Conv2d):
+        return None, None
+    weight, bias = child._parameters.get("weight"), child._parameters.get("bias")  # noqa: SLF001
+    plain = (
+        type(weight) in (nn.Parameter, torch.Tensor)
+        and child.kernel_size == child.stride == (1, 1)
         and child.padding == (0, 0)
         and child.groups == 1
         and child.in_channels <= _WIDEST
@@ -74,3 +84,4 @@ def _is_plain(child: nn.Module) -> bool:
             or hooks._global_backward_pre_hooks  # noqa: SLF001
         )
     )
+    return (weight, bias) if plain else (None, None)

@@ -52,7 +52,7 @@ def test_one_product_gives_what_the_children_give(monkeypatch, case, layout):
     children = layer.query, layer.key, layer.value
     want = [child(x) for child in children]
     calls = count(monkeypatch)
-    got = project(x, *children)
+    got = project(x, *children, flat=False)
     assert len(calls) == 1
     parameters = [x, *(parameter for child in children for parameter in child.parameters())]
     cotangents = [torch.randn_like(each) for each in want]
@@ -135,7 +135,7 @@ def test_a_child_that_is_not_plain_is_called(change):
     change(layer)
     layer.eval()
     reference = copy.copy(layer)
-    got = project(x, layer.query, layer.key, layer.value)
+    got = project(x, layer.query, layer.key, layer.value, flat=False)
     want = [child(x) for child in (reference.query, reference.key, reference.value)]
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
