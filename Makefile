@@ -30,6 +30,9 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 test test-slow: export OPENBLAS_NUM_THREADS ?= 1
 test test-slow: export MKL_NUM_THREADS ?= 1
 test test-slow: export TF_NUM_INTRAOP_THREADS ?= 1
+# Tests run a program of JAX once or twice, so compiling it took most of their time. An XLA that has lost one of these flags
+# ends and names it. `make conform`, test-slow and test-processors compile as users do.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 test: check  ## run check, then the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pytest
 
 from selfattn_core import SelfAttentionConfig, spec
 from selfattn_core.arrays import Array
+from selfattn_core.conformance import REGISTRY
 from selfattn_core.conformance.cases.case import Case
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.verdicts.tolerance import CAPS, EPS, Expectation, measure
@@ -29,6 +31,12 @@ CONFIGS = {
     "pooled by 3": dataclasses.replace(POOLED, kv_pool=3, use_bias=True),
     "pooled without out projection": SelfAttentionConfig(11, 3, kv_pool=2),
 }
+
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("keras-jax", "keras-torch") else name
+    for name in REGISTRY
+]
+"""Every backend of the kit, for tests that start a process for each. Keras is one layer, asked first on one framework."""
 
 OUTPUT, GRADIENT = CAPS["forward"], CAPS["vjp"]
 """The ulps that an output and a gradient may be off."""

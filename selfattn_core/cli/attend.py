@@ -214,7 +214,7 @@ def attend_files(
         OSError: if a file cannot be read.
         ValueError: if a file cannot be used, files do not fit each other or memory, or a point is outside the image.
     """
-    from selfattn_core.files.features import read_features
+    from selfattn_core.features import read_features
 
     config, params = _layer(weights, block)
     pixels = read_image(image)
@@ -270,7 +270,7 @@ def read_image(path: Path) -> Array:
     require("selfattn attend", ["matplotlib", "PIL"], "viz")
     from PIL import Image, UnidentifiedImageError
 
-    from selfattn_core.files.features import check_is_file
+    from selfattn_core.features import check_is_file
 
     check_is_file(path)
     refused = f"at most {LARGEST_IMAGE} pixels are decoded: scale it down, the map is no finer for it."
@@ -299,7 +299,7 @@ def read_image(path: Path) -> Array:
 
 def _layer(path: Path, block: str | None) -> tuple[SelfAttentionConfig, dict[str, Array]]:
     """The result of `load`, with errors that name the options of the command."""
-    from selfattn_core.files.features import check_is_file
+    from selfattn_core.features import check_is_file
 
     check_is_file(path)
     try:

@@ -25,14 +25,15 @@ def run_case(backend: Backend | str, case: str, *, seed: int = 0, device: str = 
         backend: an object with the methods of `Backend`, a name in `REGISTRY`, or "module:object".
         case: the name of a case or run: "SA-FWD-001", "SA-FWD-001/float32" or "SA-FWD-001/float32/channels_last".
         seed: the seed of the random inputs.
-        device: the device to compute on. Only a named backend accepts one.
+        device: the device to compute on. Only a named backend accepts one: an object computes where it is.
 
     Returns:
         One outcome for each run with that name, with a verdict for each quantity. Runs that a backend object does not
         claim are left out.
 
     Raises:
-        ValueError: if the case or the backend does not exist, or if a named backend does not start.
+        ValueError: if the case or the backend does not exist, if a named backend does not start, or if an object is to
+            compute on a device.
 
     Example:
         >>> from selfattn_core.conformance.reference import Reference
@@ -42,6 +43,11 @@ def run_case(backend: Backend | str, case: str, *, seed: int = 0, device: str = 
     """
     runs = named_runs([case])
     if not isinstance(backend, str):
+        if device:
+            raise ValueError(
+                f"only a named backend accepts a device: got device {device!r} with an object of {type(backend).__name__}. "
+                'Name the backend, as in "torch" or "module:object", or pass an object that computes there.'
+            )
         return tuple(judge_in_process(backend, runs, seed))
     report = run_backend(backend, seed=seed, runs=runs, device=device)
     if report.missing or report.error:

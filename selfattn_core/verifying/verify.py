@@ -11,7 +11,7 @@ from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import Layout
 from selfattn_core.conformance.verdicts.tolerance import Expectation, measure
-from selfattn_core.files.features import read_features
+from selfattn_core.features import read_features
 from selfattn_core.installed import NotInstalledError, missing_modules
 from selfattn_core.porting.load import load_any
 from selfattn_core.verifying.containers import CONTAINERS, Container, Runtime, container_of

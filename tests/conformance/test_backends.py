@@ -44,9 +44,7 @@ def in_turns(name):
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_backend_is_conformant(name, monkeypatch):
-    # XLA uses most of JAX's time, to compile programs that run once.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0", prepend=" ")
+def test_backend_is_conformant(name):
     report = run_backend(name, runs=in_turns(name))
     assert report.passed, as_table(as_data([report]))
     unclaimed = {outcome.run.case.family for outcome in report.outcomes if outcome.status == "unclaimed"}

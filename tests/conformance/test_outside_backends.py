@@ -23,12 +23,6 @@ REASONS = {"pure_jax": set(), "keras_mha": {POOLED}}
 FEW = re.compile(r"SA-(VJP-00[1-5]|GAN-00[12]|TRN-00[14]|PAR-00[12]|MIX-001|SPN-001)/float32/channels_last")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    # XLA uses most of JAX's time, to compile programs that run once.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0", prepend=" ")
-
-
 @pytest.mark.parametrize("name", CLAIMS)
 def test_it_shares_none_of_our_code(name):
     source = (FOLDER / f"{name}.py").read_text(encoding="utf-8")

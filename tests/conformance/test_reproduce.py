@@ -88,6 +88,13 @@ def test_a_case_in_python():
         run_case(Reference(), "SA-FWD-901")
 
 
+def test_an_object_is_not_given_a_device_in_silence():
+    with pytest.raises(
+        ValueError, match=r"only a named backend accepts a device: got device 'cuda:1'.*Reference"
+    ):
+        run_case(Reference(), FIRST, device="cuda:1")
+
+
 def test_every_report_has_the_command_that_repeats_a_failure():
     runs = [
         BY_NAME[FIRST],

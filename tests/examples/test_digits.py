@@ -16,6 +16,7 @@ from examples.digits import compare, data, files, frameworks, numpy_model, pictu
 from examples.digits.frameworks import PROGRAMS, Answer
 from selfattn_core import SelfAttentionConfig, parameter_table, save
 from selfattn_core.conformance.backends import REGISTRY
+from tests.support import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 CONFIG = SelfAttentionConfig(32)
@@ -126,7 +127,7 @@ def test_every_framework_of_the_library_is_asked():
     assert list(PROGRAMS) == list(REGISTRY)
 
 
-@pytest.mark.parametrize("framework", PROGRAMS)
+@pytest.mark.parametrize("framework", BACKENDS)
 def test_every_framework_agrees_in_its_own_process(framework, folder, model, held_out, monkeypatch):
     monkeypatch.setattr(os, "environ", environment())
     row = judged(model, held_out, frameworks.ask(framework, folder))

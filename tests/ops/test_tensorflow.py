@@ -24,8 +24,9 @@ SECOND = 1000
 # The same of two right answers in float64 that add up in different orders, at most 1e-10.
 ROUNDINGS = 450_000
 
+SLOW = pytest.mark.slow
 # Both at once take longest to compile, and go through the code of each.
-BOTH = pytest.param("xla, unknown sizes", marks=pytest.mark.slow)
+BOTH = pytest.param("xla, unknown sizes", marks=SLOW)
 MODES = ("eager", "function", "unknown sizes", "xla", BOTH)
 GRAPH_MODES = ("function", "unknown sizes")
 
@@ -139,7 +140,7 @@ def assert_each_near(got, want, ulps, dtype):
 def cases(layouts):
     """Every layout in each mode; XLA, which takes seconds to compile, in ragged blocks only."""
     plain = [(mode, *layout) for mode in ("eager", *GRAPH_MODES) for layout in layouts]
-    return [*plain, ("xla", *LAYOUTS[1]), pytest.param(*BOTH.values, *LAYOUTS[1], marks=pytest.mark.slow)]
+    return [*plain, ("xla", *LAYOUTS[1]), pytest.param(*BOTH.values, *LAYOUTS[1], marks=SLOW)]
 
 
 @pytest.mark.parametrize(("mode", "leading", "rows", "keys", "block_size"), cases(LAYOUTS))
@@ -176,7 +177,7 @@ def test_derivatives_against_finite_differences():
                 np.testing.assert_allclose(one, other, atol=1e-6 * max(1.0, np.abs(other).max()))
 
 
-@pytest.mark.parametrize("mode", ["eager", *GRAPH_MODES])
+@pytest.mark.parametrize("mode", ["eager", "function", pytest.param("unknown sizes", marks=SLOW)])
 def test_third_derivatives(mode):
     given = operands((2,), 9, 4)
     got = in_mode(third(attend, 4), mode, given)(*given)
@@ -235,8 +236,14 @@ def compiled(function):
     )
 
 
-@pytest.mark.parametrize("mode", ["eager", *GRAPH_MODES])
-@pytest.mark.parametrize("around", [branch, loop, mapped, compiled])
+@pytest.mark.parametrize(
+    ("around", "mode"),
+    [
+        *((around, mode) for around in (branch, loop, mapped, compiled) for mode in ("eager", "function")),
+        (loop, "unknown sizes"),
+        *(pytest.param(around, "unknown sizes", marks=SLOW) for around in (branch, mapped, compiled)),
+    ],
+)
 def test_second_derivatives_within_other_graphs(around, mode):
     """Tapes outside a tf.function, and control flow, differentiate in graphs of their own."""
     query, key, value, g = operands((2,), 13, 7, scale=0.7)

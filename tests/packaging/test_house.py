@@ -155,14 +155,19 @@ def test_every_package_says_the_version(package):
     assert not loaded or name not in ("selfattn_core", "selfattn_ops", "selfattn_runtimes")
 
 
-def imported(path: Path) -> set[str]:
+def modules_imported(path: Path) -> set[str]:
+    """The dotted names that a file imports, and those that may be a module or something inside one."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
-    return {name.partition(".")[0] for name in names}
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def imported(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in modules_imported(path)}
 
 
 ALLOWED = {
@@ -188,3 +193,58 @@ def test_who_imports_whom(package):
 def test_files_of_the_ops_import_their_own_framework_only():
     for path in (ROOT / "backends" / "selfattn_ops").rglob("*.py"):
         assert imported(path) & FRAMEWORKS <= {path.stem, path.parent.name}
+
+
+ROOMS = ("files", "viz", "conformance", "porting", "verifying", "cli")
+"""The folders of selfattn_core. Each uses itself and those before it, whatever files beside them lie between."""
+
+
+def uses_inside(package: Path) -> dict[str, set[str]]:
+    """The folders and files of a package, each with those that it imports, at the top of a module or in a function."""
+    parts = {path.stem: [path] for path in package.glob("*.py")}
+    parts |= {path.parent.name: sorted(path.parent.rglob("*.py")) for path in package.glob("*/__init__.py")}
+    prefix = f"{package.name}."
+    return {
+        part: {
+            name.removeprefix(prefix).partition(".")[0]
+            for path in paths
+            for name in modules_imported(path)
+            if name.startswith(prefix)
+        }
+        & (set(parts) - {part})
+        for part, paths in parts.items()
+    }
+
+
+def reached(part: str, uses: dict[str, set[str]]) -> set[str]:
+    """What a part imports, directly or through others."""
+    found: set[str] = set()
+    waiting = [part]
+    while waiting:
+        new = uses[waiting.pop()] - found
+        found |= new
+        waiting += new
+    return found
+
+
+def test_every_folder_of_the_core_has_its_place_in_the_order():
+    assert {path.parent.name for path in (ROOT / "selfattn_core").glob("*/__init__.py")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_the_core_use_only_earlier_ones(room):
+    later = ROOMS[ROOMS.index(room) :]
+    assert not reached(room, uses_inside(ROOT / "selfattn_core")) & set(later)
+
+
+def test_a_circle_of_rooms_through_a_file_is_noticed(tmp_path):
+    core = tmp_path / "core"
+    for room in ("files", "porting"):
+        (core / room).mkdir(parents=True)
+        (core / room / "__init__.py").touch()
+    (core / "files" / "read.py").write_text("def read():\n    from core import features\n")
+    (core / "features.py").write_text("from core.porting.formats import npy\n")
+    (core / "porting" / "load.py").write_text("import core.files.read\n")
+    uses = uses_inside(core)
+    assert uses == {"files": {"features"}, "features": {"porting"}, "porting": {"files"}}
+    assert reached("files", uses) == {"features", "porting", "files"}

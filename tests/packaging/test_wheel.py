@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -22,13 +21,13 @@ NAMES = PACKAGES | {"selfattn.py"}
 
 def run(*command: str | Path, check: bool = False) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    # Not in the checkout, which `python -c` would import the packages from.
+    # `python -c` imports from its folder too: not the checkout, nor one where others put a folder called jax.
     return subprocess.run(
         [str(part) for part in command],
         capture_output=True,
         text=True,
         env=environment,
-        cwd=tempfile.gettempdir(),
+        cwd=sys.prefix,
         check=check,
     )
 

@@ -13,11 +13,11 @@ from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import FAMILIES
 from selfattn_core.conformance.cases.inputs import inputs
 from selfattn_core.conformance.execution.events import Answer, Answered, Unanswered
+from selfattn_core.conformance.execution.outcomes import outcome_of
 from selfattn_core.conformance.protocol import Backend, Build, Claims, declined
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
 from selfattn_core.conformance.results import Outcome
-from selfattn_core.conformance.verdicts.outcomes import outcome_of
 from selfattn_core.conformance.verdicts.product_formats import coarsest, measured
 
 __all__ = ["ask", "judge_in_process", "malformed"]

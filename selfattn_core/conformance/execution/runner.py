@@ -17,9 +17,9 @@ from selfattn_core.conformance.cases.families import FAMILIES, Level
 from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.devices import WORDS, Device, device_problem, device_variables
 from selfattn_core.conformance.execution.environment import cores, environment
+from selfattn_core.conformance.execution.outcomes import as_expected, outcome_of
 from selfattn_core.conformance.execution.supervisor import Supervisor
 from selfattn_core.conformance.results import BackendReport, Outcome
-from selfattn_core.conformance.verdicts.outcomes import as_expected, outcome_of
 from selfattn_core.conformance.verdicts.product_formats import coarsest
 from selfattn_core.installed import missing_modules
 

@@ -16,6 +16,7 @@ from selfattn_core.conformance.report.summary import (
     family_title,
     level_cell,
     multiple,
+    precisions_by_factor,
     problems,
     tested_levels,
     verdict,
@@ -101,7 +102,7 @@ def _scorecard(data: Data) -> str:
     return (
         "<h2>Scorecard</h2>\n"
         "<p>Each number is the largest error of a level, as a multiple of the noise floor: the error that the numpy "
-        f"definition itself makes in the same arithmetic on the same input. {_limits(data['factors'])}. "
+        f"definition itself makes in the same arithmetic on the same input. {_limits(data)}. "
         f'The bars show the share of that.</p>\n<div class="cards">\n{cards}\n</div>'
     )
 
@@ -297,9 +298,6 @@ def _bar(share: float | None) -> str:
     return f'<span class="bar{over}"><i style="width:{100 * min(1.0, share):.1f}%"></i></span>'
 
 
-def _limits(factors: Mapping[str, float]) -> str:
-    named: dict[float, list[str]] = {}
-    for dtype, factor in factors.items():
-        named.setdefault(factor, []).append(dtype)
-    parts = [f"{factor:g} in {' and '.join(dtypes)}" for factor, dtypes in named.items()]
+def _limits(data: Data) -> str:
+    parts = [f"{factor:g} in {precisions}" for factor, precisions in precisions_by_factor(data).items()]
     return f"Up to {', '.join(parts)} passes"

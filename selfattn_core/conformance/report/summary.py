@@ -22,6 +22,7 @@ __all__ = [
     "family_title",
     "level_cell",
     "multiple",
+    "precisions_by_factor",
     "problems",
     "ratio_of",
     "run_id",
@@ -103,6 +104,22 @@ def allowed(data: Data, outcome: Data) -> float:
         outcome: an outcome of a backend, or a trajectory.
     """
     return float(data["factors"][outcome.get("label") or outcome["dtype"]])
+
+
+def precisions_by_factor(data: Data) -> dict[float, str]:
+    """The factors of a report, each with the precisions that it is for.
+
+    Args:
+        data: the report.
+
+    Example:
+        >>> precisions_by_factor({"factors": {"float32": 8, "bfloat16": 4, "float64": 8}})
+        {8: 'float32 and float64', 4: 'bfloat16'}
+    """
+    found: dict[float, list[str]] = {}
+    for precision, factor in data["factors"].items():
+        found.setdefault(factor, []).append(precision)
+    return {factor: " and ".join(precisions) for factor, precisions in found.items()}
 
 
 def device_words(backend: Data) -> str:

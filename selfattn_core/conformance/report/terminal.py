@@ -11,6 +11,7 @@ from selfattn_core.conformance.report.summary import (
     family_cell,
     family_title,
     multiple,
+    precisions_by_factor,
     problems,
     tested_levels,
     worst,
@@ -88,11 +89,9 @@ def _rows(data: Data) -> list[tuple[str, list[Cell]]]:
 def _below(data: Data) -> list[str]:
     lines = []
     if data["backends"]:
-        limits: dict[float, list[str]] = {}
-        for dtype, factor in data["factors"].items():
-            limits.setdefault(factor, []).append(dtype)
         passing = "; ".join(
-            f"up to {factor:g} × passes in {' and '.join(dtypes)}" for factor, dtypes in limits.items()
+            f"up to {factor:g} × passes in {precisions}"
+            for factor, precisions in precisions_by_factor(data).items()
         )
         lines += ["", f"Numbers are errors as multiples of the noise floor; {passing}."]
         if worst_ones := worst(data, 1):
