@@ -17,6 +17,7 @@ from selfattn_core.conformance.verdicts.tolerance import (
     CAPS,
     EPS,
     FACTORS,
+    NARROW_ALLOWANCE,
     Expectation,
     Verdict,
     judge,
@@ -78,12 +79,15 @@ class Answers:
             raise ValueError(f"{name}: no {', '.join(sorted(needed - set(got)))} in the answer")
         family = _FAMILY[cell.step]
         growth = max(1.0, expected.logits / 8)
+        allowance = ALLOWANCES[family]
+        if cell.dtype != "float32":
+            allowance = min(allowance, NARROW_ALLOWANCE)
         verdicts = []
         for quantity, answer in got.items():
             want = expected.wanted[quantity]
             scale = expected.magnitudes.get(quantity, float(np.abs(want).max(initial=0)))
             ulp = EPS[cell.dtype] * scale * growth
-            floor = expected.noise[quantity] + ALLOWANCES[family] * ulp
+            floor = expected.noise[quantity] + allowance * ulp
             known = answer[:, problem.rows] if self._by_rows(quantity) else answer
             limits = Expectation(want, floor, CAPS[family] * ulp)
             if cell.level == "core":

@@ -381,10 +381,10 @@ MODES = {
             "sizes": (
                 (
                     *_row("time", "core", "train", (8,), (40,), (OURS, *CEILINGS)),
+                    *_row("time", "core", "r1", (16,), (8,), (OURS, "dense", "memory-efficient-attention")),
                     *_row("time", "flat", "train", (16,), (8,), (*_PUBLISHED, "keras-mha")),
                     *_row("time", "pooled", "forward", (16,), (8,), _PUBLISHED),
                 ),
-                _row("time", "core", "r1", (16,), (8,)),
             ),
             "small": (_row("time", "flat", "train", (16,), (8,), _PUBLISHED, batches=(2,)),),
             "peaked": (

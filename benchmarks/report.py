@@ -181,10 +181,11 @@ def _times(results: Results, group: str, level: str, step: str) -> list[str]:
 
 
 def _sorted(results: Results, framework: str, **wanted: Any) -> list[Stored]:
-    return sorted(
-        cells(results, framework, **wanted),
-        key=lambda cell: (cell["channels"], cell["side"], cell["batch"], cell["logits"] or 0),
-    )
+    def place(cell: Stored) -> tuple[Any, ...]:
+        kind = list(_LEVELS).index(cell["level"]), list(STEPS).index(cell["step"]), cell["dtype"] != "float32"
+        return (*kind, cell["logits"] or 0, cell["channels"], cell["side"], cell["batch"])
+
+    return sorted(cells(results, framework, **wanted), key=place)
 
 
 def _products(cell: Stored) -> float | None:

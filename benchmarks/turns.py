@@ -17,7 +17,7 @@ _REST_SECONDS = 0.01
 
 
 class Partner:
-    """The other of two processes that take turns. One line of a pipe passes the turn on.
+    """The other of two processes that take turns. A number in a pipe passes the turn on.
 
     Args:
         reads: descriptor of the pipe on which the other passes its turn.
@@ -27,8 +27,8 @@ class Partner:
 
     def __init__(self, reads: int, writes: int, *, leads: bool) -> None:
         self.leads = leads
-        self._reads = os.fdopen(reads, encoding="ascii")
-        self._writes = os.fdopen(writes, "w", encoding="ascii")
+        self._reads = reads
+        self._writes = writes
 
     def wait(self) -> int:
         """Wait for the turn, and return the number that came with it.
@@ -36,17 +36,16 @@ class Partner:
         Raises:
             EOFError: if the other process has ended.
         """
-        line = self._reads.readline()
-        if not line:
+        number = os.read(self._reads, 1)
+        if not number:
             raise EOFError("the process of the other build has ended")
         # Threads of the other process spin for a moment after its last product.
         time.sleep(_REST_SECONDS)
-        return int(line)
+        return number[0]
 
     def go(self, number: int = 0) -> None:
-        """Pass the turn on."""
-        self._writes.write(f"{number}\n")
-        self._writes.flush()
+        """Pass the turn on, with a number below 256."""
+        os.write(self._writes, bytes([number]))
 
     def agree(self, ready: bool) -> bool:
         """Whether both processes are ready. Afterwards the leader has the turn."""
