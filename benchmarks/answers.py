@@ -165,7 +165,10 @@ class Answers:
 
 
 def _errors(noisy: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str, float]:
-    return {name: float(np.abs(noisy[name] - want).max(initial=0)) for name, want in wanted.items()}
+    errors = {name: float(np.abs(noisy[name] - want).max(initial=0)) for name, want in wanted.items()}
+    if unbounded := [name for name, error in errors.items() if not np.isfinite(error)]:
+        raise OverflowError(f"the noise of {', '.join(unbounded)} overflows: any answer would pass")
+    return errors
 
 
 def _ceiling(

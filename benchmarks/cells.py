@@ -29,13 +29,17 @@ DIFFUSE = "ours, diffuse map"
 FRAMEWORKS = ("torch", "jax", "tensorflow")
 
 GROUPS = {
-    "sizes": "float32 and one sample, from 8×8 to 128×128",
-    "small": "8×8 to 32×32, with one sample and with sixteen",
-    "peaked": "scores of standard deviation 12, 25 and 50",
-    "bfloat16": "operands in bfloat16, and layers in mixed precision",
-    "memory": "peak memory",
+    "sizes": "float32 and one sample, from 8×8 to 128×128 (4 minutes)",
+    "small": "8×8 to 32×32, with one sample and with sixteen (3 minutes)",
+    "peaked": "scores of standard deviation 12, 25 and 50 (3 minutes)",
+    "bfloat16": "operands in bfloat16, and layers in mixed precision (5 minutes)",
+    "memory": "peak memory (5 minutes)",
 }
-"""The groups of cells that can be measured on their own, and what is in them."""
+"""The groups of cells that can be measured on their own, and what is in them.
+
+The minutes are those of one framework on two cores, for a full run. Against another checkout it takes about as long, and
+the memory three times as long.
+"""
 
 # The modules that the cells of each framework import: the framework, and the library of its layers.
 REQUIRES = {"torch": ("torch",), "jax": ("jax", "flax"), "tensorflow": ("tensorflow", "keras")}

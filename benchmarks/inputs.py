@@ -13,6 +13,7 @@ _WHOLE = 1024
 _ROWS = 48
 _USUAL_LOGITS = 2.0
 _SAMPLED = 256
+_SMALLER = np.float32(64)
 
 
 def draw(cell: Cell, seed: int = 0) -> Problem:
@@ -35,6 +36,9 @@ def draw(cell: Cell, seed: int = 0) -> Problem:
         x = rounded(normal(cell.side, cell.side, cell.channels), cell.dtype)
         params = _params(cell, config, x, generator, seed)
         weight = rounded(normal(*x.shape[1:]), cell.dtype)
+        if cell.dtype != "float32":
+            # The noise of 16 bits is measured in float16, where second derivatives would overflow.
+            weight /= _SMALLER
         return Problem(cell, {"x": x}, params, weight, weight, np.arange(cell.positions))
     spread = np.float32(np.sqrt(cell.logits or _USUAL_LOGITS) / config.qk_channels**0.25)
     operands = {

@@ -194,6 +194,13 @@ def test_mixed_precision_has_its_own_noise(step):
     assert [verdict.quantity for verdict in answers.check("ours", exact) if not verdict.passed] == [name]
 
 
+def test_noise_that_overflows_lets_nothing_pass():
+    problem = draw(Cell("time", "flat", "r1", 16, 8, dtype="bfloat16"))
+    loud = dataclasses.replace(problem, weight=problem.weight * np.float32(2**16))
+    with pytest.raises(OverflowError, match="any answer would pass"), np.errstate(over="ignore"):
+        Answers(loud).attention  # noqa: B018
+
+
 @pytest.mark.parametrize("level", ["core", "flat", "pooled"])
 @pytest.mark.parametrize("step", STEPS)
 def test_gamma_logits_and_biases_leave_no_bug_invisible(level, step):
