@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 __all__ = [
+    "ACCOUNTABLE",
     "CEILINGS",
     "DIFFUSE",
     "FRAMEWORKS",
@@ -47,6 +48,9 @@ REQUIRES = {"torch": ("torch",), "jax": ("jax", "flax"), "tensorflow": ("tensorf
 # Not attention, but only the products of the step, of whole arrays and of blocks of query rows. The faster of the two is
 # a lower bound for every implementation on this framework's matmul.
 CEILINGS = ("matmul", "matmul-blocks")
+
+# What the library or the benchmark wrote. A fault in it fails the run, while one in code of others is a result.
+ACCOUNTABLE = (OURS, "dense", *CEILINGS)
 
 IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     # core: softmax(q kᵀ) v for given q, k, v.

@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cells import CEILINGS, OURS, Cell, too_large
+from benchmarks.cells import ACCOUNTABLE, Cell, too_large
 from benchmarks.problem import Problem
 from benchmarks.step import RefusedError, Step
 from benchmarks.turns import Partner, interleaved
@@ -170,7 +170,7 @@ def _excuse(name: str, error: Exception) -> Record:
     if isinstance(error, RefusedError):
         return {"status": "refused", "reason": str(error)}
     first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return {"status": "failed" if name in (OURS, "dense", *CEILINGS) else "refused", "reason": first_line}
+    return {"status": "failed" if name in ACCOUNTABLE else "refused", "reason": first_line}
 
 
 def _available() -> int | None:

@@ -92,7 +92,7 @@ def markdown(results: Results, plots: Mapping[str, str]) -> str:
     if against := _against(results):
         lines += ["## Against another build", "", _AGAINST_NOTE, *against, ""]
     if reasons := _reasons(results):
-        lines += ["## Not measured", "", *reasons, ""]
+        lines += ["## Not measured, or less exact", "", *reasons, ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

@@ -7,7 +7,8 @@
                           "logits": …, "results": {"ours": {"status": "ok", …}, …}}, …]}, …]}
 
 Every group of cells has its own run in each framework, so it can be measured again without the others. The "status" of a
-record is "ok", "refused" or "skipped" with the "reason", "wrong" (the answer was wrong, so no time is reported) or "failed".
+record is "ok", "refused" or "skipped" with the "reason", "coarse" (code of others that rounds more than the kit allows),
+"wrong" (the answer was wrong, so no time is reported) or "failed".
 In a run against another checkout, "against" is its commit, and the records are "now" and "before".
 """
 
