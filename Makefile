@@ -60,10 +60,12 @@ golden-check: $(INSTALLED)  ## compute all golden vectors again, and compare eve
 calibrate: $(INSTALLED)  ## measure how near correct backends come to the limits, over 200 seeds (half an hour)
 	$(BIN)/python -m selfattn_core.conformance.release.calibrate
 
-# DEVICE is a word of the frameworks' own, as in cuda:1; FRAMEWORKS is torch,jax,tensorflow or some of them.
+# DEVICE is a word of the frameworks' own, as in cuda:1; FRAMEWORKS is torch,jax,tensorflow or some of them, CELLS some
+# groups of cells, and AGAINST another checkout, to be measured in turns with this one.
 bench: $(INSTALLED)  ## measure time and memory into benchmarks/results, with DEVICE=cuda on that device
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
-	$(BIN)/python -m benchmarks.bench $(if $(DEVICE),--device $(DEVICE)) $(if $(FRAMEWORKS),--framework $(FRAMEWORKS))
+	$(BIN)/python -m benchmarks.bench $(if $(DEVICE),--device $(DEVICE)) $(if $(FRAMEWORKS),--framework $(FRAMEWORKS)) \
+		$(if $(CELLS),--group $(CELLS)) $(if $(AGAINST),--against $(AGAINST))
 
 # With whatever is installed where PYTHON is, as on a borrowed machine; .venv has frameworks for the CPU.
 device-check:  ## run conformance, times and a short training on DEVICE into build/device-check, within 8 minutes

@@ -1,32 +1,37 @@
 """Time and peak memory of the library and of other implementations of the same function.
 
-    python -m benchmarks.bench [--quick | --toy] [--framework torch,jax,tensorflow] [--device cuda] [--out DIR]
+    python -m benchmarks.bench [--quick | --toy] [--framework torch,jax,tensorflow] [--group sizes,…] [--against PATH]
+                               [--device cuda] [--out DIR]
 
-Run it from the root of the repository, on a machine that does nothing else. Each timing cell runs in its own process. All
-implementations are first compared with float64 there, and then take turns. Each peak of memory has its own process too
+Run it from the root of the repository, on a machine that does nothing else. Cells of a row share a process, and of each cell
+all implementations take turns there. All answers are compared with float64. Each peak of memory has its own process
 (`measure.py`). The table in `cells.py` lists the measurements, and the page compares them with `targets.py`. Without
 `--device`, the accelerators of the machine are hidden, and the numbers are those of its CPU. With a device there are
-different cells, float32 has full precision, the core is measured in bfloat16 too, and no target is compared.
+different cells, float32 has full precision, and no target is compared.
+
+With `--against`, nothing is compared with other implementations. Instead, ours is measured in turns with that of another
+checkout, such as the last release: `git worktree add ../before v0.1.0`.
 
 Exit code 0: everything that was started gave right answers. 1: something gave a wrong answer or failed (a missed target is
 not a failure). 2: a wrong option. 3: a requested framework is not installed or does not find the device.
 """
 
 import argparse
-import dataclasses
 import datetime as dt
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import FRAMEWORKS, MODES, REQUIRES, Cell, Mode
-from benchmarks.report import markdown, plot
+from benchmarks.against import compared
+from benchmarks.cells import FRAMEWORKS, GROUPS, MODES, REQUIRES, Cell, Row
+from benchmarks.plots import plot
+from benchmarks.processes import ROOT, Record, Setting, measured
+from benchmarks.report import markdown
 from benchmarks.results import file_stem, machine, merge, write_bytes, write_text
 from benchmarks.targets import evaluate
 from selfattn_core.conformance.execution.devices import (
@@ -36,14 +41,15 @@ from selfattn_core.conformance.execution.devices import (
     device_problem,
     device_variables,
 )
-from selfattn_core.conformance.execution.environment import shared_accelerator
 from selfattn_core.conformance.execution.visible_devices import seen
 from selfattn_core.installed import missing_modules
 
 __all__ = ["main"]
 
-_ROOT = Path(__file__).parents[1]
-_LONGEST_SECONDS = 900
+_SOURCES = ("selfattn_core", "backends", "benchmarks/*.py")
+
+# What decides about threads, memory and instructions.
+_NOTED = ("MALLOC_", "XLA_FLAGS", "ONEDNN_", "DNNL_", "TF_ENABLE_ONEDNN_OPTS", "MKL_", "ATEN_CPU_CAPABILITY")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,18 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}: {error}", file=sys.stderr)
                 return 3
         about["device"] = options.device
-    status = 0
+    status, results = 0, None
     for framework in options.frameworks:
-        for dtype in ("float32", "bfloat16") if options.device else ("float32",):
-            run = _measure(
-                framework, options.mode, devices.get(framework, "cpu:0"), dtype, hidden=not options.device
-            )
+        setting = Setting(framework, devices.get(framework), options.mode.seconds)
+        for group in options.groups:
+            run = _measure(setting, group, options.mode.groups.get(group, ()), options.against)
+            if not run["cells"]:
+                continue
             status = max(status, _status(run))
             about |= {"device_model": run["device"]["model"]} if options.device and "device" in run else {}
-            label = framework if dtype == "float32" else f"{framework} in {dtype}"
-            results = merge(options.out, about, options.mode.name, {label: run})
+            results = merge(options.out, about, options.mode.name, run)
             _write(results, options.out)
-    for finding in evaluate(results):
+    for finding in evaluate(results) if results else ():
         if finding.value is not None:
             print(f"{finding.verdict:7} {finding.target.framework:11} {finding}: {finding.target.row}")
     return status
@@ -99,7 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench", description="Time and memory on this CPU."
+        prog="python -m benchmarks.bench",
+        description="Time and memory on this CPU.",
+        epilog="",
     )
     modes = parser.add_mutually_exclusive_group()
     for name, meaning in (
@@ -114,18 +122,33 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
             default=MODES["full"],
             help=meaning,
         )
+    kept = "the latest results of the others on this machine are kept"
     parser.add_argument(
         "--framework",
         dest="frameworks",
-        type=_frameworks,
+        type=_some_of(FRAMEWORKS),
         default=FRAMEWORKS,
         metavar="NAMES",
-        help=f"some of {','.join(FRAMEWORKS)}; the latest results of the others on this machine are kept",
+        help=f"some of {','.join(FRAMEWORKS)}; {kept}",
+    )
+    parser.add_argument(
+        "--group",
+        dest="groups",
+        type=_some_of(tuple(GROUPS)),
+        default=tuple(GROUPS),
+        metavar="NAMES",
+        help=f"some of the groups of cells; {kept}. " + "; ".join(f"{n}: {w}" for n, w in GROUPS.items()),
+    )
+    parser.add_argument(
+        "--against",
+        type=_checkout,
+        metavar="PATH",
+        help="root of another checkout: measure our implementation of both in turns, and nothing else",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        default=_ROOT / "benchmarks" / "results",
+        default=ROOT / "benchmarks" / "results",
         metavar="DIR",
         help="folder of the results",
     )
@@ -140,97 +163,71 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _frameworks(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    strangers = [name for name in names if name not in FRAMEWORKS]
-    if strangers:
-        raise argparse.ArgumentTypeError(f"no {', '.join(strangers)}; there are {', '.join(FRAMEWORKS)}")
+def _some_of(known: tuple[str, ...]) -> Any:
+    def names(text: str) -> tuple[str, ...]:
+        found = tuple(text.split(","))
+        strangers = [name for name in found if name not in known]
+        if strangers:
+            raise argparse.ArgumentTypeError(f"no {', '.join(strangers)}; there are {', '.join(known)}")
+        return found
+
     return names
 
 
-def _measure(framework: str, mode: Mode, device: str, dtype: str, *, hidden: bool) -> dict[str, Any]:
-    """Run all cells of one framework, one process after the other. In bfloat16, only those of the core."""
+def _checkout(text: str) -> Path:
+    path = Path(text).resolve()
+    if not (path / "backends" / "selfattn_ops").is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no checkout of this repository")
+    return path
+
+
+def _measure(setting: Setting, group: str, rows: Sequence[Row], other: Path | None) -> dict[str, Any]:
+    """Measure the cells of one group in one framework."""
     start = time.perf_counter()
-    cells = [cell for cell in mode.cells if dtype == "float32" or cell.level == "core"]
     run: dict[str, Any] = {
+        "framework": setting.framework,
+        "group": group,
+        "against": _commit(other) if other else None,
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "commit": _commit(),
+        "commit": _commit(ROOT),
         "load_before": os.getloadavg()[0],
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.endswith("_NUM_THREADS") or name.startswith(("MALLOC_", "XLA_FLAGS"))
+            if name.endswith("_NUM_THREADS") or name.startswith(_NOTED)
         },
         "versions": {},
         "threads": {},
         "cells": [],
     }
-    job = {"framework": framework, "seconds": mode.seconds, "device": device, "dtype": dtype}
-    for number, cell in enumerate(cells, 1):
-        found: dict[str, Any] = {}
-        for names in _processes(cell, framework, device):
-            answer = _process(job | {"names": names}, cell, hidden=hidden)
-            found |= answer["records"]
-            run |= answer.get("about", {})
-        run["cells"].append(_named(cell) | {"results": found})
-        where = "" if hidden else f" {device} {dtype}"
-        print(f"{framework}{where} {number}/{len(cells)} {_line(cell, found)}", flush=True)
+    for row in rows:
+        for cell, about, found in compared(setting, row, other) if other else _with_peers(setting, row):
+            run |= {key: value for key, value in about.items() if key != "build"}
+            for record in found.values():
+                record.pop("samples", None)
+            run["cells"].append(cell.key | {"results": found})
+            place = "" if setting.device is None else f" {setting.device}"
+            print(f"{setting.framework}{place} {group} {_line(cell, found)}", flush=True)
     return run | {"seconds": time.perf_counter() - start}
 
 
-def _processes(cell: Cell, framework: str, device: str) -> Iterator[tuple[str, ...]]:
-    """The groups of implementations that share a process: all for time, single ones for memory."""
-    names = cell.implementations(framework, device)
-    if cell.measure == "time":
-        yield names
-    else:
-        for name in names:
-            yield (name,)
+def _with_peers(setting: Setting, row: Row) -> Iterator[tuple[Cell, dict[str, Any], dict[str, Record]]]:
+    """Times of a row in one process, and every peak of memory in its own."""
+    device = setting.device or "cpu"
+    if row[0].measure == "time":
+        (found,) = measured(setting, row, lambda cell: cell.implementations(setting.framework, device))
+        yield from ((cell, *each) for cell, each in zip(row, found, strict=True))
+        return
+    for cell in row:
+        about: dict[str, Any] = {}
+        records: dict[str, Record] = {}
+        for name in cell.implementations(setting.framework, device):
+            (((one, each),),) = measured(setting, (cell,), lambda _, name=name: (name,))
+            about, records = one or about, records | each
+        yield cell, about, records
 
 
-def _process(job: dict[str, Any], cell: Cell, *, hidden: bool) -> dict[str, Any]:
-    """Run one job. If its process dies or hangs, all its implementations have failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
-        job_file.write_text(json.dumps(job | {"cell": dataclasses.asdict(cell)}), encoding="utf-8")
-        quiet: dict[str, str | None] = {"TF_CPP_MIN_LOG_LEVEL": "3"}
-        if hidden:
-            quiet |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
-        else:
-            quiet |= device_variables(job["framework"], job["device"], os.environ)
-            # Full precision, because every answer is checked. Memory on demand, because counters would show reserved memory.
-            quiet |= {
-                "NVIDIA_TF32_OVERRIDE": "0",
-                "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-                **shared_accelerator(),
-            }
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.measure", str(job_file), str(result_file)],
-                cwd=_ROOT,
-                env={name: value for name, value in (os.environ | quiet).items() if value is not None},
-                capture_output=True,
-                text=True,
-                timeout=_LONGEST_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            reason = f"not done after {_LONGEST_SECONDS} s"
-        else:
-            if done.returncode == 0:
-                answer: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
-                return answer
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            reason = f"exit code {done.returncode}: {last}"
-    return {"records": {name: {"status": "failed", "reason": reason} for name in job["names"]}}
-
-
-def _named(cell: Cell) -> dict[str, Any]:
-    return {key: getattr(cell, key) for key in ("measure", "level", "step", "channels", "side")}
-
-
-def _line(cell: Cell, found: dict[str, Any]) -> str:
-    where = f"{cell.measure} {cell.level} {cell.step} C={cell.channels} {cell.side}×{cell.side}:"
+def _line(cell: Cell, found: dict[str, Record]) -> str:
     values = []
     for name, record in found.items():
         if "peak_bytes" in record:
@@ -241,7 +238,9 @@ def _line(cell: Cell, found: dict[str, Any]) -> str:
             values.append(f"{name} {record['status'].upper()} ({record['reason']})")
         else:
             values.append(f"{name} {record['status']}")
-    return f"{where} {', '.join(values)}"
+        if "of_before" in record:
+            values[-1] += f" ({record['of_before']:.3f} × before)"
+    return f"{cell.measure} {cell}: {', '.join(values)}"
 
 
 def _status(run: dict[str, Any]) -> int:
@@ -249,24 +248,16 @@ def _status(run: dict[str, Any]) -> int:
     return int(bool(statuses & {"wrong", "failed"}))
 
 
-def _commit() -> str:
-    """The current commit, with a + if the sources differ from it."""
+def _commit(checkout: Path) -> str:
+    """The commit of a checkout, with a + if the sources differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True
+            ["git", *arguments], cwd=checkout, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
-        changed = git(
-            "status",
-            "--porcelain",
-            "--untracked-files=no",
-            "--",
-            "selfattn_core",
-            "backends",
-            "benchmarks/*.py",
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *_SOURCES)
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -274,7 +265,7 @@ def _commit() -> str:
 
 def _write(results: dict[str, Any], folder: Path) -> None:
     """Write the JSON file first, because a failing plot must not lose the measurements."""
-    newest = max(run["date"] for run in results["frameworks"].values())
+    newest = max(run["date"] for run in results["runs"])
     stem = file_stem(results["machine"], results["mode"], newest)
     write_text(folder / f"{stem}.json", json.dumps(results, indent=1) + "\n")
     plots = {"Time against N": f"{stem}-time.png", "Peak memory against N": f"{stem}-memory.png"}

@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen
 
-from benchmarks.problem import Problem, products, row_local
+from benchmarks.problem import Problem
+from benchmarks.products import products, row_local
 from benchmarks.step import RefusedError, Step
-from selfattn_core.arrays import widen
-from selfattn_ops.devices import jax as devices
 from selfattn_ops.jax import attend
 
-__all__ = ["about", "array", "build", "on", "peak_memory", "synchronize"]
+__all__ = ["about", "array", "build", "forget", "on", "peak_memory", "synchronize"]
 
 Function = Callable[..., jax.Array]
 
@@ -44,15 +43,24 @@ def synchronize() -> None:
     """Do nothing, because every step waits for its own answers."""
 
 
+def forget() -> None:
+    """Forget what was compiled."""
+    jax.clear_caches()
+
+
 @contextlib.contextmanager
 def on(device: str) -> Iterator[Mapping[str, str]]:
     """Make this the default device inside a `with` block, and yield its model and driver."""
+    from selfattn_ops.devices import jax as devices
+
     with devices.OnDevices().on(device) as found:
         yield found
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:
     """The peak memory of a call, by JAX's counters of the device."""
+    from selfattn_ops.devices import jax as devices
+
     return devices.peak_memory(call, device)
 
 
@@ -62,7 +70,7 @@ def build(name: str, problem: Problem) -> Step:
     Raises:
         RefusedError: if the implementation cannot compute the problem.
     """
-    inputs = [array(operand, problem.dtype) for operand in problem.operands.values()]
+    inputs = [array(operand, problem.cell.dtype) for operand in problem.operands.values()]
     if name == "matmul-blocks":
         return _in_blocks(problem, *inputs)
     if name == "matmul":
@@ -80,7 +88,7 @@ def build(name: str, problem: Problem) -> Step:
 
     def prepare() -> None:
         if not compiled:
-            weight = array(problem.weight, problem.dtype)
+            weight = array(problem.weight, problem.cell.dtype)
             compiled.append(jax.jit(compute).lower(parameters, inputs, weight).compile())
 
     def run(weight: jax.Array) -> Any:
@@ -116,7 +124,7 @@ def _in_blocks(problem: Problem, query: jax.Array, key: jax.Array, value: jax.Ar
 
     def join(found: Any) -> dict[str, np.ndarray]:
         return row_local(
-            step, found, lambda parts: np.concatenate([widen(np.asarray(p)) for p in parts], axis=1)
+            step, found, lambda parts: np.concatenate([np.asarray(p, np.float32) for p in parts], axis=1)
         )
 
     return Step(run, join)
@@ -158,7 +166,7 @@ def _to_numpy(answers: Mapping[str, Any]) -> dict[str, np.ndarray]:
     tree = answers.pop("parameters", {})
     for name, values in flax.traverse_util.flatten_dict(tree.get("params", tree), sep=".").items():
         answers[name] = values[0, 0] if values.ndim == 4 else values
-    return {name: widen(np.asarray(values)) for name, values in answers.items()}
+    return {name: np.asarray(values, np.float32) for name, values in answers.items()}
 
 
 def _core(name: str) -> Function:
@@ -204,7 +212,10 @@ def _layer(name: str, problem: Problem) -> tuple[Function, Any]:
     if name == "ours":
         from selfattn_flax.linen import from_canonical
 
-        module, variables = from_canonical(problem.config, problem.params)
+        # In mixed precision the parameters stay float32.
+        module, variables = from_canonical(
+            problem.config, problem.params, dtype=problem.cell.dtype, param_dtype="float32"
+        )
         return module.apply, jax.tree.map(jnp.asarray, variables)
     if name == "dense":
         side = problem.config.kv_pool
@@ -222,6 +233,7 @@ def _published(parameters: Mapping[str, jax.Array], x: jax.Array, side: int) -> 
         projected = maps @ parameters[f"{name}.kernel"]
         return projected + parameters[f"{name}.bias"] if f"{name}.bias" in parameters else projected
 
+    parameters = {name: values.astype(x.dtype) for name, values in parameters.items()}
     query, key, value = (project(name, x) for name in ("query", "key", "value"))
     if side > 1:
         key, value = (linen.max_pool(maps, (side, side), (side, side)) for maps in (key, value))

@@ -1,8 +1,9 @@
-"""One job in a separate process: check an answer, then measure its time or its peak memory.
+"""One job in a separate process: compute the answers of some cells, and measure their time or their peak memory.
 
-Started by `bench.py` as `python -m benchmarks.measure JOB.json RESULT.json`.
+Started by `processes.py` as `python -m benchmarks.measure FOLDER`. The folder has `job.json` and the inputs. It receives the
+answers, which `processes.py` judges, and a line of `records.jsonl` for every cell that is done.
 
-Time. Every implementation of the cell is built and checked first. Those that pass take turns, A B A B …, so that other
+Time. Every implementation of the cell is built, and its answer is written. Then they take turns, A B A B …, so that other
 activity of the machine affects all of them. A sample is the mean of all calls in 10 ms. The first calls are not counted, and
 Python's garbage collector is off.
 
@@ -13,17 +14,19 @@ defaults, as users have it. glibc keeps freed blocks below its (moving) mmap thr
 Memory kept from before is released first (malloc_trim), because it would hide the first megabytes. Without /proc the mark
 cannot be reset, and a step that stays below an earlier peak is not visible. On a device other than the CPU, the framework's
 own counters give the peak.
+
+Nothing here is imported from the library but the operators and layers under measurement and what they need, because the
+library may be another build (`bench.py --against`).
 """
 
+import contextlib
 import ctypes
-import dataclasses
 import gc
 import importlib
+import importlib.util
 import json
-import math
 import os
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -31,73 +34,94 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks.cells import CEILINGS, OURS, Cell, too_large
+import numpy as np
+
+from benchmarks.cells import ACCOUNTABLE, Cell, too_large
 from benchmarks.problem import Problem
 from benchmarks.step import RefusedError, Step
+from benchmarks.turns import Partner, interleaved
 
-__all__ = ["interleaved", "main"]
+__all__ = ["main"]
 
-_SAMPLE_SECONDS = 0.01
-_LONG_SECONDS = 5.0
-_MOST_SAMPLES = 60
+Record = dict[str, Any]
 
 
-def main(job_file: str, result_file: str) -> None:
-    """Run the job that one file describes, and write the result to the other."""
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    cell = Cell(**job["cell"])
+def main(folder: str) -> None:
+    """Run the job that a folder describes."""
+    job = json.loads((Path(folder) / "job.json").read_text(encoding="utf-8"))
     cases = importlib.import_module(f"benchmarks.{job['framework']}_cases")
-    with cases.on(job["device"]) as device:
-        records = _memory(cases, cell, job) if cell.measure == "memory" else _time(cases, cell, job)
-        about = cases.about() | {"device": {"name": job["device"], **device}}
-    Path(result_file).write_text(json.dumps({"about": about, "records": records}), encoding="utf-8")
+    partner = Partner(**job["partner"]) if job["partner"] else None
+    with cases.on(job["device"]) if job["device"] else contextlib.nullcontext({}) as device:
+        about = cases.about() | {"build": _build(), "device": {"name": job["device"], **device}}
+        with (Path(folder) / "records.jsonl").open("w", encoding="utf-8") as file:
+            for number, entry in enumerate(job["cells"]):
+                given = _Given(Cell(**entry["cell"]), entry["contestants"], Path(folder), number)
+                if given.cell.measure == "memory":
+                    records = _memory(cases, given, job["device"])
+                else:
+                    records = _time(cases, given, job["seconds"], partner)
+                file.write(json.dumps({"about": about, "records": records}) + "\n")
+                file.flush()
 
 
-def _time(cases: ModuleType, cell: Cell, job: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    problem = Problem.of(cell, dtype=job["dtype"])
-    # In the dtype of the step, so that no cast is timed.
-    weight, checked_weight = (
-        cases.array(values, job["dtype"]) for values in (problem.weight, problem.checked_weight)
-    )
-    records: dict[str, dict[str, Any]] = {}
-    steps: dict[str, Step] = {}
-    for name in job["names"]:
-        reason = too_large(name, cell, _available())
+class _Given:
+    """One cell of a job: its implementations, and the files of its inputs and answers."""
+
+    def __init__(self, cell: Cell, contestants: Mapping[str, Any], folder: Path, number: int) -> None:
+        self.cell, self.names, self._contestants = cell, list(contestants), contestants
+        self._folder, self._number = folder, number
+
+    def posed(self, name: str, which: str = "inputs") -> tuple[str, Problem]:
+        """The implementation and the problem behind a name."""
+        entry = self._contestants[name]
+        return entry["implementation"], Problem.load(Cell(**entry["cell"]), self._folder / entry[which])
+
+    def keep(self, name: str, step: Step, answer: Any) -> Record:
+        """Write the answer of an implementation to a file, and return the record that names it."""
+        file = f"answers-{self._number}-{self.names.index(name)}.npz"
+        np.savez(self._folder / file, **step.to_numpy(answer))
+        return {"status": "ok", "answers": file}
+
+
+def _build() -> str:
+    """The checkout from which the operators come."""
+    found = importlib.util.find_spec("selfattn_ops")
+    return str(Path(str(found and found.origin)).resolve().parents[2])
+
+
+def _time(cases: ModuleType, given: _Given, seconds: float, partner: Partner | None) -> dict[str, Record]:
+    cases.forget()  # what the cell before has compiled
+    records: dict[str, Record] = {}
+    calls: dict[str, Callable[[], None]] = {}
+    for name in given.names:
+        implementation, problem = given.posed(name)
+        reason = too_large(implementation, problem.cell, _available())
         if reason:
             records[name] = {"status": "skipped", "reason": reason}
             continue
+        # In the dtype of the step, so that no cast is timed.
+        weight, checked_weight = (
+            cases.array(values, problem.cell.dtype) for values in (problem.weight, problem.checked_weight)
+        )
         try:
-            step = cases.build(name, problem)
+            step = cases.build(implementation, problem)
             start = time.perf_counter()
             answer = step.run(checked_weight)
             cases.synchronize()
             first = time.perf_counter() - start
         except Exception as error:
-            records[name] = _excuse(name, error)
+            records[name] = _excuse(implementation, error)
             continue
-        records[name] = _checked(problem, name, step, answer) | {"first_call_seconds": first}
+        records[name] = given.keep(name, step, answer) | {"first_call_seconds": first}
         del answer
-        if records[name]["status"] == "ok":
-            steps[name] = step
-    calls = {name: _call(cases, step, weight) for name, step in steps.items()}
-    samples = interleaved(calls, job["seconds"])
-    for name, seconds in samples.items():
-        records[name] |= {
-            "seconds": {
-                "min": min(seconds),
-                "median": statistics.median(seconds),
-                "max": max(seconds),
-                "samples": len(seconds),
-            }
-        }
-    if OURS in samples:
-        ours = records[OURS]["seconds"]["median"]
-        for name in samples:
-            records[name]["times_ours"] = records[name]["seconds"]["median"] / ours
+        calls[name] = _call(cases, step, weight)
+    if partner is None or partner.agree(bool(calls)):
+        for name, samples in interleaved(calls, seconds, partner).items():
+            records[name]["samples"] = samples
     return records
 
 
-def _call(cases: ModuleType, step: Step, weight: Any) -> Callable[[], Any]:
+def _call(cases: ModuleType, step: Step, weight: Any) -> Callable[[], None]:
     def call() -> None:
         step.run(weight)
         cases.synchronize()
@@ -105,60 +129,17 @@ def _call(cases: ModuleType, step: Step, weight: Any) -> Callable[[], Any]:
     return call
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Time several functions in turns.
-
-    Args:
-        calls: functions without arguments by name, each called at least once before.
-        seconds: time for all of them together. There are at least five turns, or three if a turn is long.
-
-    Returns:
-        Seconds for each call, one number for each turn.
-
-    Example:
-        >>> sorted(interleaved({"a": int, "b": float}, 0.0))
-        ['a', 'b']
-    """
-    repeats = {}
-    turn = 0.0
-    for name, call in calls.items():
-        once = _seconds(call, 1)
-        if once < _SAMPLE_SECONDS:
-            once = min(once, _seconds(call, 10))
-        repeats[name] = max(1, math.ceil(_SAMPLE_SECONDS / max(once, 1e-6)))
-        turn += repeats[name] * once
-    least = 3 if turn > _LONG_SECONDS else 5
-    turns = min(max(least, int(seconds / max(turn, 1e-6))), _MOST_SAMPLES)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(turns):
-            for name, call in calls.items():
-                samples[name].append(_seconds(call, repeats[name]))
-    finally:
-        gc.enable()
-    return samples
-
-
-def _seconds(call: Callable[[], Any], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def _memory(cases: ModuleType, cell: Cell, job: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    name, device = job["names"][0], job["device"]
-    reason = too_large(name, cell, _available())
+def _memory(cases: ModuleType, given: _Given, device: str | None) -> dict[str, Record]:
+    (name,) = given.names
+    implementation, problem = given.posed(name)
+    reason = too_large(implementation, problem.cell, _available())
     if reason:
         return {name: {"status": "skipped", "reason": reason}}
-    tiny = Problem.of(dataclasses.replace(cell, side=8), dtype=job["dtype"])
-    problem = Problem.of(cell, dtype=job["dtype"])
+    _, tiny = given.posed(name, "warm_up")
     try:
-        cases.build(name, tiny).run(cases.array(tiny.weight, job["dtype"]))
-        step = cases.build(name, problem)
-        weight = cases.array(problem.checked_weight, job["dtype"])
+        cases.build(implementation, tiny).run(cases.array(tiny.weight, tiny.cell.dtype))
+        step = cases.build(implementation, problem)
+        weight = cases.array(problem.checked_weight, problem.cell.dtype)
         step.compile()
         answers, seconds = [], 0.0
 
@@ -169,13 +150,12 @@ def _memory(cases: ModuleType, cell: Cell, job: Mapping[str, Any]) -> dict[str, 
             cases.synchronize()
             seconds = time.perf_counter() - start
 
-        peak = _peak_of(call) if device.startswith("cpu") else cases.peak_memory(call, device)
+        on_host = device is None or device.startswith("cpu")
+        peak = _peak_of(call) if on_host else cases.peak_memory(call, device)
         (answer,) = answers
     except Exception as error:
-        return {name: _excuse(name, error)}
-    return {
-        name: _checked(problem, name, step, answer) | {"peak_bytes": peak, "single_call_seconds": seconds}
-    }
+        return {name: _excuse(implementation, error)}
+    return {name: given.keep(name, step, answer) | {"peak_bytes": peak, "single_call_seconds": seconds}}
 
 
 def _peak_of(call: Callable[[], None]) -> int:
@@ -185,21 +165,12 @@ def _peak_of(call: Callable[[], None]) -> int:
     return max(0, _peak() - before)
 
 
-def _checked(problem: Problem, name: str, step: Step, answer: Any) -> dict[str, Any]:
-    """The status "ok" with the worst error in noise floors, or "wrong" with every wrong quantity."""
-    verdicts = problem.check(name, step.to_numpy(answer))
-    wrong = [verdict.message for verdict in verdicts if not verdict.passed]
-    if wrong:
-        return {"status": "wrong", "reason": "; ".join(wrong)}
-    return {"status": "ok", "noise_floors": max(verdict.ratio for verdict in verdicts)}
-
-
-def _excuse(name: str, error: Exception) -> dict[str, Any]:
+def _excuse(name: str, error: Exception) -> Record:
     """The record of an exception. In code of others it is a result, in ours a failure."""
     if isinstance(error, RefusedError):
         return {"status": "refused", "reason": str(error)}
     first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return {"status": "failed" if name in (OURS, "dense", *CEILINGS) else "refused", "reason": first_line}
+    return {"status": "failed" if name in ACCOUNTABLE else "refused", "reason": first_line}
 
 
 def _available() -> int | None:

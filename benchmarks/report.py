@@ -1,48 +1,69 @@
-"""The results as a Markdown page and as two plots."""
+"""The results as a Markdown page."""
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.cells import CEILINGS, OURS
-from benchmarks.problem import PRODUCTS
-from benchmarks.results import exponent, median, peak, records
+from benchmarks.cells import CEILINGS, OURS, Cell
+from benchmarks.products import PRODUCTS
+from benchmarks.results import cells, frameworks
 from benchmarks.targets import evaluate
 
-__all__ = ["markdown", "plot"]
+__all__ = ["STEPS", "in_order", "markdown"]
 
 Results = Mapping[str, Any]
+Stored = Mapping[str, Any]
+
+STEPS = {"forward": "forward", "train": "forward and backward", "r1": "R1 step"}
 
 _LEVELS = {
     "core": "softmax(q kᵀ) v, given q, k and v",
     "flat": "The whole layer, as most copies have it",
     "pooled": "The whole layer, in the authors' pooled form",
 }
-_STEPS = {"forward": "forward", "train": "forward and backward", "r1": "R1 step"}
 
-_TIME_NOTE = (
-    "Each cell is the median of interleaved repeats, with the fastest and the slowest in brackets, then the ratio to ours. "
-    "Every answer was compared with float64 before it was timed. *matmul* and *matmul-blocks* are not attention. They "
-    "compute only the products of the step, of whole arrays and of query blocks. For derivatives these are the products of "
-    "the formula, without recomputation. The faster of the two is the limit that this framework's matmul sets."
-)
+_TIMES = {
+    "sizes": (
+        "Time",
+        (
+            "float32, one sample. Each entry is a median, with the fastest and the slowest in brackets, and then the multiple of "
+            "our time. All implementations of a row took turns in one process. Every answer was compared with float64. "
+            "*matmul* and *matmul-blocks* are not attention. They compute the matrix products of the step and nothing else: of "
+            "whole arrays, and of query blocks. For derivatives these are the products of the formula, without those that "
+            "compute something again. The faster of the two shows how fast this framework can multiply. The last column "
+            "compares our time with it."
+        ),
+    ),
+    "small": ("Small maps", "float32, with one sample and with sixteen (B)."),
+    "peaked": (
+        "Peaked maps",
+        (
+            "float32, one sample. The scores have the standard deviation in the column. *ours, diffuse map* is our time where "
+            "it is 1, in the same process and in turns."
+        ),
+    ),
+    "bfloat16": (
+        "bfloat16",
+        (
+            "One sample. The core has operands in bfloat16. The layers have float32 parameters, and compute in the mixed "
+            "precision of their framework: autocast in PyTorch, a mixed policy in Keras, `dtype` in Flax. *ours in float32* is "
+            "our time for float32 operands, in the same process and in turns."
+        ),
+    ),
+}
 _MEMORY_NOTE = (
-    "Each cell was measured in its own process, and includes the outputs. The seconds are those of this one call, the first "
+    "Each entry was measured in its own process, and includes the outputs. The seconds are those of this one call, the first "
     "one at this size. Where there is something to compile, it was compiled before."
 )
-
-# Okabe and Ito's colours, which colour-blind people can tell apart, and a marker for each line for prints in grey.
-_LOOKS = {
-    OURS: ("#0072B2", "o"),
-    "dense": ("#D55E00", "s"),
-    "sdpa": ("#009E73", "^"),
-    "flax": ("#CC79A7", "v"),
-    "memory-efficient-attention": ("#E69F00", "D"),
-    "matmul": ("#000000", "x"),
-    "matmul-blocks": ("#000000", "+"),
-}
-_FIT_FROM = 32
-_CURVES = 64
+_TARGETS_NOTE = (
+    "Each entry is the measurement, with the target in brackets. Where a target of speed was missed, the entry also compares "
+    "our time with that of the matrix products alone (*matmul* below). Near 1.00, this framework has no more to give on this "
+    "machine. Where a target covers several measurements, the entry is the worst of them."
+)
+_AGAINST_NOTE = (
+    "Our implementation in this build and in another one. Two processes took turns, one for each build. An entry is the "
+    "ratio of the two medians, new over old. In brackets are the quartiles of the ratios of single turns. For peaks of "
+    "memory, the medians of up to three processes are compared."
+)
 
 
 def markdown(results: Results, plots: Mapping[str, str]) -> str:
@@ -55,103 +76,66 @@ def markdown(results: Results, plots: Mapping[str, str]) -> str:
     lines = ["# Time and memory", "", *_header(results), ""]
     lines += [line for title, file in plots.items() for line in (f"![{title}]({file})", "")]
     if "device" not in results["machine"]:
-        lines += ["## Targets", "", *_targets(results), ""]
-    lines += ["## Time", "", _TIME_NOTE]
-    for level, title in _LEVELS.items():
-        for step, name in _STEPS.items():
-            table = _times(results, level, step)
-            if table:
-                lines += ["", f"### {title}: {name}", "", *table]
-    lines += ["", "## Peak memory above the inputs, core", "", _MEMORY_NOTE, "", *_memory(results)]
-    reasons = _reasons(results)
-    if reasons:
-        lines += ["", "## Not measured", "", *reasons]
-    return "\n".join(lines) + "\n"
+        lines += ["## Targets", "", _TARGETS_NOTE, "", *_targets(results), ""]
+    for group, (title, note) in _TIMES.items():
+        tables = [
+            line
+            for level in _LEVELS
+            for step in STEPS
+            if (table := _times(results, group, level, step))
+            for line in ("", f"### {_LEVELS[level]}: {STEPS[step]}", "", *table)
+        ]
+        if tables:
+            lines += [f"## {title}", "", note, *tables, ""]
+    if memory := _memory(results):
+        lines += ["## Peak memory above the inputs, core", "", _MEMORY_NOTE, "", *memory, ""]
+    if against := _against(results):
+        lines += ["## Against another build", "", _AGAINST_NOTE, *against, ""]
+    if reasons := _reasons(results):
+        lines += ["## Not measured, or less exact", "", *reasons, ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _header(results: Results) -> Iterator[str]:
     about = results["machine"]
+    known = about.get("instructions")
+    words = "Its instructions are not known. " if known is None else f"It has {_listed(known)}. "
     yield (
         f"{about['cpu']}, {about['cores']} cores, {about['memory_bytes'] / 2**30:.0f} GiB, {about['system']} "
-        f"{about['architecture']}, Python {about['python']}. {_place(about)}float32, one sample (B = 1), Dk = C/8. "
-        "`make bench` writes this page: do not edit it."
+        f"{about['architecture']}, Python {about['python']}. {words}{_place(about)}Dk = C/8. `make bench` writes this "
+        "page: do not edit it."
     )
     if results["mode"] not in ("full", "device"):
         yield ""
         yield f"**A {results['mode']} run: do not quote its numbers.**"
     yield ""
     yield from _table(
-        ("framework", "date", "commit", "versions", "threads", "load before", "took"),
+        ("framework", "cells", "date", "commit", "versions", "threads", "variables", "load before", "took"),
         [
             (
-                framework,
+                run["framework"],
+                run["group"] + (f", against `{run['against']}`" if run["against"] else ""),
                 run["date"],
                 f"`{run['commit']}`",
-                ", ".join(f"{key} {value}" for key, value in run["versions"].items()),
-                ", ".join(f"{key} {value}" for key, value in run["threads"].items()),
+                _pairs(run["versions"]),
+                _pairs(run["threads"]),
+                _pairs(run.get("environment", {})),
                 f"{run['load_before']:.2f}",
                 f"{run['seconds'] / 60:.1f} min",
             )
-            for framework, run in results["frameworks"].items()
+            for run in results["runs"]
         ],
     )
 
 
-def _targets(results: Results) -> list[str]:
-    found: dict[str, dict[str, str]] = {}
-    for finding in evaluate(results):
-        mark = "" if finding.verdict == "met" else f" **{finding.verdict}**"
-        if finding.verdict == "missed" and finding.share is not None:
-            mark += f", at {finding.share:.2f} of the matmul rate"
-        found.setdefault(finding.target.row, {})[finding.target.framework] = f"{finding}{mark}"
-    frameworks = list(results["frameworks"])
-    rows = [(row, *(cells.get(name, "") for name in frameworks)) for row, cells in found.items()]
-    return [
-        (
-            "Each cell is the measurement, with the target in brackets. For each missed target of speed, the cell also gives "
-            "the layer's rate on the products of the step, relative to the rate of the framework's own matmul, the faster of "
-            "*matmul* and *matmul-blocks* below. A value near 1 means that this machine and framework have no more to give."
-        ),
-        "",
-        *_table(("", *frameworks), rows),
-    ]
+def _pairs(named: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in named.items())
 
 
-def _times(results: Results, level: str, step: str) -> list[str]:
-    cells = [
-        (framework, channels, side, found)
-        for framework in results["frameworks"]
-        for channels in _channels(results, framework, "time", level, step)
-        for side, found in sorted(records(results, framework, "time", level, step, channels).items())
-    ]
-    names = _names(found for *_, found in cells)
-    if not cells:
-        return []
-    rows = []
-    for framework, channels, side, found in cells:
-        row = [framework, str(channels), f"{side}×{side}", *(_time(found.get(name)) for name in names)]
-        if "matmul" in names:
-            row += [_rate(found, step, channels, side), _share(found)]
-        rows.append(row)
-    head = ["framework", "C", "map", *names]
-    if "matmul" in names:
-        head += ["matmul, GF/s", "share of it"]
-    return _table(head, rows)
-
-
-def _rate(found: Mapping[str, Any], step: str, channels: int, side: int) -> str:
-    """The matmul rate of the faster ceiling."""
-    narrow, wide = PRODUCTS[step]
-    flops = 2 * side**4 * (narrow * channels // 8 + wide * channels)
-    seconds = [found[name]["seconds"]["median"] for name in CEILINGS if "seconds" in found.get(name, {})]
-    return f"{flops / min(seconds) / 1e9:.0f}" if seconds else "–"
-
-
-def _share(found: Mapping[str, Any]) -> str:
-    """The rate of our layer on the same products, as a share of the rate of the faster ceiling."""
-    seconds = [found[name]["seconds"]["median"] for name in CEILINGS if "seconds" in found.get(name, {})]
-    ours = found.get(OURS, {})
-    return f"{min(seconds) / ours['seconds']['median']:.2f}" if seconds and "seconds" in ours else "–"
+def _listed(words: Sequence[str]) -> str:
+    if len(words) < 2:
+        return words[0] if words else "no instructions that speed up products"
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _place(about: Mapping[str, Any]) -> str:
@@ -161,11 +145,74 @@ def _place(about: Mapping[str, Any]) -> str:
     return f"On {about['device']} ({about.get('device_model', 'not known')}), float32 in full precision. "
 
 
+def _targets(results: Results) -> list[str]:
+    found: dict[str, dict[str, str]] = {}
+    for finding in evaluate(results):
+        mark = "" if finding.verdict == "met" else f" **{finding.verdict}**"
+        if finding.verdict == "missed" and finding.share is not None:
+            mark += f", {1 / finding.share:.2f} × the time of the products"
+        if finding.words:
+            mark += f", {finding.words}"
+        found.setdefault(finding.target.row, {})[finding.target.framework] = f"{finding}{mark}"
+    names = frameworks(results)
+    return _table(
+        ("", *names), [(row, *(cells.get(name, "") for name in names)) for row, cells in found.items()]
+    )
+
+
+def _times(results: Results, group: str, level: str, step: str) -> list[str]:
+    wanted = {"group": group, "measure": "time", "level": level, "step": step}
+    found = [(name, cell) for name in frameworks(results) for cell in _sorted(results, name, **wanted)]
+    if not found:
+        return []
+    names = in_order(name for _, cell in found for name in cell["results"])
+    columns = [name for name in ("batch", "logits") if any(cell[name] not in (1, None) for _, cell in found)]
+    rows = []
+    for framework, cell in found:
+        row = [framework, str(cell["channels"]), f"{cell['side']}×{cell['side']}"]
+        row += [f"{cell[column]:g}" for column in columns]
+        row += [_time(cell["results"].get(name)) for name in names]
+        if "matmul" in names:
+            row += [_rate(cell), _over_products(cell)]
+        rows.append(row)
+    titles = {"batch": "B", "logits": "scores"}
+    head = ["framework", "C", "map", *(titles[column] for column in columns), *names]
+    return _table([*head, *(("matmul, GF/s", "ours / matmul") if "matmul" in names else ())], rows)
+
+
+def _sorted(results: Results, framework: str, **wanted: Any) -> list[Stored]:
+    def place(cell: Stored) -> tuple[Any, ...]:
+        kind = list(_LEVELS).index(cell["level"]), list(STEPS).index(cell["step"]), cell["dtype"] != "float32"
+        return (*kind, cell["logits"] or 0, cell["channels"], cell["side"], cell["batch"])
+
+    return sorted(cells(results, framework, **wanted), key=place)
+
+
+def _products(cell: Stored) -> float | None:
+    """Seconds of the faster ceiling."""
+    found = (cell["results"].get(name, {}) for name in CEILINGS)
+    return min((record["seconds"]["median"] for record in found if "seconds" in record), default=None)
+
+
+def _rate(cell: Stored) -> str:
+    """The rate of the faster ceiling."""
+    narrow, wide = PRODUCTS[cell["step"]]
+    flops = 2 * cell["batch"] * cell["side"] ** 4 * (narrow * cell["channels"] // 8 + wide * cell["channels"])
+    seconds = _products(cell)
+    return f"{flops / seconds / 1e9:.0f}" if seconds else "–"
+
+
+def _over_products(cell: Stored) -> str:
+    """Our time over that of the faster ceiling."""
+    seconds, ours = _products(cell), cell["results"].get(OURS, {})
+    return f"{ours['seconds']['median'] / seconds:.2f}" if seconds and "seconds" in ours else "–"
+
+
 def _time(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return ""
     if "seconds" not in record:
-        return record["status"]
+        return str(record["status"])
     seconds = record["seconds"]
     scale, unit = next(
         (scale, unit)
@@ -178,138 +225,81 @@ def _time(record: Mapping[str, Any] | None) -> str:
 
 
 def _memory(results: Results) -> list[str]:
-    cells = [
-        (framework, step, channels, side, found)
-        for framework in results["frameworks"]
-        for step in _STEPS
-        for channels in _channels(results, framework, "memory", "core", step)
-        for side, found in sorted(records(results, framework, "memory", "core", step, channels).items())
+    found = [
+        (framework, cell)
+        for framework in frameworks(results)
+        for step in STEPS
+        for dtype in ("float32", "bfloat16")
+        for cell in _sorted(results, framework, measure="memory", level="core", step=step, dtype=dtype)
     ]
-    names = _names(found for *_, found in cells)
+    if not found:
+        return []
+    names = in_order(name for _, cell in found for name in cell["results"])
     rows = [
         (
             framework,
-            _STEPS[step],
-            str(channels),
-            f"{side}×{side}",
-            *(_bytes(found.get(name)) for name in names),
+            STEPS[cell["step"]],
+            cell["dtype"],
+            str(cell["channels"]),
+            f"{cell['side']}×{cell['side']}",
+            *(_bytes(cell["results"].get(name)) for name in names),
         )
-        for framework, step, channels, side, found in cells
+        for framework, cell in found
     ]
-    return _table(("framework", "step", "C", "map", *names), rows)
+    return _table(("framework", "step", "dtype", "C", "map", *names), rows)
 
 
 def _bytes(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return ""
     if "peak_bytes" not in record:
-        return record["status"]
+        return str(record["status"])
     return f"{record['peak_bytes'] / 2**20:.0f} MiB, {record['single_call_seconds']:.3g} s"
+
+
+def _against(results: Results) -> Iterator[str]:
+    """A table for time and one for memory: a row for each cell, a column for each framework."""
+    names = frameworks(results)
+    for measure, title in (("time", "Time"), ("memory", "Peak memory")):
+        rows: dict[str, dict[str, str]] = {}
+        for name in names:
+            for cell in _sorted(results, name, against=True, measure=measure):
+                rows.setdefault(_words(cell), {})[name] = _new_over_old(cell["results"])
+        if rows:
+            yield from ("", f"### {title}, new over old", "")
+            yield from _table(
+                ("", *names), [(row, *(found.get(name, "") for name in names)) for row, found in rows.items()]
+            )
+
+
+def _new_over_old(found: Mapping[str, Any]) -> str:
+    now = found["now"]
+    if "of_before" not in now:
+        return next((record["status"] for record in found.values() if record["status"] != "ok"), "–")
+    quartiles = now.get("quartiles")
+    return f"{now['of_before']:.3f}" + ("" if quartiles is None else " ({:.3f}–{:.3f})".format(*quartiles))
+
+
+def _words(cell: Stored) -> str:
+    return str(Cell(**{key: value for key, value in cell.items() if key != "results"}))
 
 
 def _reasons(results: Results) -> list[str]:
     found: dict[str, list[str]] = {}
-    for framework, run in results["frameworks"].items():
+    for run in results["runs"]:
         for cell in run["cells"]:
             for name, record in cell["results"].items():
                 if record["status"] != "ok":
-                    where = f"{cell['level']} {cell['step']} C = {cell['channels']} at {cell['side']}×{cell['side']}"
-                    line = f"{framework}, {name}: {record['status']}: {record['reason']}"
-                    found.setdefault(line, []).append(f"{where} ({cell['measure']})")
-    return [f"- {line} – {'; '.join(places)}" for line, places in found.items()]
+                    line = f"{run['framework']}, {name}: {record['status']}: {record['reason']}"
+                    found.setdefault(line, []).append(f"{_words(cell)} ({cell['measure']})")
+    return [f"- {line} – {'; '.join(dict.fromkeys(places))}" for line, places in found.items()]
 
 
-def _channels(results: Results, framework: str, measure: str, level: str, step: str) -> list[int]:
-    wanted = (measure, level, step)
-    return sorted(
-        {
-            cell["channels"]
-            for cell in results["frameworks"][framework]["cells"]
-            if (cell["measure"], cell["level"], cell["step"]) == wanted
-        }
-    )
-
-
-def _names(found: Iterator[Mapping[str, Any]]) -> list[str]:
-    """The implementations in the order of their first cell, with the ceilings last."""
-    return sorted(dict.fromkeys(name for each in found for name in each), key=lambda name: name in CEILINGS)
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of implementations in the order of their first cell, with the ceilings last."""
+    return sorted(dict.fromkeys(names), key=lambda name: name in CEILINGS)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *cells]]
-
-
-def plot(results: Results, quantity: str) -> bytes:
-    """A plot of time or memory against N, with a panel for each framework and logarithmic axes.
-
-    The legend gives the exponent of a power law, fitted from N = 32² on. Below, the overhead of a call dominates.
-
-    Args:
-        results: results as `benchmarks.results` describes them.
-        quantity: "time" or "memory".
-
-    Returns:
-        A PNG.
-    """
-    from matplotlib.figure import Figure
-
-    frameworks = list(results["frameworks"])
-    figure = Figure(figsize=(4.6 * len(frameworks), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(frameworks), sharey=True, squeeze=False)[0]
-    for panel, framework in zip(panels, frameworks, strict=True):
-        for name, step, points in _curves(results, framework, quantity):
-            colour, marker = _LOOKS.get(name, ("#56B4E9", "P"))
-            grows = exponent((n, y) for n, y in points if n >= _FIT_FROM**2)
-            label = name if step == "train" else f"{name}, {_STEPS[step]}"
-            label += "" if grows is None else f"  ∝ N^{grows:.2f}"
-            style = "-" if step == "train" else "--"
-            panel.loglog(
-                *zip(*points, strict=True),
-                style,
-                color=colour,
-                marker=marker,
-                label=label,
-                linewidth=2.4 if name == OURS else 1.2,
-            )
-        panel.set(title=framework, xlabel="N = H·W")
-        panel.grid(visible=True, which="major", alpha=0.3)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8)
-    panels[0].set_ylabel("seconds" if quantity == "time" else "MiB above the inputs")
-    about = results["machine"]
-    figure.suptitle(
-        f"{'Time' if quantity == 'time' else 'Peak memory'}, C = {_CURVES}, {_STEPS['train']}: "
-        f"{about['cpu']}, {about['cores']} cores, float32",
-        fontsize=10,
-    )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _curves(
-    results: Results, framework: str, quantity: str
-) -> Iterator[tuple[str, str, list[tuple[int, float]]]]:
-    """Name, step and points (N, value) of each line."""
-    steps = ("train",) if quantity == "time" else ("train", "r1")
-    for step in steps:
-        timed = records(results, framework, "time", "core", step, _CURVES)
-        weighed = records(results, framework, "memory", "core", step, _CURVES)
-        for name in _names(iter((*timed.values(), *weighed.values()))):
-            points: dict[int, float] = {}
-            for side, found in weighed.items():
-                record = found.get(name, {})
-                if quantity == "memory":
-                    value = peak(results, framework, step, _CURVES, side, name)
-                    if value:
-                        points[side**2] = value / 2**20
-                elif "single_call_seconds" in record and side not in timed:
-                    points[side**2] = record["single_call_seconds"]  # too long to repeat
-            if quantity == "time":
-                for side in timed:
-                    seconds = median(results, framework, step, _CURVES, side, name)
-                    if seconds is not None:
-                        points[side**2] = seconds
-            if points:
-                yield name, step, sorted(points.items())
+    escaped = [[entry.replace("|", "\\|") for entry in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *escaped]]

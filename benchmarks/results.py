@@ -1,12 +1,15 @@
 """The file of results: its content and name, and reading, merging and writing it.
 
-    {"schema": 1, "mode": "full", "machine": {"cpu": …, "cores": …, …},
-     "frameworks": {"torch": {"date": …, "commit": …, "versions": {…}, "threads": {…}, "load_before": …, "seconds": …,
-                              "cells": [{"measure": …, "level": …, "step": …, "channels": …, "side": …,
-                                         "results": {"ours": {"status": "ok", …}, …}}, …]}, …}}
+    {"schema": 2, "mode": "full", "machine": {"cpu": …, "cores": …, "instructions": [...], …},
+     "runs": [{"framework": "torch", "group": "sizes", "against": null, "date": …, "commit": …, "versions": {…},
+               "threads": {…}, "load_before": …, "seconds": …,
+               "cells": [{"measure": …, "level": …, "step": …, "channels": …, "side": …, "batch": …, "dtype": …,
+                          "logits": …, "results": {"ours": {"status": "ok", …}, …}}, …]}, …]}
 
-Each framework has its own run, so it can be measured again without the others. The "status" of a record is "ok", "refused"
-or "skipped" with the "reason", "wrong" (the answer was wrong, so it was not timed) or "failed".
+Every group of cells has its own run in each framework, so it can be measured again without the others. The "status" of a
+record is "ok", "refused" or "skipped" with the "reason", "coarse" (code of others that rounds more than the kit allows),
+"wrong" (the answer was wrong, so no time is reported) or "failed".
+In a run against another checkout, "against" is its commit, and the records are "now" and "before".
 """
 
 import json
@@ -14,16 +17,43 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import OURS
+from benchmarks.cells import FRAMEWORKS, GROUPS, OURS, Cell
 from selfattn_core.files.writing import write_atomically
 
-__all__ = ["SCHEMA", "exponent", "file_stem", "machine", "median", "merge", "peak", "records", "write_text"]
+__all__ = [
+    "SCHEMA",
+    "cells",
+    "exponent",
+    "file_stem",
+    "frameworks",
+    "instructions",
+    "machine",
+    "median",
+    "merge",
+    "peak",
+    "write_bytes",
+    "write_text",
+]
 
-SCHEMA = 1
+SCHEMA = 2
+
+INSTRUCTIONS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 BF16",
+    "avx512_fp16": "AVX-512 FP16",
+    "amx_bf16": "AMX BF16",
+    "amx_fp16": "AMX FP16",
+    "asimd": "NEON",
+    "sve": "SVE",
+    "bf16": "BF16",
+    "sme": "SME",
+}
+"""The flags of /proc/cpuinfo that say how fast products can be, on x86 and on ARM."""
 
 Results = dict[str, Any]
 
@@ -32,6 +62,7 @@ def machine() -> dict[str, Any]:
     """The properties of the machine that determine times: processor, usable cores, memory, system."""
     return {
         "cpu": _cpu_name(),
+        "instructions": instructions(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "architecture": platform.machine(),
@@ -40,13 +71,24 @@ def machine() -> dict[str, Any]:
     }
 
 
+def instructions(file: Path = Path("/proc/cpuinfo")) -> list[str] | None:
+    """The instructions for products that Linux lists for this processor. None without such a list."""
+    flags = _cpuinfo("flags", file) or _cpuinfo("Features", file)
+    return [word for flag, word in INSTRUCTIONS.items() if flag in flags.split()] if flags else None
+
+
 def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(field: str, file: Path = Path("/proc/cpuinfo")) -> str:
+    """A field of the first processor, or ""."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return ""
+    found = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in found if name.strip() == field), "")
 
 
 def file_stem(about: Mapping[str, Any], mode: str, date: str) -> str:
@@ -65,31 +107,34 @@ def file_stem(about: Mapping[str, Any], mode: str, date: str) -> str:
 
 
 def merge(folder: Path, about: Mapping[str, Any], mode: str, new: Mapping[str, Any]) -> Results:
-    """Merge new results of some frameworks with the latest results of the others in the folder.
+    """Merge a new run with the latest runs of other groups and frameworks in the folder.
 
     Args:
         folder: folder of result files. Only files of this machine and mode are used.
         about: `machine()`.
         mode: name of the mode.
-        new: the entries of "frameworks" that were measured now.
+        new: the run that was measured now.
     """
-    merged: dict[str, Any] = {}
+    merged: dict[tuple[Any, ...], Any] = {}
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        same = ("cpu", "cores", "device", "device_model")
+        same = ("cpu", "instructions", "cores", "device", "device_model")
         if found.get("schema") != SCHEMA or found["mode"] != mode:
             continue
         if any(found["machine"].get(key) != about.get(key) for key in same):
             continue
-        for framework, run in found["frameworks"].items():
-            if framework not in merged or run["date"] >= merged[framework]["date"]:
-                merged[framework] = run
-    return {
-        "schema": SCHEMA,
-        "mode": mode,
-        "machine": dict(about),
-        "frameworks": {**merged, **new},
-    }
+        for run in found["runs"]:
+            if run["date"] >= merged.get(_place(run), run)["date"]:
+                merged[_place(run)] = run
+    merged[_place(new)] = new
+    runs = [merged[place] for place in sorted(merged)]
+    return {"schema": SCHEMA, "mode": mode, "machine": dict(about), "runs": runs}
+
+
+def _place(run: Mapping[str, Any]) -> tuple[int, int, bool]:
+    """Runs of one place replace each other. The places are in the order of the page."""
+    order = FRAMEWORKS.index(run["framework"]), list(GROUPS).index(run["group"])
+    return (*order, run["against"] is not None)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -103,43 +148,45 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, content, overwrite=True)
 
 
-def records(
-    results: Mapping[str, Any],
-    framework: str,
-    measure: str,
-    level: str,
-    step: str,
-    channels: int,
-) -> dict[int, dict[str, Any]]:
-    """The records of all implementations, by side of the map."""
-    run = results["frameworks"].get(framework, {"cells": []})
-    wanted = (measure, level, step, channels)
-    keys = ("measure", "level", "step", "channels")
-    return {
-        cell["side"]: cell["results"] for cell in run["cells"] if tuple(cell[key] for key in keys) == wanted
-    }
+def frameworks(results: Mapping[str, Any]) -> list[str]:
+    """The frameworks that were measured."""
+    return list(dict.fromkeys(run["framework"] for run in results["runs"]))
 
 
-def median(
-    results: Mapping[str, Any],
-    framework: str,
-    step: str,
-    channels: int,
-    side: int,
-    name: str = OURS,
-    level: str = "core",
-) -> float | None:
+def cells(
+    results: Mapping[str, Any], framework: str, *, against: bool = False, **wanted: Any
+) -> Iterator[dict[str, Any]]:
+    """The cells of a framework, as the file has them, whose values are the wanted ones.
+
+    Args:
+        results: content of a file of results.
+        framework: the framework.
+        against: whether those that compare with another build are meant, or those that compare with other implementations.
+        wanted: values of `Cell.key`, and "group".
+    """
+    for run in results["runs"]:
+        if run["framework"] != framework or (run["against"] is not None) != against:
+            continue
+        for cell in run["cells"]:
+            if all((cell | {"group": run["group"]})[key] == value for key, value in wanted.items()):
+                yield cell
+
+
+def median(results: Mapping[str, Any], framework: str, cell: Cell, name: str = OURS) -> float | None:
     """The median seconds of an implementation, or None without a measurement."""
-    record = records(results, framework, "time", level, step, channels).get(side, {}).get(name, {})
-    return record["seconds"]["median"] if "seconds" in record else None
+    found = _record(results, framework, cell, name)
+    return found["seconds"]["median"] if "seconds" in found else None
 
 
-def peak(
-    results: Mapping[str, Any], framework: str, step: str, channels: int, side: int, name: str = OURS
-) -> int | None:
-    """The peak bytes of the core above its inputs, or None without a measurement."""
-    record = records(results, framework, "memory", "core", step, channels).get(side, {}).get(name, {})
-    return record.get("peak_bytes")
+def peak(results: Mapping[str, Any], framework: str, cell: Cell, name: str = OURS) -> int | None:
+    """The peak bytes above the inputs, or None without a measurement."""
+    return _record(results, framework, cell, name).get("peak_bytes")
+
+
+def _record(results: Mapping[str, Any], framework: str, cell: Cell, name: str) -> dict[str, Any]:
+    found = next(cells(results, framework, **cell.key), {"results": {}})
+    record: dict[str, Any] = found["results"].get(name, {})
+    return record
 
 
 def exponent(points: Iterable[tuple[float, float]]) -> float | None:

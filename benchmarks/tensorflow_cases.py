@@ -12,13 +12,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.problem import Problem, products, row_local
+from benchmarks.problem import Problem
+from benchmarks.products import products, row_local
 from benchmarks.step import RefusedError, Step
-from selfattn_core.arrays import widen
-from selfattn_ops.devices import tensorflow as devices
 from selfattn_ops.tensorflow import attend
 
-__all__ = ["about", "array", "build", "on", "peak_memory", "synchronize"]
+__all__ = ["about", "array", "build", "forget", "on", "peak_memory", "synchronize"]
 
 Function = Callable[..., tf.Tensor]
 
@@ -49,15 +48,23 @@ def synchronize() -> None:
         tf.test.experimental.sync_devices()
 
 
+def forget() -> None:
+    """Do nothing, because every `tf.function` ends with its cell."""
+
+
 @contextlib.contextmanager
 def on(device: str) -> Iterator[Mapping[str, str]]:
     """Run operations on this device inside a `with` block, and yield its model and driver."""
+    from selfattn_ops.devices import tensorflow as devices
+
     with devices.OnDevices().on(device) as found:
         yield found
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:
     """The peak memory of a call, by TensorFlow's counters of the device."""
+    from selfattn_ops.devices import tensorflow as devices
+
     return devices.peak_memory(call, device)
 
 
@@ -67,7 +74,7 @@ def build(name: str, problem: Problem) -> Step:
     Raises:
         RefusedError: if the implementation cannot compute the problem.
     """
-    inputs = [array(operand, problem.dtype) for operand in problem.operands.values()]
+    inputs = [array(operand, problem.cell.dtype) for operand in problem.operands.values()]
     variables: dict[str, tf.Variable] = {}
     if name == "matmul-blocks":
         return _in_blocks(problem, *inputs)
@@ -84,7 +91,7 @@ def build(name: str, problem: Problem) -> Step:
     compiled = tf.function(compute, autograph=False)
 
     def prepare() -> None:
-        compiled.get_concrete_function(inputs, array(problem.weight, problem.dtype))
+        compiled.get_concrete_function(inputs, array(problem.weight, problem.cell.dtype))
 
     return Step(
         lambda weight: compiled(inputs, weight),
@@ -104,7 +111,7 @@ def _in_blocks(problem: Problem, query: tf.Tensor, key: tf.Tensor, value: tf.Ten
     step = problem.cell.step
 
     def few(whole: tf.Tensor, start: tf.Tensor, size: int) -> tf.Tensor:
-        return tf.slice(whole, (0, start, 0), (1, size, whole.shape[-1]))
+        return tf.slice(whole, (0, start, 0), (whole.shape[0], size, whole.shape[-1]))
 
     @tf.function(autograph=False)
     def compute(weight: tf.Tensor, start: tf.Tensor, size: int) -> dict[str, tf.Tensor]:
@@ -121,7 +128,9 @@ def _in_blocks(problem: Problem, query: tf.Tensor, key: tf.Tensor, value: tf.Ten
         return found
 
     def join(found: list[dict[str, tf.Tensor]]) -> dict[str, np.ndarray]:
-        return row_local(step, found, lambda parts: np.concatenate([widen(p.numpy()) for p in parts], axis=1))
+        return row_local(
+            step, found, lambda parts: np.concatenate([p.numpy().astype(np.float32) for p in parts], axis=1)
+        )
 
     return Step(run, join)
 
@@ -159,7 +168,7 @@ def _r1(function: Function, names: list[str], variables: Mapping[str, Any]) -> C
 
 
 def _to_numpy(values: tf.Tensor) -> np.ndarray:
-    answer = widen(tf.convert_to_tensor(values).numpy())
+    answer = tf.convert_to_tensor(values).numpy().astype(np.float32)
     return answer[0, 0] if answer.shape[:2] == (1, 1) and answer.ndim == 4 else answer
 
 
@@ -178,7 +187,8 @@ def _layer(name: str, problem: Problem) -> tuple[Function, dict[str, tf.Variable
     if name == "ours":
         from selfattn_keras import from_canonical
 
-        layer = from_canonical(problem.config, problem.params)
+        mixed = None if problem.cell.dtype == "float32" else f"mixed_{problem.cell.dtype}"
+        layer = from_canonical(problem.config, problem.params, dtype=mixed)
         return layer, {
             ".".join(variable.path.split("/")[-2:])
             if "gamma" not in variable.path
@@ -197,9 +207,10 @@ def _published(variables: Mapping[str, tf.Variable], x: tf.Tensor, side: int) ->
     """The published layer, in channels-last form. The pooled one is that of github.com/brain-research/self-attention-gan."""
 
     def project(name: str, maps: tf.Tensor) -> tf.Tensor:
-        projected = tf.nn.conv2d(maps, variables[f"{name}.kernel"][None, None], 1, "SAME")
-        return projected + variables[f"{name}.bias"] if f"{name}.bias" in variables else projected
+        projected = tf.nn.conv2d(maps, parameters[f"{name}.kernel"][None, None], 1, "SAME")
+        return projected + parameters[f"{name}.bias"] if f"{name}.bias" in parameters else projected
 
+    parameters = {name: tf.cast(values, x.dtype) for name, values in variables.items()}
     query, key, value = (project(name, x) for name in ("query", "key", "value"))
     if side > 1:
         key, value = (tf.nn.max_pool2d(maps, side, side, "VALID") for maps in (key, value))
@@ -208,9 +219,9 @@ def _published(variables: Mapping[str, tf.Variable], x: tf.Tensor, side: int) ->
     )
     attention = tf.nn.softmax(tf.matmul(query, key, transpose_b=True))  # (B, N, M)
     out = tf.reshape(tf.matmul(attention, value), (*x.shape[:3], value.shape[-1]))
-    if "out.kernel" in variables:
+    if "out.kernel" in parameters:
         out = project("out", out)
-    return variables["gamma"] * out + x
+    return parameters["gamma"] * out + x
 
 
 def _multi_head(problem: Problem) -> tuple[Function, dict[str, tf.Variable]]:
@@ -219,7 +230,7 @@ def _multi_head(problem: Problem) -> tuple[Function, dict[str, tf.Variable]]:
     if config.kv_pool > 1:
         raise RefusedError("no pooling of keys and values")
     layer = keras.layers.MultiHeadAttention(1, config.qk_channels, value_dim=config.value_channels)
-    rows = (1, problem.cell.positions, config.channels)
+    rows = (problem.cell.batch, problem.cell.positions, config.channels)
     layer.build(rows, rows)
     scale = np.float32(math.sqrt(config.qk_channels))
     weights = []
