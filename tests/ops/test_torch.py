@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import selfattn_ops.torch as ops
 from selfattn_ops import blocks
-from selfattn_ops.torch import attend, attend_with_map, compiled, derivatives
+from selfattn_ops.torch import attend, attend_with_map, compiled, derivatives, dtypes
 from selfattn_ops.torch.blocks import ready
 from tests.ops.rounded_logits import shift_of_output
 
@@ -628,9 +628,12 @@ class TestCompiled:
             assert max(errors([got], in_float64([want]), torch.float64)) < 128
 
     @LAYOUTS
-    def test_the_operators_are_what_they_claim(self, transposed: bool) -> None:
-        operands = draw(sizes=(5, 4, 2, 3), transposed=transposed)
-        grad = torch.ones(2, 5, 3, dtype=torch.float64)
+    @pytest.mark.parametrize("tiles", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_the_operators_are_what_they_claim(self, monkeypatch, dtype, tiles, transposed: bool) -> None:
+        monkeypatch.setattr(dtypes, "_has_tiles", lambda: tiles)
+        operands = draw(sizes=(5, 4, 2, 3), transposed=transposed, dtype=dtype)
+        grad = torch.ones(2, 5, 3, dtype=dtype)
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(compiled.attend_op, (*operands, 2), test_utils=tests)
         torch.library.opcheck(compiled.attend_backward_op, (*operands, grad, 2), test_utils=tests)

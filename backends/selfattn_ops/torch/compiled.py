@@ -6,6 +6,7 @@ import torch
 
 from selfattn_ops.torch.blocks import empty_gradient
 from selfattn_ops.torch.derivatives import backward, forward, second
+from selfattn_ops.torch.dtypes import arithmetic_of, factors_of
 
 __all__ = ["attend_backward_op", "attend_op", "attend_second_op"]
 
@@ -48,13 +49,17 @@ def _(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any) -> 
 
 @attend_backward_op.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(empty_gradient(operand, operand.dtype) for operand in (query, key, value))
+    return _empty(query, factors_of(query)), _empty(key), _empty(value)
 
 
 @attend_second_op.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    gradients = (empty_gradient(operand, operand.dtype) for operand in (query, key, value))
-    return *gradients, value.new_empty(*query.shape[:2], value.shape[2])
+    return *map(_empty, (query, key, value)), value.new_empty(*query.shape[:2], value.shape[2])
+
+
+def _empty(operand: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A gradient with the strides of the one that is computed in `dtype`, by default that of sums."""
+    return empty_gradient(operand, dtype or arithmetic_of(operand)).to(operand.dtype)
 
 
 def _keep_for_op(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG001
