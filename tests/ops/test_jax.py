@@ -13,7 +13,7 @@ from jax import export
 from jax.test_util import check_grads
 
 import selfattn_ops.jax as ops
-from selfattn_ops.jax import attend, attend_with_map
+from selfattn_ops.jax import attend, attend_with_map, products
 from selfattn_ops.jax import blocks as jax_blocks
 from selfattn_ops.jax.blocks import plan
 from selfattn_ops.jax.dense import dense_attention
@@ -110,12 +110,22 @@ def errors(got, want, eps):
 
 
 def equations_in(jaxpr):
-    """All equations, those of inner functions and loops too."""
+    """All equations, those of inner functions and loops too, and those that our own primitive stands for."""
     for equation in jaxpr.eqns:
         yield equation
+        if equation.primitive is products._product:
+            multiply = functools.partial(products._computed, **equation.params)
+            yield from equations_in(jax.make_jaxpr(multiply)(*(x.aval for x in equation.invars)).jaxpr)
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
             if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
                 yield from equations_in(getattr(inner, "jaxpr", inner))
+
+
+def is_matrix(dot):
+    """Whether a product has rows, columns and a sum."""
+    (left, right), (batch, _) = dot.params["dimension_numbers"]
+    sizes = [x.aval.ndim - len(batch) for x in dot.invars]
+    return bool(left) and sizes[0] > len(left) and sizes[1] > len(right)
 
 
 def program(function, *shapes, dtype=np.float32):
@@ -179,6 +189,30 @@ class TestValues:
         assert {
             x.outvars[0].aval.dtype.name for x in equations if x.primitive.name in {"exp", "reduce_sum"}
         } == {"float32"}
+
+    @pytest.mark.parametrize("block_size", [None, 4])
+    @pytest.mark.parametrize("order", ["first", "second", "forward mode", "forward over reverse"])
+    def test_derivatives_multiply_bfloat16(self, order, block_size):
+        function = functools.partial(attend, block_size=block_size)
+        gradient = jax.grad(squared(function), (0, 1, 2))
+        equations = program(
+            {
+                "first": gradient,
+                "second": penalty(function),
+                "forward mode": lambda *x: jax.jvp(function, x, x),
+                "forward over reverse": lambda *x: jax.jvp(gradient, x, x),
+            }[order],
+            (2, 12, 3),
+            (2, 10, 3),
+            (2, 10, 4),
+            dtype=jnp.bfloat16,
+        )
+        found = [x for x in equations if x.primitive.name == "dot_general"]
+        # Sums along rows of the map, and what spreads a row's number over its row, are not products of matrices.
+        matrices = [x for x in found if is_matrix(x)]
+        assert len(matrices) > 3
+        assert {x.invars[0].aval.dtype.name for x in matrices} == {"bfloat16"}
+        assert {x.outvars[0].aval.dtype.name for x in found} == {"float32"}
 
     @pytest.mark.parametrize(("name", "block_size"), [("bfloat16", None), ("bfloat16", 32), ("float16", 32)])
     def test_sixteen_bits(self, name, block_size):
@@ -358,7 +392,7 @@ class TestMemory:
     def single(self, q, k, v):
         """The same blocks with one checkpoint, which the checks below have to refuse."""
         k, v = k.swapaxes(-1, -2), v.swapaxes(-1, -2)
-        body = jax.checkpoint(dense_attention, prevent_cse=False)
+        body = jax.checkpoint(functools.partial(dense_attention, factors=np.float32), prevent_cse=False)
         return jax.lax.map(lambda block: body(block, k, v), q.reshape(-1, self.rows, q.shape[-1]))
 
     def attend(self, q, k, v):

@@ -76,10 +76,10 @@ SHAPES = {
     "selfattn_torch/converting": CONVERTING,
     "selfattn_keras/converting": CONVERTING | {"places", "answers", "copying"},
     "selfattn_flax/converting": CONVERTING | {"places", "answers"},
-    # Torch and TensorFlow have derivatives of ours; JAX differentiates the blocks itself.
+    # Torch and TensorFlow have derivatives of ours; JAX differentiates the blocks itself, down to their products.
     "selfattn_ops/torch": OPS | {"derivatives", "autograd", "compiled"},
     "selfattn_ops/tensorflow": OPS | {"derivatives", "autograd", "sizes"},
-    "selfattn_ops/jax": OPS,
+    "selfattn_ops/jax": OPS | {"products"},
 }
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from selfattn_ops.blocks import check_block_size, check_operands  # noqa: E402
 from selfattn_ops.jax.blocks import device_kind, in_blocks, join, plan, split  # noqa: E402
-from selfattn_ops.jax.dense import dense_attention, product, scores_of, softmax, transposed  # noqa: E402
+from selfattn_ops.jax.dense import dense_attention, mixed, scores_of, softmax, transposed  # noqa: E402
 
 __all__ = ["attend", "attend_with_map"]
 
@@ -77,20 +77,25 @@ def _attend(
     query: jax.Array, key: jax.Array, value: jax.Array, block_size: int | None, kind: str
 ) -> jax.Array:
     chunks, blocks = plan(query.shape, key.shape[-2], block_size, kind, str(query.dtype))
-    operands = (query, key, value)
+    dtype = query.dtype
+    # Sums over blocks are rounded once, and XLA's CPU library updates no array of 16 bits in place.
+    query, key, value = operands = [
+        x.astype(jnp.promote_types(dtype, jnp.float32)) for x in (query, key, value)
+    ]
     batch = math.prod(query.shape[:-2])
     if chunks > 1:
         parts = [split(x.reshape(batch, *x.shape[-2:]), 0, chunks) for x in operands]
-        output = jax.lax.map(lambda chunk: in_blocks(chunk, blocks), parts)
+        output = jax.lax.map(lambda chunk: in_blocks(chunk, blocks, dtype), parts)
         output = join(output, 0, batch)
     elif blocks > 1:
-        output = in_blocks(operands, blocks)
+        output = in_blocks(operands, blocks, dtype)
     else:
-        output = dense_attention(query, transposed(key), transposed(value))
-    return output.reshape(*query.shape[:-1], value.shape[-1])
+        output = dense_attention(query, transposed(key), transposed(value), dtype)
+    return output.reshape(*query.shape[:-1], value.shape[-1]).astype(dtype)
 
 
 @jax.jit
 def _attend_with_map(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    attention = softmax(scores_of(query, transposed(key))).astype(value.dtype)
-    return product(attention, transposed(value)).astype(value.dtype), attention
+    dtype = query.dtype
+    attention = softmax(scores_of(query, transposed(key), dtype))
+    return mixed(attention, transposed(value), dtype).astype(dtype), attention.astype(dtype)

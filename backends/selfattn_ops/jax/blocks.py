@@ -1,11 +1,13 @@
 """The size of blocks of batch elements and query rows, and the loop over them."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from selfattn_ops.blocks import SCORE_BUDGET, block_rows, score_budget
 from selfattn_ops.jax.dense import dense_attention, transposed
@@ -47,7 +49,7 @@ def _parts(size: int, largest: int) -> int:
     return next((count for count in range(least, 2 * least) if size % count == 0), least)
 
 
-def in_blocks(operands: Sequence[jax.Array], blocks: int) -> jax.Array:
+def in_blocks(operands: Sequence[jax.Array], blocks: int, factors: DTypeLike) -> jax.Array:
     """The output, computed in a loop over blocks of query rows."""
     query, key, value = operands
     leading = query.shape[:-2]
@@ -57,7 +59,7 @@ def in_blocks(operands: Sequence[jax.Array], blocks: int) -> jax.Array:
     # Transposed outside the loop, so that the gradients are summed over blocks as (D, M): XLA's CPU library is up to 10
     # times slower at products that contract the rows and give (M, D).
     key, value = transposed(key), transposed(value)
-    body = dense_attention
+    body = functools.partial(dense_attention, factors=factors)
     # One checkpoint keeps only the inputs for the first derivative. Without a second checkpoint, the intermediates of the
     # first derivative are kept for the second derivative, and together they are an (N, M) array.
     for _ in range(2):
