@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from selfattn_ops import blocks
-from selfattn_ops.tensorflow import attend, attend_with_map, dense, derivatives
+from selfattn_ops.tensorflow import attend, attend_with_map, dense, derivatives, products
 from selfattn_ops.tensorflow import blocks as tensorflow_blocks
 from selfattn_ops.tensorflow.blocks import plan, rows_of_block
 from tests.support import GRADIENT, OUTPUT, assert_near
@@ -440,6 +440,69 @@ def test_sixteen_bits(mode, dtype, block_size):
     got = in_mode(second(attend, block_size), mode, given)(*given)
     want = second(plain, None)(*(tf.cast(x, tf.float64) for x in given))
     assert_each_near(in_float64(got), in_float64(want), 32, dtype)
+
+
+@pytest.fixture(params=[True, False])
+def multiplies(request, monkeypatch):
+    """Whether the processor is one that multiplies bfloat16 faster than float32."""
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("derivative", [first, second])
+def test_derivatives_in_bfloat16_multiply_as_the_processor_does_best(multiplies, derivative):
+    given = operands((2,), 13, 7, tf.bfloat16)
+    nodes = operations(traced(derivative(attend, 4), given))
+    dtypes = {node.attr["T"].type for node in nodes if node.op.startswith("BatchMatMul")}
+    # Logits are float32 on every processor, and the output's product is bfloat16.
+    assert dtypes == {tf.float32.as_datatype_enum, tf.bfloat16.as_datatype_enum}
+    narrow = [
+        node
+        for node in nodes
+        if node.op.startswith("BatchMatMul") and node.attr["T"].type == tf.bfloat16.as_datatype_enum
+    ]
+    assert (len(narrow) > len(nodes_of_forward(given))) is multiplies
+
+
+def nodes_of_forward(given):
+    nodes = operations(traced(functools.partial(attend, block_size=4), given[:3]))
+    return [node for node in nodes if node.op.startswith("BatchMatMul")]
+
+
+@pytest.mark.parametrize("dtype", [tf.bfloat16, tf.float32, tf.float64])
+def test_a_shift_is_as_exact_as_the_sum_of_a_product(dtype):
+    wide = dense.arithmetic_of(dtype)
+    rng = np.random.default_rng(5)
+    rows, other = (tf.constant(rng.normal(size=(2, size, 6)), dtype) for size in (5, 9))
+    shift = tf.constant(1000 + rng.normal(size=(2, 5, 1)), wide)
+    got = tf.matmul(
+        tf.cast(products.with_shift(rows, shift), wide),
+        tf.cast(products.with_ones(other), wide),
+        transpose_b=True,
+    )
+    want = in_float64([rows])[0] @ turned(in_float64([other])[0]) - shift.numpy().astype(np.float64)
+    assert_each_near([got.numpy()], [want], OUTPUT, wide)
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "expected"),
+    [
+        ("avx512f avx512_bf16 amx_bf16", {}, True),
+        ("avx512f avx512_bf16", {}, True),
+        ("avx2 avx512f avx512_vnni", {}, False),
+        ("amx_bf16", {"TF_ENABLE_ONEDNN_OPTS": "0"}, False),
+        ("amx_bf16", {"ONEDNN_MAX_CPU_ISA": "avx2"}, False),
+        ("amx_bf16", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True),
+    ],
+)
+def test_what_the_processor_multiplies(monkeypatch, flags, variables, expected):
+    for name in ("TF_ENABLE_ONEDNN_OPTS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags\t\t: fpu {flags} vme\n")
+    assert products.multiplies_bfloat16.__wrapped__() is expected
 
 
 def extreme(dtype, size):

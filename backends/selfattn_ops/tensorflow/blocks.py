@@ -75,6 +75,7 @@ def in_blocks(
     by_element: Sequence[tf.Tensor],
     dtypes: Sequence[tf.DType],
     sums: Sequence[Sequence[Size]] = (),
+    wide: tf.DType = tf.float32,
 ) -> list[tf.Tensor]:
     """Call `block` on batch elements and query rows in turn. Join its results by row and add up its addends.
 
@@ -84,12 +85,12 @@ def in_blocks(
         by_row: operands (B, N, …).
         by_element: operands (B, M, …).
         dtypes: dtypes of the results by row, (B, N, …).
-        sums: shapes of the sums without their batch axis. Their dtype is that of `by_row`.
+        sums: shapes of the sums without their batch axis.
+        wide: dtype of the sums.
     """
     batch, rows = sizes_of(by_row[0])[:2]
     keys = sizes_of(by_element[0])[1]
     elements, step = plan(block_size, batch, rows, keys, device_kind(by_row[0]), by_row[0].dtype.name)
-    wide = by_row[0].dtype
 
     def chunk(start: Size, count: Size) -> Parts:
         mine = [_part(operand, 0, start, count) for operand in by_row]

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from selfattn_ops.tensorflow.blocks import Parts, in_blocks
 from selfattn_ops.tensorflow.dense import arithmetic_of, softmax_scores
+from selfattn_ops.tensorflow.products import factor_of, with_ones, with_shift
 from selfattn_ops.tensorflow.sizes import sizes_of
 
 __all__ = ["backward", "forward", "second"]
@@ -23,22 +24,32 @@ def forward(block_size: int | None, query: tf.Tensor, key: tf.Tensor, value: tf.
 
 
 def backward(
-    block_size: int | None, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, g: tf.Tensor
+    block_size: int | None,
+    query: tf.Tensor,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    output: tf.Tensor,
+    g: tf.Tensor,
 ) -> tuple[tf.Tensor, ...]:
-    """The gradients of o = A v: with D = rowsum(A∘dA), dS = A∘(dA − D)."""
-    dtype, wide = query.dtype, arithmetic_of(query.dtype)
+    """The gradients of o = A v: dS = A∘(dA − D) with D = rowsum(A∘dA) = rowsum(o∘G)."""
+    dtype, wide, narrow = query.dtype, arithmetic_of(query.dtype), factor_of(query)
 
     def block(by_row: Sequence[tf.Tensor], by_element: Sequence[tf.Tensor]) -> Parts:
-        (q, g), (k, v) = by_row, by_element
-        a = softmax_scores(q, k)
-        da = tf.matmul(g, v, transpose_b=True)
-        ds = a * (da - _rowsum(a * da))
+        (q, g, shifted), (k, wide_k, values) = by_row, by_element
+        a = tf.cast(softmax_scores(tf.cast(q, wide), wide_k), narrow)
+        ds = a * tf.matmul(shifted, values, transpose_b=True)
         # dk is summed as (Dk, M). As (M, Dk) this product takes twice the time, because Dk is small.
-        return [tf.matmul(ds, k)], [tf.matmul(q, ds, transpose_a=True), tf.matmul(a, g, transpose_a=True)]
+        return [tf.matmul(ds, k)], [
+            tf.cast(tf.matmul(q, ds, transpose_a=True), wide),
+            tf.cast(tf.matmul(a, g, transpose_a=True), wide),
+        ]
 
-    query, key, value, g = (tf.cast(operand, wide) for operand in (query, key, value, g))
+    shift = _rowsum(tf.cast(output, wide) * tf.cast(g, wide))
+    query, factor, value, g = (tf.cast(operand, narrow) for operand in (query, key, value, g))
+    by_row = [query, g, with_shift(g, shift)]
+    by_element = [factor, tf.cast(key, wide), with_ones(value)]
     sums = [sizes_of(key)[:0:-1], sizes_of(value)[1:]]
-    dq, dk, dv = in_blocks(block_size, block, [query, g], [key, value], [wide], sums)
+    dq, dk, dv = in_blocks(block_size, block, by_row, by_element, [narrow], sums, wide)
     return tuple(tf.cast(gradient, dtype) for gradient in (dq, _turned(dk), dv))
 
 
@@ -47,6 +58,7 @@ def second(
     query: tf.Tensor,
     key: tf.Tensor,
     value: tf.Tensor,
+    output: tf.Tensor,
     g: tf.Tensor,
     q_dot: tf.Tensor,
     k_dot: tf.Tensor,
@@ -59,36 +71,50 @@ def second(
 
     It consists of plain operations, so that a third derivative exists. The third derivative keeps every block.
     """
-    dtype, wide = query.dtype, arithmetic_of(query.dtype)
+    dtype, wide, narrow = query.dtype, arithmetic_of(query.dtype), factor_of(query)
 
     def block(by_row: Sequence[tf.Tensor], by_element: Sequence[tf.Tensor]) -> Parts:
-        (q, g, q_dot), (k, v, k_dot, v_dot, both_keys, keys, values) = by_row, by_element
-        a = softmax_scores(q, k)
-        da = tf.matmul(g, v, transpose_b=True)
-        centred = da - _rowsum(a * da)
-        ds = a * centred
+        (q, g, q_dot, shifted), (k, wide_k, v, k_dot, v_dot, both_keys, keys, values, values_dot) = (
+            by_row,
+            by_element,
+        )
+        a = tf.cast(softmax_scores(tf.cast(q, wide), wide_k), narrow)
+        centred = tf.matmul(shifted, values, transpose_b=True)
         both = tf.concat([q_dot, q], -1)
-        u = _rowsum(both * tf.matmul(a, both_keys))
-        a_dot = a * tf.matmul(tf.concat([both, -u], -1), keys, transpose_b=True)
-        o_dot = tf.matmul(a_dot, v) + tf.matmul(a, v_dot)
-        x = _rowsum(g * o_dot)
-        ds_dot = a_dot * centred + a * tf.matmul(tf.concat([g, -x], -1), values, transpose_b=True)
+        u = _rowsum(tf.cast(both, wide) * tf.cast(tf.matmul(a, both_keys), wide))
+        a_dot = a * tf.matmul(with_shift(both, u), keys, transpose_b=True)
+        o_dot = tf.cast(tf.matmul(a_dot, v), wide) + tf.cast(tf.matmul(a, v_dot), wide)
+        x = _rowsum(tf.cast(g, wide) * o_dot)
+        ds_dot = a_dot * centred + a * tf.matmul(with_shift(g, x), values_dot, transpose_b=True)
+        ds = a * centred
         return (
-            [tf.matmul(ds_dot, k) + tf.matmul(ds, k_dot), o_dot],
+            [tf.cast(tf.matmul(ds_dot, k), wide) + tf.cast(tf.matmul(ds, k_dot), wide), o_dot],
             [
-                tf.matmul(q, ds_dot, transpose_a=True) + tf.matmul(q_dot, ds, transpose_a=True),
-                tf.matmul(a_dot, g, transpose_a=True),
+                tf.cast(tf.matmul(q, ds_dot, transpose_a=True), wide)
+                + tf.cast(tf.matmul(q_dot, ds, transpose_a=True), wide),
+                tf.cast(tf.matmul(a_dot, g, transpose_a=True), wide),
             ],
         )
 
-    query, key, value, g, q_dot, k_dot, v_dot = (
-        tf.cast(operand, wide) for operand in (query, key, value, g, q_dot, k_dot, v_dot)
+    shift = _rowsum(tf.cast(output, wide) * tf.cast(g, wide))
+    query, factor, value, g, q_dot, k_dot, v_dot = (
+        tf.cast(operand, narrow) for operand in (query, key, value, g, q_dot, k_dot, v_dot)
     )
-    ones = tf.ones_like(key[..., :1])
-    keys = tf.concat([key, k_dot], -1)
-    by_element = [key, value, k_dot, v_dot, keys, tf.concat([keys, ones], -1), tf.concat([v_dot, ones], -1)]
+    keys = tf.concat([factor, k_dot], -1)
+    by_row = [query, g, q_dot, with_shift(g, shift)]
+    by_element = [
+        factor,
+        tf.cast(key, wide),
+        value,
+        k_dot,
+        v_dot,
+        keys,
+        with_ones(keys),
+        with_ones(value),
+        with_ones(v_dot),
+    ]
     sums = [sizes_of(key)[:0:-1], sizes_of(value)[1:]]
-    to_q, to_g, to_k, to_v = in_blocks(block_size, block, [query, g, q_dot], by_element, [wide, wide], sums)
+    to_q, to_g, to_k, to_v = in_blocks(block_size, block, by_row, by_element, [wide, wide], sums, wide)
     return tuple(tf.cast(gradient, dtype) for gradient in (to_q, _turned(to_k), to_v, to_g))
 
 

@@ -23,6 +23,8 @@ def sizes_of(tensor: tf.Tensor) -> list[Size]:
 
 def shape_of(sizes: Sequence[Size], dtype: tf.DType = tf.int64) -> tf.Tensor:
     """Sizes as a tensor."""
+    if all(isinstance(size, int) for size in sizes):
+        return tf.constant(sizes, dtype)
     return tf.stack([tf.cast(size, dtype) for size in sizes])
 
 
