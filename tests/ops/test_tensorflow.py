@@ -488,10 +488,11 @@ def test_a_shift_is_as_exact_as_the_sum_of_a_product(dtype):
     ("flags", "variables", "expected"),
     [
         ("avx512f avx512_bf16 amx_bf16", {}, True),
-        ("avx512f avx512_bf16", {}, True),
+        ("avx512f avx512_bf16", {}, False),
         ("avx2 avx512f avx512_vnni", {}, False),
         ("amx_bf16", {"TF_ENABLE_ONEDNN_OPTS": "0"}, False),
         ("amx_bf16", {"ONEDNN_MAX_CPU_ISA": "avx2"}, False),
+        ("amx_bf16", {"DNNL_MAX_CPU_ISA": "AVX512_CORE_BF16"}, False),
         ("amx_bf16", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True),
     ],
 )
