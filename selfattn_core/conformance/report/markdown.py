@@ -117,8 +117,9 @@ def _code(words: str) -> str:
 
 
 def _escaped(words: str) -> str:
-    """One line in which Markdown and tables find no markup."""
+    """One line in which Markdown and tables find no markup and no link."""
     flat = " ".join(words.split())
-    for character in "\\`|<>*_":
+    for character in "\\`|<>*_[]":
         flat = flat.replace(character, f"\\{character}")
-    return flat
+    # GitHub also makes a link of a bare address.
+    return flat.replace("://", ":\\/\\/").replace("www.", "www\\.")
