@@ -1,12 +1,12 @@
 """The function and its first and second derivatives, computed one block of query rows at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
 from selfattn_ops.tensorflow.blocks import Parts, in_blocks
 from selfattn_ops.tensorflow.dense import arithmetic_of, softmax_scores
-from selfattn_ops.tensorflow.products import factor_of, with_ones, with_shift
+from selfattn_ops.tensorflow.products import factor_of, reads_output, with_ones, with_shift
 from selfattn_ops.tensorflow.sizes import sizes_of
 
 __all__ = ["backward", "forward", "second"]
@@ -33,21 +33,21 @@ def backward(
 ) -> tuple[tf.Tensor, ...]:
     """The gradients of o = A v: dS = A∘(dA − D) with D = rowsum(A∘dA) = rowsum(o∘G)."""
     dtype, wide, narrow = query.dtype, arithmetic_of(query.dtype), factor_of(query)
+    shifted, values, centre = _centring(output, tf.cast(g, narrow), tf.cast(value, narrow))
 
     def block(by_row: Sequence[tf.Tensor], by_element: Sequence[tf.Tensor]) -> Parts:
         (q, g, shifted), (k, wide_k, values) = by_row, by_element
         a = tf.cast(softmax_scores(tf.cast(q, wide), wide_k), narrow)
-        ds = a * tf.matmul(shifted, values, transpose_b=True)
+        ds = a * centre(a, shifted, values)
         # dk is summed as (Dk, M). As (M, Dk) this product takes twice the time, because Dk is small.
         return [tf.matmul(ds, k)], [
             tf.cast(tf.matmul(q, ds, transpose_a=True), wide),
             tf.cast(tf.matmul(a, g, transpose_a=True), wide),
         ]
 
-    shift = _rowsum(tf.cast(output, wide) * tf.cast(g, wide))
     query, factor, value, g = (tf.cast(operand, narrow) for operand in (query, key, value, g))
-    by_row = [query, g, with_shift(g, shift)]
-    by_element = [factor, tf.cast(key, wide), with_ones(value)]
+    by_row = [query, g, shifted]
+    by_element = [factor, tf.cast(key, wide), values]
     sums = [sizes_of(key)[:0:-1], sizes_of(value)[1:]]
     dq, dk, dv = in_blocks(block_size, block, by_row, by_element, [narrow], sums, wide)
     return tuple(tf.cast(gradient, dtype) for gradient in (dq, _turned(dk), dv))
@@ -72,6 +72,7 @@ def second(
     It consists of plain operations, so that a third derivative exists. The third derivative keeps every block.
     """
     dtype, wide, narrow = query.dtype, arithmetic_of(query.dtype), factor_of(query)
+    shifted, values, centre = _centring(output, tf.cast(g, narrow), tf.cast(value, narrow))
 
     def block(by_row: Sequence[tf.Tensor], by_element: Sequence[tf.Tensor]) -> Parts:
         (q, g, q_dot, shifted), (k, wide_k, v, k_dot, v_dot, both_keys, keys, values, values_dot) = (
@@ -79,7 +80,7 @@ def second(
             by_element,
         )
         a = tf.cast(softmax_scores(tf.cast(q, wide), wide_k), narrow)
-        centred = tf.matmul(shifted, values, transpose_b=True)
+        centred = centre(a, shifted, values)
         both = tf.concat([q_dot, q], -1)
         u = _rowsum(tf.cast(both, wide) * tf.cast(tf.matmul(a, both_keys), wide))
         a_dot = a * tf.matmul(with_shift(both, u), keys, transpose_b=True)
@@ -96,12 +97,11 @@ def second(
             ],
         )
 
-    shift = _rowsum(tf.cast(output, wide) * tf.cast(g, wide))
     query, factor, value, g, q_dot, k_dot, v_dot = (
         tf.cast(operand, narrow) for operand in (query, key, value, g, q_dot, k_dot, v_dot)
     )
     keys = tf.concat([factor, k_dot], -1)
-    by_row = [query, g, q_dot, with_shift(g, shift)]
+    by_row = [query, g, q_dot, shifted]
     by_element = [
         factor,
         tf.cast(key, wide),
@@ -110,12 +110,28 @@ def second(
         v_dot,
         keys,
         with_ones(keys),
-        with_ones(value),
+        values,
         with_ones(v_dot),
     ]
     sums = [sizes_of(key)[:0:-1], sizes_of(value)[1:]]
     to_q, to_g, to_k, to_v = in_blocks(block_size, block, by_row, by_element, [wide, wide], sums, wide)
     return tuple(tf.cast(gradient, dtype) for gradient in (to_q, _turned(to_k), to_v, to_g))
+
+
+def _centring(
+    output: tf.Tensor, g: tf.Tensor, value: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]]:
+    """Operands by row and by element, and the function that makes dA − D of a map and blocks of the two."""
+    if reads_output(output, g.dtype):
+        wide = arithmetic_of(g.dtype)
+        shift = _rowsum(tf.cast(output, wide) * tf.cast(g, wide))
+        return with_shift(g, shift), with_ones(value), lambda _, g, v: tf.matmul(g, v, transpose_b=True)
+
+    def centre(a: tf.Tensor, g: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
+        da = tf.matmul(g, v, transpose_b=True)
+        return da - _rowsum(a * da)
+
+    return g, value, centre
 
 
 def _rowsum(scores: tf.Tensor) -> tf.Tensor:

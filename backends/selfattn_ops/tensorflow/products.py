@@ -9,13 +9,16 @@ import tensorflow as tf
 from selfattn_ops.tensorflow.blocks import device_kind
 from selfattn_ops.tensorflow.dense import arithmetic_of
 
-__all__ = ["factor_of", "multiplies_bfloat16", "with_ones", "with_shift"]
+__all__ = ["factor_of", "multiplies_bfloat16", "reads_output", "with_ones", "with_shift"]
 
 # As many keep rows of bfloat16 aligned to 16 bytes. Products of rows that are not take a tenth longer.
 _NARROW_COLUMNS = 8
 
 # A bfloat16 holds 8 bits of the fraction, so three of them hold a float32.
 _PARTS = 3
+
+# Wider outputs take longer to compute than they save, where only a derivative needs them.
+_WIDEST_OUTPUT = 256
 
 
 def factor_of(operand: tf.Tensor) -> tf.DType:
@@ -31,19 +34,25 @@ def factor_of(operand: tf.Tensor) -> tf.DType:
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether TensorFlow multiplies bfloat16 faster than float32 on this processor, which then has tiles (AMX).
+    """Whether bfloat16 is worth its casts on this processor. It is with AMX, and not with AVX512_BF16 alone.
 
-    oneDNN takes half as long again for bfloat16 if there is AVX512_BF16 alone. TensorFlow does not tell, so this reads what
-    the processor has, and the variables that hold TensorFlow and oneDNN back.
+    TensorFlow does not tell, so this reads what the processor has, and the variables that hold TensorFlow and oneDNN back.
     """
     information = Path("/proc/cpuinfo")
-    flags = information.read_text(encoding="utf-8").split() if information.exists() else []
+    has_tiles = information.exists() and " amx_bf16" in information.read_text(encoding="utf-8")
     held = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
-    return (
-        "amx_bf16" in flags
-        and os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
-        and (held in ("ALL", "DEFAULT") or "AMX" in held)
-    )
+    uses_tiles = held in ("", "ALL", "DEFAULT") or "AMX" in held
+    return has_tiles and uses_tiles and os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
+
+
+def reads_output(output: tf.Tensor, factor: tf.DType) -> bool:
+    """Whether derivatives compute D from the output, which saves passes over the scores.
+
+    An output of fewer bits than the factors would lose what they keep.
+    """
+    width = output.shape[-1]
+    narrow_enough = factor == tf.bfloat16 or (width is not None and width <= _WIDEST_OUTPUT)
+    return output.dtype == factor and narrow_enough
 
 
 def with_ones(rows: tf.Tensor) -> tf.Tensor:
