@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selfattn_ops.torch import dtypes
+from selfattn_ops.torch import products
 from selfattn_ops.torch.autograd import attend_in_blocks
 
 # B, N, M, Dk, Dv and the block size. Odd sizes, single rows, single keys and the rest of a block.
@@ -35,7 +35,7 @@ def dense(query, key, value):
 @pytest.mark.parametrize("deviation", [1.0, 25.0], ids=["diffuse", "peaked"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_derivatives_are_those_of_float64_rounded(monkeypatch, size, deviation, tiles):
-    monkeypatch.setattr(dtypes, "_has_tiles", lambda: tiles)
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: tiles)
     batch, rows, keys, narrow, wide, block_size = size
     generator = torch.Generator().manual_seed(0)
     shapes = ((rows, narrow), (keys, narrow), (keys, wide), (rows, wide))
@@ -56,8 +56,8 @@ def test_the_dtype_of_factors_follows_operands_and_processor(monkeypatch):
         dtype: torch.zeros(2, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)
     }
     for tiles, wanted in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(dtypes, "_has_tiles", lambda tiles=tiles: tiles)
-        assert dtypes.factors_of(operands[torch.bfloat16]) == wanted
-        assert dtypes.factors_of(operands[torch.float16]) == torch.float32
-        assert dtypes.factors_of(operands[torch.float64]) == torch.float64
-        assert dtypes.factors_of(operands[torch.bfloat16].to("meta")) == torch.float32
+        monkeypatch.setattr(products, "multiplies_bfloat16", lambda tiles=tiles: tiles)
+        assert products.factor_of(operands[torch.bfloat16]) == wanted
+        assert products.factor_of(operands[torch.float16]) == torch.float32
+        assert products.factor_of(operands[torch.float64]) == torch.float64
+        assert products.factor_of(operands[torch.bfloat16].to("meta")) == torch.float32

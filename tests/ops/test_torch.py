@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import selfattn_ops.torch as ops
 from selfattn_ops import blocks
-from selfattn_ops.torch import attend, attend_with_map, compiled, derivatives, dtypes
+from selfattn_ops.torch import attend, attend_with_map, compiled, derivatives, products
 from selfattn_ops.torch.blocks import ready
 from tests.ops.rounded_logits import shift_of_output
 
@@ -631,7 +631,7 @@ class TestCompiled:
     @pytest.mark.parametrize("tiles", [True, False])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
     def test_the_operators_are_what_they_claim(self, monkeypatch, dtype, tiles, transposed: bool) -> None:
-        monkeypatch.setattr(dtypes, "_has_tiles", lambda: tiles)
+        monkeypatch.setattr(products, "multiplies_bfloat16", lambda: tiles)
         operands = draw(sizes=(5, 4, 2, 3), transposed=transposed, dtype=dtype)
         grad = torch.ones(2, 5, 3, dtype=dtype)
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -53,7 +53,7 @@ LAYER = {"layer", "weights", "maps", "with_map"}
 ADAPTER = {"__init__", "projection", "spectral_norm", "conformance", "converting"}
 CONFORMANCE = {"__init__", "backend", "model", "mutants"}
 CONVERTING = {"__init__", "conversion", "foreign", "obstacles", "tensors"}
-OPS = {"__init__", "blocks", "dense"}
+OPS = {"__init__", "blocks", "dense", "products"}
 
 # What every folder of a kind holds, and what one holds beside or without it, each with its reason.
 SHAPES = {
@@ -76,10 +76,11 @@ SHAPES = {
     "selfattn_torch/converting": CONVERTING,
     "selfattn_keras/converting": CONVERTING | {"places", "answers", "copying"},
     "selfattn_flax/converting": CONVERTING | {"places", "answers"},
-    # Torch and TensorFlow have derivatives of ours; JAX differentiates the blocks itself, down to their products.
-    "selfattn_ops/torch": OPS | {"derivatives", "autograd", "compiled"},
+    # Torch and TensorFlow have derivatives of ours; JAX differentiates the blocks itself.
+    # Torch alone keeps subnormal weights, which are slow.
+    "selfattn_ops/torch": OPS | {"derivatives", "autograd", "compiled", "peaked"},
     "selfattn_ops/tensorflow": OPS | {"derivatives", "autograd", "sizes"},
-    "selfattn_ops/jax": OPS | {"products"},
+    "selfattn_ops/jax": OPS,
 }
 
 

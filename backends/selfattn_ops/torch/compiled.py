@@ -6,7 +6,7 @@ import torch
 
 from selfattn_ops.torch.blocks import empty_gradient
 from selfattn_ops.torch.derivatives import backward, forward, second
-from selfattn_ops.torch.dtypes import arithmetic_of, factors_of
+from selfattn_ops.torch.products import arithmetic_of, factor_of
 
 __all__ = ["attend_backward_op", "attend_op", "attend_second_op"]
 
@@ -49,7 +49,7 @@ def _(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any) -> 
 
 @attend_backward_op.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    return _empty(query, factors_of(query)), _empty(key), _empty(value)
+    return _empty(query, factor_of(query)), _empty(key), _empty(value)
 
 
 @attend_second_op.register_fake

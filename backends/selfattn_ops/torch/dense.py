@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from selfattn_ops.torch.dtypes import arithmetic_of
+from selfattn_ops.torch.products import arithmetic_of
 
 __all__ = ["dense_attention", "dense_second", "dense_tangent", "dense_transposed", "is_autocast", "pushed"]
 

@@ -28,8 +28,8 @@ from selfattn_ops.torch.blocks import (
     softmax_backward,
     softmax_scores,
 )
-from selfattn_ops.torch.dtypes import arithmetic_of, factors_of
 from selfattn_ops.torch.peaked import reach, unit
+from selfattn_ops.torch.products import arithmetic_of, factor_of
 
 __all__ = ["backward", "forward", "second", "tangent"]
 
@@ -55,7 +55,7 @@ def backward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, block_size: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients dq, dk and dv."""
-    arithmetic, factor = arithmetic_of(query), factors_of(query)
+    arithmetic, factor = arithmetic_of(query), factor_of(query)
     q, k, v, g = (ready(operand, factor) for operand in (query, key, value, grad))
     q_factor, k_factor = factors(arithmetic, query), factors(arithmetic, key)
     lowest, scale = reach(q_factor, k_factor), 1.0
@@ -96,7 +96,7 @@ def second(
     block_size: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of `backward` for q, k, v and G."""
-    arithmetic, factor = arithmetic_of(query), factors_of(query)
+    arithmetic, factor = arithmetic_of(query), factor_of(query)
     q, k, v, g = (ready(operand, factor) for operand in (query, key, value, grad))
     q_dot, k_dot, v_dot = (ready(operand, factor) for operand in (query_dot, key_dot, value_dot))
     g_dot = None if grad_dot is None else ready(grad_dot, factor)
@@ -161,7 +161,7 @@ def tangent(
     block_size: int | None,
 ) -> torch.Tensor:
     """The tangent of the output."""
-    arithmetic, factor = arithmetic_of(query), factors_of(query)
+    arithmetic, factor = arithmetic_of(query), factor_of(query)
     q_factor, k_factor = factors(arithmetic, query), factors(arithmetic, key)
     q_factors, k_factors = factors(arithmetic, query_dot, query), factors(arithmetic, key, key_dot)
     v, v_dot = ready(value, factor), ready(value_dot, factor)

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from selfattn_ops.torch.dtypes import arithmetic_of
+from selfattn_ops.torch.products import arithmetic_of
 
 __all__ = ["raise_scores", "reach", "spreads", "unit"]
 
