@@ -1,10 +1,9 @@
 """Maps whose weights run down into subnormal numbers, in torch's core: no product reads such a weight, and no result shows it."""
 
-import numpy as np
 import pytest
 import torch
 
-from selfattn_ops.torch import attend, derivatives
+from selfattn_ops.torch import derivatives
 from selfattn_ops.torch.autograd import attend_in_blocks
 from selfattn_ops.torch.peaked import raise_scores, reach, unit
 
@@ -94,23 +93,6 @@ def test_what_is_not_a_number_stays_in_its_row(wrong):
     touched = torch.isnan(out).any(-1)
     assert touched.nonzero().tolist() == [[1, 5]]
     assert torch.equal(out[~touched], clean[~touched])
-
-
-def test_a_map_of_one_block_is_raised_too(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, 700, width, generator=generator) for width in (6, 6, 4))
-    called: list[float | None] = []
-    softmax = derivatives.softmax_scores
-
-    def record(*operands, reach, **options):
-        called.append(reach)
-        softmax(*operands, reach=reach, **options)
-
-    monkeypatch.setattr(derivatives, "softmax_scores", record)
-    attend(query, key, value)
-    assert called == []
-    attend(25 * query, key, value)
-    assert called == [pytest.approx(48 * np.log(2) + np.log(700))]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,6 @@ from selfattn_ops.blocks import SCORE_BUDGET, check_block_size, check_operands  
 from selfattn_ops.torch.autograd import attend_in_blocks  # noqa: E402
 from selfattn_ops.torch.compiled import attend_op  # noqa: E402
 from selfattn_ops.torch.dense import dense_attention, dense_transposed, is_autocast  # noqa: E402
-from selfattn_ops.torch.peaked import spreads  # noqa: E402
-
-_WORTH_A_LOOK = 2**18
-"""Scores from which on it takes a hundredth of the time to see whether a map is peaked. In smaller maps it would count."""
 
 __all__ = ["attend", "attend_transposed", "attend_with_map"]
 
@@ -33,6 +29,7 @@ def attend(
     bfloat16. Autocast changes nothing, because the dtype of the operands decides.
 
     On a CPU, weights below any rounding are raised, because subnormal numbers are slow: see `selfattn_ops.torch.peaked`.
+    Maps of less than 8 MiB of scores are left alone.
 
     `torch.compile` sees two opaque operators whatever the number of blocks. In three cases the computation consists of
     standard operators in one block, which take (…, N, M) numbers: in `torch.export`, in a `torch.func` transform inside a
@@ -161,7 +158,6 @@ def _is_small(query: torch.Tensor, key: torch.Tensor, block_size: int | None, po
         # scores than the shapes show.
         and not is_autocast(query)
         and not torch._C._are_functorch_transforms_active()  # noqa: SLF001
-        and (scores < _WORTH_A_LOOK or not spreads(query, key, width=-3 - positions))
     )
 
 

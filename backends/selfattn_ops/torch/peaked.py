@@ -11,33 +11,23 @@ import math
 
 import torch
 
-from selfattn_ops.torch.products import arithmetic_of
-
-__all__ = ["raise_scores", "reach", "spreads", "unit"]
+__all__ = ["raise_scores", "reach", "unit"]
 
 # By dtype: the bits of a raised weight below the largest of its row, and the spread of scores that needs no raising.
 _BITS = {torch.float32: 48, torch.float64: 96}
 _HARMLESS = {torch.float32: 64.0, torch.float64: 600.0}
 
 
-def spreads(query: torch.Tensor, key: torch.Tensor, *, width: int = -1) -> bool:
-    """Whether the scores of a row can lie so far apart that weights are subnormal.
-
-    Args:
-        query: (…, N, Dk).
-        key: (…, M, Dk), alike.
-        width: the axis of Dk.
-    """
+def _spreads(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether the scores of a row can lie so far apart that weights are subnormal."""
     # Only processors are slow at subnormal numbers, and on other devices the answer would have to be waited for. A tensor
     # of another type, as in FakeTensorMode, may have no numbers.
     if query.device.type != "cpu" or type(query) is not torch.Tensor:
         return False
     # |q·k| <= |q| |k|. torch's norm takes a tenth of a small map's time where the widths are not next to each other.
-    longest = [
-        operand.detach().to(arithmetic_of(operand)).square().sum(width).amax() for operand in (query, key)
-    ]
+    longest = [operand.square().sum(-1).amax() for operand in (query, key)]
     # Also if it is not a number.
-    return not 4 * float(longest[0] * longest[1]) <= _HARMLESS[arithmetic_of(query)] ** 2
+    return not 4 * float(longest[0] * longest[1]) <= _HARMLESS[query.dtype] ** 2
 
 
 def reach(query: torch.Tensor, key: torch.Tensor) -> float | None:
@@ -52,7 +42,7 @@ def reach(query: torch.Tensor, key: torch.Tensor) -> float | None:
         >>> reach(torch.tensor([[[20.0]]]), key), round(reach(torch.tensor([[[200.0]]]), key))
         (None, 34)
     """
-    if not spreads(query, key):
+    if not _spreads(query, key):
         return None
     return _BITS[query.dtype] * math.log(2) + math.log(key.shape[-2])
 
