@@ -6,7 +6,7 @@ autocast ignores in-place calls and calls with `out=`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple, Self
 
 import torch
@@ -57,7 +57,7 @@ def blocks(
     budget = score_budget(query.device.type, batch, positions, keys, dtype)
     together = max(1, min(batch, budget // max(1, 4 * least * keys)))
     step = block_rows(block_size, together, positions, keys, budget)
-    whole = _buffers(query, together * step * keys, dtypes)
+    whole = [query.new_empty(together * step * keys, dtype=dtype) for dtype in dtypes]
     for start in range(0, batch, together):
         count = min(together, batch - start)
         for row in range(0, positions, step):
@@ -69,21 +69,6 @@ def blocks(
             else:
                 # A product of matrices is faster than a batch of one such product.
                 yield Block(start, rows, row == 0, tuple(buffer[0] for buffer in buffers))
-
-
-def _buffers(like: torch.Tensor, size: int, dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
-    """One buffer for each of `dtypes`. Two share an allocation.
-
-    The C library keeps freed memory up to twice the largest allocation so far, and allocations of 32 MiB never. Single
-    buffers pass that limit when they are freed, and each call would wait for fresh pages.
-    """
-    size += -size % 16  # so that a buffer can be seen in a wider dtype
-    buffers = []
-    for pair in (dtypes[at : at + 2] for at in range(0, len(dtypes), 2)):
-        memory = like.new_empty(size * sum(dtype.itemsize for dtype in pair), dtype=torch.uint8)
-        parts = memory.split([size * dtype.itemsize for dtype in pair])
-        buffers += [part.view(dtype) for part, dtype in zip(parts, pair, strict=True)]
-    return buffers
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:
