@@ -12,7 +12,7 @@ from selfattn_core import SelfAttentionConfig
 from selfattn_core.params import KV_POOL, projections
 from selfattn_ops.blocks import check_block_size
 from selfattn_ops.torch import attend_transposed, attend_with_map
-from selfattn_torch.inputs import refuse
+from selfattn_torch.inputs import check
 from selfattn_torch.migrate import accept_older
 from selfattn_torch.projection import Projection, project
 from selfattn_torch.spectral_norm import SpectralConv2d
@@ -160,18 +160,10 @@ class SelfAttention2d(nn.Module):
             x: (B, C, H, W) or (C, H, W).
             need_weights: whether to return (y, A) instead of y.
         """
-        if not isinstance(x, torch.Tensor):
-            refuse(x)
-        self.config.check_input(
-            x.shape,
-            layout="BCHW or CHW",
-            layer="SelfAttention2d",
-            dtype=x.dtype,
-            floating=x.is_floating_point(),
-        )
+        check(x, self.config)
         maps = x if x.dim() == 4 else x.unsqueeze(0)  # (B, C, H, W)
         pool = self.config.kv_pool
-        query, key, value = project(maps, self.query, self.key, self.value, flat=pool == 1)
+        query, key, value = project(maps, *self._projections(), flat=pool == 1)
         if pool > 1:
             query = query.flatten(2)
             key, value = (
@@ -185,14 +177,21 @@ class SelfAttention2d(nn.Module):
             attended = attended.transpose(-2, -1)
         else:
             attended = attend_transposed(query, key, value, block_size=self.block_size)  # (B, Dv, N)
-        attended = attended.unflatten(-1, maps.shape[2:])  # (B, Dv, H, W)
-        if self.config.out_projection:
-            attended = self.out(attended)  # (B, C, H, W)
-        y = _scaled_sum(maps, self.gamma.view(1, 1, 1, 1), attended)  # (B, C, H, W)
+        if not self.config.out_projection:
+            attended = attended.view(maps.shape)  # (B, C, H, W)
+        else:
+            attended = attended.unflatten(-1, maps.shape[2:])  # (B, Dv, H, W)
+            (attended,) = project(attended, self.out, flat=False)  # (B, C, H, W)
+        y = _scaled_sum(maps, self.gamma, attended)  # (B, C, H, W)
         y = y if x.dim() == 4 else y.squeeze(0)
         if not need_weights:
             return y
         return y, (attention if x.dim() == 4 else attention.squeeze(0))
+
+    def _projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        # `self.query` would search three dictionaries, which counts on a small map.
+        children: Any = self._modules
+        return children["query"], children["key"], children["value"]
 
     if TYPE_CHECKING:
         # torch declares that calling a module returns Any. With `__call__ = forward` pyright still infers Any.

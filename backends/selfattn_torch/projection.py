@@ -7,7 +7,10 @@ from torch.nn.modules import module as hooks
 __all__ = ["Projection", "project"]
 
 _WIDEST = 256
-"""Input channels up to which one product was faster in measurements on a CPU. Above, three products are as fast."""
+"""Input channels up to which one convolution was faster than three in measurements on a CPU."""
+
+_TINY = 2**14
+"""Numbers of the maps up to which the operators' own work hardly counted in measurements on a CPU."""
 
 
 class Projection(nn.Conv2d):
@@ -37,7 +40,7 @@ def project(maps: torch.Tensor, *children: nn.Module, flat: bool) -> tuple[torch
 
     Args:
         maps: feature maps (B, C, H, W).
-        children: `query`, `key` and `value` of a layer.
+        children: `query`, `key` and `value` of a layer, or `out` alone.
         flat: whether positions are one axis, in row-major order.
     """
     weights, biases = [], []
@@ -48,16 +51,56 @@ def project(maps: torch.Tensor, *children: nn.Module, flat: bool) -> tuple[torch
         weights.append(weight)
         if bias is not None:
             biases.append(bias)
-    if len(weights) < len(children) or 0 < len(biases) < len(children):
-        outputs = tuple(child(maps) for child in children)
-        return tuple(output.flatten(2) for output in outputs) if flat else outputs
-    together = nn.functional.conv2d(maps, torch.cat(weights), torch.cat(biases) if biases else None)
-    # Flattened before it is split: three operations and their derivatives would count on a small map.
-    return (together.flatten(2) if flat else together).split([child.out_channels for child in children], 1)
+    if len(weights) == len(children) and len(biases) in (0, len(children)) and not _are_all_hooked():
+        # An exported graph should have the operator that every converter knows, at any size.
+        eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        if eager and _are_tiny(maps) and not torch.is_grad_enabled():
+            # Without derivatives, joining the kernels would take longer than two more calls.
+            pairs = zip(weights, biases or [None] * len(weights), strict=True)
+            outputs = tuple(nn.functional.conv2d(maps, *pair) for pair in pairs)
+            return tuple(output.flatten(2) for output in outputs) if flat else outputs
+        widths = [weight.shape[0] for weight in weights]
+        together = None
+        # One axis of positions before the split: three more operations and their derivatives would count on a small map.
+        if eager and _multiplies(maps, sum(widths)):
+            together = _product(maps.flatten(2), _joined(weights), _joined(biases) if biases else None)
+            together = together if flat else together.unflatten(2, maps.shape[2:])
+        elif maps.shape[1] <= _WIDEST:
+            together = nn.functional.conv2d(maps, _joined(weights), _joined(biases) if biases else None)
+            together = together.flatten(2) if flat else together
+        if together is not None:  # (B, D, N) or (B, D, H, W)
+            return together.split(widths, 1) if len(widths) > 1 else (together,)
+    outputs = tuple(child(maps) for child in children)
+    return tuple(output.flatten(2) for output in outputs) if flat else outputs
+
+
+def _are_tiny(maps: torch.Tensor) -> bool:
+    """Whether the time of a projection is mostly that of calling its operators. In 16 bits it never is."""
+    return maps.numel() <= _TINY and maps.itemsize > 2
+
+
+def _multiplies(maps: torch.Tensor, width: int) -> bool:
+    """Whether a batch of matrix products takes the place of the convolution.
+
+    On a CPU it takes half the time, and in 16 bits down to a tenth. Its derivative is a kernel for each sample, and their
+    sum: they should take no more than two inputs. On other devices a convolution has settings of its own for its precision.
+    """
+    batch, _, *grid = maps.shape
+    return maps.is_cpu and not _are_tiny(maps) and (batch == 1 or width <= 2 * grid[0] * grid[1])
+
+
+def _product(positions: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The kernel (D, C, 1, 1) times each position of (B, C, N), plus the bias: (B, D, N)."""
+    kernels = weight.flatten(1).expand(positions.shape[0], -1, -1)
+    return torch.bmm(kernels, positions) if bias is None else torch.baddbmm(bias[:, None], kernels, positions)
+
+
+def _joined(parameters: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parameters) if len(parameters) > 1 else parameters[0]
 
 
 def _plain_parameters(child: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Weight and bias of a child whose call is only a 1×1 convolution, if joining it saves time; else (None, None).
+    """Weight and bias of a child whose call is only a 1×1 convolution, or (None, None).
 
     Each is read once, because on a small map every attribute of a module counts.
     """
@@ -70,18 +113,23 @@ def _plain_parameters(child: nn.Module) -> tuple[torch.Tensor | None, torch.Tens
         and child.kernel_size == child.stride == (1, 1)
         and child.padding == (0, 0)
         and child.groups == 1
-        and child.in_channels <= _WIDEST
-        and "forward" not in vars(child)
+        and "forward" not in child.__dict__
         # `Module.__call__` runs these hooks.
         and not (
             child._forward_hooks  # noqa: SLF001
             or child._forward_pre_hooks  # noqa: SLF001
             or child._backward_hooks  # noqa: SLF001
             or child._backward_pre_hooks  # noqa: SLF001
-            or hooks._global_forward_hooks  # noqa: SLF001
-            or hooks._global_forward_pre_hooks  # noqa: SLF001
-            or hooks._global_backward_hooks  # noqa: SLF001
-            or hooks._global_backward_pre_hooks  # noqa: SLF001
         )
     )
     return (weight, bias) if plain else (None, None)
+
+
+def _are_all_hooked() -> bool:
+    """Whether `Module.__call__` runs hooks for every module there is."""
+    return bool(
+        hooks._global_forward_hooks  # noqa: SLF001
+        or hooks._global_forward_pre_hooks  # noqa: SLF001
+        or hooks._global_backward_hooks  # noqa: SLF001
+        or hooks._global_backward_pre_hooks  # noqa: SLF001
+    )

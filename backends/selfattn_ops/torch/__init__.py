@@ -4,6 +4,8 @@ The computation takes one block of query rows at a time, against all keys, so ev
 compute the scores again, so only q, k and v are kept.
 """
 
+import math
+
 from selfattn_core.installed import require
 
 require("selfattn_ops.torch", ["torch"], "torch")
@@ -57,8 +59,9 @@ def attend(
     """
     block_size = _check(query, key, value, block_size)
     compiling = torch.compiler.is_compiling()
+    sizes = math.prod(query.shape[:-2]), query.shape[-2], key.shape[-2]
     if _must_be_plain(query, compiling=compiling) or (
-        not compiling and _is_small(query, key, block_size, -2)
+        not compiling and (query.numel() * key.shape[-2] == 0 or _is_small(query, *sizes, block_size))
     ):
         return dense_attention(query, key, value)[0]
     operands = _flat(query), _flat(key), _flat(value)
@@ -74,13 +77,13 @@ def attend_transposed(
     A small map is computed without a transposition. Its operands are not checked.
 
     Args:
-        query: (…, Dk, N).
-        key: (…, Dk, M).
-        value: (…, Dv, M).
+        query: (B, Dk, N).
+        key: (B, Dk, M).
+        value: (B, Dv, M).
         block_size: as in `attend`.
 
     Returns:
-        (…, Dv, N), in the dtype of the operands.
+        (B, Dv, N), in the dtype of the operands.
 
     Raises:
         ValueError: as `attend`, if the map is not small.
@@ -89,8 +92,13 @@ def attend_transposed(
         >>> attend_transposed(torch.zeros(1, 2, 6), torch.zeros(1, 2, 4), torch.ones(1, 3, 4)).shape
         torch.Size([1, 3, 6])
     """
-    compiling = torch.compiler.is_compiling()
-    if not (compiling or _must_be_plain(query, compiling=False)) and _is_small(query, key, block_size, -1):
+    batch, _, rows = query.shape
+    if (
+        type(query) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and _is_small(query, batch, rows, key.shape[2], block_size)
+    ):
         return dense_transposed(query, key, value)
     operands = (operand.transpose(-2, -1) for operand in (query, key, value))
     return attend(*operands, block_size=block_size).transpose(-2, -1)
@@ -145,15 +153,11 @@ def _must_be_plain(query: torch.Tensor, *, compiling: bool) -> bool:
     )
 
 
-def _is_small(query: torch.Tensor, key: torch.Tensor, block_size: int | None, positions: int) -> bool:
-    """Whether the dense computation, in torch's own operators, fits in one block. `positions` is the axis of N and M."""
-    rows, keys, numbers = query.shape[positions], key.shape[positions], query.numel()
-    if numbers == 0 or keys == 0:
-        return True
-    scores = numbers // (query.shape[-1] * query.shape[-2]) * rows * keys
+def _is_small(query: torch.Tensor, batch: int, rows: int, keys: int, block_size: int | None) -> bool:
+    """Whether the dense computation, in torch's own operators, fits in one block."""
     return (
-        (block_size is None or block_size >= rows)
-        and 4 * scores <= SCORE_BUDGET
+        4 * batch * rows * keys <= SCORE_BUDGET
+        and (block_size is None or block_size >= rows)
         # Under autocast, torch's own backward would run in the dtype of autocast. Under vmap there are more
         # scores than the shapes show.
         and not is_autocast(query)

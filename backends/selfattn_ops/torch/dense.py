@@ -17,36 +17,38 @@ def dense_attention(
     if is_autocast(query):
         with torch.autocast(query.device.type, enabled=False):
             return dense_attention(query, key, value)
-    multiply = _product(query)
-    attention = _map(query, key.transpose(-2, -1), value.dtype)
+    multiply = torch.bmm if query.dim() == 3 else torch.matmul
+    attention = _map(multiply, query, key.transpose(-2, -1), value)
     return multiply(attention, value), attention
 
 
 def dense_transposed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The output (…, Dv, N) for query (…, Dk, N), key (…, Dk, M) and value (…, Dv, M), without autocast."""
-    multiply = _product(query)
-    attention = _map(query.transpose(-2, -1), key, value.dtype)
+    """The output (B, Dv, N) for query (B, Dk, N), key (B, Dk, M) and value (B, Dv, M), without autocast."""
+    attention = _map(torch.bmm, query.transpose(1, 2), key, value)
     if attention.requires_grad:
         # The derivative of the other product is a transposed dA, for which torch's softmax takes twice the time.
-        return multiply(attention, value.transpose(-2, -1)).transpose(-2, -1)
-    return multiply(value, attention.transpose(-2, -1))
+        return torch.bmm(attention, value.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(value, attention.transpose(1, 2))
 
 
-def _map(query: torch.Tensor, key: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The map for query (…, N, Dk) and key (…, Dk, M)."""
-    multiply, arithmetic = _product(query), arithmetic_of(query)
+def _map(
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> torch.Tensor:
+    """The map for query (…, N, Dk) and key (…, Dk, M), in the dtype of the value."""
+    arithmetic = arithmetic_of(query)
     if arithmetic == query.dtype:
         # Even a cast that does nothing would be a node of an exported graph.
         return torch.softmax(multiply(query, key), -1)
-    return torch.softmax(multiply(query.to(arithmetic), key.to(arithmetic)), -1).to(dtype)
-
-
-def _product(operand: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    return torch.bmm if operand.dim() == 3 else torch.matmul
+    return torch.softmax(multiply(query.to(arithmetic), key.to(arithmetic)), -1).to(value.dtype)
 
 
 def is_autocast(tensor: torch.Tensor) -> bool:
     """Whether autocast is on for the device of a tensor."""
+    if tensor.is_cpu:
+        return torch.is_autocast_enabled("cpu")
     # torch cannot answer this for the meta device.
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 

@@ -9,7 +9,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from selfattn_core import SelfAttentionConfig
 from selfattn_core.conformance.cases.table import CASES
-from selfattn_torch import SelfAttention2d
+from selfattn_torch import SelfAttention2d, projection
 from selfattn_torch.projection import project
 from tests.backends.torch.layers import layer_of_case
 
@@ -44,16 +44,19 @@ def count(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["maps", "positions"])
+@pytest.mark.parametrize("tiny", [True, False], ids=["convolution", "product"])
 @pytest.mark.parametrize("case", [FLAT, POOLED], ids=["flat", "pooled"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_one_product_gives_what_the_children_give(monkeypatch, case, layout):
+def test_children_together_give_what_each_gives(monkeypatch, case, layout, tiny, flat):
     layer, x, _ = layer_of_case(case, "float64")
     x = x.contiguous(memory_format=layout).requires_grad_()
     children = layer.query, layer.key, layer.value
-    want = [child(x) for child in children]
+    want = [child(x).flatten(2) if flat else child(x) for child in children]
+    monkeypatch.setattr(projection, "_TINY", x.numel() if tiny else x.numel() - 1)
     calls = count(monkeypatch)
-    got = project(x, *children, flat=False)
-    assert len(calls) == 1
+    got = project(x, *children, flat=flat)
+    assert len(calls) == tiny
     parameters = [x, *(parameter for child in children for parameter in child.parameters())]
     cotangents = [torch.randn_like(each) for each in want]
     expected = torch.autograd.grad(want, parameters, cotangents)
@@ -61,6 +64,47 @@ def test_one_product_gives_what_the_children_give(monkeypatch, case, layout):
     for one, other in zip([*got, *gradients], [*want, *expected], strict=True):
         assert one.shape == other.shape
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["maps", "positions"])
+@pytest.mark.parametrize("case", [FLAT, POOLED], ids=["flat", "pooled"])
+def test_kernels_of_tiny_maps_are_not_joined_without_derivatives(monkeypatch, case, flat):
+    layer, x, _ = layer_of_case(case, "float64")
+    children = layer.query, layer.key, layer.value
+    want = [child(x).flatten(2) if flat else child(x) for child in children]
+    calls = count(monkeypatch)
+    with torch.no_grad():
+        got = project(x, *children, flat=flat)
+    assert len(calls) == 3
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "convolutions"),
+    [
+        ((1, 16, 2, 3), "float32", 1),
+        ((1, 16, 2, 3), "bfloat16", 0),
+        ((1, 16, 40, 41), "float32", 0),
+        # A kernel's gradient for each of 500 samples would be larger than two inputs.
+        ((500, 16, 2, 3), "float32", 1),
+        ((500, 16, 2, 5), "float32", 0),
+    ],
+)
+def test_a_product_where_it_is_faster_and_takes_no_more_memory(monkeypatch, shape, dtype, convolutions):
+    layer = SelfAttention2d(16, dtype=getattr(torch, dtype))
+    calls = count(monkeypatch)
+    project(torch.randn(shape).to(layer.gamma.dtype), layer.query, layer.key, layer.value, flat=True)
+    assert len(calls) == convolutions
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_the_child_out_is_a_product_too(monkeypatch, tiny):
+    layer, x, _ = layer_of_case(POOLED, "float64")
+    monkeypatch.setattr(projection, "_TINY", 2**14 if tiny else 0)
+    calls = count(monkeypatch)
+    layer(x)
+    assert len(calls) == (2 if tiny else 0)
 
 
 def test_wide_maps_are_projected_by_each_child(monkeypatch):
