@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from selfattn_ops.torch import derivatives
+from selfattn_ops.torch import attend, attend_transposed, derivatives
+from selfattn_ops.torch import peaked as peaks
 from selfattn_ops.torch.autograd import attend_in_blocks
-from selfattn_ops.torch.peaked import raise_scores, reach, unit
+from selfattn_ops.torch.peaked import raise_scores, raised, reach, unit
 
 SMALLEST = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float64: 2.0**-1022}
 Operands = list[torch.Tensor]
@@ -23,6 +24,10 @@ def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
     return torch.softmax(query @ key.mT, dim=-1) @ value
 
 
+def transposed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return attend_transposed(query.mT, key.mT, value.mT).mT
+
+
 def answers(function: object, operands: Operands) -> Operands:
     """The output, its gradients, and the gradients of a squared gradient norm."""
     *leaves, grad = (operand.clone().requires_grad_(at < 3) for at, operand in enumerate(operands))
@@ -35,8 +40,18 @@ def answers(function: object, operands: Operands) -> Operands:
 @pytest.mark.parametrize("deviation", [12.0, 25.0, 50.0])
 @pytest.mark.parametrize("block_size", [None, 8])
 def test_a_peaked_map_gives_the_answers_of_float64(deviation, block_size):
-    operands = peaked(deviation)
-    found = answers(lambda *qkv: attend_in_blocks(*qkv, block_size), operands)
+    agrees_with_float64(lambda *qkv: attend_in_blocks(*qkv, block_size), peaked(deviation))
+
+
+@pytest.mark.parametrize("deviation", [12.0, 25.0, 50.0])
+@pytest.mark.parametrize("function", [attend, transposed])
+def test_a_small_peaked_map_gives_the_answers_of_float64(monkeypatch, deviation, function):
+    monkeypatch.setattr(peaks, "_FEW", 0)
+    agrees_with_float64(function, peaked(deviation))
+
+
+def agrees_with_float64(function, operands):
+    found = answers(function, operands)
     right = answers(plain, [operand.double() for operand in operands])
     # What rounding to float32 does to torch's own operators, several times over.
     rounded = answers(plain, operands)
@@ -76,6 +91,42 @@ def test_raising_changes_a_row_by_less_than_its_rounding():
     before, after = torch.softmax(scores.double(), -1), torch.softmax(raised.double(), -1)
     assert (raised > scores).any()
     assert (before - after).abs().sum(-1).max() < 2.0**-47
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("function", [attend, transposed])
+@pytest.mark.parametrize("derivatives", [False, True])
+def test_no_weight_of_a_small_map_is_subnormal(monkeypatch, dtype, function, derivatives):
+    monkeypatch.setattr(peaks, "_FEW", 0)
+    softmax, seen = torch.softmax, []
+    monkeypatch.setattr(torch, "softmax", lambda *a: (seen.append(softmax(*a)), seen[-1])[1])
+    query, key, value, _ = peaked(300.0 if dtype == torch.float64 else 40.0, dtype)
+    function(query.requires_grad_(derivatives), key, value)
+    assert len(seen) == 1
+    smallest = 2.0**-1022 if dtype == torch.float64 else 2.0**-126
+    assert (seen[0] >= smallest).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_that_cannot_be_subnormal_are_not_copied(monkeypatch, dtype):
+    query, key, *_ = peaked(8.0, dtype)
+    scores = query @ key.mT
+    assert raised(scores) is scores
+    monkeypatch.setattr(peaks, "_FEW", 0)
+    assert raised(scores) is scores
+    assert raised(scores * 100) is not scores
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_row_without_numbers_leaves_the_others_alone(monkeypatch, wrong):
+    monkeypatch.setattr(peaks, "_FEW", 0)
+    operands = peaked(40.0)
+    clean = attend(*operands[:3])
+    operands[0][1, 5, 2] = wrong
+    out = attend(*operands[:3])
+    touched = torch.isnan(out).any(-1)
+    assert touched.nonzero().tolist() == [[1, 5]]
+    torch.testing.assert_close(out[~touched], clean[~touched], rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -15,7 +15,7 @@ import torch  # noqa: E402 - the message above must come first
 from selfattn_ops.blocks import SCORE_BUDGET, check_block_size, check_operands  # noqa: E402
 from selfattn_ops.torch.autograd import attend_in_blocks  # noqa: E402
 from selfattn_ops.torch.compiled import attend_op  # noqa: E402
-from selfattn_ops.torch.dense import dense_attention, dense_transposed, is_autocast  # noqa: E402
+from selfattn_ops.torch.dense import dense_attention, dense_output, dense_transposed, is_autocast  # noqa: E402
 
 __all__ = ["attend", "attend_transposed", "attend_with_map"]
 
@@ -31,7 +31,6 @@ def attend(
     bfloat16. Autocast changes nothing, because the dtype of the operands decides.
 
     On a CPU, weights below any rounding are raised, because subnormal numbers are slow: see `selfattn_ops.torch.peaked`.
-    Maps of less than 8 MiB of scores are left alone.
 
     `torch.compile` sees two opaque operators whatever the number of blocks. In three cases the computation consists of
     standard operators in one block, which take (…, N, M) numbers: in `torch.export`, in a `torch.func` transform inside a
@@ -59,11 +58,14 @@ def attend(
     """
     block_size = _check(query, key, value, block_size)
     compiling = torch.compiler.is_compiling()
-    sizes = math.prod(query.shape[:-2]), query.shape[-2], key.shape[-2]
-    if _must_be_plain(query, compiling=compiling) or (
-        not compiling and (query.numel() * key.shape[-2] == 0 or _is_small(query, *sizes, block_size))
-    ):
+    if _must_be_plain(query, compiling=compiling):
         return dense_attention(query, key, value)[0]
+    if not compiling:
+        rows, keys = query.shape[-2], key.shape[-2]
+        if query.numel() * keys == 0:
+            return dense_attention(query, key, value)[0]
+        if _is_small(query, math.prod(query.shape[:-2]), rows, keys, block_size):
+            return dense_output(query, key, value)
     operands = _flat(query), _flat(key), _flat(value)
     out = attend_op(*operands, block_size) if compiling else attend_in_blocks(*operands, block_size)
     return out if query.dim() == 3 else out.reshape(*query.shape[:-1], value.shape[-1])

@@ -5,9 +5,20 @@ from typing import Any
 
 import torch
 
+from selfattn_ops.torch.peaked import raised
 from selfattn_ops.torch.products import arithmetic_of
 
-__all__ = ["dense_attention", "dense_second", "dense_tangent", "dense_transposed", "is_autocast", "pushed"]
+__all__ = [
+    "dense_attention",
+    "dense_output",
+    "dense_second",
+    "dense_tangent",
+    "dense_transposed",
+    "is_autocast",
+    "pushed",
+]
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def dense_attention(
@@ -17,32 +28,43 @@ def dense_attention(
     if is_autocast(query):
         with torch.autocast(query.device.type, enabled=False):
             return dense_attention(query, key, value)
-    multiply = torch.bmm if query.dim() == 3 else torch.matmul
-    attention = _map(multiply, query, key.transpose(-2, -1), value)
+    multiply = _product(query)
+    attention = _softmax(_scores(multiply, query, key.transpose(-2, -1)), value.dtype)
     return multiply(attention, value), attention
 
 
+def dense_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The output for a small map, in eager mode and without autocast. Scores that cannot count are raised."""
+    multiply = _product(query)
+    scores = raised(_scores(multiply, query, key.transpose(-2, -1)))
+    return multiply(_softmax(scores, value.dtype), value)
+
+
 def dense_transposed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The output (B, Dv, N) for query (B, Dk, N), key (B, Dk, M) and value (B, Dv, M), without autocast."""
-    attention = _map(torch.bmm, query.transpose(1, 2), key, value)
+    """`dense_output` (B, Dv, N) for query (B, Dk, N), key (B, Dk, M) and value (B, Dv, M)."""
+    attention = _softmax(raised(_scores(torch.bmm, query.transpose(1, 2), key)), value.dtype)
     if attention.requires_grad:
         # The derivative of the other product is a transposed dA, for which torch's softmax takes twice the time.
         return torch.bmm(attention, value.transpose(1, 2)).transpose(1, 2)
     return torch.bmm(value, attention.transpose(1, 2))
 
 
-def _map(
-    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-) -> torch.Tensor:
-    """The map for query (…, N, Dk) and key (…, Dk, M), in the dtype of the value."""
+def _scores(multiply: Product, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The scores for query (…, N, Dk) and key (…, Dk, M)."""
     arithmetic = arithmetic_of(query)
     if arithmetic == query.dtype:
         # Even a cast that does nothing would be a node of an exported graph.
-        return torch.softmax(multiply(query, key), -1)
-    return torch.softmax(multiply(query.to(arithmetic), key.to(arithmetic)), -1).to(value.dtype)
+        return multiply(query, key)
+    return multiply(query.to(arithmetic), key.to(arithmetic))
+
+
+def _softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    attention = torch.softmax(scores, -1)
+    return attention if attention.dtype == dtype else attention.to(dtype)
+
+
+def _product(operand: torch.Tensor) -> Product:
+    return torch.bmm if operand.dim() == 3 else torch.matmul
 
 
 def is_autocast(tensor: torch.Tensor) -> bool:

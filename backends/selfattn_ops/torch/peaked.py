@@ -3,6 +3,9 @@
 Scores have no scale, so a row of a trained layer may spread over hundreds. Weights then run down into subnormal numbers,
 which a CPU adds and multiplies many times slower. No rounding of a result shows such weights, so they are raised.
 
+Where a map is computed in blocks, |q| |k| bounds the spread of a row before there are scores. A map that is computed at
+once takes too little time for that, so a few of its rows are looked at.
+
 A raised weight is 2⁻⁴⁸ / M of the largest in its row, in float64 2⁻⁹⁶ / M. A row has M weights, so raising changes the
 output by less than 2⁻⁴⁸ of the largest |v|, however many keys there are. Rounding to float32 changes it by 2⁻²⁴.
 """
@@ -11,11 +14,18 @@ import math
 
 import torch
 
-__all__ = ["raise_scores", "reach", "unit"]
+__all__ = ["raise_scores", "raised", "reach", "unit"]
 
 # By dtype: the bits of a raised weight below the largest of its row, and the spread of scores that needs no raising.
 _BITS = {torch.float32: 48, torch.float64: 96}
 _HARMLESS = {torch.float32: 64.0, torch.float64: 600.0}
+
+# By dtype: the spread of scores beyond which weights are subnormal.
+_NORMAL = {torch.float32: 87.0, torch.float64: 708.0}
+
+_ROWS = 8
+_FEW = 2**19
+"""Scores up to which a look at some rows would take more than a twentieth of the time."""
 
 
 def _spreads(query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -44,7 +54,33 @@ def reach(query: torch.Tensor, key: torch.Tensor) -> float | None:
     """
     if not _spreads(query, key):
         return None
-    return _BITS[query.dtype] * math.log(2) + math.log(key.shape[-2])
+    return _reach(query.dtype, key.shape[-2])
+
+
+def _reach(dtype: torch.dtype, keys: int) -> float:
+    return _BITS[dtype] * math.log(2) + math.log(keys)
+
+
+def raised(scores: torch.Tensor) -> torch.Tensor:
+    """The scores (…, N, M), raised as by `raise_scores` if eight rows, at equal distances, show that it is worth it.
+
+    If only rows between them spread too far, they are few, and so is the time that they take. If the eight differ from one
+    another, but none spreads, raising changes nothing.
+
+    Example:
+        >>> rows = torch.linspace(-200, 0, 1024).expand(1024, 1024).contiguous()
+        >>> raised(rows).amin(), raised(rows / 10).amin()
+        (tensor(-40.2024), tensor(-20.))
+    """
+    if scores.numel() <= _FEW or not scores.is_cpu or type(scores) is not torch.Tensor:
+        return scores
+    known, keys = scores.detach(), scores.shape[-1]
+    # Between large products every operator counts, so these are few.
+    step = max(1, known.numel() // keys // _ROWS) * keys
+    rows = known.as_strided((min(_ROWS, known.numel() // keys), keys), (step, 1))
+    if not float(rows.amax()) - float(rows.amin()) > _NORMAL[scores.dtype]:
+        return scores
+    return torch.maximum(scores, known.amax(-1, keepdim=True).sub_(_reach(scores.dtype, keys)))
 
 
 def raise_scores(scores: torch.Tensor, reach: float) -> None:
