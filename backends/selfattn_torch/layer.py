@@ -177,10 +177,8 @@ class SelfAttention2d(nn.Module):
             attended = attended.transpose(-2, -1)
         else:
             attended = attend_transposed(query, key, value, block_size=self.block_size)  # (B, Dv, N)
-        if not self.config.out_projection:
-            attended = attended.view(maps.shape)  # (B, C, H, W)
-        else:
-            attended = attended.unflatten(-1, maps.shape[2:])  # (B, Dv, H, W)
+        attended = attended.unflatten(-1, maps.shape[2:])  # (B, Dv, H, W)
+        if self.config.out_projection:
             (attended,) = project(attended, self.out, flat=False)  # (B, C, H, W)
         y = _scaled_sum(maps, self.gamma, attended)  # (B, C, H, W)
         y = y if x.dim() == 4 else y.squeeze(0)
@@ -232,5 +230,5 @@ def _scaled_sum(maps: torch.Tensor, gain: torch.Tensor, attended: torch.Tensor) 
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         # Core ML's converter does not support addcmul. Outside an export, a product and a sum would take up to a third
         # longer and another feature map of memory.
-        return maps + gain * attended
+        return maps + gain.view(1, 1, 1, 1) * attended
     return torch.addcmul(maps, gain, attended)
