@@ -32,7 +32,7 @@ from selfattn_core.conformance.release.calibrate import (
 )
 from selfattn_core.conformance.right import RightImplementation
 
-__all__ = ["VALUE_TURNS", "HOMES", "implementations", "measure", "tried_runs"]
+__all__ = ["HOMES", "VALUE_TURNS", "implementations", "measure", "tried_runs"]
 
 HOMES: Mapping[str, str] = {
     "selfattn_core.conformance.right": "",
