@@ -52,7 +52,7 @@ SOURCES: Mapping[str, Source] = {
 }
 """The sources by name."""
 
-_SECONDS, _GIGABYTES = 60.0, 8.0
+_SECONDS, _GIGABYTES = 300.0, 16.0
 """The limits of one mutant: time of the processor, and memory."""
 
 _WAIT = 1800.0
