@@ -1,6 +1,8 @@
 """No right implementation fails, and each differs from the definition."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from selfattn_core.conformance.mutants.sixteen_bits import InBfloat16
 from selfattn_core.conformance.protocol import Claims, declined
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.reference import Reference
+from selfattn_core.conformance.release import calibrate
+from selfattn_core.conformance.release import right as release
 from selfattn_core.conformance.release.calibrate import RESULT, SEEDS
 from selfattn_core.conformance.release.right import HOMES, implementations, measure, tried_runs
 from selfattn_core.conformance.right import RightImplementation, edited
@@ -138,3 +142,25 @@ def test_one_is_made_anew_each_time():
     right: RightImplementation = next(iter(RIGHT.values()))
     assert right.make() is not right.make()
     assert right.make().name == right.name
+
+
+def test_results_of_one_home_leave_all_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "RESULT", tmp_path / "calibration.json")
+    calibrate._keep("torch", {"runs": 1})
+    release._keep("one", {"a": {"runs": 2}, "b": {"runs": 3}})
+    release._keep("other", {"c": {"runs": 4}})
+    release._keep("one", {"b": {"runs": 5}})
+    calibrate._keep("flax-nnx", {"runs": 6})
+    kept = calibrate.kept_results()
+    assert {name: each["runs"] for name, each in kept["backends"].items()} == {"torch": 1, "flax-nnx": 6}
+    assert {name: each["runs"] for name, each in kept["right"]["implementations"].items()} == {"b": 5, "c": 4}
+    assert {name: kept[name] for name in calibrate.policy()} == calibrate.policy()
+
+
+def test_the_page_lists_each():
+    place = importlib.util.spec_from_file_location("hooks", Path(__file__).parents[3] / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(place)
+    place.loader.exec_module(hooks)
+    page = hooks.right_implementations()
+    for right in RIGHT.values():
+        assert f"| {right.name} | {right.why} |" in page
