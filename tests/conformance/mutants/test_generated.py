@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from selfattn_core import spec
 from selfattn_core.cli import main
-from selfattn_core.conformance.mutants.generated import selftest
+from selfattn_core.conformance.mutants.generated import asked, selftest
 from selfattn_core.conformance.mutants.generated.derive import GeneratedMutant, choose, derived
 from selfattn_core.conformance.mutants.generated.equivalent import LIST, equivalents
 from selfattn_core.conformance.mutants.generated.rules import RULES
@@ -148,3 +148,10 @@ def test_the_command_tells_the_rate(monkeypatch):
     alone = CliRunner().invoke(main, ["conform", "--generated", "2"])
     assert alone.exit_code == 2
     assert "it is a part of --self-test" in alone.output
+
+
+def test_adapters_are_asked_for_large_maps_too():
+    small, large = asked._table(large=False), asked._table(large=True)
+    assert set(small) < set(large)
+    assert {run.case.id for run in large} - {run.case.id for run in small} >= {"SA-VJP-024", "SA-FWD-026"}
+    assert "memory" not in {run.case.family for run in large}

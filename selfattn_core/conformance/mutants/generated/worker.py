@@ -75,7 +75,7 @@ def main(seconds: float, gigabytes: float) -> None:
 def _answer(asked: dict[str, Any]) -> dict[str, str]:
     try:
         with np.errstate(all="ignore"):
-            outcome = first_failure(_backend(asked), asked["seed"])
+            outcome = first_failure(_backend(asked), asked["seed"], large=bool(asked["target"]))
     except Exception as error:
         return {"how": "exception", "run": "", "message": f"{type(error).__name__}: {error}"}
     if outcome is None:
