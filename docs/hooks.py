@@ -74,12 +74,14 @@ def dialect_table() -> str:
 def right_implementations() -> str:
     """The table of right implementations, with the worst error of each."""
     measured = kept_results().get("right", {}).get("implementations", {})
-    lines = ["| computes | why it is right | worst error |", "|---|---|---|"]
+    lines = ["| computes | why it is right | seeds | worst error |", "|---|---|---|---|"]
     for home in HOMES:
         for right in implementations(home):
-            worst = measured.get(right.name, {}).get("worst", {})
-            errors = ", ".join(f"{each['floors']:.1f} in {dtype}" for dtype, each in worst.items())
-            lines.append(f"| {right.name} | {right.why} | {errors or 'not measured yet'} |")
+            found = measured.get(right.name, {"seeds": 0, "worst": {}})
+            errors = ", ".join(f"{each['floors']:.1f} in {dtype}" for dtype, each in found["worst"].items())
+            lines.append(
+                f"| {right.name} | {right.why} | {found['seeds']} | {errors or 'not measured yet'} |"
+            )
     return "\n".join(lines)
 
 

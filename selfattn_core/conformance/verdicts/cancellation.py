@@ -64,7 +64,7 @@ def terms_through_the_map(
     layer = Layer(config, params, x)
 
     def powers(array: Array) -> Array:
-        return np.asarray(np.abs(array) ** order)
+        return np.abs(array) if order == 1 else array * array
 
     rows, A = powers(layer.x), powers(layer.A)
     q, k, v = powers(layer.q), powers(layer.k), powers(layer.v)
