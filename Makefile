@@ -57,8 +57,9 @@ golden: $(INSTALLED)  ## write the missing golden vectors
 golden-check: $(INSTALLED)  ## compute all golden vectors again, and compare every bit
 	$(BIN)/python -m selfattn_core.conformance.release.golden golden-vectors --check
 
-calibrate: $(INSTALLED)  ## measure how near correct backends come to the limits, over 200 seeds (half an hour)
+calibrate: $(INSTALLED)  ## measure how near correct backends come to the limits, over 200 seeds (an hour)
 	$(BIN)/python -m selfattn_core.conformance.release.calibrate
+	$(BIN)/python -m selfattn_core.conformance.release.right
 
 # DEVICE is a word of the frameworks' own, as in cuda:1; FRAMEWORKS is torch,jax,tensorflow or some of them, CELLS some
 # groups of cells, and AGAINST another checkout, to be measured in turns with this one.

@@ -9,6 +9,8 @@ import click
 from mkdocs.structure.files import File
 
 from selfattn_core.cli import main
+from selfattn_core.conformance.release.calibrate import kept_results
+from selfattn_core.conformance.release.right import HOMES, implementations
 from selfattn_core.porting.dialects import parse as schema
 from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
 from selfattn_core.porting.dialects.dialect import ROLES
@@ -29,6 +31,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     markdown = markdown.replace("<!-- command -->", command_help())
     markdown = markdown.replace("<!-- dialects -->", dialect_table())
     markdown = markdown.replace("<!-- dialect schema -->", dialect_schema())
+    markdown = markdown.replace("<!-- right implementations -->", right_implementations())
     return markdown.replace("<!-- benchmarks -->", measurements())
 
 
@@ -65,6 +68,20 @@ def dialect_table() -> str:
         cells = [f"`{name}`", known.title, names, "; ".join(notes)]
         cells = [cell.replace("|", "\\|") for cell in cells]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def right_implementations() -> str:
+    """The table of right implementations, with the worst error of each."""
+    measured = kept_results().get("right", {}).get("implementations", {})
+    lines = ["| computes | why it is right | seeds | worst error |", "|---|---|---|---|"]
+    for home in HOMES:
+        for right in implementations(home):
+            found = measured.get(right.name, {"seeds": 0, "worst": {}})
+            errors = ", ".join(f"{each['floors']:.1f} in {dtype}" for dtype, each in found["worst"].items())
+            lines.append(
+                f"| {right.name} | {right.why} | {found['seeds']} | {errors or 'not measured yet'} |"
+            )
     return "\n".join(lines)
 
 

@@ -60,6 +60,13 @@ __all__ = ["conform", "forms"]
     is_flag=True,
     help="Also run the cases on deliberately broken implementations; without BACKEND, run only those.",
 )
+@click.option(
+    "--generated",
+    metavar="N",
+    default=0,
+    type=click.IntRange(min=0),
+    help="With --self-test: also run N mutants that rules derive from the source of the definition, and of each BACKEND that has some.",
+)
 @report_option("json", "Write all verdicts as JSON; - means standard output.")
 @report_option("html", "Write the report as an HTML page.")
 @report_option("junit", "Write JUnit XML for a CI service.")
@@ -78,6 +85,7 @@ def conform(
     cases: tuple[str, ...],
     devices: tuple[str, ...],
     self_test: bool,
+    generated: int,
     json_file: str | None,
     html_file: str | None,
     junit_file: str | None,
@@ -99,6 +107,8 @@ def conform(
                 "--diff compares two files and runs nothing: pass no backend and no other report."
             )
         sys.exit(_tell_difference(*diff))
+    if generated and not self_test:
+        raise click.UsageError("--generated: it is a part of --self-test: pass both.")
     sys.exit(
         _run(
             names,
@@ -106,6 +116,7 @@ def conform(
             level=level,
             cases=cases,
             with_self_test=self_test,
+            generated=generated,
             targets=targets,
             devices=devices,
         )
@@ -131,6 +142,7 @@ def _run(
     level: Literal["core", "training", "gan", "deploy"],
     cases: Sequence[str],
     with_self_test: bool,
+    generated: int,
     targets: Mapping[str, str],
     devices: Sequence[str],
 ) -> int:
@@ -177,12 +189,22 @@ def _run(
     show(data, error_stream=STANDARD_OUTPUT in targets.values())
     write = forms()
     write_reports(targets, lambda form: write[form](data))
+    _tell_generated(names, generated, seed=seed, error_stream=STANDARD_OUTPUT in targets.values())
     failed = any(not (report.passed or report.missing or report.absent) for report in reports)
     if any(report.refused for report in reports):
         return BAD_INPUT
     if failed or any(kill.outcome is None for kill in kills):
         return CHECK_FAILED
     return MISSING if any(report.missing or report.absent for report in reports) else 0
+
+
+def _tell_generated(names: Sequence[str], count: int, *, seed: int, error_stream: bool) -> None:
+    """Run generated mutants, and print the rate and the survivors. A survivor is no failure, because some compute the same."""
+    from selfattn_core.conformance.mutants.generated.selftest import SOURCES, run_mutants, summary
+
+    for name in dict.fromkeys(["spec", *names]) if count else ():
+        if name in SOURCES:
+            click.echo(summary(name, run_mutants(name, count, seed=seed)), err=error_stream)
 
 
 def _device_problems(names: Sequence[str], devices: Sequence[str]) -> list[str]:

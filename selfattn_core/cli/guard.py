@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -107,8 +107,15 @@ def ended_by_signals() -> Iterator[None]:
     A signal that is ignored, for example by `nohup`, stays ignored. In a callback, Python prints the exception and
     continues. The signal is then sent again.
     """
+    told = False
 
     def leave(number: int, _: object) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            # Not through the stream, which the signal may have interrupted while it wrote.
+            with suppress(OSError):
+                os.write(2, _ENDED.format(signal.Signals(number).name).encode())
         raise SystemExit(128 + number)
 
     # Only the main thread can set a handler.
@@ -139,5 +146,10 @@ def ended_by_signals() -> Iterator[None]:
         for number, handler in theirs.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
+
+_ENDED = (
+    "Error: {} ended this command, before it was finished. If you did not send it, look for the process that did: "
+    "it may be one that this command started, such as a backend that ends its parent.\n"
+)
 
 _MOMENT = 0.01

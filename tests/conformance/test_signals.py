@@ -82,9 +82,19 @@ def test_no_process_outlives_the_command(beats, tmp_path, number, code):
     assert process.returncode == code
     assert "Traceback" not in told
     assert "did not start" not in told, "what was ended is not told as a result"
+    if number in (signal.SIGTERM, signal.SIGHUP):
+        assert told.count(f"Error: {signal.Signals(number).name} ended this command") == 1
     assert beats.stopped()
     if number != signal.SIGKILL:
         assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_backend_that_ends_its_parent_is_not_silent(on_path):
+    asked = [sys.executable, "-c", COMMAND, "conform", "toy_backends:EndsItsParent", "--case", "SA-FWD-001"]
+    done = subprocess.run(asked, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143
+    assert "SIGTERM ended this command" in done.stderr
+    assert "a backend that ends its parent" in done.stderr
 
 
 def test_who_waits_in_another_thread_can_stop_it(beats):

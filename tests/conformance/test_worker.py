@@ -45,6 +45,20 @@ def test_a_wrong_answer_is_a_line_that_says_what_it_was(on_path, name, words):
     assert {o.status for o in report.outcomes if o.run.case.family != family} == {"pass"}
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "words"),
+    [
+        ("Stretched", "forward", "y: got shape (524288, "),
+        ("StretchedExtra", "vjp", "unexpected extra"),
+    ],
+)
+def test_an_answer_that_would_fill_the_disk_is_a_line(on_path, name, family, words):
+    report = run_backend(f"toy_backends:{name}", runs=FEW)
+    failed = [outcome for outcome in report.outcomes if outcome.run.case.family == family]
+    assert failed
+    assert all(outcome.status == "fail" and words in outcome.message for outcome in failed)
+
+
 def test_an_exception_is_an_error_in_its_case_only(on_path):
     report = run_backend("toy_backends:Raises", runs=FEW)
     assert {outcome.status for outcome in report.outcomes if outcome.run.case.family == "forward"} == {

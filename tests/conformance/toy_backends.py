@@ -55,6 +55,21 @@ class WrongShape(Good):
         return super().forward(model, x)[:, :1]
 
 
+class Stretched(Good):
+    """Two gigabytes of a view on one sample, of which no byte may reach the disk."""
+
+    def forward(self, model, x):
+        y = super().forward(model, x)
+        return np.broadcast_to(y[:1], (2**19, *y.shape[1:]))
+
+
+class StretchedExtra(Good):
+    """The same under a name that nobody asked for."""
+
+    def vjp(self, model, x, dy):
+        return {**super().vjp(model, x, dy), "extra": np.broadcast_to(dy[:1], (2**19, *dy.shape[1:]))}
+
+
 class WrongDtype(Good):
     def forward(self, model, x):
         return super().forward(model, x).astype(np.float16)
@@ -115,6 +130,12 @@ class Talks(Good):
 class Dies(Good):
     def attention_map(self, model, x):
         os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class EndsItsParent(Good):
+    def forward(self, model, x):
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
 
 
 class Leaves(Good):

@@ -67,7 +67,8 @@ SHAPES = {
     "selfattn_flax/nnx": {"__init__"} | LAYER,
     # `convert` knows NNX models; the parts of a Linen module cannot be replaced.
     "selfattn_flax/linen": {"__init__"} | LAYER - {"with_map"},
-    "selfattn_torch/conformance": CONFORMANCE,
+    # Torch differentiates the right implementations that are plain operations.
+    "selfattn_torch/conformance": CONFORMANCE | {"right"},
     # The same functions on each framework that Keras runs on.
     "selfattn_keras/conformance": CONFORMANCE | {"tensorflow", "jax", "torch"},
     # The pure functions that JAX compiles, and the two layers as such.

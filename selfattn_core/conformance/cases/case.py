@@ -89,6 +89,16 @@ class Case:
         return COMPUTATIONS[self.computation].order
 
     @property
+    def tied(self) -> bool:
+        """Whether derivatives depend on which of several equal values of a pooling window wins.
+
+        Example:
+            >>> Case("mine", "vjp", "", SelfAttentionConfig(8, kv_pool=2), integers=True).tied
+            True
+        """
+        return self.integers and self.config.kv_pool > 1 and self.order > 0
+
+    @property
     def narrow(self) -> bool:
         """Whether the case runs only in 16 bits."""
         return set(self.dtypes) <= set(SIXTEEN_BITS)

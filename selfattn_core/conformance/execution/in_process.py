@@ -17,6 +17,7 @@ from selfattn_core.conformance.execution.outcomes import outcome_of
 from selfattn_core.conformance.protocol import Backend, Build, Claims, declined
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError
+from selfattn_core.conformance.questions.shapes import answer_shapes, misshapen
 from selfattn_core.conformance.results import Outcome
 from selfattn_core.conformance.verdicts.product_formats import coarsest, measured
 
@@ -44,9 +45,12 @@ def ask(backend: Any, run: Run, seed: int = 0, *, device: str = "", build: Build
         with np.errstate(all="ignore"):
             found = answers(backend, run.case, given, run.dtype, run.layout, seed, build=build)
         seconds = round(time.perf_counter() - began, 4)
-        if problem := malformed(found) or _misplaced(backend, device):
+        if problem := malformed(found) or misshapen(run.case, found) or _misplaced(backend, device):
             return Unanswered("fail", problem)
-        return Answered(list(found), seconds, [widen(np.asarray(value)) for value in found.values()])
+        # The comparison needs the names of quantities that were not asked for, and not their values.
+        asked = answer_shapes(run.case)
+        arrays = [widen(np.asarray(value)) if name in asked else np.zeros(0) for name, value in found.items()]
+        return Answered(list(found), seconds, arrays)
     except Exception as error:
         # Outside of memory cases, a backend could use this error to avoid a run.
         if isinstance(error, PeakUnknownError) and "memory" in run.case.needs:
@@ -90,7 +94,7 @@ def malformed(found: Any) -> str:
             problems.append(f"got the name {name!r}, expected a string")
         if not isinstance(value, np.ndarray | np.generic):
             problems.append(f"{name}: got {type(value).__name__}, expected a numpy array of numbers")
-        elif widen(np.asarray(value)).dtype.kind not in "fiubc":
+        elif value.dtype.name != "bfloat16" and value.dtype.kind not in "fiubc":
             problems.append(f"{name}: got an array of dtype {value.dtype}, expected numbers")
     return "; ".join(problems)
 

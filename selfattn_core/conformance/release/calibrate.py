@@ -38,13 +38,25 @@ from selfattn_core.conformance.protocol import Backend, Build
 from selfattn_core.conformance.verdicts.tolerance import (
     ALLOWANCES,
     CAPS,
+    DEVIATION,
     FACTORS,
     NARROW_ALLOWANCE,
+    NARROW_DEVIATION,
     TERMS_CAP,
 )
 from selfattn_core.files.writing import write_atomically
 
-__all__ = ["RESULT", "SEEDS", "TRAJECTORY_TURNS", "calibrated_runs", "measure", "policy"]
+__all__ = [
+    "RESULT",
+    "SEEDS",
+    "TRAJECTORY_TURNS",
+    "calibrated_runs",
+    "kept_results",
+    "measure",
+    "measured_here",
+    "policy",
+    "write_results",
+]
 
 RESULT = Path(__file__).with_name("calibration.json")
 SEEDS = 200
@@ -73,6 +85,7 @@ def policy() -> dict[str, dict[str, float]]:
     return {
         "limits": dict(FACTORS),
         "allowances": {**ALLOWANCES, "16 bits": NARROW_ALLOWANCE},
+        "deviations": {"terms": DEVIATION, "terms in 16 bits": NARROW_DEVIATION},
         "caps": {**CAPS, "terms": TERMS_CAP},
     }
 
@@ -187,22 +200,42 @@ def main() -> int:
     return int(any(found["false_alarms"] for found in kept["backends"].values()))
 
 
-def _keep(name: str, found: Mapping[str, Any]) -> None:
-    kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"backends": {}}
-    today = dt.datetime.now(tz=dt.UTC).date().isoformat()
-    measured = {
-        "date": today,
+def kept_results() -> dict[str, Any]:
+    """The content of `calibration.json`."""
+    kept: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    return kept
+
+
+def write_results(results: Mapping[str, Any]) -> None:
+    """Write `calibration.json` with the limits of today.
+
+    Args:
+        results: "backends" by name, and "right" from `release.right`.
+    """
+    backends = results.get("backends", {})
+    content = {
+        **policy(),
+        "backends": {each: backends[each] for each in REGISTRY if each in backends},
+        **{part: results[part] for part in ("right",) if part in results},
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_atomically(RESULT, f"{text}\n".encode(), overwrite=True)
+
+
+def measured_here() -> dict[str, str]:
+    """The day and the machine of a measurement."""
+    return {
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
-    backends = kept["backends"] | {name: {**measured, **found}}
-    content = {
-        **policy(),
-        "backends": {each: backends[each] for each in REGISTRY if each in backends},
-    }
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    write_atomically(RESULT, f"{text}\n".encode(), overwrite=True)
+
+
+def _keep(name: str, found: Mapping[str, Any]) -> None:
+    results = kept_results()
+    backends = results.get("backends", {}) | {name: {**measured_here(), **found}}
+    write_results({**results, "backends": backends})
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ __all__ = ["EDITION", "FORMAT", "SUMS", "differences", "golden_cases", "vector",
 FORMAT = "selfattn golden vector"
 SUMS = "SHA256SUMS"
 
-EDITION = 2
+EDITION = 3
 """The edition of the files. Raise it if a file changes and its arrays do not. CHANGELOG.md lists the changes."""
 
 _CONFIG = (

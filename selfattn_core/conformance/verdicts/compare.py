@@ -1,6 +1,6 @@
 """Judging one run: most quantities by the noise floor, some bit for bit, and initial weights by their distribution."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -75,7 +75,7 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "f
             verdicts += [
                 _bits(name, found[name], found["y"], "of the first call") for name in ("again", "rebuilt")
             ]
-    messages = [verdict.message for verdict in verdicts if not verdict.passed]
+    messages = _messages(run.case, verdicts)
     return Outcome(
         run,
         "fail" if messages else "pass",
@@ -86,6 +86,12 @@ def compare(run: Run, found: Mapping[str, Array], seed: int = 0, label: str = "f
         floors=floors,
         label=label if FAMILIES[family].default_precision else "",
     )
+
+
+_TIES = (
+    "pooling windows of this case contain equal values: the first of them in row-major order gets the whole gradient of its "
+    "window, so it is neither shared nor given to another"
+)
 
 
 def memory_limit(case: Case) -> int:
@@ -103,6 +109,12 @@ def _expectations(case: Case, dtype: str, seed: int) -> Mapping[str, Expectation
 @lru_cache(maxsize=32)
 def _shipped_expectations(case: Case, label: str, seed: int) -> Mapping[str, Expectation]:
     return expect_shipped(case, label, seed)
+
+
+def _messages(case: Case, verdicts: Iterable[Verdict]) -> list[str]:
+    """Why quantities did not pass, and the rule that the case is about."""
+    messages = [verdict.message for verdict in verdicts if not verdict.passed]
+    return [*messages, _TIES] if messages and case.tied else messages
 
 
 def _bits(name: str, got: Array, want: Array, which: str) -> Verdict:

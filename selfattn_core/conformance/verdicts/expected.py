@@ -1,6 +1,7 @@
 """The expected value, noise floor and cap of each quantity of a case, all three computed with the spec."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -9,14 +10,16 @@ from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.case import SIXTEEN_BITS, Case
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
 from selfattn_core.conformance.questions.ask import answers
-from selfattn_core.conformance.reference import FusedLayer, LayerReference, Reference
+from selfattn_core.conformance.reference import FusedLayer, LayerReference, NarrowFusedLayer, Reference
 from selfattn_core.conformance.verdicts.cancellation import terms_through_the_map
 from selfattn_core.conformance.verdicts.product_formats import FORMATS, rounding_layer
 from selfattn_core.conformance.verdicts.tolerance import (
     ALLOWANCES,
     CAPS,
+    DEVIATION,
     EPS,
     NARROW_ALLOWANCE,
+    NARROW_DEVIATION,
     ORDINARY_LOGITS,
     SHIPPED_ALLOWANCE,
     TERMS_CAP,
@@ -63,9 +66,8 @@ def expect_on(case: Case, given: Inputs, noisy: Inputs, dtype: str) -> dict[str,
     wide = _cast(given)
     want = quantities(case, wide, "float64")
     reference = want if noisy is given else quantities(case, _cast(noisy), "float64")
-    noises = [quantities(case, noisy, other)]
-    if other == "float32":
-        noises.append(quantities(case, noisy, other, LayerReference(FusedLayer)))
+    fused = LayerReference(FusedLayer if other == "float32" else NarrowFusedLayer)
+    noises = [quantities(case, noisy, other), quantities(case, noisy, other, fused)]
     ratio = EPS[dtype] / EPS[other]
     with np.errstate(invalid="ignore"):
         errors = {
@@ -113,7 +115,8 @@ def expectations(
     narrow = eps > EPS["float32"]
     if case.integers and narrow:
         growth = 1.0
-    terms = _terms(case, wide)
+    terms, deviations = _terms(case, wide, 1), _terms(case, wide, 2)
+    deviation_eps = eps * _roundings_of_terms(case, dtype)
     found = {}
     for name, value in want.items():
         of = name.removesuffix(" again")
@@ -122,7 +125,8 @@ def expectations(
         ulp = eps * size
         allowance = min(ALLOWANCES[kind], _most_allowed(dtype))
         cap = max(CAPS[kind] * ulp, TERMS_CAP * eps * growth * cancelled)
-        found[name] = Expectation(value, errors[name] + allowance * ulp, cap)
+        deviation = deviation_eps * growth * deviations.get(of, 0.0)
+        found[name] = Expectation(value, errors[name] + allowance * ulp + deviation, cap)
     return found
 
 
@@ -131,6 +135,14 @@ def _most_allowed(dtype: str) -> float:
     if dtype in SIXTEEN_BITS:
         return NARROW_ALLOWANCE
     return SHIPPED_ALLOWANCE if dtype not in EPS else np.inf
+
+
+def _roundings_of_terms(case: Case, dtype: str) -> float:
+    """The standard deviation of the error of one term that passes through the map, in eps."""
+    if dtype in SIXTEEN_BITS:
+        # For first derivatives, the fused layer measures it, over all the rows of a case.
+        return NARROW_DEVIATION if case.order == 2 else 0.0
+    return DEVIATION if dtype in EPS else 0.0
 
 
 def _kind(case: Case, quantity: str) -> str:
@@ -156,12 +168,12 @@ def _sizes(case: Case, wide: Inputs) -> tuple[dict[str, float], float]:
     return sums, max(1.0, sums.pop("logits") / ordinary)
 
 
-def _terms(case: Case, wide: Inputs) -> dict[str, float]:
-    """The sums of absolute terms of quantities that may vanish, by quantity."""
+def _terms(case: Case, wide: Inputs, order: Literal[1, 2]) -> dict[str, float]:
+    """The norms of the terms of quantities that may vanish, by quantity. `order` is that of the norm."""
     sums: dict[str, float] = {}
     for x, dy in _samples(case, wide) if case.order else ():
         found = terms_through_the_map(
-            case.config, wide.params, x, dy, cotangents=_cotangents(case, wide, x, dy)
+            case.config, wide.params, x, dy, cotangents=_cotangents(case, wide, x, dy), order=order
         )
         sums = {name: max(value, sums.get(name, 0.0)) for name, value in found.items()}
     return sums

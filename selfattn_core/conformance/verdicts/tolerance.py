@@ -1,9 +1,13 @@
 """The tolerances: how large an error may be, as a multiple of the noise floor of the same arithmetic on the same input.
 
 The noise floor of a quantity is the error of the spec in the dtype under test, compared with the spec in float64, plus a
-few ulp. The added ulp are there because that error is one draw and can be small by luck. In float32 the floor uses the
-larger of two errors. The spec divides exponentials by their sum. Fused kernels subtract the logarithm of the sum from the
-logits, and compute D from the output. Both are correct.
+few ulp. The added ulp are there because that error is one draw and can be small by luck. The floor uses the larger of two
+errors. The spec divides exponentials by their sum. Fused kernels subtract the logarithm of the sum from the logits in
+float32, and round the map in 16 bits. They compute D from the output. Both are correct.
+
+Derivatives through the map are differences of terms that may be nearly equal. In the spec their rounding errors nearly cancel
+too, but not in every correct implementation (`cancellation`). So the floor also contains the standard deviation of the sum of
+the errors of these terms: `DEVIATION`·eps·√Σt².
 
 A comparison passes if the error is at most `FACTORS` floors, and at most a hard cap in ulp. The cap keeps a noisy spec from
 hiding a bug. Two dtypes borrow the error of another one, times the ratio of the epsilons: float64, because no wider dtype
@@ -16,8 +20,7 @@ An ulp here is eps times the largest expected value. Four rules change it:
   rounds the logits there.
 - Gradients of biases and of gamma are sums that cancel. Their ulp is eps times the sum of their absolute terms
   (`spec.magnitudes`).
-- A quantity that is exactly zero because all its terms cancel has the ulp of those terms
-  (`cancellation.terms_through_the_map`).
+- A quantity that is exactly zero because all its terms cancel has the ulp of those terms.
 - Where nearly all terms cancel, the terms raise the cap.
 """
 
@@ -33,10 +36,12 @@ from selfattn_core.conformance.verdicts.product_formats import FORMATS
 __all__ = [
     "ALLOWANCES",
     "CAPS",
+    "DEVIATION",
     "EPS",
     "FACTOR",
     "FACTORS",
     "NARROW_ALLOWANCE",
+    "NARROW_DEVIATION",
     "ORDINARY_LOGITS",
     "SHIPPED_ALLOWANCE",
     "SHIPPED_FACTORS",
@@ -68,6 +73,18 @@ SHIPPED_ALLOWANCE = 0.25
 
 CAPS: Mapping[str, float] = {"forward": 16.0, "map": 16.0, "vjp": 128.0, "r1": 512.0}
 """The cap in ulp, by kind of quantity."""
+
+DEVIATION = 1.0
+"""The standard deviation of the error of one term through the map, in eps, for float32 and float64.
+
+One rounding is off by at most eps/2, evenly distributed, which has the standard deviation eps/√12. A term passes about twelve:
+those of q, k, v and G, of the score, of its distance from the largest, of the exponential, of the sum and the quotient, of dA,
+and of two products. Their variances add up to 12·eps²/12.
+"""
+
+NARROW_DEVIATION = 0.5
+"""The same for second derivatives in 16 bits, where a term passes three roundings to 16 bits: of the map, of its gradient, and
+of the output in D. √(3/12) = 1/2."""
 
 TERMS_CAP = 2.0
 """The cap in eps times the cancelling terms, where that is larger."""

@@ -1,0 +1,1 @@
+"""Mutants that rules derive from the source of the definition and of adapters."""
