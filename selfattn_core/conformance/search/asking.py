@@ -102,45 +102,51 @@ class _Conversation:
         return found
 
     def _ask(self, step: Step, arguments: "_Arguments") -> Any:
-        backend, at = self.backend, _layer_of(step)
-        x, dy = arguments.x, arguments.dy
+        at = _layer_of(step)
+        if step.ask in ("saved", "updated"):
+            self._replace(step, at)
+            return {}
+        if step.ask in ("vjp", "per_sample", "training_vjp", "compiled_vjp", "mixed", "r1"):
+            return self._derivatives(step, at, arguments)
+        if step.ask == "params":
+            return self.backend.params(self._model(at))
+        if step.ask == "training_pass":
+            self.compiled.pop(at, None)
+            return self.backend.training_pass(self._model(at), arguments.x)
+        return dict(self._values(step, arguments))
+
+    def _replace(self, step: Step, at: int) -> None:
+        """Save and load the layer, or give it the weights of the other layer."""
+        model = self._model(at)
+        self.compiled.pop(at, None)
+        if step.ask == "updated":
+            self.models[at] = self.backend.update(model, self._shuffled(self.numbers.layers[1 - at]))
+            return
+        with tempfile.TemporaryDirectory(prefix="selfattn-search-") as folder:
+            self.models[at] = self.backend.saved(model, folder)
+
+    def _derivatives(self, step: Step, at: int, arguments: "_Arguments") -> Any:
+        backend, x, dy = self.backend, arguments.x, arguments.dy
         match step.ask:
-            case "forward" | "map" | "alone" | "permuted" | "doubled" | "shifted" | "refilled":
-                return dict(self._values(step, arguments))
-            case "vjp":
-                return backend.vjp(self._model(at), x, dy)
             case "r1":
                 value, gradients = backend.r1(self._model(at), x, dy)
                 return {"r1": np.array(value, np.float64), **gradients}
             case "mixed":
                 return backend.vjp_of_vjp(self._model(at), x, dy, arguments.cotangents)
-            case "per_sample":
-                return backend.per_sample_vjp(self._model(at), x, dy)
-            case "compiled_forward":
-                return {"y": backend.forward(self._compiled(at), x)}
             case "compiled_vjp":
                 return backend.vjp(self._compiled(at), x, dy)
-            case "training_pass":
-                self.compiled.pop(at, None)
-                return backend.training_pass(self._model(at), x)
+            case "per_sample":
+                return backend.per_sample_vjp(self._model(at), x, dy)
             case "training_vjp":
                 return backend.training_vjp(self._model(at), x, dy)
-            case "params":
-                return backend.params(self._model(at))
-            case "saved":
-                with tempfile.TemporaryDirectory(prefix="selfattn-search-") as folder:
-                    self.models[at] = backend.saved(self._model(at), folder)
-                self.compiled.pop(at, None)
-                return {}
-            case _:
-                self.models[at] = backend.update(self._model(at), self._shuffled(self.numbers.layers[1 - at]))
-                self.compiled.pop(at, None)
-                return {}
+        return backend.vjp(self._model(at), x, dy)
 
     def _values(self, step: Step, arguments: "_Arguments") -> Iterator[tuple[str, Any]]:
-        backend, model, x = self.backend, self._model(_layer_of(step)), arguments.x
+        backend, x = self.backend, arguments.x
+        compiled = step.ask == "compiled_forward"
+        model = (self._compiled if compiled else self._model)(_layer_of(step))
         match step.ask:
-            case "forward":
+            case "forward" | "compiled_forward":
                 yield "y", backend.forward(model, x)
             case "map":
                 yield "map", backend.attention_map(model, x)

@@ -56,7 +56,35 @@ _WEIGHTS = {
 """How often a step comes, relative to the others."""
 
 _SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16)
-_CHANNELS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 24, 31, 32, 33, 40, 48, 64, 65, 127, 128, 129, 256, 257)
+_CHANNELS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    11,
+    12,
+    13,
+    16,
+    17,
+    24,
+    31,
+    32,
+    33,
+    40,
+    48,
+    64,
+    65,
+    127,
+    128,
+    129,
+    256,
+    257,
+)
 _NARROW = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 66, 128, 129)
 _BATCHES = (1, 2, 3, 1, 2, 3, 1, 2, 4, 5, 0, 7, 8, 9, 16, 17, 33, 65)
 # Maps around the blocks that kernels have: 64, 128, 256, 512 and 1,024 rows.
@@ -72,6 +100,7 @@ _LARGE = ((1, 2049), (46, 45), (2, 1051), (33, 40), (64, 64))
 _MOST_NUMBERS = 40_000
 """The most numbers of one map of features."""
 _MOST_SCORES = 400_000
+_MOST_STEPS = 5
 _SEEDS = 2**16
 
 
@@ -98,8 +127,8 @@ def drawn(choose: Choose, claims: Claims) -> Probe:
     asks = [ask for ask in ASKS if _ABILITIES.get(ask, set()) <= abilities]
     weighted = [ask for ask in asks for _ in range(_WEIGHTS[ask])]
     places = ("", "", "", "", "", "input", "input", "layer")
-    number = choose((1, 2, 1, 2, 3, 3, 4, 5))
-    steps = tuple(Step(choose(weighted), choose(places)) for _ in range(number))
+    slots = [(choose((False, True)), Step(choose(weighted), choose(places))) for _ in range(_MOST_STEPS)]
+    steps = tuple(step for kept, step in slots if kept) or (slots[0][1],)
     # Equal steps in a row show state that a call leaves behind.
     if choose((0, 0, 0, 1)):
         steps += steps[:1]
@@ -152,7 +181,7 @@ def drawn(choose: Choose, claims: Claims) -> Probe:
     )
     probe = _of_kind(probe, kind, _Sizes(batch, side, side), block, large)
     probe = _of_form(probe, form, alike)
-    return fitted(probe, claims)
+    return fitted(probe)
 
 
 def _of_kind(
@@ -188,14 +217,13 @@ def _of_form(probe: Probe, form: str, alike: str) -> Probe:
     return probe
 
 
-def fitted(probe: Probe, claims: Claims) -> Probe:
+def fitted(probe: Probe) -> Probe:
     """The probe with everything changed that would make it no layer, or a question that rounding decides.
 
     The rules for ranges say why. None of them is about the error of one backend.
 
     Args:
         probe: any probe.
-        claims: as for `drawn`.
     """
     orders = {step.ask for step in probe.steps}
     probe = _fitted_form(probe, orders)
@@ -219,7 +247,12 @@ def _fitted_form(probe: Probe, asks: set[str]) -> Probe:
         dtype = "float32" if probe.dtype in SIXTEEN_BITS else probe.dtype
         # The scale of the kernels belongs to sigma. The applied ones do not have it.
         probe = replace(
-            probe, dtype=dtype, x_scale=0, value_scale=0, balance=0, rows="" if probe.rows == "integers" else probe.rows
+            probe,
+            dtype=dtype,
+            x_scale=0,
+            value_scale=0,
+            balance=0,
+            rows="" if probe.rows == "integers" else probe.rows,
         )
     else:
         probe = replace(probe, sigma=0, state="scaled", zero="")
@@ -266,7 +299,15 @@ def _fitted_sizes(probe: Probe, asks: set[str]) -> Probe:
     if dtype in SIXTEEN_BITS and (positions > 100 or max(channels, value) > 48):
         dtype = "float32"
     return replace(
-        probe, batch=batch, height=height, width=width, other=other, channels=channels, qk=qk, value=value, dtype=dtype
+        probe,
+        batch=batch,
+        height=height,
+        width=width,
+        other=other,
+        channels=channels,
+        qk=qk,
+        value=value,
+        dtype=dtype,
     )
 
 
@@ -290,9 +331,7 @@ def _fitted_rows(probe: Probe, asks: set[str]) -> Probe:
 
 def _fitted_ranges(probe: Probe, asks: set[str]) -> Probe:
     if probe.rows == "integers":
-        probe = replace(
-            probe, x_scale=0, value_scale=0, balance=0, x_mean=0.0, key_mean=0.0, query_mean=0.0
-        )
+        probe = replace(probe, x_scale=0, value_scale=0, balance=0, x_mean=0.0, key_mean=0.0, query_mean=0.0)
     if asks & _SECOND:
         # A second derivative is a difference of products with the scores, and loses what they exceed.
         probe = replace(probe, logits=min(probe.logits, 30.0))
@@ -317,7 +356,9 @@ def _fitted_ranges(probe: Probe, asks: set[str]) -> Probe:
         probe = replace(probe, key_mean=max(-20.0, min(probe.key_mean, 20.0)))
     if probe.dtype == "float16" and probe.rows == "positive":
         # Sums without cancellation would exceed the format.
-        probe = replace(probe, batch=min(probe.batch, max(1, 1000 // (probe.height * probe.width * probe.channels))))
+        probe = replace(
+            probe, batch=min(probe.batch, max(1, 1000 // (probe.height * probe.width * probe.channels)))
+        )
     if probe.poison and (asks & (_DERIVATIVES - {"vjp"}) or probe.pool > 1 or probe.dtype in SIXTEEN_BITS):
         probe = replace(probe, poison="")
     return probe

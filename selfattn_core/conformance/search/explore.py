@@ -195,7 +195,7 @@ class _Searcher:
         return self._begins_to_shrink(probe, found)
 
     def _begins_to_shrink(self, probe: Probe, found: tuple[Finding, ...]) -> bool:
-        if found[0].property == "timeout":
+        if found[0].rule == "timeout":
             # To make it smaller would take as long again for each try.
             self.add(found[0], probe)
             return False
@@ -240,7 +240,7 @@ class _Searcher:
         self.known.add(found.kind)
         whole = replace(found, token=to_token(probe), words=probe.words, probes=self.probes)
         self.found.append(whole)
-        self.tell(f"{whole.property}: {whole.words}: {whole.message}")
+        self.tell(f"{whole.rule}: {whole.words}: {whole.message}")
 
     def result(self) -> Search:
         """The results so far."""
@@ -266,4 +266,4 @@ class _Searcher:
 
 def _flaky(found: Finding) -> Finding:
     words = f"the same run had two answers, one of them wrong: {found.message}"
-    return replace(found, property="equal runs, equal answers", message=words, status="flaky")
+    return replace(found, rule="equal runs, equal answers", message=words, status="flaky")

@@ -14,7 +14,7 @@ class Finding:
     """One failure.
 
     Args:
-        property: what does not hold, such as "definition" or "arguments untouched".
+        rule: the property that does not hold, such as "definition" or "arguments untouched".
         ask: the step that shows it.
         quantity: the array that shows it. Empty if there is none.
         message: the verdict.
@@ -24,7 +24,7 @@ class Finding:
         probes: the number of probes that the search had asked when it met the failure.
     """
 
-    property: str
+    rule: str
     ask: str
     quantity: str
     message: str
@@ -36,7 +36,7 @@ class Finding:
     @property
     def kind(self) -> Kind:
         """What keeps failures apart: the property, the step and the quantity."""
-        return self.property, self.ask, self.quantity
+        return self.rule, self.ask, self.quantity
 
 
 @dataclass(frozen=True)

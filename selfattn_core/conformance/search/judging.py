@@ -15,6 +15,7 @@ from selfattn_core.conformance.search.finding import Finding
 from selfattn_core.conformance.search.material import given_to, material
 from selfattn_core.conformance.search.normalised import terms_of_the_norm, with_terms_of_the_norm
 from selfattn_core.conformance.search.probe import Probe, Step
+from selfattn_core.conformance.verdicts.cancellation import terms_through_the_map
 from selfattn_core.conformance.verdicts.expected import expect_on
 from selfattn_core.conformance.verdicts.tolerance import EPS, Expectation, Verdict, judge
 from selfattn_core.params import parameter_table, state_table
@@ -86,7 +87,7 @@ class _Judge:
 
     def findings(self, answers: Answers) -> Iterator[Finding]:
         latest: dict[tuple[str, int], Array] = {}
-        for index, (step, found) in enumerate(zip(self.probe.steps, answers.steps, strict=True)):
+        for step, found in zip(self.probe.steps, answers.steps, strict=True):
             at = 1 if step.place == "layer" else 0
             yield from self._step(step, at, found)
             if step.ask in ("forward", "map"):
@@ -131,9 +132,7 @@ class _Judge:
         if set(found) != {*expected, *exact}:
             missing = sorted({*expected, *exact} - set(found))
             extra = sorted(set(found) - {*expected, *exact})
-            yield Finding(
-                DEFINITION, step.ask, "", f"missing {missing}, unexpected {extra}"
-            )
+            yield Finding(DEFINITION, step.ask, "", f"missing {missing}, unexpected {extra}")
             return
         for name, want in expected.items():
             verdict = judge(name, found[name], want, self.probe.dtype)
@@ -145,7 +144,9 @@ class _Judge:
             narrow = self.probe.dtype in SIXTEEN_BITS
             same = found[name].astype(np.float32) if narrow else found[name]
             if same.dtype != array.dtype or same.shape != array.shape or same.tobytes() != array.tobytes():
-                yield Finding("weights come back", step.ask, name, f"{name} is not bit for bit what was given")
+                yield Finding(
+                    "weights come back", step.ask, name, f"{name} is not bit for bit what was given"
+                )
         if step.ask == "map":
             yield from self._row_sums(found["map"], expected["map"])
 
@@ -181,7 +182,10 @@ class _Judge:
 
     def _move(self, at: int) -> None:
         """One power iteration, in float64 from what the layer holds, rounded to the dtype."""
-        for numbers, dtype in ((self.weights, self.probe.dtype), (self.noisy_weights, self.other or self.probe.dtype)):
+        for numbers, dtype in (
+            (self.weights, self.probe.dtype),
+            (self.noisy_weights, self.other or self.probe.dtype),
+        ):
             wide = {name: array.astype(np.float64) for name, array in numbers[at].items()}
             moved = spec.power_iteration(self.probe.config, wide)
             numbers[at] = {
@@ -228,15 +232,27 @@ class _Judge:
             given, noisy = (replace(each, x=each.other) for each in (given, noisy))
         case = self._case(step)
         expected = expect_on(case, given, noisy if self.other else given, self.probe.dtype)
-        if not (self.probe.norm and case.order and step.ask != "per_sample"):
-            return expected
+        return self._with_norm(case, given, expected) if self.probe.norm and case.order else expected
+
+    def _with_norm(
+        self, case: Case, given: Inputs, expected: Mapping[str, Expectation]
+    ) -> Mapping[str, Expectation]:
+        """The expectations with the terms that spectral norm adds to the gradients of kernels."""
         wide = _wide(given)
-        cotangents: Mapping[str, Array] | None = wide.cotangents if case.computation == "mixed" else None
-        if case.computation == "r1":
-            cotangents = {"x": 2 * spec.vjp(case.config, wide.params, wide.x, wide.dy)["x"]}
-        terms = terms_of_the_norm(case.config, wide.params, wide.x, wide.dy, cotangents=cotangents)
-        logits = spec.magnitudes(case.config, wide.params, wide.x)["logits"]
-        return with_terms_of_the_norm(expected, terms, logits, case.order, self.probe.dtype)
+        samples = [(wide.x, wide.dy)]
+        if case.computation == "per_sample":
+            samples = [(wide.x[b : b + 1], wide.dy[b : b + 1]) for b in range(len(wide.x))]
+        for x, dy in samples:
+            cotangents: Mapping[str, Array] | None = None
+            if case.order == 2:
+                cotangents = wide.cotangents
+            if case.computation == "r1":
+                cotangents = {"x": 2 * spec.vjp(case.config, wide.params, x, dy)["x"]}
+            terms = terms_of_the_norm(case.config, wide.params, x, dy, cotangents=cotangents)
+            through = terms_through_the_map(case.config, wide.params, x, dy, cotangents=cotangents)
+            logits = spec.magnitudes(case.config, wide.params, x)["logits"]
+            expected = with_terms_of_the_norm(expected, terms, through, logits, case.order, self.probe.dtype)
+        return expected
 
     def _moved(self, given: Inputs) -> Inputs:
         moved = spec.power_iteration(self.probe.config, _wide(given).params)

@@ -215,7 +215,9 @@ def _cotangents(
     found: dict[str, Array] = {"x": generator.standard_normal(shape) * 2.0**probe.x_scale}
     for name, row in parameter_table(probe.config).items():
         drawn = generator.normal(0, 0.5, row.shape)
-        own = params.get(f"{name.partition('.')[0]}.kernel", params[name]) if name == "gamma" else params[name]
+        own = (
+            params.get(f"{name.partition('.')[0]}.kernel", params[name]) if name == "gamma" else params[name]
+        )
         size = float(np.sqrt(np.mean(np.square(own)))) if own.size else 0.0
         found[name] = drawn * (size or 1.0)
     return found
@@ -233,7 +235,7 @@ def _clear(
         UndecidedError: if windows stay unclear.
     """
     side = probe.pool
-    batch, height, width, channels = x.shape
+    _, height, width, _ = x.shape
     down, across = height // side, width // side
     for _ in range(_REDRAWS):
         unclear = _unclear(probe, layers, x)

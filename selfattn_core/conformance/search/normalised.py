@@ -6,6 +6,7 @@ with one column nearly everything goes, and what is left says nothing about the 
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,12 +18,25 @@ from selfattn_core.conformance.verdicts.tolerance import (
     CAPS,
     EPS,
     ORDINARY_LOGITS,
+    TERMS_CAP,
     Expectation,
 )
 from selfattn_core.params import projections
 from selfattn_core.spec import Layer
 
-__all__ = ["terms_of_the_norm", "with_terms_of_the_norm"]
+__all__ = ["NormTerms", "terms_of_the_norm", "with_terms_of_the_norm"]
+
+
+class NormTerms(NamedTuple):
+    """How the gradient of one raw kernel magnifies rounding.
+
+    Args:
+        own: the largest sum of absolute terms of the gradient.
+        lever: the most by which an error in the gradient of the applied kernel grows.
+    """
+
+    own: float
+    lever: float
 
 
 def terms_of_the_norm(
@@ -32,7 +46,7 @@ def terms_of_the_norm(
     dy: Array,
     *,
     cotangents: Mapping[str, Array] | None = None,
-) -> dict[str, float]:
+) -> dict[str, NormTerms]:
     """The sums of the absolute terms of each kernel's gradient, before any subtraction.
 
     Args:
@@ -43,13 +57,13 @@ def terms_of_the_norm(
         cotangents: those of the first derivatives, to measure the second ones. For `r1` they are {"x": 2 dx}.
 
     Returns:
-        The largest sum for each name of a kernel.
+        The sums for each name of a kernel.
 
     Example:
         >>> from selfattn_core import init_params
         >>> config = SelfAttentionConfig(8, spectral_norm=True)
         >>> params = init_params(config, seed=0, dtype=np.float64) | {"gamma": np.array([0.5])}
-        >>> terms_of_the_norm(config, params, np.ones((1, 2, 3, 8)), np.ones((1, 2, 3, 8)))["value.kernel"] > 0
+        >>> terms_of_the_norm(config, params, np.ones((1, 2, 3, 8)), np.ones((1, 2, 3, 8)))["value.kernel"].own > 0
         True
     """
     applied = Layer(config, params, x).kernels
@@ -84,29 +98,34 @@ def terms_of_the_norm(
             second, raw_dot = np.abs(ddW[key]), np.abs(raw.get(key, np.zeros_like(kernel)))
             shrink = np.sum(second * W) + np.sum(np.abs(dot[name]) * first)
             terms = (second + shrink * direction + np.sum(raw_dot * direction) * once) / sigma
-        found[key] = float(terms.max(initial=0))
+        lever = (1 + np.sum(W) * direction.max(initial=0)) / sigma
+        found[key] = NormTerms(float(terms.max(initial=0)), float(lever))
     return found
 
 
 def with_terms_of_the_norm(
-    expected: Mapping[str, Expectation], terms: Mapping[str, float], logits: float, order: int, dtype: str
+    expected: Mapping[str, Expectation],
+    terms: Mapping[str, NormTerms],
+    through: Mapping[str, float],
+    logits: float,
+    order: int,
+    dtype: str,
 ) -> dict[str, Expectation]:
     """The expectations, with floor and cap of each kernel for the rounding of its terms.
 
     Args:
         expected: the expectations of derivatives.
         terms: from `terms_of_the_norm`.
+        through: from `cancellation.terms_through_the_map`, which measures the gradients of applied kernels.
         logits: the largest score.
         order: the order of the derivatives, 1 or 2.
         dtype: one of `EPS`.
     """
     kind = "r1" if order == 2 else "vjp"
-    growth = max(1.0, logits / ORDINARY_LOGITS)
+    ulp = EPS[dtype] * max(1.0, logits / ORDINARY_LOGITS)
     found = dict(expected)
-    for name, size in terms.items():
-        ulp, given = EPS[dtype] * growth * size, found[name]
-        found[name] = Expectation(
-            given.want, given.floor + ALLOWANCES[kind] * ulp, max(given.cap, CAPS[kind] * ulp)
-        )
+    for name, (own, lever) in terms.items():
+        given = found[name]
+        cap = max(CAPS[kind] * own, TERMS_CAP * lever * through.get(name, 0.0)) * ulp
+        found[name] = Expectation(given.want, given.floor + ALLOWANCES[kind] * own * ulp, max(given.cap, cap))
     return found
-

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -97,7 +97,7 @@ class Process:
         self._process: subprocess.Popen[bytes] | None = None
         self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
 
-    def __enter__(self) -> "Process":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -114,15 +114,10 @@ class Process:
         if self._process is not None and self._process.poll() is None and self.ready is not None:
             return self.ready
         self.end()
+        command = [sys.executable, "-m", "selfattn_core.conformance.search.worker", self.target, self.device]
         with self._output.open("wb") as stream:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "selfattn_core.conformance.search.worker",
-                    self.target,
-                    self.device,
-                ],
+                command,
                 env=dict(self.variables),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
