@@ -255,8 +255,8 @@ def replay_line(backend: str, token: str, *, device: str = "") -> str:
         device: the requested device. Empty for none.
 
     Example:
-        >>> replay_line("torch", "S1::9f3a")
-        'selfattn conform torch --replay S1::9f3a'
+        >>> replay_line("torch", "S1::97fb")
+        'selfattn conform torch --replay S1::97fb'
     """
     words = ["selfattn", "conform", backend, "--replay", token]
     return shlex.join([*words, "--device", device] if device else words)

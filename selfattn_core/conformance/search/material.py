@@ -144,7 +144,7 @@ def _weights(probe: Probe, generator: np.random.Generator) -> dict[str, Array]:
         if probe.zero in (name, "all"):
             params[f"{name}.kernel"] = np.zeros_like(params[f"{name}.kernel"])
     if probe.rows == "integers":
-        params = {name: np.rint(value * 8) / 8 for name, value in params.items()}
+        params = {name: np.asarray(np.rint(value * 8) / 8) for name, value in params.items()}
     if probe.norm:
         params |= _state(probe, params, generator)
     return params
@@ -157,16 +157,17 @@ def _state(probe: Probe, params: dict[str, Array], generator: np.random.Generato
         kernel = params[f"{name}.kernel"]
         if not kernel.any():
             state |= {
-                f"{name}.u": generator.standard_normal(kernel.shape[1]),
-                f"{name}.v": generator.standard_normal(kernel.shape[0]),
+                f"{name}.u": generator.standard_normal(kernel.shape[1:]),
+                f"{name}.v": generator.standard_normal(kernel.shape[:1]),
             }
             continue
-        kernel = params[f"{name}.kernel"] = kernel * 2.0**probe.sigma
-        u, v = spectral_norm.power_iteration(kernel, generator.standard_normal(kernel.shape[0]))
+        kernel = np.asarray(kernel * 2.0**probe.sigma)
+        params[f"{name}.kernel"] = kernel
+        u, v = spectral_norm.power_iteration(kernel, generator.standard_normal(kernel.shape[:1]))
         if probe.state == "random":
             norm = np.linalg.norm(kernel, 2)
             for _ in range(_REDRAWS):
-                left, right = (_unit(generator.standard_normal(size)) for size in kernel.shape)
+                left, right = (_unit(generator.standard_normal((size,))) for size in kernel.shape)
                 estimate = spectral_norm.sigma(kernel, right, left)
                 if abs(estimate) > _LEAST_SHARE * norm:
                     u, v = right * np.sign(estimate), left

@@ -63,9 +63,9 @@ class PastFailures:
 
         Example:
             >>> past = PastFailures()
-            >>> past.add("torch", ["S1::9f3a", "S1::9f3a"])
+            >>> past.add("torch", ["S1::97fb", "S1::97fb"])
             >>> past.of("torch")
-            ('S1::9f3a',)
+            ('S1::97fb',)
         """
         known = self.tokens.setdefault(name, [])
         known += [token for token in dict.fromkeys(tokens) if token not in known]

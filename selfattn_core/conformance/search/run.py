@@ -83,7 +83,7 @@ def search_backend(
         ready.abilities,
         tuple(ready.claims.layouts),
         tuple(ready.claims.dtypes),
-        device=Device(**ready.device),
+        device=Device(ready.device["name"], ready.device["model"], ready.device["driver"]),
         seconds=time.monotonic() - began,
         search=found,
     )

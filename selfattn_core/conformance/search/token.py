@@ -40,7 +40,7 @@ def to_token(probe: Probe) -> str:
 
     Example:
         >>> to_token(Probe(channels=5, value=5, gamma=-1.0))
-        'S1:channels=5,value=5,gamma=-1.0:77df'
+        'S1:channels=5,value=5,gamma=-1.0:a49b'
     """
     plain = Probe()
     parts = [
@@ -62,7 +62,7 @@ def from_token(token: str) -> Probe:
         TokenError: if the token has another version, or was damaged, or does not make a layer.
 
     Example:
-        >>> from_token("S1:channels=5,value=5,gamma=-1.0:77df").gamma
+        >>> from_token("S1:channels=5,value=5,gamma=-1.0:a49b").gamma
         -1.0
     """
     token = token.strip()

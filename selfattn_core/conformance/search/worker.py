@@ -49,7 +49,7 @@ def main(target: str, device: str) -> None:
                 "further": updated,
                 "layouts": list(claims.layouts),
                 "dtypes": list(claims.dtypes),
-                "device": {"name": name, **about},
+                "device": {"name": name, "model": "", "driver": "", **about},
             }
         except (NotABackendError, DeviceUnknownError) as error:
             _tell(answers, {"event": "failed", "error": str(error), "refused": True, "absent": False})
