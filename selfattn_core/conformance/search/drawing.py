@@ -111,12 +111,13 @@ class _Sizes:
     width: int
 
 
-def drawn(choose: Choose, claims: Claims) -> Probe:
+def drawn(choose: Choose, claims: Claims, *, small: bool = False) -> Probe:
     """A probe within the claims of a backend.
 
     Args:
         choose: takes one of some choices. Always taking the first one gives the simplest probe.
         claims: the claims of the backend, with "updated" among the abilities if it has the method `update`.
+        small: whether all maps are small. Small probes are fast to ask and to make smaller.
 
     Example:
         >>> claims = Claims(["forward", "vjp"], ["channels_last"], ["float32"])
@@ -142,6 +143,7 @@ def drawn(choose: Choose, claims: Claims) -> Probe:
     out, bias, pool = choose((False, True)), choose((False, True, True)), choose((1, 2, 1, 2, 3, 4, 5))
     norm = choose((False, False, True)) and "spectral_norm" in abilities
     kind = choose((*["small"] * 11, *["square"] * 11, *["block"] * 8, "large"))
+    kind = "small" if small and kind in ("block", "large") else kind
     batch, height, width = choose(_BATCHES), choose(_SIDES), choose(_SIDES)
     side, block, large = choose((2, 3, 4, 5, 8, 12, 16)), choose(_BLOCKS), choose(_LARGE)
     other = (choose((1, 2, 3)), choose(_SIDES), choose(_SIDES))

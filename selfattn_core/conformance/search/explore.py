@@ -22,6 +22,9 @@ PROBES_PER_SECOND = 10
 searches are equal on every machine."""
 
 _BATCH = 64
+_SMALL_BATCHES = 2
+"""The first batches have small maps alone, so that most failures are met small."""
+
 _SHRINK_SECONDS = 30.0
 _SHRINK_PROBES = 500
 _MOST_TIMEOUTS = 3
@@ -148,7 +151,7 @@ class _Searcher:
 
     def batch(self, number: int) -> None:
         """Draw some probes, and make the first new failure among them smaller."""
-        strategy = probes(self.claims)
+        strategy = probes(self.claims, small=number < _SMALL_BATCHES)
         from hypothesis import HealthCheck, Phase, Verbosity, given, settings
         from hypothesis import seed as seeded
 

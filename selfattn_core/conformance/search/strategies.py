@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["probes"]
 
 
-def probes(claims: Claims) -> "SearchStrategy[Probe]":
+def probes(claims: Claims, *, small: bool = False) -> "SearchStrategy[Probe]":
     """The probes within the claims of a backend.
 
     Every choice is drawn as bits. For wider draws hypothesis also takes constants from the source files of whoever runs it,
@@ -22,6 +22,7 @@ def probes(claims: Claims) -> "SearchStrategy[Probe]":
 
     Args:
         claims: the claims of the backend.
+        small: as for `drawn`.
 
     Raises:
         NotInstalledError: if hypothesis is not installed.
@@ -41,6 +42,6 @@ def probes(claims: Claims) -> "SearchStrategy[Probe]":
                 number = 2 * number + draw(bit)
             return choices[(number * len(choices)) >> width]
 
-        return drawn(choose, claims)
+        return drawn(choose, claims, small=small)
 
     return probe()
