@@ -90,7 +90,7 @@ class ManyScores(Layer):
 
     def attend(self, config):
         super().attend(config)
-        if self.A[0].size > 2**22:
+        if self.A.shape[-2] * self.A.shape[-1] > 2**22:
             self.A = self.A.astype(np.float16).astype(self.arithmetic)
         self.o = self.store(self.A @ self.v)
         self.z = self.project("out", self.o) if config.out_projection else self.o

@@ -100,6 +100,9 @@ _LARGE = ((1, 2049), (46, 45), (2, 1051), (33, 40), (64, 64))
 _MOST_NUMBERS = 40_000
 """The most numbers of one map of features."""
 _MOST_SCORES = 400_000
+_MANY = 600
+"""The positions of a map beyond which a probe has one call."""
+
 _MOST_STEPS = 5
 _SEEDS = 2**16
 
@@ -131,8 +134,12 @@ def drawn(choose: Choose, claims: Claims, *, small: bool = False) -> Probe:
     slots = [(choose((False, True)), Step(choose(weighted), choose(places))) for _ in range(_MOST_STEPS)]
     steps = tuple(step for kept, step in slots if kept) or (slots[0][1],)
     # Equal steps in a row show state that a call leaves behind.
-    if choose((0, 0, 0, 1)):
+    if choose((False, False, False, True)):
         steps += steps[:1]
+    # So does a second call of a compiled layer, with other numbers.
+    if choose((False, True)):
+        compiled = [step.ask for step in steps if step.ask.startswith("compiled")]
+        steps += tuple(Step(ask, place) for ask in compiled[:1] for place in ("input", ""))
     dtypes = [dtype for dtype in ("float32", "float64") if dtype in claims.dtypes]
     narrow = [dtype for dtype in SIXTEEN_BITS if dtype in claims.dtypes]
     dtype = choose([*dtypes[:1] * 8, *dtypes[1:] * 5, *narrow * 2] or list(claims.dtypes))
@@ -182,6 +189,9 @@ def drawn(choose: Choose, claims: Claims, *, small: bool = False) -> Probe:
         poison=choose((*[""] * 14, "x", "dy")),
     )
     probe = _of_kind(probe, kind, _Sizes(batch, side, side), block, large)
+    # Two inputs of one size show what a layer keeps for a size.
+    if choose((False, False, True)):
+        probe = replace(probe, other=probe.shape)
     probe = _of_form(probe, form, alike)
     return fitted(probe)
 
@@ -227,9 +237,17 @@ def fitted(probe: Probe) -> Probe:
     Args:
         probe: any probe.
     """
+    if probe.height * probe.width > _MANY:
+        # The definition takes seconds for second derivatives of such a size, and for more than one call.
+        probe = replace(
+            probe,
+            steps=tuple(step for step in probe.steps if step.ask not in _SECOND)[:1] or (Step("forward"),),
+        )
     orders = {step.ask for step in probe.steps}
     probe = _fitted_form(probe, orders)
-    probe = _fitted_sizes(probe, orders)
+    alike = probe.other == probe.shape
+    probe = _fitted_sizes(probe)
+    probe = replace(probe, other=probe.shape) if alike else probe
     probe = _fitted_rows(probe, orders)
     probe = _fitted_ranges(probe, orders)
     return replace(probe, steps=_fitted_steps(probe))
@@ -268,7 +286,7 @@ def _fitted_form(probe: Probe, asks: set[str]) -> Probe:
     return probe
 
 
-def _fitted_sizes(probe: Probe, asks: set[str]) -> Probe:
+def _fitted_sizes(probe: Probe) -> Probe:
     """Sizes that take a fraction of a second."""
     pool, (batch, height, width) = probe.pool, probe.shape
     height, width = max(height, pool), max(width, pool)
@@ -280,11 +298,9 @@ def _fitted_sizes(probe: Probe, asks: set[str]) -> Probe:
         most = 64 if pool == 2 else 24
         channels, qk, value = min(channels, most), min(qk, most), min(value, most)
     if positions > 300:
-        batch = min(batch, 1 if positions > 600 else 2)
+        batch = min(batch, 1 if positions > _MANY else 2)
         channels, qk, value = min(channels, 8), min(qk, 4), min(value, 8)
-    if positions > 600 and asks & _SECOND:
-        height, width = 19, 27
-    elif positions > 2200 and pool == 1:
+    if positions > 2200 and pool == 1:
         height, width = 46, 45
     positions = height * width
     # The width of a batch gives way to that of the channels, which is the one that kernels divide.
@@ -390,7 +406,4 @@ def _fitted_steps(probe: Probe) -> tuple[Step, ...]:
         ):
             continue
         kept.append(step)
-    # The definition takes seconds for more calls of such a size.
-    if probe.height * probe.width > 600:
-        kept = kept[:1]
     return tuple(kept) or (Step("forward"),)
