@@ -136,7 +136,10 @@ def drawn(choose: Choose, claims: Claims, *, small: bool = False) -> Probe:
     # Equal steps in a row show state that a call leaves behind.
     if choose((False, False, False, True)):
         steps += steps[:1]
-    # So does a second call of a compiled layer, with other numbers.
+    # A compiler takes a hundred times as long as a call, so it is asked in every third of the probes that draw it.
+    if not choose((False, False, True)):
+        steps = tuple(replace(step, ask=step.ask.removeprefix("compiled_")) for step in steps)
+    # A second call of a compiled layer, with other numbers, shows what it keeps.
     if choose((False, True)):
         compiled = [step.ask for step in steps if step.ask.startswith("compiled")]
         steps += tuple(Step(ask, place) for ask in compiled[:1] for place in ("input", ""))
