@@ -35,7 +35,6 @@ QUICK = (
     "TransposesSquares",
     "third_block",
     "OwnParams",
-    "SecondCompiledCall",
     "StillGradient",
     "clamped_gamma",
     "BeginsAnew",

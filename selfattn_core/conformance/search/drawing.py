@@ -10,7 +10,7 @@ from typing import Any
 
 from selfattn_core.conformance.cases.case import SIXTEEN_BITS
 from selfattn_core.conformance.protocol import Claims
-from selfattn_core.conformance.search.probe import ASKS, Probe, Step
+from selfattn_core.conformance.search.probe import Probe, Step
 
 __all__ = ["Choose", "drawn", "fitted"]
 
@@ -23,8 +23,6 @@ _ABILITIES = {
     "r1": {"r1"},
     "mixed": {"mixed"},
     "per_sample": {"per_sample"},
-    "compiled_forward": {"compiled"},
-    "compiled_vjp": {"compiled", "vjp"},
     "training_pass": {"spectral_norm"},
     "training_vjp": {"training_vjp", "spectral_norm"},
     "params": {"params"},
@@ -49,11 +47,9 @@ _WEIGHTS = {
     "doubled": 2,
     "shifted": 2,
     "updated": 2,
-    "compiled_forward": 1,
-    "compiled_vjp": 1,
     "saved": 1,
 }
-"""How often a step comes, relative to the others. Compilers take seconds, and so do the files of some frameworks."""
+"""How often a step comes, relative to the others. The files of some frameworks take seconds."""
 
 _SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16)
 _CHANNELS = (
@@ -128,7 +124,7 @@ def drawn(choose: Choose, claims: Claims, *, small: bool = False) -> Probe:
         'forward; C=1, Dk=1, Dv=1, no biases; 1×1×1; float32, channels_last'
     """
     abilities = set(claims.abilities) | {"forward"}
-    asks = [ask for ask in ASKS if _ABILITIES.get(ask, set()) <= abilities]
+    asks = [ask for ask in _WEIGHTS if _ABILITIES.get(ask, set()) <= abilities]
     weighted = [ask for ask in asks for _ in range(_WEIGHTS[ask])]
     places = ("", "", "", "", "", "input", "input", "layer")
     slots = [(choose((False, True)), Step(choose(weighted), choose(places))) for _ in range(_MOST_STEPS)]
@@ -136,13 +132,10 @@ def drawn(choose: Choose, claims: Claims, *, small: bool = False) -> Probe:
     # Equal steps in a row show state that a call leaves behind.
     if choose((False, False, False, True)):
         steps += steps[:1]
-    # A compiler takes a hundred times as long as a call, so it is asked in every third of the probes that draw it.
-    if not choose((False, False, True)):
-        steps = tuple(replace(step, ask=step.ask.removeprefix("compiled_")) for step in steps)
-    # A second call of a compiled layer, with other numbers, shows what it keeps.
-    if choose((False, True)):
-        compiled = [step.ask for step in steps if step.ask.startswith("compiled")]
-        steps += tuple(Step(ask, place) for ask in compiled[:1] for place in ("input", ""))
+    # A compiler takes a hundred times as long as a call. What it keeps for a size shows at a second call.
+    compiled, of = choose((*[False] * 24, True)), choose(("forward", "vjp"))
+    if compiled and "compiled" in abilities and (of == "forward" or of in abilities):
+        steps = tuple(Step(f"compiled_{of}", place) for place in ("", "input", ""))
     dtypes = [dtype for dtype in ("float32", "float64") if dtype in claims.dtypes]
     narrow = [dtype for dtype in SIXTEEN_BITS if dtype in claims.dtypes]
     dtype = choose([*dtypes[:1] * 8, *dtypes[1:] * 5, *narrow * 2] or list(claims.dtypes))
@@ -193,7 +186,7 @@ def drawn(choose: Choose, claims: Claims, *, small: bool = False) -> Probe:
     )
     probe = _of_kind(probe, kind, _Sizes(batch, side, side), block, large)
     # Two inputs of one size show what a layer keeps for a size.
-    if choose((False, False, True)):
+    if choose((False, False, True)) or (compiled and choose((False, True))):
         probe = replace(probe, other=probe.shape)
     probe = _of_form(probe, form, alike)
     return fitted(probe)
