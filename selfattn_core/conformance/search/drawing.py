@@ -100,6 +100,9 @@ _MANY = 600
 """The positions of a map beyond which a probe has one call."""
 
 _MOST_STEPS = 5
+_MOST_EQUAL_TERMS = 32
+"""Twice the cap of a value in ulp."""
+
 _SEEDS = 2**16
 
 
@@ -336,6 +339,10 @@ def _fitted_rows(probe: Probe, asks: set[str]) -> Probe:
     # Equal rows in one pooling window tie, and rounding may part them.
     if rows == "repeated" and probe.pool > 1:
         rows = ""
+    # The roundings of a sum of equal terms all have one sign, and grow with their number to half of it.
+    if probe.height * probe.width > _MOST_EQUAL_TERMS or max(probe.other[1:]) ** 2 > _MOST_EQUAL_TERMS:
+        rows = "" if rows == "equal" else rows
+        x_view = "" if x_view == "still" else x_view
     if "refilled" in asks and x_view == "still":
         x_view = ""
     if probe.poison == "dy" or rows == "positive":
