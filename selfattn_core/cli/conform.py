@@ -10,7 +10,7 @@ import click
 
 from selfattn_core.cli import completion
 from selfattn_core.cli.exit_codes import BAD_INPUT, CHECK_FAILED, MISSING
-from selfattn_core.cli.parameters import report_option
+from selfattn_core.cli.parameters import NamedPath, report_option
 from selfattn_core.files.targets import (
     STANDARD_OUTPUT,
     report_target,
@@ -56,6 +56,31 @@ __all__ = ["conform", "forms"]
     help="Device to run on, as the framework names it: cpu, cuda, cuda:1, mps, xpu, gpu, tpu. Default: the CPU.",
 )
 @click.option(
+    "--explore",
+    "seconds",
+    metavar="[SECONDS]",
+    is_flag=False,
+    flag_value=60.0,
+    default=None,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Search for failures instead of running the cases, for 60 seconds or as many as you name.",
+)
+@click.option(
+    "--failures",
+    "past",
+    metavar="FILE",
+    type=NamedPath(),
+    shell_complete=completion.files,
+    help="With --explore: a file of past failures, which the search asks first and to which it adds new ones.",
+)
+@click.option(
+    "--replay",
+    "tokens",
+    metavar="TOKEN",
+    multiple=True,
+    help="Repeat what a search found. Repeatable.",
+)
+@click.option(
     "--self-test",
     is_flag=True,
     help="Also run the cases on deliberately broken implementations; without BACKEND, run only those.",
@@ -84,6 +109,9 @@ def conform(
     level: Literal["core", "training", "gan", "deploy"],
     cases: tuple[str, ...],
     devices: tuple[str, ...],
+    seconds: float | None,
+    past: Path | None,
+    tokens: tuple[str, ...],
     self_test: bool,
     generated: int,
     json_file: str | None,
@@ -102,13 +130,31 @@ def conform(
     files = {"json": json_file, "html": html_file, "junit": junit_file, "markdown": markdown_file}
     targets = {form: target for form, target in files.items() if target is not None}
     if diff:
-        if names or targets or self_test or devices or cases:
+        if names or targets or self_test or devices or cases or tokens or seconds is not None:
             raise click.UsageError(
                 "--diff compares two files and runs nothing: pass no backend and no other report."
             )
         sys.exit(_tell_difference(*diff))
     if generated and not self_test:
         raise click.UsageError("--generated: it is a part of --self-test: pass both.")
+    if seconds is not None or tokens:
+        if cases or self_test or (seconds is not None and tokens):
+            raise click.UsageError(
+                "--explore, --replay, --case and --self-test run different things: pass one of them."
+            )
+        sys.exit(
+            _search(
+                names,
+                seed=seed,
+                seconds=seconds or 0.0,
+                past=past,
+                tokens=tokens,
+                targets=targets,
+                devices=devices,
+            )
+        )
+    if past is not None:
+        raise click.UsageError(f"--failures {past}: only a search reads it: pass --explore too.")
     sys.exit(
         _run(
             names,
@@ -205,6 +251,76 @@ def _tell_generated(names: Sequence[str], count: int, *, seed: int, error_stream
     for name in dict.fromkeys(["spec", *names]) if count else ():
         if name in SOURCES:
             click.echo(summary(name, run_mutants(name, count, seed=seed)), err=error_stream)
+
+
+def _search(
+    names: Sequence[str],
+    *,
+    seed: int,
+    seconds: float,
+    past: Path | None,
+    tokens: Sequence[str],
+    targets: Mapping[str, str],
+    devices: Sequence[str],
+) -> int:
+    """The exit code of a search or a replay. A usage error is raised before anything runs."""
+    from selfattn_core.conformance.backends import REGISTRY, is_target
+    from selfattn_core.conformance.report import as_data, show
+    from selfattn_core.conformance.search.past import PastFailures
+    from selfattn_core.conformance.search.run import search_backend
+    from selfattn_core.conformance.search.token import TokenError, from_token
+    from selfattn_core.installed import require
+
+    problems = [
+        f"unknown backend {name}; known are {', '.join(REGISTRY)}, or module:object for your own"
+        for name in names
+        if name not in REGISTRY and not is_target(name)
+    ]
+    if not names:
+        problems.append(f"{'--replay' if tokens else '--explore'}: name the BACKEND that should answer")
+    problems += _device_problems(names, devices)
+    targets = {form: report_target(target) for form, target in targets.items()}
+    problems += target_problems(targets)
+    problems += shared_targets(targets)
+    for token in tokens:
+        try:
+            from_token(token)
+        except TokenError as error:
+            problems.append(f"--replay: {str(error).removesuffix('.')}")
+    if problems:
+        raise click.UsageError(f"{'; '.join(problems)}.")
+    if not tokens:
+        require("selfattn conform --explore", ["hypothesis"], "search")
+    device = devices[0] if devices else ""
+    kept = PastFailures.read(past) if past is not None else PastFailures()
+    reports = []
+    for name in dict.fromkeys(names):
+        report = search_backend(
+            name,
+            seed=seed,
+            seconds=seconds,
+            tokens=tokens,
+            past=kept.of(name),
+            device=device,
+            tell=lambda words, name=name: click.echo(f"{name}: {words.splitlines()[-1]}", err=True),  # type: ignore[misc]
+        )
+        reports.append(report)
+        if report.search is not None:
+            kept.add(name, [found.token for found in report.search.findings])
+            if report.search.ended == "interrupt":
+                break
+    if past is not None:
+        kept.write(past)
+    data = as_data(reports, seed=seed, device=device)
+    show(data, error_stream=STANDARD_OUTPUT in targets.values())
+    write = forms()
+    write_reports(targets, lambda form: write[form](data))
+    if any(report.refused for report in reports):
+        return BAD_INPUT
+    interrupted = any(report.search is not None and report.search.ended == "interrupt" for report in reports)
+    if interrupted or any(not (report.passed or report.missing or report.absent) for report in reports):
+        return CHECK_FAILED
+    return MISSING if any(report.missing or report.absent for report in reports) else 0
 
 
 def _device_problems(names: Sequence[str], devices: Sequence[str]) -> list[str]:

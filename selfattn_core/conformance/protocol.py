@@ -99,8 +99,8 @@ class Backend(Protocol):
     def training_pass(self, model: Any, x: Array) -> Mapping[str, Array]:
         """One forward pass in training mode: {"y": …}, and the weights and the state after it, by canonical name.
 
-        The kit calls this for layers with spectral norm. The pass moves their state by one power iteration. All other
-        methods except `training_vjp` compute in evaluation mode.
+        The kit calls this for layers with spectral norm. The pass moves their state by one power iteration, and the model
+        holds the new state afterwards. All other methods except `training_vjp` compute in evaluation mode.
         """
 
     def training_vjp(self, model: Any, x: Array, dy: Array) -> Mapping[str, Array]:

@@ -4,7 +4,7 @@
 
 adds one item for each case in each dtype and layout to the collected tests. To run nothing else, name a folder without
 tests, or this package: `--pyargs selfattn_core.conformance`. `-k` and `--deselect` select items. Only the selected ones are
-computed, in one process for each backend. An unclaimed run is a skipped test with that reason. If a backend claims no run
+computed, in one process for each backend. `--selfattn-replay TOKEN` adds an item that repeats what a search found. An unclaimed run is a skipped test with that reason. If a backend claims no run
 of the level, or declines all claimed ones, its items fail.
 
 The plugin must be named on the command line. It is not an entry point, so installing selfattn changes no other test runs.
@@ -22,12 +22,15 @@ from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import LEVELS
 from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.runner import run_backend, unknown_device
-from selfattn_core.conformance.report.summary import command_line
+from selfattn_core.conformance.report.summary import command_line, replay_line
 from selfattn_core.conformance.results import BackendReport, Outcome
+from selfattn_core.conformance.search.run import search_backend
+from selfattn_core.conformance.search.token import TokenError, from_token
 
 __all__ = [
     "BackendCollector",
     "CaseItem",
+    "ReplayItem",
     "pytest_addoption",
     "pytest_collection_modifyitems",
     "pytest_report_header",
@@ -35,7 +38,7 @@ __all__ = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add four options. All begin with `--selfattn`."""
+    """Add five options. All begin with `--selfattn`."""
     group = parser.getgroup("selfattn", "conformance of 2-D self-attention layers")
     group.addoption(
         "--selfattn-backend",
@@ -59,6 +62,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--selfattn-seed", type=_seed, default=0, metavar="S", help="the seed of the random inputs"
+    )
+    group.addoption(
+        "--selfattn-replay",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="what a search found, to be repeated as a test of its own; repeatable",
     )
 
 
@@ -96,10 +106,17 @@ def pytest_collection_modifyitems(
     device = devices[0] if devices else None
     if wrong := [f"{name}: {problem}" for name in names if (problem := unknown_device(name, device))]:
         raise pytest.UsageError(f"--selfattn-device: {'; '.join(wrong)}.")
+    tokens = list(dict.fromkeys(config.getoption("selfattn_replay")))
+    try:
+        for token in tokens:
+            from_token(token)
+    except TokenError as error:
+        raise pytest.UsageError(f"--selfattn-replay: {error}") from error
     runs = all_runs(level=config.getoption("selfattn_level"))
     for name in names:
         collector = BackendCollector.from_parent(session, name=name, nodeid=name, runs=runs)
         items.extend(CaseItem.from_parent(collector, name=run.id, run=run) for run in runs)
+        items.extend(ReplayItem.from_parent(collector, name=token, token=token) for token in tokens)
 
 
 class BackendCollector(pytest.Collector):
@@ -190,3 +207,39 @@ class CaseItem(pytest.Item):
         """The location and heading of a failure."""
         assert self.parent is not None  # noqa: S101 - for the type
         return self.parent.name, None, f"{self.parent.name} {self.run.id}"
+
+
+class ReplayItem(pytest.Item):
+    """One token of a search."""
+
+    def __init__(self, *, token: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.token = token
+
+    def runtest(self) -> None:
+        """Pass, or fail with what the probe shows."""
+        assert self.parent is not None  # noqa: S101 - for the type
+        devices = self.config.getoption("selfattn_device")
+        report = search_backend(self.parent.name, tokens=[self.token], device="".join(devices))
+        if report.missing:
+            raise NotConformantError(f"{', '.join(report.missing)} not installed")
+        if report.search is None:
+            raise NotConformantError(f"did not start: {report.error}")
+        if report.search.findings:
+            words = "\n".join(
+                f"{found.status}: {found.rule}: {found.message}" for found in report.search.findings
+            )
+            again = replay_line(self.parent.name, self.token, device="".join(devices))
+            raise NotConformantError(words, again)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """The verdict, without a traceback through the kit."""
+        if isinstance(excinfo.value, NotConformantError):
+            heading = from_token(self.token).words
+            return "\n".join(part for part in (heading, str(excinfo.value), excinfo.value.command) if part)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[str, None, str]:
+        """The location and heading of a failure."""
+        assert self.parent is not None  # noqa: S101 - for the type
+        return self.parent.name, None, f"{self.parent.name} {self.token}"

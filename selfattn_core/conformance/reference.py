@@ -29,7 +29,7 @@ class Model:
     """
 
     config: SelfAttentionConfig
-    params: Mapping[str, Array]
+    params: dict[str, Array]
     layout: str
 
 
@@ -108,21 +108,25 @@ class Reference:
         return gradients
 
     def params(self, model: Model) -> dict[str, Array]:
-        """The weights of the layer."""
-        return dict(model.params)
+        """The weights of the layer, as copies."""
+        return {name: array.copy() for name, array in model.params.items()}
 
     def initial(self, config: SelfAttentionConfig, seed: int) -> dict[str, Array]:
         """New weights."""
         return init_params(config, seed)
+
+    def update(self, model: Model, params: Mapping[str, Array]) -> Model:
+        """A layer with other weights."""
+        return self.build(model.config, params, str(model.params["gamma"].dtype), model.layout)
 
     def default_products(self, left: Array, right: Array) -> dict[str, Array]:
         """The matrix product of numpy."""
         return {"matrix product": left @ right}
 
     def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
-        """A power iteration, then the output."""
-        moved = self.function.power_iteration(model.config, model.params)
-        return {"y": self.forward(Model(model.config, moved, model.layout), x), **moved}
+        """A power iteration, after which the model holds the new state, then the output."""
+        model.params.update(self.function.power_iteration(model.config, model.params))
+        return {"y": self.forward(model, x), **self.params(model)}
 
     def training_vjp(self, model: Model, x: Array, dy: Array) -> dict[str, Array]:
         """A power iteration, then first derivatives."""

@@ -8,6 +8,7 @@ from selfattn_core.conformance.cases.case import Case, Run
 from selfattn_core.conformance.cases.families import FAMILIES, LEVELS, Level, through
 from selfattn_core.conformance.execution.devices import Device
 from selfattn_core.conformance.protocol import Claims
+from selfattn_core.conformance.search.finding import Search
 from selfattn_core.conformance.verdicts.tolerance import Verdict
 
 __all__ = ["BackendReport", "Outcome", "Status"]
@@ -70,6 +71,7 @@ class BackendReport:
         absent: whether it did not start because this machine does not have the device.
         device: the device that it computed on.
         seconds: the time that all runs took.
+        search: the results of the search. None if there was none.
     """
 
     name: str
@@ -85,6 +87,7 @@ class BackendReport:
     absent: bool = False
     device: Device = field(default_factory=Device)
     seconds: float = 0.0
+    search: Search | None = None
 
     @property
     def claimed(self) -> Claims:
@@ -93,10 +96,17 @@ class BackendReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the backend started, answered all claimed runs, and each answer was right or an expected failure."""
+        """Whether the backend started, answered all claimed runs, and each answer was right or an expected failure.
+
+        A search passes if it asked something and found nothing.
+        """
         answered = [outcome for outcome in self.outcomes if outcome.status != "unclaimed"]
         right = ("pass", "expected-failure")
-        return not self.error and bool(answered) and all(outcome.status in right for outcome in answered)
+        if self.error or not all(outcome.status in right for outcome in answered):
+            return False
+        if self.search is not None:
+            return not self.search.findings and self.search.probes > 0
+        return bool(answered)
 
     def conformant(self, level: Level) -> bool:
         """Whether the backend is conformant at a level.

@@ -110,9 +110,10 @@ def test_every_adapter_has_a_shape_and_a_registered_backend():
 
 def test_extras():
     on_keras = {name for name in REGISTRY if name.startswith("keras-")}
-    assert set(EXTRAS) == FRAMEWORKS | on_keras | {"viz", "all"}
+    assert set(EXTRAS) == FRAMEWORKS | on_keras | {"viz", "search", "all"}
     assert set(EXTRAS["all"][0].removeprefix("selfattn[").removesuffix("]").split(",")) == FRAMEWORKS | {
-        "viz"
+        "viz",
+        "search",
     }
 
 

@@ -94,9 +94,11 @@ class FlaxBackend(OnDevices):
         return self.kind.export(static, tree, state)
 
     def training_pass(self, model: Model, x: Array) -> Mapping[str, Array]:
-        """The output in training mode, and the weights with the state after it."""
-        y, state = functions.training_pass(self.kind, model.static, model.tree, model.state, model.given(x))
-        return {"y": to_array(self.noted(y)), **self.kind.export(model.static, model.tree, state)}
+        """The output in training mode, and the weights with the state after it, which the model keeps."""
+        y, model.state = functions.training_pass(
+            self.kind, model.static, model.tree, model.state, model.given(x)
+        )
+        return {"y": to_array(self.noted(y)), **self.kind.export(model.static, model.tree, model.state)}
 
     def training_vjp(self, model: Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """Gradients by reverse mode, in training."""

@@ -38,7 +38,7 @@ from selfattn_core.conformance.execution.in_process import ask
 from selfattn_core.conformance.protocol import Claims, expected_failures_of, takes_device
 from selfattn_core.conformance.verdicts.product_formats import measured
 
-__all__ = ["end_with_parent", "main"]
+__all__ = ["end_with_parent", "main", "on_device"]
 
 
 def end_with_parent() -> None:
@@ -67,7 +67,7 @@ def main(job_file: str) -> None:
     with Path(job["progress"]).open("w", encoding="utf-8") as progress, ExitStack() as stack:
         try:
             backend = resolve(job["target"])
-            device, about = _device(backend, job["device"], stack)
+            device, about = on_device(backend, job["device"], stack)
             claims = Claims.of(backend)
             ready = Ready(
                 {str(name): str(version) for name, version in backend.versions().items()},
@@ -111,8 +111,21 @@ def main(job_file: str) -> None:
         write(progress, Finished())
 
 
-def _device(backend: Any, asked: str, stack: ExitStack) -> tuple[str, dict[str, str]]:
-    """Select the device until the stack closes. Return its name, and its model and driver."""
+def on_device(backend: Any, asked: str, stack: ExitStack) -> tuple[str, dict[str, str]]:
+    """Select a device until the stack closes.
+
+    Args:
+        backend: the backend.
+        asked: the device. If empty, a backend that accepts devices uses the CPU.
+        stack: the stack that ends the selection.
+
+    Returns:
+        The name of the device, and its model and driver.
+
+    Raises:
+        DeviceUnknownError: if the backend accepts no device, or has none of this name.
+        DeviceAbsentError: if this machine does not have the device.
+    """
     if not takes_device(backend):
         if asked:
             raise DeviceUnknownError(

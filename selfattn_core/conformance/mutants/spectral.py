@@ -33,7 +33,8 @@ class StateMovesTwice(Reference):
 
 class OutputOfTheOldState(Reference):
     def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
-        return super().training_pass(model, x) | {"y": self.forward(model, x)}
+        y = self.forward(model, x)
+        return super().training_pass(model, x) | {"y": y}
 
 
 class KernelOverwritten(Reference):
@@ -167,10 +168,11 @@ class StateLeftAtZero(Reference):
     """The state of a kernel of zeros does not change, so it may be orthogonal to the later kernel."""
 
     def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        before = dict(model.params)
         answer = super().training_pass(model, x)
         for name in projections(model.config) if model.config.spectral_norm else ():
-            if not model.params[f"{name}.kernel"].any():
-                answer |= {f"{name}.{part}": model.params[f"{name}.{part}"] for part in ("u", "v")}
+            if not before[f"{name}.kernel"].any():
+                answer |= {f"{name}.{part}": before[f"{name}.{part}"] for part in ("u", "v")}
         return answer
 
 

@@ -13,6 +13,7 @@ from selfattn_core import __version__, spec
 from selfattn_core.conformance.cases.families import LEVELS, Level
 from selfattn_core.conformance.mutants.selftest import Kill
 from selfattn_core.conformance.results import BackendReport, Outcome
+from selfattn_core.conformance.search.finding import Finding, Search
 from selfattn_core.conformance.verdicts.tolerance import FACTORS, SHIPPED_FACTORS
 
 __all__ = ["SCHEMA", "as_data", "schema"]
@@ -97,6 +98,7 @@ def _backend(report: BackendReport) -> dict[str, Any]:
             "precisions": {_shown(way): label for way, label in report.device.precisions.items()},
         },
         "outcomes": [_outcome(outcome) for outcome in report.outcomes],
+        **({} if report.search is None else {"search": _search(report.search)}),
     }
 
 
@@ -114,6 +116,31 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
         "link": _shown(outcome.link),
         **({"label": outcome.label} if outcome.label else {}),
         "ratios": {verdict.quantity: _number(verdict.ratio) for verdict in outcome.verdicts},
+    }
+
+
+def _search(search: Search) -> dict[str, Any]:
+    return {
+        "seed": search.seed,
+        "seconds": round(search.seconds, 2),
+        "budget": search.budget,
+        "probes": search.probes,
+        "steps": search.steps,
+        "ended": search.ended,
+        "findings": [_finding(found) for found in search.findings],
+    }
+
+
+def _finding(found: Finding) -> dict[str, Any]:
+    return {
+        "property": found.rule,
+        "ask": found.ask,
+        "quantity": _shown(found.quantity),
+        "status": found.status,
+        "message": _shown(found.message),
+        "token": found.token,
+        "words": found.words,
+        "probes": found.probes,
     }
 
 

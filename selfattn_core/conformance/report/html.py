@@ -18,6 +18,7 @@ from selfattn_core.conformance.report.summary import (
     multiple,
     precisions_by_factor,
     problems,
+    search_words,
     tested_levels,
     verdict,
     worst,
@@ -39,8 +40,11 @@ def as_html(data: Data) -> str:
     data = _escaped(data)
     style = files("selfattn_core.conformance.report").joinpath("page.css").read_text(encoding="utf-8")
     sections = [_head(data)]
+    asked = any(backend["outcomes"] or "search" not in backend for backend in data["backends"])
     if data["backends"]:
-        sections += [_scorecard(data), _problems(data), _families(data), _worst(data)]
+        sections += [_scorecard(data) if asked else "", _search(data), _problems(data)]
+    if asked:
+        sections += [_families(data), _worst(data)]
     if data["trajectories"]:
         sections.append(_trajectories(data))
     if data["kills"]:
@@ -141,6 +145,15 @@ def _card(data: Data, backend: Data) -> str:
         f'<section class="card"><header><h3>{backend["name"]}</h3>{badge}</header>\n'
         f'{"".join(rows)}<p class="soft">{foot}</p></section>'
     )
+
+
+def _search(data: Data) -> str:
+    rows = [
+        f"<li>{backend['name']}: {words}.</li>"
+        for backend in data["backends"]
+        if (words := search_words(backend))
+    ]
+    return f"<h2>Search</h2>\n<ul>{''.join(rows)}</ul>" if rows else ""
 
 
 def _problems(data: Data) -> str:

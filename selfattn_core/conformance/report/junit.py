@@ -2,7 +2,15 @@
 
 from xml.etree import ElementTree as ET
 
-from selfattn_core.conformance.report.summary import Data, command_line, device_words, run_id, unanswered
+from selfattn_core.conformance.report.summary import (
+    Data,
+    command_line,
+    device_words,
+    replay_line,
+    run_id,
+    search_words,
+    unanswered,
+)
 
 __all__ = ["as_junit"]
 
@@ -61,7 +69,21 @@ def _backend(root: ET.Element, data: Data, backend: Data) -> None:
             ET.SubElement(case, "skipped", message=f"unclaimed{f': {message}' if message else ''}")
         elif status == "expected-failure":
             ET.SubElement(case, "skipped", message=f"expected: {outcome['reason']} ({outcome['link']})")
+    if search := backend.get("search"):
+        _search(suite, data, backend, search)
     _count(suite)
+
+
+def _search(suite: ET.Element, data: Data, backend: Data, search: Data) -> None:
+    """One test for the search as a whole, and one for each failure that it found."""
+    whole = ET.SubElement(suite, "testcase", name="search", classname=f"{backend['name']}.search")
+    ET.SubElement(whole, "system-out").text = search_words(backend)
+    for found in search["findings"]:
+        case = ET.SubElement(suite, "testcase", name=found["token"], classname=f"{backend['name']}.search")
+        kind = "error" if found["status"] == "error" else "failure"
+        again = replay_line(backend["name"], found["token"], device=data.get("device", ""))
+        message = f"{found['property']}: {found['message'].splitlines()[-1] if found['message'] else ''}"
+        ET.SubElement(case, kind, message=message).text = f"{found['words']}\n{found['message']}\n{again}"
 
 
 def _count(suite: ET.Element) -> None:

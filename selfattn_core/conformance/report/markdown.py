@@ -9,6 +9,7 @@ from selfattn_core.conformance.report.summary import (
     level_cell,
     multiple,
     problems,
+    search_words,
     tested_levels,
     verdict,
     worst,
@@ -28,8 +29,13 @@ def as_markdown(data: Data) -> str:
     """
     good, words = verdict(data)
     lines = [f"## {'✅' if good else '❌'} selfattn conformance", "", _escaped(words), ""]
+    asked = any(backend["outcomes"] or "search" not in backend for backend in data["backends"])
+    if asked:
+        lines += [*_scorecard(data), "", *_families(data), ""]
     if data["backends"]:
-        lines += [*_scorecard(data), "", *_families(data), "", *_problems(data), *_worst(data)]
+        lines += [*_searches(data), *_problems(data)]
+    if asked:
+        lines += _worst(data)
     if data["kills"]:
         lines += [*_kills(data), ""]
     lines += ["| | versions |", "|---|---|"]
@@ -70,6 +76,15 @@ def _families(data: Data) -> list[str]:
             if any(cell.text != "–" for cell in cells):
                 lines.append(f"| {family_title(family)} | {' | '.join(cell.text for cell in cells)} |")
     return lines
+
+
+def _searches(data: Data) -> list[str]:
+    lines = [
+        f"- Search of {_escaped(backend['name'])}: {_escaped(words)}."
+        for backend in data["backends"]
+        if (words := search_words(backend))
+    ]
+    return [*lines, ""] if lines else []
 
 
 def _problems(data: Data) -> list[str]:

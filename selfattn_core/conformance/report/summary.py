@@ -25,7 +25,9 @@ __all__ = [
     "precisions_by_factor",
     "problems",
     "ratio_of",
+    "replay_line",
     "run_id",
+    "search_words",
     "tested_levels",
     "unanswered",
     "verdict",
@@ -244,6 +246,50 @@ def command_line(backend: str, run: str, *, seed: int = 0, device: str = "") -> 
     return shlex.join(words)
 
 
+def replay_line(backend: str, token: str, *, device: str = "") -> str:
+    """The command that repeats what a search found.
+
+    Args:
+        backend: the name of the backend.
+        token: the token of the probe.
+        device: the requested device. Empty for none.
+
+    Example:
+        >>> replay_line("torch", "S1::97fb")
+        'selfattn conform torch --replay S1::97fb'
+    """
+    words = ["selfattn", "conform", backend, "--replay", token]
+    return shlex.join([*words, "--device", device] if device else words)
+
+
+def search_words(backend: Data) -> str:
+    """The extent of a backend's search, in a sentence. Empty if there was none.
+
+    Args:
+        backend: an entry of `data["backends"]`.
+
+    Example:
+        >>> search = {"seed": 3, "seconds": 60.2, "budget": 600, "probes": 600, "steps": 1700, "ended": "budget"}
+        >>> search_words({"search": {**search, "findings": []}})
+        '600 probes with 1700 calls in 60 s at seed 3; it asked all that it was to ask, and found nothing'
+    """
+    search = backend.get("search")
+    if not search:
+        return ""
+    why = {
+        "budget": "it asked all that it was to ask",
+        "time": f"the time ended it before it had drawn {search['budget']} probes",
+        "interrupt": "it was interrupted",
+        "gave up": "it gave up, after three timeouts in a row or twenty failures",
+        "replay": "it repeated tokens",
+    }[search["ended"]]
+    number = len(search["findings"])
+    found = "nothing" if not number else "one failure" if number == 1 else f"{number} failures"
+    seed = "" if search["ended"] == "replay" else f" at seed {search['seed']}"
+    extent = f"{search['probes']} probes with {search['steps']} calls in {search['seconds']:.0f} s{seed}"
+    return f"{extent}; {why}, and found {found}"
+
+
 def problems(data: Data, backend: Data) -> list[Problem]:
     """The problems of a backend.
 
@@ -266,6 +312,12 @@ def problems(data: Data, backend: Data) -> list[Problem]:
         )
         for outcome in backend["outcomes"]
         if outcome["status"] in ("fail", "error")
+    ] + [
+        Problem(
+            f"{found['property']} ({found['words']}): {found['status']}: {found['message']}",
+            replay_line(backend["name"], found["token"], device=data.get("device", "")),
+        )
+        for found in backend.get("search", {}).get("findings", ())
     ]
 
 

@@ -13,6 +13,7 @@ from selfattn_core.conformance.report.summary import (
     multiple,
     precisions_by_factor,
     problems,
+    search_words,
     tested_levels,
     worst,
 )
@@ -48,7 +49,8 @@ def as_table(data: Data, *, colours: bool = False) -> str:
         colours: whether to add the colour codes of terminals.
     """
     lines = []
-    if data["backends"]:
+    # A search alone has no cases, and its backends reach no level.
+    if any(backend["outcomes"] or "search" not in backend for backend in data["backends"]):
         reached = [
             Cell("good" if backend["level"] else "bad", backend["level"] or "no level")
             for backend in data["backends"]
@@ -88,7 +90,7 @@ def _rows(data: Data) -> list[tuple[str, list[Cell]]]:
 
 def _below(data: Data) -> list[str]:
     lines = []
-    if data["backends"]:
+    if any(backend["outcomes"] for backend in data["backends"]):
         passing = "; ".join(
             f"up to {factor:g} × passes in {precisions}"
             for factor, precisions in precisions_by_factor(data).items()
@@ -100,6 +102,13 @@ def _below(data: Data) -> list[str]:
                 f"Worst: {multiple(max(outcome['ratios'].values()))} by {backend['name']} in {outcome['case']} "
                 f"({outcome['title']}; {outcome['dtype']}, {outcome['layout']})."
             )
+    if data["backends"]:
+        searched = [
+            f"  {backend['name']}: {words}."
+            for backend in data["backends"]
+            if (words := search_words(backend))
+        ]
+        lines += ["Search:", *searched] if searched else []
         lines.append("Versions:")
         lines += [f"  {backend['name']}: {_versions(backend['versions'])}" for backend in data["backends"]]
         lines.append(f"  spec: {_versions(data['versions'])}")
