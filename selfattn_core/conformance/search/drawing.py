@@ -330,7 +330,7 @@ def _fitted_sizes(probe: Probe) -> Probe:
 
 def _fitted_rows(probe: Probe, asks: set[str]) -> Probe:
     derived = bool(asks & _DERIVATIVES)
-    rows, x_view, dy_view = probe.rows, probe.x_view, probe.dy_view
+    rows, x_view, dy_view, zero = probe.rows, probe.x_view, probe.dy_view, probe.zero
     # Derivatives by q and k of equal keys cancel entirely, and what is left is only rounding.
     if rows == "equal" and (derived or probe.pool > 1):
         rows = ""
@@ -343,11 +343,12 @@ def _fitted_rows(probe: Probe, asks: set[str]) -> Probe:
     if probe.height * probe.width > _MOST_EQUAL_TERMS or max(probe.other[1:]) ** 2 > _MOST_EQUAL_TERMS:
         rows = "" if rows == "equal" else rows
         x_view = "" if x_view == "still" else x_view
+        zero = "" if zero == "all" else zero
     if "refilled" in asks and x_view == "still":
         x_view = ""
     if probe.poison == "dy" or rows == "positive":
         dy_view = "" if dy_view == "still" else dy_view
-    return replace(probe, rows=rows, x_view=x_view, dy_view=dy_view)
+    return replace(probe, rows=rows, x_view=x_view, dy_view=dy_view, zero=zero)
 
 
 def _fitted_ranges(probe: Probe, asks: set[str]) -> Probe:

@@ -19,6 +19,10 @@ from selfattn_core.conformance.mutants.generated.selftest import (
     run_mutants,
     summary,
 )
+from selfattn_core.conformance.search.asking import ask_steps
+from selfattn_core.conformance.search.judging import findings
+from selfattn_core.conformance.search.token import from_token
+from tests.conformance import planted
 
 SPEC = mutants_of("spec")
 LINE = "return layer.unflatten(layer.store(layer.gamma * layer.z + layer.x))"
@@ -33,7 +37,7 @@ def mutant(old: str, new: str) -> GeneratedMutant:
 def verdicts(monkeypatch, *mutants: GeneratedMutant) -> list[GeneratedKill]:
     monkeypatch.setattr(selftest, "mutants_of", lambda _: mutants)
     monkeypatch.setattr(selftest, "equivalents", lambda *_: {})
-    return run_mutants("spec", len(mutants))
+    return run_mutants("spec", len(mutants), probes=5)
 
 
 def test_every_rule_finds_places_and_every_mutant_is_one_change():
@@ -115,7 +119,7 @@ def test_equivalent_ones_do_not_count(monkeypatch):
     same = mutant(LINE, LINE.replace("layer.gamma * layer.z", "layer.z * layer.gamma"))
     monkeypatch.setattr(selftest, "mutants_of", lambda _: (same,))
     monkeypatch.setattr(selftest, "equivalents", lambda *_: {same: "A product has no order."})
-    assert summary("spec", run_mutants("spec", 1)).startswith(
+    assert summary("spec", run_mutants("spec", 1, probes=5)).startswith(
         "generated from spec: 0 of 0 mutants caught, 0.0 % (none); 1 more compute the same"
     )
 
@@ -155,3 +159,21 @@ def test_adapters_are_asked_for_large_maps_too():
     assert set(small) < set(large)
     assert {run.case.id for run in large} - {run.case.id for run in small} >= {"SA-VJP-024", "SA-FWD-026"}
     assert "memory" not in {run.case.family for run in large}
+
+
+def test_a_mutant_that_the_table_does_not_catch_is_searched(monkeypatch):
+    monkeypatch.setattr(asked, "_table", lambda _: [])
+    assert asked.first_failure(planted.Right(), probes=40) is None
+    caught = asked.first_failure(planted.TransposesSquares(), probes=200)
+    assert caught is not None
+    assert caught.how == "wrong answer"
+    probe = from_token(caught.run)
+    assert findings(probe, ask_steps(planted.TransposesSquares(), probe))
+    assert not findings(probe, ask_steps(planted.Right(), probe))
+
+
+def test_a_probe_that_raises_is_a_failure(monkeypatch):
+    monkeypatch.setattr(asked, "_table", lambda _: [])
+    caught = asked.first_failure(planted.RaisesOfRows(), probes=300)
+    assert caught is not None
+    assert caught.how == "exception"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from selfattn_core.conformance.backends import REGISTRY
 from selfattn_core.conformance.execution.environment import environment
+from selfattn_core.conformance.mutants.generated.asked import PROBES
 from selfattn_core.conformance.mutants.generated.derive import GeneratedMutant, choose, derived
 from selfattn_core.conformance.mutants.generated.equivalent import equivalents
 
@@ -97,7 +98,12 @@ def mutants_of(name: str) -> tuple[GeneratedMutant, ...]:
 
 
 def run_mutants(
-    name: str, count: int, *, seed: int = 0, tell: Callable[[GeneratedKill], None] = lambda _: None
+    name: str,
+    count: int,
+    *,
+    seed: int = 0,
+    probes: int = PROBES,
+    tell: Callable[[GeneratedKill], None] = lambda _: None,
 ) -> list[GeneratedKill]:
     """Run a choice of the mutants of a source.
 
@@ -105,6 +111,7 @@ def run_mutants(
         name: one of `SOURCES`.
         count: how many.
         seed: the seed of the choice and of the inputs.
+        probes: the number of probes for a mutant that the table does not catch.
         tell: called with each result when it is ready.
 
     Raises:
@@ -113,7 +120,7 @@ def run_mutants(
     every = mutants_of(name)
     same = equivalents(every, SOURCES[name].modules)
     results = []
-    for kill in _results(SOURCES[name], choose(every, count, seed), seed, same):
+    for kill in _results(SOURCES[name], choose(every, count, seed), seed, probes, same):
         results.append(kill)
         tell(kill)
     return results
@@ -133,7 +140,10 @@ def summary(name: str, kills: Sequence[GeneratedKill]) -> str:
     rate = 100 * len(caught) / max(1, len(counted))
     same = len(kills) - len(counted)
     caught_words = f"{len(caught)} of {len(counted)} mutants caught, {rate:.1f} % ({parts or 'none'})"
-    lines = [f"generated from {name}: {caught_words}; {same} more compute the same"]
+    searched = sum(bool(kill.run) and not kill.run.startswith("SA-") for kill in caught)
+    lines = [
+        f"generated from {name}: {caught_words}; {same} more compute the same; {searched} were caught by the search alone"
+    ]
     lines += [f"survived: {kill.mutant.difference}" for kill in counted if not kill.how]
     return "\n".join(lines)
 
@@ -148,7 +158,11 @@ def _path(module: str) -> Path:
 
 
 def _results(
-    source: Source, mutants: Sequence[GeneratedMutant], seed: int, same: Mapping[GeneratedMutant, str]
+    source: Source,
+    mutants: Sequence[GeneratedMutant],
+    seed: int,
+    probes: int,
+    same: Mapping[GeneratedMutant, str],
 ) -> Iterator[GeneratedKill]:
     registered = REGISTRY[source.backend] if source.backend else None
     variables = environment(registered.in_full if registered else {})
@@ -161,6 +175,7 @@ def _results(
             "source": mutant.source,
             "target": registered.target if registered else "",
             "seed": seed,
+            "probes": probes,
         }
         answer = process.ask(asked)
         if answer is None:

@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -75,13 +76,12 @@ def main(seconds: float, gigabytes: float) -> None:
 def _answer(asked: dict[str, Any]) -> dict[str, str]:
     try:
         with np.errstate(all="ignore"):
-            outcome = first_failure(_backend(asked), asked["seed"], large=bool(asked["target"]))
+            found = first_failure(
+                _backend(asked), asked["seed"], large=bool(asked["target"]), probes=asked["probes"]
+            )
     except Exception as error:
         return {"how": "exception", "run": "", "message": f"{type(error).__name__}: {error}"}
-    if outcome is None:
-        return {"how": "", "run": "", "message": ""}
-    how = "wrong answer" if outcome.status == "fail" else "exception"
-    return {"how": how, "run": outcome.run.id, "message": outcome.message}
+    return {"how": "", "run": "", "message": ""} if found is None else asdict(found)
 
 
 def _backend(asked: dict[str, Any]) -> Backend:
