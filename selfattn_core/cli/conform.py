@@ -246,11 +246,20 @@ def _run(
 
 def _tell_generated(names: Sequence[str], count: int, *, seed: int, error_stream: bool) -> None:
     """Run generated mutants, and print the rate and the survivors. A survivor is no failure, because some compute the same."""
-    from selfattn_core.conformance.mutants.generated.selftest import SOURCES, run_mutants, summary
+    from selfattn_core.conformance.mutants.generated.selftest import (
+        SOURCES,
+        UnusableError,
+        run_mutants,
+        summary,
+    )
 
     for name in dict.fromkeys(["spec", *names]) if count else ():
         if name in SOURCES:
-            click.echo(summary(name, run_mutants(name, count, seed=seed)), err=error_stream)
+            try:
+                kills = run_mutants(name, count, seed=seed)
+            except UnusableError as error:
+                raise click.ClickException(str(error)) from error
+            click.echo(summary(name, kills), err=error_stream)
 
 
 def _search(

@@ -116,6 +116,7 @@ def measure(
                     }
         if seed % VALUE_TURNS == 0:
             keep(found)
+    keep(found)
     return found
 
 

@@ -144,6 +144,24 @@ def test_a_stale_entry_and_one_without_a_reason_are_told(tmp_path):
     assert LIST.exists()
 
 
+def test_a_source_that_fails_unchanged_says_nothing_about_mutants(monkeypatch, tmp_path):
+    broken = tmp_path / "spec.py"
+    broken.write_text(inspect.getsource(spec).replace(LINE, LINE.replace("+ layer.x", "- layer.x")), "utf-8")
+    monkeypatch.setattr(selftest, "_path", lambda _: broken)
+    with pytest.raises(
+        selftest.UnusableError, match=r"unchanged source of selfattn_core.spec fails here: SA-"
+    ):
+        verdicts(monkeypatch, mutant(LINE, f"{LINE} "))
+
+
+def test_one_that_is_caught_and_marked_is_told(monkeypatch):
+    wrong = mutant(LINE, LINE.replace("+ layer.x", "- layer.x"))
+    monkeypatch.setattr(selftest, "mutants_of", lambda _: (wrong,))
+    monkeypatch.setattr(selftest, "equivalents", lambda *_: {wrong: "It was thought to be."})
+    told = summary("spec", run_mutants("spec", 1, probes=5))
+    assert f"caught, but marked as computing the same (It was thought to be.): {wrong.difference}" in told
+
+
 def test_the_command_tells_the_rate(monkeypatch):
     monkeypatch.setattr("selfattn_core.conformance.mutants.selftest.MUTANTS", ())
     result = CliRunner().invoke(main, ["conform", "--self-test", "--generated", "2"])

@@ -18,7 +18,11 @@ from selfattn_core.conformance.mutants.generated.asked import PROBES
 from selfattn_core.conformance.mutants.generated.derive import GeneratedMutant, choose, derived
 from selfattn_core.conformance.mutants.generated.equivalent import equivalents
 
-__all__ = ["SOURCES", "GeneratedKill", "Source", "mutants_of", "run_mutants", "summary"]
+__all__ = ["SOURCES", "GeneratedKill", "Source", "UnusableError", "mutants_of", "run_mutants", "summary"]
+
+
+class UnusableError(Exception):
+    """The unchanged source fails, so that nothing can be said about its mutants."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ def run_mutants(
 
     Raises:
         ValueError: if the list of equivalent mutants does not fit the source any more.
+        UnusableError: if the unchanged source fails here too.
     """
     every = mutants_of(name)
     same = equivalents(every, SOURCES[name].modules)
@@ -144,6 +149,11 @@ def summary(name: str, kills: Sequence[GeneratedKill]) -> str:
     lines = [
         f"generated from {name}: {caught_words}; {same} more compute the same; {searched} were caught by the search alone"
     ]
+    lines += [
+        f"caught, but marked as computing the same ({kill.equivalent}): {kill.mutant.difference}"
+        for kill in caught
+        if kill.equivalent
+    ]
     lines += [f"survived: {kill.mutant.difference}" for kill in counted if not kill.how]
     return "\n".join(lines)
 
@@ -164,27 +174,33 @@ def _results(
     probes: int,
     same: Mapping[GeneratedMutant, str],
 ) -> Iterator[GeneratedKill]:
-    registered = REGISTRY[source.backend] if source.backend else None
-    variables = environment(registered.in_full if registered else {})
+    target = REGISTRY[source.backend].target if source.backend else ""
+    variables = environment(REGISTRY[source.backend].in_full if source.backend else {})
     process: _Process | None = None
-    for mutant in mutants:
-        if process is None:
-            process = _Process(variables)
-        asked = {
-            "module": mutant.module,
-            "source": mutant.source,
-            "target": registered.target if registered else "",
-            "seed": seed,
-            "probes": probes,
-        }
-        answer = process.ask(asked)
+
+    def asked(module: str, text: str, searched: int) -> dict[str, str]:
+        nonlocal process
+        process = _Process(variables) if process is None else process
+        given = {"module": module, "source": text, "target": target, "seed": seed, "probes": searched}
+        answer = process.ask(given)
         if answer is None:
             process = None
-            answer = {"how": "hang", "run": "", "message": "the process ended, or its time was over"}
-        elif registered:
+            return {"how": "hang", "run": "", "message": "the process ended, or its time was over"}
+        if target:
             # An adapter can be imported once only, so its next mutant needs another process.
             process.end()
             process = None
+        return answer
+
+    first = source.modules[0]
+    unchanged = asked(first, _path(first).read_text(encoding="utf-8"), 0)
+    if unchanged["how"]:
+        raise UnusableError(
+            f"generated mutants: the unchanged source of {first} fails here: "
+            f"{unchanged['run'] or unchanged['how']}: {unchanged['message']}. Expected it to pass every case: mend that first."
+        )
+    for mutant in mutants:
+        answer = asked(mutant.module, mutant.source, probes)
         yield GeneratedKill(mutant, **answer, equivalent=same.get(mutant, ""))
     if process is not None:
         process.end()
