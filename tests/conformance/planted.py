@@ -439,12 +439,16 @@ class ZeroBiases(Reference):
 
 
 class SometimesWrong(Reference):
-    calls = 0
+    calls, every = 0, 97
 
     def forward(self, model, x):
         self.calls += 1
         y = super().forward(model, x)
-        return y + 1 if self.calls % 97 == 0 else y
+        return y + 1 if self.calls % self.every == 0 else y
+
+
+class OftenWrong(SometimesWrong):
+    every = 5
 
 
 class DiesOfRows(Reference):
@@ -502,6 +506,7 @@ class StartsOnce(TransposesSquares):
     """A backend that cannot be started again, as when a device is taken by another process."""
 
     def __init__(self):
+        super().__init__()
         started = Path(os.environ["PLANTED_STARTED"])
         if started.exists():
             raise RuntimeError("the device is taken")
