@@ -121,7 +121,7 @@ def test_what_a_search_found_outlives_a_signal(on_path, tmp_path, number, code):
             shown, told = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == code
+    assert process.returncode == code, told
     assert told.count(f"Error: {signal.Signals(number).name} ended this command") == 1
     assert "Traceback" not in told
     assert "it was interrupted, and found" in shown

@@ -374,5 +374,11 @@ def _flaky(found: Finding) -> Finding:
 
 def _stopper(error: BaseException) -> BaseException:
     """The exception of a signal that came while hypothesis drew a probe, or else the error itself."""
-    wrapped = (error, *getattr(error, "exceptions", ()))
-    return next((each.__cause__ for each in wrapped if isinstance(each.__cause__, SystemExit)), error)
+    left: list[BaseException | None] = [error]
+    while left:
+        each = left.pop()
+        if isinstance(each, SystemExit):
+            return each
+        if each is not None:
+            left += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
+    return error
