@@ -4,21 +4,26 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from selfattn_core.cli import completion
 from selfattn_core.cli.exit_codes import BAD_INPUT, CHECK_FAILED, MISSING
-from selfattn_core.cli.parameters import NamedPath, report_option
+from selfattn_core.cli.parameters import NamedPath, Seconds, report_option
 from selfattn_core.files.targets import (
     STANDARD_OUTPUT,
+    is_replaced,
     report_target,
     shared_targets,
     target_problems,
     write_reports,
 )
 from selfattn_core.files.text import read_text
+
+if TYPE_CHECKING:
+    from selfattn_core.conformance.results import BackendReport
+    from selfattn_core.conformance.search.past import PastFailures
 
 __all__ = ["conform", "forms"]
 
@@ -62,7 +67,7 @@ __all__ = ["conform", "forms"]
     is_flag=False,
     flag_value=60.0,
     default=None,
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(),
     help="Search for failures instead of running the cases, for 60 seconds or as many as you name.",
 )
 @click.option(
@@ -130,7 +135,8 @@ def conform(
     files = {"json": json_file, "html": html_file, "junit": junit_file, "markdown": markdown_file}
     targets = {form: target for form, target in files.items() if target is not None}
     if diff:
-        if names or targets or self_test or devices or cases or tokens or seconds is not None:
+        work = (names, targets, self_test, generated, devices, cases, tokens, seconds, past)
+        if any(work):
             raise click.UsageError(
                 "--diff compares two files and runs nothing: pass no backend and no other report."
             )
@@ -273,12 +279,40 @@ def _search(
     devices: Sequence[str],
 ) -> int:
     """The exit code of a search or a replay. A usage error is raised before anything runs."""
-    from selfattn_core.conformance.backends import REGISTRY, is_target
     from selfattn_core.conformance.report import as_data, show
     from selfattn_core.conformance.search.past import PastFailures
-    from selfattn_core.conformance.search.run import search_backend
-    from selfattn_core.conformance.search.token import TokenError, from_token
     from selfattn_core.installed import require
+
+    targets = {form: report_target(target) for form, target in targets.items()}
+    if problems := _search_problems(names, past=past, tokens=tokens, targets=targets, devices=devices):
+        raise click.UsageError(f"{'; '.join(problems)}.")
+    if not tokens:
+        require("selfattn conform --explore", ["hypothesis"], "search")
+    device = devices[0] if devices else ""
+    kept = PastFailures(past) if past is not None else None
+    reports, stopped = _searched(names, seed=seed, seconds=seconds, kept=kept, tokens=tokens, device=device)
+    data = as_data(reports, seed=seed, device=device)
+    show(data, error_stream=STANDARD_OUTPUT in targets.values())
+    write = forms()
+    try:
+        write_reports(targets, lambda form: write[form](data))
+    finally:
+        if kept is not None:
+            searches = {report.name: report.search for report in reports if report.search is not None}
+            kept.add({name: [each.token for each in found.findings] for name, found in searches.items()})
+    return stopped or _search_code(reports)
+
+
+def _search_problems(
+    names: Sequence[str],
+    *,
+    past: Path | None,
+    tokens: Sequence[str],
+    targets: Mapping[str, str],
+    devices: Sequence[str],
+) -> list[str]:
+    from selfattn_core.conformance.backends import REGISTRY, is_target
+    from selfattn_core.conformance.search.token import TokenError, from_token
 
     problems = [
         f"unknown backend {name}; known are {', '.join(REGISTRY)}, or module:object for your own"
@@ -288,46 +322,70 @@ def _search(
     if not names:
         problems.append(f"{'--replay' if tokens else '--explore'}: name the BACKEND that should answer")
     problems += _device_problems(names, devices)
-    targets = {form: report_target(target) for form, target in targets.items()}
-    problems += target_problems(targets)
-    problems += shared_targets(targets)
+    written = targets if past is None else {**targets, "failures": str(past)}
+    problems += target_problems(written)
+    problems += shared_targets(written)
+    problems += _past_problems(past) if past is not None and not past.is_dir() else []
     for token in tokens:
         try:
             from_token(token)
         except TokenError as error:
             problems.append(f"--replay: {str(error).removesuffix('.')}")
-    if problems:
-        raise click.UsageError(f"{'; '.join(problems)}.")
-    if not tokens:
-        require("selfattn conform --explore", ["hypothesis"], "search")
-    device = devices[0] if devices else ""
-    kept = PastFailures.read(past) if past is not None else PastFailures()
-    reports = []
-    for name in dict.fromkeys(names):
-        report = search_backend(
-            name,
-            seed=seed,
-            seconds=seconds,
-            tokens=tokens,
-            past=kept.of(name),
-            device=device,
-            tell=lambda words, name=name: click.echo(f"{name}: {words.splitlines()[-1]}", err=True),  # type: ignore[misc]
-        )
-        reports.append(report)
-        if report.search is not None:
-            kept.add(name, [found.token for found in report.search.findings])
-            if report.search.ended == "interrupt":
-                break
-    if past is not None:
-        kept.write(past)
-    data = as_data(reports, seed=seed, device=device)
-    show(data, error_stream=STANDARD_OUTPUT in targets.values())
-    write = forms()
-    write_reports(targets, lambda form: write[form](data))
+    return problems
+
+
+def _past_problems(past: Path) -> list[str]:
+    from selfattn_core.conformance.search.past import PastFailures
+
+    if not is_replaced(past):
+        return [f"--failures {past}: is a device or a pipe, expected a file that keeps its lines"]
+    try:
+        PastFailures(past).of("")
+    except ValueError as error:
+        return [f"--failures {str(error).removesuffix('.')}"]
+    return []
+
+
+def _searched(
+    names: Sequence[str],
+    *,
+    seed: int,
+    seconds: float,
+    kept: "PastFailures | None",
+    tokens: Sequence[str],
+    device: str,
+) -> "tuple[list[BackendReport], int]":
+    """The reports up to Ctrl-C or a signal, and the exit code that the signal asks for, or 0."""
+    from selfattn_core.conformance.search.run import search_backend
+
+    reports: list[BackendReport] = []
+    try:
+        for name in dict.fromkeys(names):
+            report = search_backend(
+                name,
+                seed=seed,
+                seconds=seconds,
+                tokens=tokens,
+                past=() if kept is None else kept.of(name),
+                device=device,
+                tell=lambda words, name=name: click.echo(f"{name}: {words}", err=True),  # type: ignore[misc]
+            )
+            reports.append(report)
+            if report.search is not None and report.search.ended == "interrupt":
+                return reports, report.search.exit_code
+    except (KeyboardInterrupt, SystemExit) as error:
+        # A backend was being started. What the others showed is still reported.
+        if not reports:
+            raise
+        code = error.code if isinstance(error, SystemExit) else CHECK_FAILED
+        return reports, code if isinstance(code, int) else CHECK_FAILED
+    return reports, 0
+
+
+def _search_code(reports: "Sequence[BackendReport]") -> int:
     if any(report.refused for report in reports):
         return BAD_INPUT
-    interrupted = any(report.search is not None and report.search.ended == "interrupt" for report in reports)
-    if interrupted or any(not (report.passed or report.missing or report.absent) for report in reports):
+    if any(not (report.passed or report.missing or report.absent) for report in reports):
         return CHECK_FAILED
     return MISSING if any(report.missing or report.absent for report in reports) else 0
 

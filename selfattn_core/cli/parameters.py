@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import click
 from selfattn_core.cli import completion
 from selfattn_core.files.targets import report_target, target_problems
 
-__all__ = ["NamedPath", "checked_target", "given_settings", "report_option"]
+__all__ = ["NamedPath", "Seconds", "checked_target", "given_settings", "report_option"]
 
 
 class NamedPath(click.Path):
@@ -22,6 +23,27 @@ class NamedPath(click.Path):
         """The path, if the value is not empty."""
         if value == "":
             self.fail("the path is empty; name a file.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Seconds(click.FloatRange):
+    """A positive number of seconds, for the option `--explore`, whose value may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, if it is finite. The name of a backend is not one."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            self.fail(
+                f"got {value!r}, expected a number of seconds: write BACKEND before --explore, or --explore=60.",
+                param,
+                ctx,
+            )
+        if not math.isfinite(seconds):
+            self.fail(f"got {value}, expected a positive number of seconds, such as 60.", param, ctx)
         return super().convert(value, param, ctx)
 
 

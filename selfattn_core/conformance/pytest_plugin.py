@@ -4,8 +4,11 @@
 
 adds one item for each case in each dtype and layout to the collected tests. To run nothing else, name a folder without
 tests, or this package: `--pyargs selfattn_core.conformance`. `-k` and `--deselect` select items. Only the selected ones are
-computed, in one process for each backend. `--selfattn-replay TOKEN` adds an item that repeats what a search found. An unclaimed run is a skipped test with that reason. If a backend claims no run
-of the level, or declines all claimed ones, its items fail.
+computed, all runs of a backend in one process. An unclaimed run is a skipped test with that reason. If a backend claims no
+run of the level, or declines all claimed ones, its items fail.
+
+`--selfattn-replay TOKEN` adds an item that repeats what a search found. Each of these starts a process of its own. An
+unclaimed token is a skipped test. A token that cannot be judged fails.
 
 The plugin must be named on the command line. It is not an entry point, so installing selfattn changes no other test runs.
 """
@@ -217,7 +220,7 @@ class ReplayItem(pytest.Item):
         self.token = token
 
     def runtest(self) -> None:
-        """Pass, or fail with what the probe shows."""
+        """Pass, fail with what the probe shows, or skip if the backend does not claim the probe."""
         assert self.parent is not None  # noqa: S101 - for the type
         devices = self.config.getoption("selfattn_device")
         report = search_backend(self.parent.name, tokens=[self.token], device="".join(devices))
@@ -225,9 +228,16 @@ class ReplayItem(pytest.Item):
             raise NotConformantError(f"{', '.join(report.missing)} not installed")
         if report.search is None:
             raise NotConformantError(f"did not start: {report.error}")
+        if report.search.ended == "interrupt":
+            raise SystemExit(report.search.exit_code) if report.search.exit_code else KeyboardInterrupt
+        for skipped in report.search.skipped:
+            words = f"{skipped.why}: {skipped.message}"
+            if skipped.why == "unclaimed":
+                pytest.skip(words)
+            raise NotConformantError(words)
         if report.search.findings:
             words = "\n".join(
-                f"{found.status}: {found.rule}: {found.message}" for found in report.search.findings
+                f"{found.status}: {found.property}: {found.message}" for found in report.search.findings
             )
             again = replay_line(self.parent.name, self.token, device="".join(devices))
             raise NotConformantError(words, again)

@@ -98,14 +98,15 @@ class BackendReport:
     def passed(self) -> bool:
         """Whether the backend started, answered all claimed runs, and each answer was right or an expected failure.
 
-        A search passes if it asked something and found nothing.
+        A search passes if it was not interrupted, judged an answer and found nothing.
         """
         answered = [outcome for outcome in self.outcomes if outcome.status != "unclaimed"]
         right = ("pass", "expected-failure")
         if self.error or not all(outcome.status in right for outcome in answered):
             return False
         if self.search is not None:
-            return not self.search.findings and self.search.probes > 0
+            search = self.search
+            return not search.findings and search.answered > 0 and search.ended != "interrupt"
         return bool(answered)
 
     def conformant(self, level: Level) -> bool:

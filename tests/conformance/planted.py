@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -438,12 +439,16 @@ class ZeroBiases(Reference):
 
 
 class SometimesWrong(Reference):
-    calls = 0
+    calls, every = 0, 97
 
     def forward(self, model, x):
         self.calls += 1
         y = super().forward(model, x)
-        return y + 1 if self.calls % 97 == 0 else y
+        return y + 1 if self.calls % self.every == 0 else y
+
+
+class OftenWrong(SometimesWrong):
+    every = 5
 
 
 class DiesOfRows(Reference):
@@ -476,6 +481,48 @@ class GrowsAnswers(Reference):
             if x.shape[0] == 3
             else super().forward(model, x)
         )
+
+
+class DiesAndGrows(DiesOfRows, GrowsAnswers):
+    """Two failures without an answer, of which neither explains the other."""
+
+
+class WritesAndErrs(Reference):
+    """Two properties that one call violates."""
+
+    def forward(self, model, x):
+        y = super().forward(model, x) + 1
+        if x.size and x.flags.writeable:
+            x.reshape(-1)[0] += 1
+        return y
+
+
+class ForwardOnly(Reference):
+    def claims(self):
+        return {"forward"}
+
+
+class StartsOnce(TransposesSquares):
+    """A backend that cannot be started again, as when a device is taken by another process."""
+
+    def __init__(self):
+        super().__init__()
+        started = Path(os.environ["PLANTED_STARTED"])
+        if started.exists():
+            raise RuntimeError("the device is taken")
+        started.touch()
+
+
+class LeavesChild(Reference):
+    """A backend with a child that keeps the pipes open, such as a worker that loads data."""
+
+    def forward(self, model, x):
+        if os.fork() == 0:
+            if x.shape[0] == 1:
+                os.setsid()
+            time.sleep(30)
+            os._exit(0)
+        return super().forward(model, x)
 
 
 class NarrowRowSums(Layer):

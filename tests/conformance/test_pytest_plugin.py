@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from selfattn_core.conformance.cases.table import all_runs
+from selfattn_core.conformance.search.probe import Probe, Step
+from selfattn_core.conformance.search.token import to_token
 
 HERE = Path(__file__).parent
 
@@ -191,3 +193,23 @@ def test_a_device(theirs):
     result = run_pytest(theirs, *chosen, "--selfattn-device", "toy", "--selfattn-device", "cpu")
     assert result.returncode == 4
     assert "got toy and cpu; expected one device a run" in result.stderr
+
+
+def test_a_token_is_an_item_that_fails_is_skipped_or_cannot_be_judged(theirs):
+    asked = ["--pyargs", "selfattn_core.conformance", "-k", "S1", "-rs", "--selfattn-backend"]
+    mixed, undecided, params = (
+        to_token(probe)
+        for probe in (
+            Probe(steps=(Step("mixed"),)),
+            Probe(pool=2, rows="equal"),
+            Probe(steps=(Step("params"),)),
+        )
+    )
+    options = [option for token in (mixed, undecided) for option in ("--selfattn-replay", token)]
+    judged = run_pytest(theirs, *asked, "planted:ForwardOnly", *options)
+    assert "unclaimed: the backend does not claim mixed" in judged.stdout
+    assert "undecided: " in judged.stdout
+    assert "1 failed, 1 skipped" in judged.stdout
+    wrong = run_pytest(theirs, *asked, "planted:OwnParams", "--selfattn-replay", params)
+    assert "fail: weights are copies" in wrong.stdout
+    assert f"selfattn conform planted:OwnParams --replay {params}" in wrong.stdout

@@ -18,15 +18,17 @@ from selfattn_core.conformance.protocol import Claims
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, as_table, schema
 from selfattn_core.conformance.search import explore
-from selfattn_core.conformance.search.asking import ask_steps
+from selfattn_core.conformance.search.asking import Answers, ask_steps
 from selfattn_core.conformance.search.drawing import drawn
 from selfattn_core.conformance.search.judging import findings, worst
 from selfattn_core.conformance.search.material import material
 from selfattn_core.conformance.search.past import PastFailures
 from selfattn_core.conformance.search.probe import ASKS, Probe, Step
+from selfattn_core.conformance.search.process import Ready
 from selfattn_core.conformance.search.run import search_backend
 from selfattn_core.conformance.search.strategies import probes
 from selfattn_core.conformance.search.token import TokenError, from_token, to_token
+from selfattn_core.conformance.search.views import viewed
 from tests.conformance import planted
 
 CLAIMS = Claims({*Reference().claims(), "updated"}, Reference().layouts(), Reference().dtypes())
@@ -238,19 +240,211 @@ def test_a_flaky_backend_is_told_as_flaky(on_path):
 
 def test_past_failures_come_first(on_path, tmp_path):
     found = to_token(Probe(steps=(Step("vjp"), Step("map")), channels=5, value=5))
-    path = tmp_path / "failures.txt"
-    past = PastFailures()
-    past.add("planted:MapOverwrites", [found])
-    past.add("torch", [to_token(Probe())])
-    past.write(path)
-    again = PastFailures.read(path)
-    assert again == past
-    report = search_backend("planted:MapOverwrites", seconds=1, past=again.of("planted:MapOverwrites"))
+    past = PastFailures(tmp_path / "failures.txt")
+    past.add({"planted:MapOverwrites": [found], "torch": [to_token(Probe())]})
+    assert past.of("torch") == (to_token(Probe()),)
+    report = search_backend("planted:MapOverwrites", seconds=1, past=past.of("planted:MapOverwrites"))
     assert report.search is not None
     assert report.search.findings[0].token == found
+
+
+def test_a_file_of_failures_keeps_what_is_not_ours(tmp_path):
+    path = tmp_path / "failures.txt"
+    theirs = "# of the release in May\nmine:Backend S0:old:00\n\ntorch S1::97fb"
+    path.write_text(theirs, encoding="utf-8")
+    past = PastFailures(path)
+    before = path.stat()
+    past.add({"torch": ["S1::97fb"], "mine:Backend": []})
+    assert path.stat() == before, "not written again"
+    past.add({"torch": ["S1::97fb", "S1:gamma=-6.0:11e6"]})
+    assert path.read_text(encoding="utf-8") == f"{theirs}\ntorch S1:gamma=-6.0:11e6\n"
     path.write_text("a-line-without-a-token\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 1 is 'a-line-without-a-token', expected a backend, a space"):
-        PastFailures.read(path)
+        past.of("torch")
+
+
+def test_skipped_past_failures_are_told(on_path):
+    told: list[str] = []
+    mixed = to_token(Probe(steps=(Step("mixed"),)))
+    report = search_backend("planted:ForwardOnly", seconds=1, past=["S0:old:00", mixed], tell=told.append)
+    assert report.search is not None
+    assert [(each.token, each.why) for each in report.search.skipped] == [
+        ("S0:old:00", "stale"),
+        (mixed, "unclaimed"),
+    ]
+    assert "got a token of version 0" in told[0]
+    assert told[1] == f"skipped {mixed}: unclaimed: the backend does not claim mixed"
+
+
+def test_past_failures_that_hang_end_the_search(on_path):
+    past = [to_token(Probe(height=1, width=9 + more)) for more in range(5)]
+    report = search_backend("planted:HangsOfRows", seconds=60, past=past, timeout=1)
+    assert report.search is not None
+    assert report.search.probes == 3
+    assert report.search.ended == "gave up"
+
+
+def test_failures_without_an_answer_do_not_explain_each_other(on_path):
+    past = [to_token(Probe(height=1, width=9)), to_token(Probe(batch=3))]
+    report = search_backend("planted:DiesAndGrows", seconds=0.1, past=past)
+    assert report.search is not None
+    assert [found.property for found in report.search.findings][:2] == ["crash", "answers are arrays"]
+
+
+class InProcess:
+    """A backend in this process, and an exception instead of one answer."""
+
+    def __init__(self, backend, stop: BaseException | None = None, *, wrong: int = -1, at: int = -1) -> None:
+        self.backend, self.stop, self.wrong, self.at = backend, stop, wrong, at
+        self.asked = self.failed = 0
+
+    def start(self) -> Ready:
+        return Ready({}, (), CLAIMS, {})
+
+    def ask(self, probe: Probe) -> Answers:
+        self.asked += 1
+        answers = ask_steps(self.backend, probe)
+        self.failed += bool(findings(probe, answers))
+        if self.stop is not None and (self.asked == self.at or self.failed == self.wrong):
+            raise self.stop
+        return answers
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"), [(KeyboardInterrupt(), 0), (SystemExit(143), 143), (SystemExit(129), 129)]
+)
+def test_what_stops_a_search_is_no_failure_of_a_probe(stop, code):
+    process = InProcess(Reference(), stop, at=5)
+    search = explore.explore(process, seconds=60)
+    assert (process.asked, search.findings, search.ended, search.exit_code) == (5, (), "interrupt", code)
+
+
+@pytest.mark.parametrize("wrong", [2, 3, 6])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_failure_that_is_being_made_smaller_is_kept(stop, wrong):
+    process = InProcess(planted.TransposesSquares(), stop, wrong=wrong)
+    search = explore.explore(process, seconds=60)
+    assert process.failed == wrong
+    assert search.ended == "interrupt"
+    (found,) = search.findings
+    assert findings(from_token(found.token), ask_steps(planted.TransposesSquares(), from_token(found.token)))
+
+
+def test_a_signal_while_a_probe_is_drawn_ends_the_search(monkeypatch):
+    draws = iter(range(1000))
+
+    def drawn_until(*arguments, **options):
+        if next(draws) == 9:
+            raise SystemExit(143)
+        return drawn(*arguments, **options)
+
+    monkeypatch.setattr("selfattn_core.conformance.search.strategies.drawn", drawn_until)
+    process = InProcess(Reference())
+    search = explore.explore(process, seconds=60)
+    assert (search.ended, search.exit_code) == ("interrupt", 143)
+    assert process.asked <= 12
+
+
+def test_a_bug_of_the_kit_is_not_taken_for_one_of_the_backend():
+    process = InProcess(Reference(), ZeroDivisionError("in the kit"), at=5)
+    with pytest.raises(ZeroDivisionError, match="in the kit"):
+        explore.explore(process, seconds=60)
+    assert process.asked == 5
+
+
+def test_a_backend_that_does_not_start_again_ends_the_search(on_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLANTED_STARTED", str(tmp_path / "started"))
+    report = search_backend("planted:StartsOnce", seconds=30)
+    assert report.search is not None, report.error
+    assert [found.property for found in report.search.findings] == ["definition", "starts again"]
+    assert "the device is taken" in report.search.findings[1].message
+    assert report.search.ended == "gave up"
+
+
+def test_a_random_failure_is_told_once():
+    process = InProcess(planted.OftenWrong())
+    search = explore.explore(process, seconds=4)
+    assert process.failed > 3
+    assert [(found.status, found.quantity) for found in search.findings] == [("flaky", "y")]
+
+
+def test_a_replay_parts_what_is_flaky_from_what_fails(monkeypatch):
+    def found(quantity):
+        return explore.Finding("definition", "vjp", quantity, f"{quantity} is wrong")
+
+    shown = iter([(found("x"), found("gamma")), (found("x"), found("key.kernel"))])
+    monkeypatch.setattr(explore, "findings", lambda *_: next(shown))
+    search = explore.replay(InProcess(Reference()), [to_token(Probe())])
+    assert {each.quantity: each.status for each in search.findings} == {
+        "x": "fail",
+        "gamma": "flaky",
+        "key.kernel": "flaky",
+    }
+
+
+def test_every_property_that_the_smallest_probe_violates_is_told():
+    search = explore.explore(InProcess(planted.WritesAndErrs()), seconds=3)
+    told = {found.property: found.token for found in search.findings if found.ask == "forward"}
+    assert set(told) == {"definition", "arguments untouched"}
+    assert told["definition"] == told["arguments untouched"]
+
+
+def test_arrays_that_are_wrong_in_one_call_are_told_together():
+    search = explore.explore(InProcess(planted.SmallGradients()), seconds=4)
+    assert any("; likewise " in found.message for found in search.findings)
+    assert len({(found.property, found.ask) for found in search.findings}) == len(search.findings)
+
+
+def test_a_long_search_tells_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(explore, "_TELL_SECONDS", 0.0)
+    told: list[str] = []
+    explore.explore(InProcess(Reference()), seconds=0.5, tell=told.append)
+    assert "probes asked in" in told[0]
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_search_needs_a_time(seconds):
+    with pytest.raises(ValueError, match="expected a positive number of seconds"):
+        explore.explore(InProcess(Reference()), seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("probe", "why"),
+    [
+        (Probe(steps=(Step("vjp"),)), "unclaimed: the backend does not claim vjp"),
+        (Probe(norm=True), "unclaimed: the backend does not claim spectral_norm"),
+        (Probe(dtype="bfloat16"), "unclaimed: the backend does not claim bfloat16"),
+        (Probe(pool=2, rows="equal"), "undecided: "),
+    ],
+)
+def test_a_replay_without_a_judged_answer_does_not_pass(on_path, probe, why):
+    report = search_backend("planted:ForwardOnly", tokens=[to_token(probe)])
+    assert report.search is not None
+    assert report.search.findings == ()
+    assert not report.passed
+    assert f"skipped {to_token(probe)}: {why}" in as_table(as_data([report], seed=0))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_child_of_the_backend_does_not_hold_up_the_end(on_path, batch):
+    began = time.monotonic()
+    report = search_backend("planted:LeavesChild", tokens=[to_token(Probe(batch=batch))])
+    assert report.search is not None
+    assert report.search.findings == ()
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 1, 3), (2, 3, 4, 1), (2, 1, 1, 3), (2, 3, 4, 5)])
+@pytest.mark.parametrize("view", ["", "strided", "transposed", "reversed", "still"])
+def test_a_view_is_never_the_memory_of_the_kit(view, shape):
+    maps = np.ones(shape) if view == "still" else np.random.default_rng(2).standard_normal(shape)
+    found = viewed(maps, view)
+    assert not np.shares_memory(found, maps)
+    np.testing.assert_array_equal(found, maps)
 
 
 @pytest.mark.parametrize(
@@ -405,12 +599,62 @@ def test_the_command(on_path, tmp_path):
         (["planted:Right", "--explore", "--case", "SA-FWD-001"], "run different things: pass one of them"),
         (["planted:Right", "--failures", "f.txt"], "only a search reads it: pass --explore too"),
         (["planted:Right", "--explore", "0"], "0.0 is not in the range x>0"),
+        (["planted:Right", "--explore", "nan"], "got nan, expected a positive number of seconds, such as 60"),
+        (["planted:Right", "--explore", "inf"], "got inf, expected a positive number of seconds, such as 60"),
+        (["--explore", "torch"], "write BACKEND before --explore, or --explore=60"),
+        (["--diff", "a.json", "b.json", "--failures", "f.txt"], "--diff compares two files and runs nothing"),
+        (["--diff", "a.json", "b.json", "--generated", "3"], "--diff compares two files and runs nothing"),
     ],
 )
 def test_wrong_usage(arguments, words):
     result = selfattn(*arguments)
     assert result.returncode == 2
     assert words in " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("absent/f.txt", "--failures absent/f.txt: there is no folder absent"),
+        (".", "--failures .: is a folder, where a file is expected"),
+        ("bad.txt", "--failures bad.txt: line 1 is 'nothing', expected a backend, a space and a token"),
+        ("report.json", "--json and --failures cannot all go to"),
+        (os.devnull, "is a device or a pipe, expected a file that keeps its lines"),
+    ],
+)
+def test_a_file_of_failures_is_checked_first(tmp_path, name, words):
+    (tmp_path / "bad.txt").write_text("nothing\n", encoding="utf-8")
+    result = selfattn(
+        "planted:Right",
+        "--explore",
+        "600",
+        "--failures",
+        name,
+        "--json",
+        "report.json",
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert words in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.txt"]
+
+
+def test_a_file_of_failures_that_breaks_does_not_lose_the_report(on_path, tmp_path):
+    """The file is damaged while the search runs."""
+    past = tmp_path / "failures.txt"
+    command = [sys.executable, "-m", "selfattn_core", "conform", "planted:OwnParams", "--explore", "4"]
+    with subprocess.Popen(
+        [*command, "--failures", str(past)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert next(line for line in process.stderr if "probes asked" not in line)
+        past.write_text("nothing\n", encoding="utf-8")
+        shown, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "--replay S1:" in shown
+    assert past.read_text(encoding="utf-8") == "nothing\n"
 
 
 def test_what_an_interrupted_search_found_is_told(on_path):
@@ -422,8 +666,7 @@ def test_what_an_interrupted_search_found_is_told(on_path):
     command = [sys.executable, "-c", script, "conform", "planted:OwnParams", "--explore", "600"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        assert "weights are copies" in line
+        assert next(line for line in process.stderr if "probes asked" not in line)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         shown, told = process.communicate(timeout=60)

@@ -103,3 +103,47 @@ def test_who_waits_in_another_thread_can_stop_it(beats):
     with pytest.raises(CancelledError):
         run_backend("toy_backends:NeverAnswers", runs=all_runs(level="core"), stop=stop)
     assert beats.stopped()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_what_a_search_found_outlives_a_signal(on_path, tmp_path, number, code):
+    """While hypothesis runs, which takes the exception of a signal for a failure of the probe."""
+    asked = [sys.executable, "-c", COMMAND, "conform", "planted:OwnParams", "--explore", "600"]
+    kept = ["--failures", "failures.txt", "--json", "report.json"]
+    with subprocess.Popen(
+        [*asked, *kept], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        try:
+            assert process.stderr is not None
+            assert next(line for line in process.stderr if "probes asked" not in line)
+            time.sleep(0.5)
+            process.send_signal(number)
+            shown, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == code, told
+    assert told.count(f"Error: {signal.Signals(number).name} ended this command") == 1
+    assert "Traceback" not in told
+    assert "it was interrupted, and found" in shown
+    assert "planted:OwnParams S1:" in (tmp_path / "failures.txt").read_text(encoding="utf-8")
+    assert '"ended": "interrupt"' in (tmp_path / "report.json").read_text(encoding="utf-8")
+
+
+def test_a_report_outlives_a_signal_while_the_next_backend_is_imported(beats, tmp_path):
+    asked = [sys.executable, "-c", COMMAND, "conform", "planted:OwnParams", "toy_backends:NeverStarts"]
+    with subprocess.Popen(
+        [*asked, "--replay", "S1:steps=params:2042"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert wait_for(beats.processes)
+            process.send_signal(signal.SIGINT)
+            shown, told = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert "weights are copies" in shown
+    assert "Traceback" not in told
+    assert beats.stopped()

@@ -199,6 +199,13 @@ class NeverAnswers(InferenceOnly):
             time.sleep(0.05)
 
 
+class NeverStarts(NeverAnswers):
+    """Its import takes for ever."""
+
+    def __init__(self):
+        self.forward(None, None)
+
+
 class ClaimsNothing(Core):
     def claims(self):
         return frozenset()

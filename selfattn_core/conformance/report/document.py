@@ -13,7 +13,7 @@ from selfattn_core import __version__, spec
 from selfattn_core.conformance.cases.families import LEVELS, Level
 from selfattn_core.conformance.mutants.selftest import Kill
 from selfattn_core.conformance.results import BackendReport, Outcome
-from selfattn_core.conformance.search.finding import Finding, Search
+from selfattn_core.conformance.search.finding import Finding, Search, Skipped
 from selfattn_core.conformance.verdicts.tolerance import FACTORS, SHIPPED_FACTORS
 
 __all__ = ["SCHEMA", "as_data", "schema"]
@@ -125,15 +125,21 @@ def _search(search: Search) -> dict[str, Any]:
         "seconds": round(search.seconds, 2),
         "budget": search.budget,
         "probes": search.probes,
+        "answered": search.answered,
         "steps": search.steps,
         "ended": search.ended,
         "findings": [_finding(found) for found in search.findings],
+        "skipped": [_skipped(each) for each in search.skipped],
     }
+
+
+def _skipped(skipped: Skipped) -> dict[str, str]:
+    return {"token": _shown(skipped.token), "why": skipped.why, "message": _shown(skipped.message)}
 
 
 def _finding(found: Finding) -> dict[str, Any]:
     return {
-        "property": found.rule,
+        "property": found.property,
         "ask": found.ask,
         "quantity": _shown(found.quantity),
         "status": found.status,

@@ -270,7 +270,7 @@ def search_words(backend: Data) -> str:
 
     Example:
         >>> search = {"seed": 3, "seconds": 60.2, "budget": 600, "probes": 600, "steps": 1700, "ended": "budget"}
-        >>> search_words({"search": {**search, "findings": []}})
+        >>> search_words({"search": {**search, "findings": [], "skipped": []}})
         '600 probes with 1700 calls in 60 s at seed 3; it asked all that it was to ask, and found nothing'
     """
     search = backend.get("search")
@@ -280,14 +280,17 @@ def search_words(backend: Data) -> str:
         "budget": "it asked all that it was to ask",
         "time": f"the time ended it before it had drawn {search['budget']} probes",
         "interrupt": "it was interrupted",
-        "gave up": "it gave up, after three timeouts in a row or twenty failures",
+        "gave up": "it gave up, after three timeouts in a row, twenty failures, or a backend that did not start again",
         "replay": "it repeated tokens",
     }[search["ended"]]
     number = len(search["findings"])
     found = "nothing" if not number else "one failure" if number == 1 else f"{number} failures"
     seed = "" if search["ended"] == "replay" else f" at seed {search['seed']}"
     extent = f"{search['probes']} probes with {search['steps']} calls in {search['seconds']:.0f} s{seed}"
-    return f"{extent}; {why}, and found {found}"
+    skipped = "".join(
+        f"; skipped {each['token']}: {each['why']}: {each['message']}" for each in search["skipped"]
+    )
+    return f"{extent}; {why}, and found {found}{skipped}"
 
 
 def problems(data: Data, backend: Data) -> list[Problem]:

@@ -12,7 +12,7 @@ from selfattn_core.conformance.cases.case import SIXTEEN_BITS
 from selfattn_core.conformance.protocol import Claims
 from selfattn_core.conformance.search.probe import Probe, Step
 
-__all__ = ["Choose", "drawn", "fitted"]
+__all__ = ["Choose", "drawn", "fitted", "needs", "unclaimed"]
 
 Choose = Callable[[Sequence[Any]], Any]
 """Takes one of some choices."""
@@ -28,6 +28,8 @@ _ABILITIES = {
     "params": {"params"},
     "saved": {"saved"},
     "updated": {"updated"},
+    "compiled_forward": {"compiled"},
+    "compiled_vjp": {"compiled", "vjp"},
 }
 """The abilities that a step needs beside forward. "updated" stands for the optional method `update`."""
 
@@ -104,6 +106,39 @@ _MOST_EQUAL_TERMS = 32
 """Twice the cap of a value in ulp."""
 
 _SEEDS = 2**16
+
+
+def needs(probe: Probe) -> Claims:
+    """The least that a backend claims if it must answer a probe.
+
+    Args:
+        probe: the probe. "updated" among its abilities stands for the optional method `update`.
+
+    Example:
+        >>> sorted(needs(Probe(steps=(Step("mixed"),), norm=True)).abilities)
+        ['forward', 'mixed', 'spectral_norm']
+    """
+    abilities = {"forward"}.union(*(_ABILITIES.get(step.ask, set()) for step in probe.steps))
+    return Claims(abilities | ({"spectral_norm"} if probe.norm else set()), (probe.layout,), (probe.dtype,))
+
+
+def unclaimed(probe: Probe, claims: Claims) -> list[str]:
+    """What a probe needs and a backend does not claim.
+
+    Args:
+        probe: the probe.
+        claims: the claims of the backend, as for `drawn`.
+
+    Example:
+        >>> unclaimed(Probe(steps=(Step("vjp"),)), Claims(["forward"], ["channels_last"], ["float64"]))
+        ['vjp', 'float32']
+    """
+    needed = needs(probe)
+    return [
+        *sorted(set(needed.abilities) - {*claims.abilities, "forward"}),
+        *sorted(set(needed.layouts) - set(claims.layouts)),
+        *sorted(set(needed.dtypes) - set(claims.dtypes)),
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""What the search found: one failure, with the smallest probe that shows it."""
+"""What the search found: failures, each with the smallest probe that shows it."""
 
+import builtins
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Finding", "Kind", "Search", "Status"]
+__all__ = ["Finding", "Kind", "Search", "Skipped", "Status"]
 
 Status = Literal["fail", "error", "flaky"]
 Kind = tuple[str, str, str]
@@ -14,7 +15,7 @@ class Finding:
     """One failure.
 
     Args:
-        rule: the property that does not hold, such as "definition" or "arguments untouched".
+        property: what does not hold, such as "definition" or "arguments untouched".
         ask: the step that shows it.
         quantity: the array that shows it. Empty if there is none.
         message: the verdict.
@@ -24,7 +25,7 @@ class Finding:
         probes: the number of probes that the search had asked when it met the failure.
     """
 
-    rule: str
+    property: str
     ask: str
     quantity: str
     message: str
@@ -33,10 +34,26 @@ class Finding:
     words: str = ""
     probes: int = 0
 
-    @property
+    @builtins.property
     def kind(self) -> Kind:
         """What keeps failures apart: the property, the step and the quantity."""
-        return self.rule, self.ask, self.quantity
+        return self.property, self.ask, self.quantity
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A token without an answer to judge.
+
+    Args:
+        token: the token.
+        why: "stale" if this version cannot replay it, "unclaimed" if the backend does not claim what it needs or declines
+            its layer, and "undecided" if two correct implementations could answer differently.
+        message: the reason.
+    """
+
+    token: str
+    why: Literal["stale", "unclaimed", "undecided"]
+    message: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,9 @@ class Search:
         steps: the number of their calls.
         findings: the failures, each of another kind.
         ended: why it ended: "budget", "time", "interrupt", "gave up", or "replay" if it only repeated tokens.
+        answered: the number of probes that were judged. The backend declined the others.
+        skipped: the tokens without an answer to judge.
+        exit_code: what the signal that ended it asks a command to exit with. 0 if there was none, or if it was Ctrl-C.
     """
 
     seed: int = 0
@@ -60,3 +80,6 @@ class Search:
     steps: int = 0
     findings: tuple[Finding, ...] = ()
     ended: Literal["budget", "time", "interrupt", "gave up", "replay"] = "budget"
+    answered: int = 0
+    skipped: tuple[Skipped, ...] = ()
+    exit_code: int = 0

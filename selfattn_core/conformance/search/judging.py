@@ -1,4 +1,4 @@
-"""Judging the answers to a probe: by the definition and the tolerances of the table, and by properties that need no spec."""
+"""Judging the answers to a probe: by the definition and the tolerances of the table, and by what needs no definition."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -40,7 +40,7 @@ _RELATIONS: Mapping[str, str] = {
     "doubled": "linear in the value",
     "shifted": "no effect of the key bias",
 }
-"""The property of each step that is compared with the answer of `forward`."""
+"""The property of each step whose answer follows from that of `forward`. It is judged by the definition, like any other."""
 
 
 def findings(probe: Probe, answers: Answers) -> tuple[Finding, ...]:

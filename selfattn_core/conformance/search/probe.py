@@ -37,7 +37,7 @@ ASKS = (
 - "saved" replaces the layer by one from a file, and "updated" gives the layer other weights. Later steps ask the new layer.
 - "refilled" calls `forward` twice with one array, whose numbers are others the second time.
 - "permuted" exchanges positions, "alone" asks for one sample of the batch, "doubled" doubles the value projection, and
-  "shifted" adds a constant to the key bias. Each is compared with the answer of `forward`.
+  "shifted" adds a constant to the key bias. The definition says what each gives.
 """
 
 STEP_PLACES = ("", "input", "layer")

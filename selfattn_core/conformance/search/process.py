@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +30,7 @@ _Event = tuple[dict[str, Any], Sequence[Array]]
 
 _STARTUP_SECONDS = 300.0
 _LOOK_AGAIN_SECONDS = 0.1
+_READER_SECONDS = 1.0
 
 
 class NotStartedError(Exception):
@@ -96,6 +99,7 @@ class Process:
         self.ready: Ready | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
+        self._reader: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -122,9 +126,12 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
+                # With its children it is a group of its own, which ends as a whole, and which Ctrl-C does not reach.
+                start_new_session=True,
             )
         self._events = queue.SimpleQueue()
-        threading.Thread(target=_read, args=(self._process, self._events), daemon=True).start()
+        self._reader = threading.Thread(target=_read, args=(self._process, self._events), daemon=True)
+        self._reader.start()
         found, ending = self._event(_STARTUP_SECONDS)
         if found is None:
             self.end()
@@ -178,14 +185,20 @@ class Process:
         return Answers(steps, [Touched(*each) for each in event["touched"]])
 
     def end(self) -> None:
-        """End the process."""
+        """End the process and its children."""
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    _close(stream)
+        reader, self._reader = self._reader, None
+        if process is None:
+            return
+        _kill(process)
+        process.wait()
+        if process.stdin is not None:
+            _close(process.stdin)
+        if reader is not None:
+            reader.join(_READER_SECONDS)
+        # A child that has left the group may keep the pipe open. Closing it would wait for the thread that reads from it.
+        if process.stdout is not None and (reader is None or not reader.is_alive()):
+            _close(process.stdout)
 
     @property
     def _output(self) -> Path:
@@ -200,6 +213,9 @@ class Process:
             try:
                 event = self._events.get(timeout=_LOOK_AGAIN_SECONDS)
             except queue.Empty:
+                if process.poll() is not None:
+                    # The end of its output comes when its children have closed the pipe too.
+                    _kill(process)
                 continue
             if event is None:
                 code = process.wait()
@@ -212,6 +228,15 @@ class Process:
         """The last lines that the process printed."""
         text = self._output.read_text(encoding="utf-8", errors="replace").strip()
         return " | ".join(text.splitlines()[-3:]) or "it printed nothing"
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and, if the system has process groups, its children, which may outlive it."""
+    if not hasattr(os, "killpg"):
+        process.kill()
+        return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read(process: "subprocess.Popen[bytes]", events: "queue.SimpleQueue[_Event | None]") -> None:

@@ -39,13 +39,15 @@ def search_backend(
         past: tokens of past failures, which a search asks first.
         timeout: the seconds that one probe may take.
         device: the device to compute on, as for `run_backend`.
-        tell: called with a line for each failure.
+        tell: called with a line for each failure and each skipped token, and every ten seconds.
 
     Returns:
-        A report without outcomes, with the results in `search`.
+        A report without outcomes, with the results in `search`. A search that Ctrl-C or a signal stopped has those so far,
+        and `exit_code` has what the signal asked for.
 
     Raises:
-        ValueError: if the name has neither form, the framework cannot have the device, or a token cannot be replayed.
+        ValueError: if the name has neither form, the framework cannot have the device, a token cannot be replayed, or the
+            time is not a positive number of seconds.
         NotInstalledError: if hypothesis is not installed. A replay does not need it.
     """
     if name not in REGISTRY and not is_target(name):

@@ -26,6 +26,8 @@ def probes(claims: Claims, *, small: bool = False) -> "SearchStrategy[Probe]":
 
     Raises:
         NotInstalledError: if hypothesis is not installed.
+
+    If a signal ends the program while a probe is drawn, the strategy raises KeyboardInterrupt from its SystemExit.
     """
     require("selfattn conform --explore", ["hypothesis"], "search")
     from hypothesis import strategies as st
@@ -42,6 +44,10 @@ def probes(claims: Claims, *, small: bool = False) -> "SearchStrategy[Probe]":
                 number = 2 * number + draw(bit)
             return choices[(number * len(choices)) >> width]
 
-        return drawn(choose, claims, small=small)
+        try:
+            return drawn(choose, claims, small=small)
+        except SystemExit as error:
+            # Hypothesis would take it for a failure of the probe, and draw the probe again.
+            raise KeyboardInterrupt from error
 
     return probe()

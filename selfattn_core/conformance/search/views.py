@@ -8,7 +8,7 @@ __all__ = ["viewed"]
 
 
 def viewed(maps: Array, view: str) -> Array:
-    """The same numbers in other memory.
+    """The same numbers in other memory, which is never that of the argument.
 
     Args:
         maps: (B, H, W, C).
@@ -22,9 +22,9 @@ def viewed(maps: Array, view: str) -> Array:
         (0, 0, 0, 0)
     """
     if view == "transposed":
-        return np.moveaxis(np.ascontiguousarray(np.moveaxis(maps, 3, 1)), 1, 3)
+        return np.moveaxis(_copy(np.moveaxis(maps, 3, 1)), 1, 3)
     if view == "reversed":
-        return np.ascontiguousarray(maps[:, ::-1, ::-1, ::-1])[:, ::-1, ::-1, ::-1]
+        return _copy(maps[:, ::-1, ::-1, ::-1])[:, ::-1, ::-1, ::-1]
     if view == "strided":
         batch, height, width, channels = maps.shape
         between = np.zeros((batch, height, 2 * width, 2 * channels), maps.dtype)
@@ -36,3 +36,8 @@ def viewed(maps: Array, view: str) -> Array:
         one = maps[:1, :1, :1, :1].copy()
         return np.lib.stride_tricks.as_strided(one, maps.shape, (0, 0, 0, 0))
     return maps.copy()
+
+
+def _copy(maps: Array) -> Array:
+    """Contiguous memory of its own. `ascontiguousarray` returns its argument where sizes of 1 make any order contiguous."""
+    return np.array(maps, order="C", copy=True)
