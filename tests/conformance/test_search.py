@@ -35,14 +35,11 @@ CLAIMS = Claims({*Reference().claims(), "updated"}, Reference().layouts(), Refer
 
 QUICK = (
     "TransposesSquares",
-    "third_block",
     "OwnParams",
-    "StillGradient",
-    "clamped_gamma",
     "BeginsAnew",
     "MapOverwrites",
 )
-"""Planted bugs that are found within seconds, one of each kind. The others are slow."""
+"""Planted bugs of several kinds that are found within seconds. The tests of the others are slow."""
 
 WITHOUT_SIZES = set(planted.PLANTED) - {
     "SixteenRows",
@@ -105,6 +102,7 @@ def test_every_draw_is_a_layer_that_the_backend_claims():
         }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_draws_reach_what_the_table_does_not_have():
     asked = some_probes(1500)
     for reached in (
@@ -230,6 +228,7 @@ def test_a_run_without_an_answer_is_an_error_and_the_search_goes_on(on_path, nam
     assert found.token == rows
 
 
+@pytest.mark.slow
 def test_a_flaky_backend_is_told_as_flaky(on_path):
     report = search_backend("planted:SometimesWrong", seconds=60)
     assert report.search is not None

@@ -252,6 +252,8 @@ def _read(process: "subprocess.Popen[bytes]", events: "queue.SimpleQueue[_Event 
                 data = stream.read(np.dtype(dtype).itemsize * math.prod(shape))
                 arrays.append(np.frombuffer(data, dtype).reshape(shape))
             events.put((event, arrays))
+    # Here, because the end of the search does not wait for a child that keeps the pipe open.
+    _close(stream)
     events.put(None)
 
 
