@@ -35,7 +35,7 @@ class Projection(nn.Conv2d):
 def project(maps: torch.Tensor, *children: nn.Module, flat: bool) -> tuple[torch.Tensor, ...]:
     """The output (B, D, H, W) of each child, where D is the child's own number of channels, or (B, D, H·W) if `flat`.
 
-    If all children are plain 1×1 convolutions, one product computes them and reads the maps once. If any child is hooked,
+    If all children are plain 1×1 convolutions, one operator computes them and reads the maps once. If any child is hooked,
     parametrised, wrapped or replaced, each child is called.
 
     Args:
@@ -51,27 +51,25 @@ def project(maps: torch.Tensor, *children: nn.Module, flat: bool) -> tuple[torch
         weights.append(weight)
         if bias is not None:
             biases.append(bias)
+    separate = None
     if len(weights) == len(children) and len(biases) in (0, len(children)) and not _are_all_hooked():
         # An exported graph should have the operator that every converter knows, at any size.
         eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        widths = [weight.shape[0] for weight in weights]
         if eager and _are_tiny(maps) and not torch.is_grad_enabled():
             # Without derivatives, joining the kernels would take longer than two more calls.
             pairs = zip(weights, biases or [None] * len(weights), strict=True)
-            outputs = tuple(nn.functional.conv2d(maps, *pair) for pair in pairs)
-            return tuple(output.flatten(2) for output in outputs) if flat else outputs
-        widths = [weight.shape[0] for weight in weights]
-        together = None
+            separate = tuple(nn.functional.conv2d(maps, *pair) for pair in pairs)
         # One axis of positions before the split: three more operations and their derivatives would count on a small map.
-        if eager and _multiplies(maps, sum(widths)):
-            together = _product(maps.flatten(2), _joined(weights), _joined(biases) if biases else None)
-            together = together if flat else together.unflatten(2, maps.shape[2:])
+        elif eager and _multiplies(maps, sum(widths)):
+            positions = _product(maps.flatten(2), *_joined(weights, biases))  # (B, D, N)
+            return _split(positions if flat else positions.unflatten(2, maps.shape[2:]), widths)
         elif maps.shape[1] <= _WIDEST:
-            together = nn.functional.conv2d(maps, _joined(weights), _joined(biases) if biases else None)
-            together = together.flatten(2) if flat else together
-        if together is not None:  # (B, D, N) or (B, D, H, W)
-            return together.split(widths, 1) if len(widths) > 1 else (together,)
-    outputs = tuple(child(maps) for child in children)
-    return tuple(output.flatten(2) for output in outputs) if flat else outputs
+            together = nn.functional.conv2d(maps, *_joined(weights, biases))  # (B, D, H, W)
+            return _split(together.flatten(2) if flat else together, widths)
+    if separate is None:
+        separate = tuple(child(maps) for child in children)
+    return tuple(output.flatten(2) for output in separate) if flat else separate
 
 
 def _are_tiny(maps: torch.Tensor) -> bool:
@@ -95,8 +93,17 @@ def _product(positions: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return torch.bmm(kernels, positions) if bias is None else torch.baddbmm(bias[:, None], kernels, positions)
 
 
-def _joined(parameters: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(parameters) if len(parameters) > 1 else parameters[0]
+def _joined(
+    weights: list[torch.Tensor], biases: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if len(weights) == 1:
+        return weights[0], biases[0] if biases else None
+    return torch.cat(weights), torch.cat(biases) if biases else None
+
+
+def _split(together: torch.Tensor, widths: list[int]) -> tuple[torch.Tensor, ...]:
+    # The split of one part would be one more node of the backward pass.
+    return together.split(widths, 1) if len(widths) > 1 else (together,)
 
 
 def _plain_parameters(child: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:

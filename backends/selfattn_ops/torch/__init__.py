@@ -95,11 +95,9 @@ def attend_transposed(
         torch.Size([1, 3, 6])
     """
     batch, _, rows = query.shape
-    if (
-        type(query) is torch.Tensor
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and _is_small(query, batch, rows, key.shape[2], block_size)
+    compiling = torch.compiler.is_compiling()
+    if not (compiling or _must_be_plain(query, compiling=False)) and _is_small(
+        query, batch, rows, key.shape[2], block_size
     ):
         return dense_transposed(query, key, value)
     operands = (operand.transpose(-2, -1) for operand in (query, key, value))

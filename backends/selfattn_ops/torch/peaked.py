@@ -28,11 +28,15 @@ _FEW = 2**19
 """Scores up to which a look at some rows would take more than a twentieth of the time."""
 
 
-def _spreads(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether the scores of a row can lie so far apart that weights are subnormal."""
+def _suffers(tensor: torch.Tensor) -> bool:
     # Only processors are slow at subnormal numbers, and on other devices the answer would have to be waited for. A tensor
     # of another type, as in FakeTensorMode, may have no numbers.
-    if query.device.type != "cpu" or type(query) is not torch.Tensor:
+    return tensor.is_cpu and type(tensor) is torch.Tensor
+
+
+def _spreads(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether the scores of a row can lie so far apart that weights are subnormal."""
+    if not _suffers(query):
         return False
     # |q·k| <= |q| |k|. torch's norm takes a tenth of a small map's time where the widths are not next to each other.
     longest = [operand.square().sum(-1).amax() for operand in (query, key)]
@@ -65,14 +69,14 @@ def raised(scores: torch.Tensor) -> torch.Tensor:
     """The scores (…, N, M), raised as by `raise_scores` if eight rows, at equal distances, show that it is worth it.
 
     If only rows between them spread too far, they are few, and so is the time that they take. If the eight differ from one
-    another, but none spreads, raising changes nothing.
+    another, but none spreads, raising only takes time.
 
     Example:
         >>> rows = torch.linspace(-200, 0, 1024).expand(1024, 1024).contiguous()
         >>> raised(rows).amin(), raised(rows / 10).amin()
         (tensor(-40.2024), tensor(-20.))
     """
-    if scores.numel() <= _FEW or not scores.is_cpu or type(scores) is not torch.Tensor:
+    if scores.numel() <= _FEW or not _suffers(scores):
         return scores
     known, keys = scores.detach(), scores.shape[-1]
     # Between large products every operator counts, so these are few.
@@ -80,12 +84,17 @@ def raised(scores: torch.Tensor) -> torch.Tensor:
     rows = known.as_strided((min(_ROWS, known.numel() // keys), keys), (step, 1))
     if not float(rows.amax()) - float(rows.amin()) > _NORMAL[scores.dtype]:
         return scores
-    return torch.maximum(scores, known.amax(-1, keepdim=True).sub_(_reach(scores.dtype, keys)))
+    return torch.maximum(scores, _lowest(known, _reach(scores.dtype, keys)))
 
 
 def raise_scores(scores: torch.Tensor, reach: float) -> None:
     """Raise the scores that lie further than `reach` below the largest of their row. NaN stays."""
-    torch.maximum(scores, scores.amax(-1, keepdim=True).sub_(reach), out=scores)
+    torch.maximum(scores, _lowest(scores, reach), out=scores)
+
+
+def _lowest(scores: torch.Tensor, reach: float) -> torch.Tensor:
+    """The score (…, N, 1) to which the lower ones of each row are raised."""
+    return scores.amax(-1, keepdim=True).sub_(reach)
 
 
 def unit(*tensors: torch.Tensor | None) -> float:
