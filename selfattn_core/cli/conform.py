@@ -199,17 +199,13 @@ def _run(
     devices: Sequence[str],
 ) -> int:
     """The exit code of a run. A usage error is raised before anything runs."""
-    from selfattn_core.conformance.backends import REGISTRY, is_target
+    from selfattn_core.conformance.backends import REGISTRY
     from selfattn_core.conformance.execution.runner import run_backend, run_backends
     from selfattn_core.conformance.mutants.selftest import self_test
     from selfattn_core.conformance.report import as_data, show
     from selfattn_core.conformance.reproduce import named_runs
 
-    problems = [
-        f"unknown backend {name}; known are {', '.join(REGISTRY)}, or module:object for your own"
-        for name in names
-        if name not in REGISTRY and not is_target(name)
-    ]
+    problems = _unknown_backends(names)
     chosen = list(dict.fromkeys(names)) or ([] if with_self_test else list(REGISTRY))
     problems += _device_problems(chosen, devices)
     targets = {form: report_target(target) for form, target in targets.items()}
@@ -242,12 +238,7 @@ def _run(
     write = forms()
     write_reports(targets, lambda form: write[form](data))
     _tell_generated(names, generated, seed=seed, error_stream=STANDARD_OUTPUT in targets.values())
-    failed = any(not (report.passed or report.missing or report.absent) for report in reports)
-    if any(report.refused for report in reports):
-        return BAD_INPUT
-    if failed or any(kill.outcome is None for kill in kills):
-        return CHECK_FAILED
-    return MISSING if any(report.missing or report.absent for report in reports) else 0
+    return _exit_code(reports, failed=any(kill.outcome is None for kill in kills))
 
 
 def _tell_generated(names: Sequence[str], count: int, *, seed: int, error_stream: bool) -> None:
@@ -300,7 +291,7 @@ def _search(
         if kept is not None:
             searches = {report.name: report.search for report in reports if report.search is not None}
             kept.add({name: [each.token for each in found.findings] for name, found in searches.items()})
-    return stopped or _search_code(reports)
+    return stopped or _exit_code(reports)
 
 
 def _search_problems(
@@ -311,14 +302,9 @@ def _search_problems(
     targets: Mapping[str, str],
     devices: Sequence[str],
 ) -> list[str]:
-    from selfattn_core.conformance.backends import REGISTRY, is_target
     from selfattn_core.conformance.search.token import TokenError, from_token
 
-    problems = [
-        f"unknown backend {name}; known are {', '.join(REGISTRY)}, or module:object for your own"
-        for name in names
-        if name not in REGISTRY and not is_target(name)
-    ]
+    problems = _unknown_backends(names)
     if not names:
         problems.append(f"{'--replay' if tokens else '--explore'}: name the BACKEND that should answer")
     problems += _device_problems(names, devices)
@@ -382,10 +368,21 @@ def _searched(
     return reports, 0
 
 
-def _search_code(reports: "Sequence[BackendReport]") -> int:
+def _unknown_backends(names: Sequence[str]) -> list[str]:
+    from selfattn_core.conformance.backends import REGISTRY, is_target
+
+    return [
+        f"unknown backend {name}; known are {', '.join(REGISTRY)}, or module:object for your own"
+        for name in names
+        if name not in REGISTRY and not is_target(name)
+    ]
+
+
+def _exit_code(reports: "Sequence[BackendReport]", *, failed: bool = False) -> int:
+    """The exit code of reports. A failed check wins over a missing backend."""
     if any(report.refused for report in reports):
         return BAD_INPUT
-    if any(not (report.passed or report.missing or report.absent) for report in reports):
+    if failed or any(not (report.passed or report.missing or report.absent) for report in reports):
         return CHECK_FAILED
     return MISSING if any(report.missing or report.absent for report in reports) else 0
 

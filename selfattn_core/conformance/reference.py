@@ -217,7 +217,15 @@ class LayerReference(Reference):
         return FirstOrder(self.layer(config, params, maps), gradient)
 
 
-class FusedLayer(Layer):
+class _FromOutput(Layer):
+    """The spec's layer with D from the output, as in fused kernels."""
+
+    def row_sums(self, dA: Array, G: Array) -> Array:  # noqa: ARG002 - this is the other way
+        """D."""
+        return np.asarray((G * self.o).sum(axis=-1, keepdims=True))
+
+
+class FusedLayer(_FromOutput):
     """The spec's layer as fused kernels compute it: exp(s − log Σ exp s), and D from the output. Both are correct."""
 
     def attend(self, config: SelfAttentionConfig) -> None:
@@ -230,12 +238,8 @@ class FusedLayer(Layer):
         self.o = self.store(self.A @ self.v)
         self.z = self.project("out", self.o) if config.out_projection else self.o
 
-    def row_sums(self, dA: Array, G: Array) -> Array:  # noqa: ARG002 - this is the other way
-        """D."""
-        return np.asarray((G * self.o).sum(axis=-1, keepdims=True))
 
-
-class NarrowFusedLayer(Layer):
+class NarrowFusedLayer(_FromOutput):
     """The spec's layer as fused kernels compute it in 16 bits. They round the map for its product with v, and D comes from o.
 
     o is rounded, and A∘dA is not. So D differs from the sum that it stands for by a rounding of 16 bits.
@@ -246,7 +250,3 @@ class NarrowFusedLayer(Layer):
         super().attend(config)
         self.o = self.store(self.store(self.A) @ self.v)
         self.z = self.project("out", self.o) if config.out_projection else self.o
-
-    def row_sums(self, dA: Array, G: Array) -> Array:  # noqa: ARG002 - this is the other way
-        """D."""
-        return np.asarray((G * self.o).sum(axis=-1, keepdims=True))

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from selfattn_core.conformance.protocol import Claims
+from selfattn_core.conformance.questions.views import viewed
 from selfattn_core.conformance.reference import Reference
 from selfattn_core.conformance.report import as_data, as_html, as_junit, as_markdown, as_table, schema
 from selfattn_core.conformance.search import explore
 from selfattn_core.conformance.search.asking import Answers, ask_steps
-from selfattn_core.conformance.search.drawing import drawn
+from selfattn_core.conformance.search.drawing import drawn, searched_claims
 from selfattn_core.conformance.search.judging import findings, worst
 from selfattn_core.conformance.search.material import material
 from selfattn_core.conformance.search.past import PastFailures
@@ -28,10 +29,9 @@ from selfattn_core.conformance.search.process import Ready
 from selfattn_core.conformance.search.run import search_backend
 from selfattn_core.conformance.search.strategies import probes
 from selfattn_core.conformance.search.token import TokenError, from_token, to_token
-from selfattn_core.conformance.search.views import viewed
 from tests.conformance import planted
 
-CLAIMS = Claims({*Reference().claims(), "updated"}, Reference().layouts(), Reference().dtypes())
+CLAIMS = searched_claims(Reference())
 
 QUICK = (
     "TransposesSquares",
@@ -169,13 +169,23 @@ def test_equal_probes_have_equal_numbers():
         )
 
 
+PATIENCE = 20
+
+
 @pytest.fixture
 def first_only(monkeypatch):
     monkeypatch.setattr(explore, "_MOST_FINDINGS", 1)
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """The same probes in more time, so that a slow machine asks all of them."""
+    monkeypatch.setattr(explore, "PROBES_PER_SECOND", explore.PROBES_PER_SECOND / PATIENCE)
+    monkeypatch.setattr(explore, "_SHRINK_SECONDS", explore._SHRINK_SECONDS * PATIENCE)
+
+
 def caught(name: str, seconds: float) -> None:
-    report = search_backend(f"planted:{name}", seconds=seconds)
+    report = search_backend(f"planted:{name}", seconds=seconds * PATIENCE)
     assert report.search is not None, report.error
     assert report.search.findings, f"{name} survived {report.search.probes} probes"
     (found,) = report.search.findings
@@ -191,18 +201,18 @@ def caught(name: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_planted_bug_is_found_and_made_small(on_path, first_only, name):
+def test_a_planted_bug_is_found_and_made_small(on_path, first_only, patient, name):
     caught(name, 30)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(planted.PLANTED) - set(QUICK)))
-def test_every_planted_bug_is_found(on_path, first_only, name):
+def test_every_planted_bug_is_found(on_path, first_only, patient, name):
     caught(name, 120)
 
 
-def test_the_right_layer_is_left_alone(on_path):
-    report = search_backend("planted:Right", seconds=5)
+def test_the_right_layer_is_left_alone(on_path, patient):
+    report = search_backend("planted:Right", seconds=5 * PATIENCE)
     assert report.search is not None
     assert report.search.findings == ()
     assert report.passed
@@ -363,9 +373,9 @@ def test_a_backend_that_does_not_start_again_ends_the_search(on_path, tmp_path, 
     assert report.search.ended == "gave up"
 
 
-def test_a_random_failure_is_told_once():
+def test_a_random_failure_is_told_once(patient):
     process = InProcess(planted.OftenWrong())
-    search = explore.explore(process, seconds=4)
+    search = explore.explore(process, seconds=4 * PATIENCE)
     assert process.failed > 3
     assert [(found.status, found.quantity) for found in search.findings] == [("flaky", "y")]
 
@@ -384,15 +394,15 @@ def test_a_replay_parts_what_is_flaky_from_what_fails(monkeypatch):
     }
 
 
-def test_every_property_that_the_smallest_probe_violates_is_told():
-    search = explore.explore(InProcess(planted.WritesAndErrs()), seconds=3)
+def test_every_property_that_the_smallest_probe_violates_is_told(patient):
+    search = explore.explore(InProcess(planted.WritesAndErrs()), seconds=3 * PATIENCE)
     told = {found.property: found.token for found in search.findings if found.ask == "forward"}
     assert set(told) == {"definition", "arguments untouched"}
     assert told["definition"] == told["arguments untouched"]
 
 
-def test_arrays_that_are_wrong_in_one_call_are_told_together():
-    search = explore.explore(InProcess(planted.SmallGradients()), seconds=4)
+def test_arrays_that_are_wrong_in_one_call_are_told_together(patient):
+    search = explore.explore(InProcess(planted.SmallGradients()), seconds=4 * PATIENCE)
     assert any("; likewise " in found.message for found in search.findings)
     assert len({(found.property, found.ask) for found in search.findings}) == len(search.findings)
 

@@ -32,6 +32,20 @@ class Inputs:
     other: Array = field(default_factory=lambda: np.zeros(0))
     cotangents: Mapping[str, Array] = field(default_factory=dict)
 
+    def in_float64(self) -> "Inputs":
+        """The same values in float64."""
+
+        def wide(array: Array) -> Array:
+            return array.astype(np.float64)
+
+        return Inputs(
+            {name: wide(value) for name, value in self.params.items()},
+            wide(self.x),
+            wide(self.dy),
+            wide(self.other),
+            {name: wide(value) for name, value in self.cotangents.items()},
+        )
+
 
 def inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
     """The input of a case. Equal arguments give equal bits.

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +23,7 @@ from selfattn_core.conformance.results import BackendReport, Outcome
 from selfattn_core.conformance.verdicts.product_formats import coarsest
 from selfattn_core.installed import missing_modules
 
-__all__ = ["run_backend", "run_backends", "unknown_device"]
+__all__ = ["named", "placed", "run_backend", "run_backends", "unknown_device"]
 
 _MOST_AT_ONCE = 2
 
@@ -59,13 +59,7 @@ def run_backend(
         ValueError: if the name has neither form, or the framework cannot have the device.
         concurrent.futures.CancelledError: if `stop` is set.
     """
-    if name not in REGISTRY and not is_target(name):
-        raise ValueError(
-            f"backend {name!r}: expected one of {', '.join(REGISTRY)}, or module:object for your own."
-        )
-    if problem := unknown_device(name, device or None):
-        raise ValueError(f"backend {name!r}: {problem}.")
-    registered = REGISTRY.get(name, Registered(name, (), ""))
+    registered = named(name, device)
     missing = missing_modules(registered.requires)
     if missing:
         return BackendReport(name, missing=tuple(missing), extra=registered.extra)
@@ -90,9 +84,7 @@ def run_backend(
             programs=programs,
             shipped=as_shipped,
         )
-        if name in REGISTRY:
-            placed = device_variables(registered.framework, device or "cpu", variables)
-            variables = {key: value for key, value in (variables | placed).items() if value is not None}
+        variables = placed(name, device, variables)
         with tempfile.TemporaryDirectory(prefix="selfattn-conform-") as scratch:
             supervisor = Supervisor(
                 registered.target,
@@ -115,6 +107,39 @@ def run_backend(
         reports = [part(index) if each.error else each for index, each in enumerate(reports)]
     report = _whole(asked, shares, reports)
     return replace(report, seconds=time.monotonic() - began)
+
+
+def named(name: str, device: str) -> Registered:
+    """What is known about a backend.
+
+    Args:
+        name: a name in `REGISTRY`, or "module:object" for another backend.
+        device: the device to compute on. Empty for the default.
+
+    Raises:
+        ValueError: if the name has neither form, or the framework cannot have the device.
+    """
+    if name not in REGISTRY and not is_target(name):
+        raise ValueError(
+            f"backend {name!r}: expected one of {', '.join(REGISTRY)}, or module:object for your own."
+        )
+    if problem := unknown_device(name, device or None):
+        raise ValueError(f"backend {name!r}: {problem}.")
+    return REGISTRY.get(name, Registered(name, (), ""))
+
+
+def placed(name: str, device: str, variables: Mapping[str, str]) -> dict[str, str]:
+    """An environment with what the framework needs to find the device and no other.
+
+    Args:
+        name: as for `named`.
+        device: the device to compute on. Empty for the CPU.
+        variables: the environment.
+    """
+    if name not in REGISTRY:
+        return dict(variables)
+    of_device = device_variables(REGISTRY[name].framework, device or "cpu", variables)
+    return {key: value for key, value in {**variables, **of_device}.items() if value is not None}
 
 
 def unknown_device(name: str, device: str | None) -> str:

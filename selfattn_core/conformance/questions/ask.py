@@ -15,8 +15,9 @@ from selfattn_core.conformance.cases.inputs import Inputs
 from selfattn_core.conformance.protocol import Backend, Build
 from selfattn_core.conformance.questions.peak_memory import PeakUnknownError, peak_growth
 from selfattn_core.conformance.questions.training import train
+from selfattn_core.conformance.questions.views import viewed
 
-__all__ = ["INITIAL_DRAWS", "answers"]
+__all__ = ["INITIAL_DRAWS", "answers", "permutation"]
 
 
 INITIAL_DRAWS = 4
@@ -52,7 +53,7 @@ def answers(
         return (build or backend.build)(case.config, given.params, dtype, layout)
 
     if case.view:
-        given = replace(given, x=_view(case, given.x), dy=_view(case, given.dy))
+        given = replace(given, x=viewed(given.x, case.view), dy=viewed(given.dy, case.view))
 
     if case.computation == "trajectory":
         return train(backend, case, dtype, layout, seed, build=build)
@@ -73,15 +74,13 @@ def answers(
     return _BY_FAMILY.get(case.family, _computed)(backend, built(), case, given)
 
 
-def _view(case: Case, maps: Array) -> Array:
-    """The same values in memory that is not contiguous."""
-    if case.view == "transposed":
-        return np.moveaxis(np.ascontiguousarray(np.moveaxis(maps, 3, 1)), 1, 3)
-    batch, height, width, channels = maps.shape
-    between = np.zeros((batch, height, 2 * width, 2 * channels), maps.dtype)
-    view = between[:, :, ::2, ::2]
-    view[...] = maps
-    return view
+def permutation(positions: int) -> Array:
+    """An order of positions that no symmetry of a map gives: reversed, and rolled by seven.
+
+    Args:
+        positions: N.
+    """
+    return np.roll(np.arange(positions)[::-1], 7)
 
 
 def _computed(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
@@ -112,8 +111,7 @@ def _batch(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str,
 
 def _permutation(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str, Any]:
     batch, height, width, channels = given.x.shape
-    # Reverse the positions and roll them by seven. No symmetry of the map gives this order.
-    order = np.roll(np.arange(height * width)[::-1], 7)
+    order = permutation(height * width)
     permuted = given.x.reshape(batch, -1, channels)[:, order].reshape(given.x.shape)
     y = _array(backend.forward(model, permuted))
     back = y.reshape(batch, height * width, -1)[:, np.argsort(order)]

@@ -14,6 +14,7 @@ from selfattn_core.conformance.report.summary import (
     device_words,
     family_cell,
     family_title,
+    has_cases,
     level_cell,
     multiple,
     precisions_by_factor,
@@ -40,7 +41,7 @@ def as_html(data: Data) -> str:
     data = _escaped(data)
     style = files("selfattn_core.conformance.report").joinpath("page.css").read_text(encoding="utf-8")
     sections = [_head(data)]
-    asked = any(backend["outcomes"] or "search" not in backend for backend in data["backends"])
+    asked = has_cases(data)
     if data["backends"]:
         sections += [_scorecard(data) if asked else "", _search(data), _problems(data)]
     if asked:

@@ -6,6 +6,7 @@ from selfattn_core.conformance.report.summary import (
     device_words,
     family_cell,
     family_title,
+    has_cases,
     level_cell,
     multiple,
     problems,
@@ -29,7 +30,7 @@ def as_markdown(data: Data) -> str:
     """
     good, words = verdict(data)
     lines = [f"## {'✅' if good else '❌'} selfattn conformance", "", _escaped(words), ""]
-    asked = any(backend["outcomes"] or "search" not in backend for backend in data["backends"])
+    asked = has_cases(data)
     if asked:
         lines += [*_scorecard(data), "", *_families(data), ""]
     if data["backends"]:

@@ -20,6 +20,7 @@ __all__ = [
     "device_words",
     "family_cell",
     "family_title",
+    "has_cases",
     "level_cell",
     "multiple",
     "precisions_by_factor",
@@ -260,6 +261,19 @@ def replay_line(backend: str, token: str, *, device: str = "") -> str:
     """
     words = ["selfattn", "conform", backend, "--replay", token]
     return shlex.join([*words, "--device", device] if device else words)
+
+
+def has_cases(data: Data) -> bool:
+    """Whether a report is about cases. Backends that were only searched have none, and reach no level.
+
+    Args:
+        data: the data of the report.
+
+    Example:
+        >>> has_cases({"backends": [{"outcomes": [], "search": {}}]})
+        False
+    """
+    return any(backend["outcomes"] or "search" not in backend for backend in data["backends"])
 
 
 def search_words(backend: Data) -> str:

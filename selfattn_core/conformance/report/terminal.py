@@ -10,6 +10,7 @@ from selfattn_core.conformance.report.summary import (
     device_words,
     family_cell,
     family_title,
+    has_cases,
     multiple,
     precisions_by_factor,
     problems,
@@ -49,8 +50,7 @@ def as_table(data: Data, *, colours: bool = False) -> str:
         colours: whether to add the colour codes of terminals.
     """
     lines = []
-    # A search alone has no cases, and its backends reach no level.
-    if any(backend["outcomes"] or "search" not in backend for backend in data["backends"]):
+    if has_cases(data):
         reached = [
             Cell("good" if backend["level"] else "bad", backend["level"] or "no level")
             for backend in data["backends"]

@@ -9,11 +9,12 @@ import numpy as np
 
 from selfattn_core.arrays import Array, widen
 from selfattn_core.conformance.execution.in_process import malformed
+from selfattn_core.conformance.questions.ask import permutation
+from selfattn_core.conformance.questions.views import viewed
 from selfattn_core.conformance.search.material import Material, material
 from selfattn_core.conformance.search.probe import Probe, Step
-from selfattn_core.conformance.search.views import viewed
 
-__all__ = ["LARGEST_ANSWER", "Answers", "MalformedError", "Touched", "ask_steps", "permutation"]
+__all__ = ["LARGEST_ANSWER", "Answers", "MalformedError", "Touched", "ask_steps"]
 
 LARGEST_ANSWER = 2**28
 """The most bytes of one answer that are kept. A right answer of the search is far smaller."""
@@ -66,20 +67,10 @@ def ask_steps(backend: Any, probe: Probe) -> Answers:
         return _Conversation(backend, probe).answers()
 
 
-def permutation(positions: int) -> Array:
-    """The order of positions of the step "permuted", which no symmetry of a map gives.
-
-    Args:
-        positions: N.
-    """
-    return np.roll(np.arange(positions)[::-1], 7 % max(positions, 1))
-
-
 class _Conversation:
     def __init__(self, backend: Any, probe: Probe) -> None:
         self.backend, self.probe = backend, probe
         self.numbers = material(probe)
-        self.weights = list(self.numbers.layers)
         self.models: dict[int, Any] = {}
         self.compiled: dict[int, Any] = {}
         # The arrays that the backend gave, each with a copy of its numbers at that time.

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from selfattn_core.conformance.cases.case import SIXTEEN_BITS
-from selfattn_core.conformance.protocol import Claims
+from selfattn_core.conformance.protocol import Backend, Claims
 from selfattn_core.conformance.search.probe import Probe, Step
 
-__all__ = ["Choose", "drawn", "fitted", "needs", "unclaimed"]
+__all__ = ["Choose", "drawn", "fitted", "needs", "searched_claims", "unclaimed"]
 
 Choose = Callable[[Sequence[Any]], Any]
 """Takes one of some choices."""
@@ -55,43 +55,14 @@ _WEIGHTS = {
 
 _SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16)
 _CHANNELS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    9,
-    11,
-    12,
-    13,
-    16,
-    17,
-    24,
-    31,
-    32,
-    33,
-    40,
-    48,
-    64,
-    65,
-    127,
-    128,
-    129,
-    256,
-    257,
-)
+    1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 24, 31, 32, 33, 40, 48, 64, 65, 127, 128, 129, 256, 257,
+)  # fmt: skip
 _NARROW = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 66, 128, 129)
 _BATCHES = (1, 2, 3, 1, 2, 3, 1, 2, 4, 5, 0, 7, 8, 9, 16, 17, 33, 65)
 # Maps around the blocks that kernels have: 64, 128, 256, 512 and 1,024 rows.
-_BLOCKS = tuple(
-    (height, width)
-    for height, width in (
-        (8, 8), (5, 13), (7, 9), (1, 64), (1, 65), (8, 16), (3, 43), (1, 127), (16, 16), (1, 257), (15, 17), (4, 65),
-        (16, 32), (1, 513), (19, 27), (27, 19), (23, 31), (32, 32), (25, 41), (1, 1023),
-    )
+_BLOCKS = (
+    (8, 8), (5, 13), (7, 9), (1, 64), (1, 65), (8, 16), (3, 43), (1, 127), (16, 16), (1, 257), (15, 17), (4, 65),
+    (16, 32), (1, 513), (19, 27), (27, 19), (23, 31), (32, 32), (25, 41), (1, 1023),
 )  # fmt: skip
 # More than 2,048 rows, more than 2²² scores and more than two blocks of any size.
 _LARGE = ((1, 2049), (46, 45), (2, 1051), (33, 40), (64, 64))
@@ -108,11 +79,22 @@ _MOST_EQUAL_TERMS = 32
 _SEEDS = 2**16
 
 
+def searched_claims(backend: Backend) -> Claims:
+    """The claims of a backend, with "updated" among the abilities if it has the optional method `update`.
+
+    Args:
+        backend: the backend.
+    """
+    claims = Claims.of(backend)
+    further = {"updated"} if callable(getattr(backend, "update", None)) else set()
+    return replace(claims, abilities={*claims.abilities, *further})
+
+
 def needs(probe: Probe) -> Claims:
     """The least that a backend claims if it must answer a probe.
 
     Args:
-        probe: the probe. "updated" among its abilities stands for the optional method `update`.
+        probe: the probe.
 
     Example:
         >>> sorted(needs(Probe(steps=(Step("mixed"),), norm=True)).abilities)
@@ -153,7 +135,7 @@ def drawn(choose: Choose, claims: Claims, *, small: bool = False) -> Probe:
 
     Args:
         choose: takes one of some choices. Always taking the first one gives the simplest probe.
-        claims: the claims of the backend, with "updated" among the abilities if it has the method `update`.
+        claims: the claims of the backend, from `searched_claims`.
         small: whether all maps are small. Small probes are fast to ask and to make smaller.
 
     Example:

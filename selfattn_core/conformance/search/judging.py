@@ -16,7 +16,7 @@ from selfattn_core.conformance.search.material import given_to, material
 from selfattn_core.conformance.search.normalised import terms_of_the_norm, with_terms_of_the_norm
 from selfattn_core.conformance.search.probe import Probe, Step
 from selfattn_core.conformance.verdicts.cancellation import terms_through_the_map
-from selfattn_core.conformance.verdicts.expected import expect_on
+from selfattn_core.conformance.verdicts.expected import NOISE, differentiated, expect_on
 from selfattn_core.conformance.verdicts.tolerance import EPS, Expectation, Verdict, judge
 from selfattn_core.params import parameter_table, state_table
 
@@ -76,7 +76,7 @@ class _Judge:
         self.probe = probe
         self.numbers = material(probe)
         # Float64 and bfloat16 borrow the error of another dtype, on the same numbers in that dtype.
-        self.other = {"float64": "float32", "bfloat16": "float16"}.get(probe.dtype, "")
+        self.other = NOISE[probe.dtype] if NOISE[probe.dtype] != probe.dtype else ""
         self.noisy = material(probe, self.other) if self.other else self.numbers
         self.weights = [dict(weights) for weights in self.numbers.layers]
         self.noisy_weights = [dict(weights) for weights in self.noisy.layers]
@@ -238,16 +238,8 @@ class _Judge:
         self, case: Case, given: Inputs, expected: Mapping[str, Expectation]
     ) -> Mapping[str, Expectation]:
         """The expectations with the terms that spectral norm adds to the gradients of kernels."""
-        wide = _wide(given)
-        samples = [(wide.x, wide.dy)]
-        if case.computation == "per_sample":
-            samples = [(wide.x[b : b + 1], wide.dy[b : b + 1]) for b in range(len(wide.x))]
-        for x, dy in samples:
-            cotangents: Mapping[str, Array] | None = None
-            if case.order == 2:
-                cotangents = wide.cotangents
-            if case.computation == "r1":
-                cotangents = {"x": 2 * spec.vjp(case.config, wide.params, x, dy)["x"]}
+        wide = given.in_float64()
+        for x, dy, cotangents in differentiated(case, wide):
             terms = terms_of_the_norm(case.config, wide.params, x, dy, cotangents=cotangents)
             through = terms_through_the_map(case.config, wide.params, x, dy, cotangents=cotangents)
             logits = spec.magnitudes(case.config, wide.params, x)["logits"]
@@ -255,7 +247,7 @@ class _Judge:
         return expected
 
     def _moved(self, given: Inputs) -> Inputs:
-        moved = spec.power_iteration(self.probe.config, _wide(given).params)
+        moved = spec.power_iteration(self.probe.config, given.in_float64().params)
         return replace(
             given, params={name: moved[name].astype(array.dtype) for name, array in given.params.items()}
         )
@@ -274,14 +266,3 @@ class _Judge:
             constant=probe.rows == "equal" or probe.x_view == "still",
             integers=probe.rows == "integers",
         )
-
-
-def _wide(given: Inputs) -> Inputs:
-    """The same numbers in float64."""
-    return replace(
-        given,
-        params={name: array.astype(np.float64) for name, array in given.params.items()},
-        x=given.x.astype(np.float64),
-        dy=given.dy.astype(np.float64),
-        cotangents={name: array.astype(np.float64) for name, array in given.cotangents.items()},
-    )

@@ -1,13 +1,10 @@
 """A probe: one question of the search, with everything that a case of the table fixes."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from selfattn_core.config import SelfAttentionConfig
 
 __all__ = ["ASKS", "STEP_PLACES", "Probe", "Step"]
-
-View = Literal["", "strided", "transposed", "reversed", "still"]
 
 ASKS = (
     "forward",

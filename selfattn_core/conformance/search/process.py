@@ -48,7 +48,7 @@ class Ready:
     Args:
         versions: the libraries that it uses.
         abilities: its claims.
-        claims: its claims, and "updated" among the abilities if it has the method `update`.
+        claims: what it can be asked, as `drawing.searched_claims` says.
         device: the device that it computes on, with model and driver.
     """
 
@@ -140,11 +140,10 @@ class Process:
         if event["event"] == "failed":
             self.end()
             raise NotStartedError(event["error"], refused=event["refused"], absent=event["absent"])
-        abilities = (*event["abilities"], *event["further"])
         self.ready = Ready(
             event["versions"],
             tuple(event["abilities"]),
-            Claims(abilities, event["layouts"], event["dtypes"]),
+            Claims(event["searched"], event["layouts"], event["dtypes"]),
             event["device"],
         )
         return self.ready

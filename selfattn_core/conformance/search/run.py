@@ -5,10 +5,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from selfattn_core.conformance.backends import REGISTRY, Registered, is_target
-from selfattn_core.conformance.execution.devices import Device, device_variables
+from selfattn_core.conformance.execution.devices import Device
 from selfattn_core.conformance.execution.environment import environment
-from selfattn_core.conformance.execution.runner import unknown_device
+from selfattn_core.conformance.execution.runner import named, placed
 from selfattn_core.conformance.results import BackendReport
 from selfattn_core.conformance.search.explore import explore, replay
 from selfattn_core.conformance.search.process import NotStartedError, Process
@@ -50,21 +49,12 @@ def search_backend(
             time is not a positive number of seconds.
         NotInstalledError: if hypothesis is not installed. A replay does not need it.
     """
-    if name not in REGISTRY and not is_target(name):
-        raise ValueError(
-            f"backend {name!r}: expected one of {', '.join(REGISTRY)}, or module:object for your own."
-        )
-    if problem := unknown_device(name, device or None):
-        raise ValueError(f"backend {name!r}: {problem}.")
+    registered = named(name, device)
     for token in tokens:
         from_token(token)
-    registered = REGISTRY.get(name, Registered(name, (), ""))
     if missing := missing_modules(registered.requires):
         return BackendReport(name, missing=tuple(missing), extra=registered.extra)
-    variables = environment(registered.in_full)
-    if name in REGISTRY:
-        placed = device_variables(registered.framework, device or "cpu", variables)
-        variables = {key: value for key, value in (variables | placed).items() if value is not None}
+    variables = placed(name, device, environment(registered.in_full))
     began = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="selfattn-explore-") as folder,

@@ -22,6 +22,7 @@ from selfattn_core.conformance.execution.devices import DeviceAbsentError, Devic
 from selfattn_core.conformance.execution.worker import on_device
 from selfattn_core.conformance.protocol import Claims, declined
 from selfattn_core.conformance.search.asking import MalformedError, ask_steps
+from selfattn_core.conformance.search.drawing import searched_claims
 from selfattn_core.conformance.search.probe import Probe
 from selfattn_core.conformance.search.token import from_token
 
@@ -40,13 +41,12 @@ def main(target: str, device: str) -> None:
         try:
             backend = resolve(target)
             name, about = on_device(backend, device, stack)
-            claims = Claims.of(backend)
-            updated = ["updated"] if callable(getattr(backend, "update", None)) else []
+            claims = searched_claims(backend)
             ready: dict[str, Any] = {
                 "event": "ready",
                 "versions": {str(key): str(value) for key, value in backend.versions().items()},
-                "abilities": sorted(claims.abilities),
-                "further": updated,
+                "abilities": sorted(Claims.of(backend).abilities),
+                "searched": sorted(claims.abilities),
                 "layouts": list(claims.layouts),
                 "dtypes": list(claims.dtypes),
                 "device": {"name": name, "model": "", "driver": "", **about},

@@ -1,7 +1,7 @@
 """The expected value, noise floor and cap of each quantity of a case, all three computed with the spec."""
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -26,10 +26,20 @@ from selfattn_core.conformance.verdicts.tolerance import (
     Expectation,
 )
 
-__all__ = ["expect", "expect_on", "expect_shipped", "expectations", "quantities"]
+__all__ = [
+    "NOISE",
+    "Part",
+    "differentiated",
+    "expect",
+    "expect_on",
+    "expect_shipped",
+    "expectations",
+    "quantities",
+]
 
 
-_NOISE = {"float64": "float32", "float32": "float32", "float16": "float16", "bfloat16": "float16"}
+NOISE = {"float64": "float32", "float32": "float32", "float16": "float16", "bfloat16": "float16"}
+"""The dtype whose error the floor of each dtype is made from."""
 
 
 def quantities(case: Case, given: Inputs, dtype: str, reference: Reference | None = None) -> dict[str, Array]:
@@ -37,6 +47,20 @@ def quantities(case: Case, given: Inputs, dtype: str, reference: Reference | Non
     # Some cases test overflow and NaN.
     with np.errstate(all="ignore"):
         return dict(answers(reference or Reference(), case, given, dtype, "channels_last"))
+
+
+class Part(NamedTuple):
+    """Arrays that are differentiated together.
+
+    Args:
+        x: feature maps.
+        dy: the gradient of y.
+        cotangents: those of the first derivatives, or None if the case does not compute second derivatives.
+    """
+
+    x: Array
+    dy: Array
+    cotangents: Mapping[str, Array] | None
 
 
 def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
@@ -47,7 +71,7 @@ def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
         dtype: one of `EPS`.
         seed: as for `inputs`.
     """
-    other = _NOISE[dtype]
+    other = NOISE[dtype]
     given = inputs(case, dtype, seed)
     return expect_on(case, given, given if other == dtype else inputs(case, other, seed), dtype)
 
@@ -62,10 +86,10 @@ def expect_on(case: Case, given: Inputs, noisy: Inputs, dtype: str) -> dict[str,
             error this dtype borrows.
         dtype: one of `EPS`.
     """
-    other = _NOISE[dtype]
-    wide = _cast(given)
+    other = NOISE[dtype]
+    wide = given.in_float64()
     want = quantities(case, wide, "float64")
-    reference = want if noisy is given else quantities(case, _cast(noisy), "float64")
+    reference = want if noisy is given else quantities(case, noisy.in_float64(), "float64")
     fused = LayerReference(FusedLayer if other == "float32" else NarrowFusedLayer)
     noises = [quantities(case, noisy, other), quantities(case, noisy, other, fused)]
     ratio = EPS[dtype] / EPS[other]
@@ -91,7 +115,7 @@ def expect_shipped(case: Case, label: str, seed: int = 0) -> dict[str, Expectati
     if label == "float32":
         return expect(case, label, seed)
     given = inputs(case, "float32", seed)
-    wide = _cast(given)
+    wide = given.in_float64()
     want = quantities(case, wide, "float64")
     noise = quantities(case, given, "float32", LayerReference(rounding_layer(label)))
     errors = {name: _largest(noise[name].astype(np.float64) - value) for name, value in want.items()}
@@ -110,12 +134,13 @@ def expectations(
         errors: the largest absolute error of the spec in each quantity.
         dtype: the one of `EPS` or `FORMATS` in which the spec made the errors.
     """
-    sums, growth = _sizes(case, wide)
+    parts = differentiated(case, wide)
+    sums, growth = _sizes(case, wide, parts)
     eps = EPS[dtype] if dtype in EPS else FORMATS[dtype].eps
     narrow = eps > EPS["float32"]
     if case.integers and narrow:
         growth = 1.0
-    terms, deviations = _terms(case, wide, 1), _terms(case, wide, 2)
+    terms, deviations = _terms(case, wide, parts, 1), _terms(case, wide, parts, 2)
     deviation_eps = eps * _roundings_of_terms(case, dtype)
     found = {}
     for name, value in want.items():
@@ -154,11 +179,10 @@ def _kind(case: Case, quantity: str) -> str:
     return "forward" if quantity.partition(" ")[0] == "y" or quantity in ("again", "rebuilt") else "vjp"
 
 
-def _sizes(case: Case, wide: Inputs) -> tuple[dict[str, float], float]:
+def _sizes(case: Case, wide: Inputs, parts: Sequence[Part]) -> tuple[dict[str, float], float]:
     """The sums of absolute terms by quantity, and the factor by which the logits let errors grow."""
     sums: dict[str, float] = {}
-    for x, dy in _samples(case, wide):
-        cotangents = _cotangents(case, wide, x, dy)
+    for x, dy, cotangents in parts:
         found = spec.magnitudes(
             case.config, wide.params, x, dy if case.order else None, cotangents=cotangents
         )
@@ -168,22 +192,26 @@ def _sizes(case: Case, wide: Inputs) -> tuple[dict[str, float], float]:
     return sums, max(1.0, sums.pop("logits") / ordinary)
 
 
-def _terms(case: Case, wide: Inputs, order: Literal[1, 2]) -> dict[str, float]:
+def _terms(case: Case, wide: Inputs, parts: Sequence[Part], order: Literal[1, 2]) -> dict[str, float]:
     """The norms of the terms of quantities that may vanish, by quantity. `order` is that of the norm."""
     sums: dict[str, float] = {}
-    for x, dy in _samples(case, wide) if case.order else ():
-        found = terms_through_the_map(
-            case.config, wide.params, x, dy, cotangents=_cotangents(case, wide, x, dy), order=order
-        )
+    for x, dy, cotangents in parts if case.order else ():
+        found = terms_through_the_map(case.config, wide.params, x, dy, cotangents=cotangents, order=order)
         sums = {name: max(value, sums.get(name, 0.0)) for name, value in found.items()}
     return sums
 
 
-def _samples(case: Case, wide: Inputs) -> list[tuple[Array, Array]]:
-    """The pairs of x and dy that are differentiated together."""
-    if case.computation != "per_sample":
-        return [(wide.x, wide.dy)]
-    return [(wide.x[b : b + 1], wide.dy[b : b + 1]) for b in range(wide.x.shape[0])]
+def differentiated(case: Case, wide: Inputs) -> list[Part]:
+    """What is differentiated together: the whole batch, or each sample.
+
+    Args:
+        case: the case.
+        wide: its input in float64.
+    """
+    pairs = [(wide.x, wide.dy)]
+    if case.computation == "per_sample":
+        pairs = [(wide.x[b : b + 1], wide.dy[b : b + 1]) for b in range(wide.x.shape[0])]
+    return [Part(x, dy, _cotangents(case, wide, x, dy)) for x, dy in pairs]
 
 
 def _cotangents(case: Case, wide: Inputs, x: Array, dy: Array) -> Mapping[str, Array] | None:
@@ -198,18 +226,3 @@ def _cotangents(case: Case, wide: Inputs, x: Array, dy: Array) -> Mapping[str, A
 def _largest(values: Array) -> float:
     """The largest finite absolute value."""
     return float(np.abs(values[np.isfinite(values)]).max(initial=0))
-
-
-def _cast(given: Inputs) -> Inputs:
-    """The same values in float64."""
-
-    def wide(array: Array) -> Array:
-        return array.astype(np.float64)
-
-    return Inputs(
-        {name: wide(value) for name, value in given.params.items()},
-        wide(given.x),
-        wide(given.dy),
-        wide(given.other),
-        {name: wide(value) for name, value in given.cotangents.items()},
-    )

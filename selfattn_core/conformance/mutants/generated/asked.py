@@ -11,9 +11,9 @@ from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.execution.in_process import judge_in_process
 from selfattn_core.conformance.mutants.selftest import small_runs
-from selfattn_core.conformance.protocol import Backend, Claims
+from selfattn_core.conformance.protocol import Backend
 from selfattn_core.conformance.search.asking import ask_steps
-from selfattn_core.conformance.search.drawing import drawn
+from selfattn_core.conformance.search.drawing import drawn, searched_claims
 from selfattn_core.conformance.search.judging import findings
 from selfattn_core.conformance.search.material import UndecidedError, material
 from selfattn_core.conformance.search.token import to_token
@@ -83,9 +83,8 @@ def _found(backend: Backend, seed: int, probes: int) -> Failure | None:
     def choose(choices: Sequence[Any]) -> Any:
         return choices[int(generator.integers(len(choices)))]
 
-    known = Claims.of(backend)
-    further = {"updated"} if callable(getattr(backend, "update", None)) else set()
-    claims = replace(known, abilities={*known.abilities, *further} - {"compiled", "saved"})
+    known = searched_claims(backend)
+    claims = replace(known, abilities=set(known.abilities) - {"compiled", "saved"})
     for index in range(probes):
         probe = drawn(choose, claims, small=index < _SMALL_PROBES)
         try:
