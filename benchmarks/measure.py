@@ -4,8 +4,8 @@ Started by `processes.py` as `python -m benchmarks.measure FOLDER`. The folder h
 answers, which `processes.py` judges, and a line of `records.jsonl` for every cell that is done.
 
 Time. Every implementation of the cell is built, and its answer is written. Then they take turns, A B A B …, so that other
-activity of the machine affects all of them. A sample is the mean of all calls in 10 ms. The first calls are not counted, and
-Python's garbage collector is off.
+activity of the machine affects all of them. A sample is the mean of all calls in 10 ms. The first call of a turn is
+not counted, and Python's garbage collector is off.
 
 Memory. The implementation has its own process. First a tiny problem warms up the library (thread pools, compilers), and the
 real inputs and the compiled step are made. Then the high-water mark of the resident memory is reset, the step runs once,
