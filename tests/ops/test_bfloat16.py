@@ -1,10 +1,13 @@
 """Derivatives in bfloat16 with factors in bfloat16, as on processors with tiles, and with factors in float32."""
 
+import contextlib
+
 import pytest
 import torch
 
-from selfattn_ops.torch import products
+from selfattn_ops.torch import attend, attend_transposed, kept, products
 from selfattn_ops.torch.autograd import attend_in_blocks
+from selfattn_ops.torch.kept import attend_kept
 
 # B, N, M, Dk, Dv and the block size. Odd sizes, single rows, single keys and the rest of a block.
 SIZES = [
@@ -42,13 +45,75 @@ def test_derivatives_are_those_of_float64_rounded(monkeypatch, size, deviation, 
     drawn = [torch.randn(batch, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
     drawn[0] *= deviation / narrow**0.5
     *operands, weight = (each.bfloat16() for each in drawn)
-    found = gradients(lambda *qkv: attend_in_blocks(*qkv, block_size), operands, weight)
     right = gradients(dense, [operand.double() for operand in operands], weight)
+    agree(gradients(lambda *qkv: attend_in_blocks(*qkv, block_size), operands, weight), right)
+    agree(gradients(attend_kept, operands, weight), right)
+    agree(first_gradients(attend_kept, operands, weight), right[:3])
+
+
+def first_gradients(function, operands, weight):
+    """The gradients of the output, without a graph of their own: from the map that was kept."""
+    leaves = [operand.clone().requires_grad_() for operand in operands]
+    return torch.autograd.grad(function(*leaves), leaves, weight)
+
+
+def agree(found, right):
     for answer, want in zip(found, right, strict=True):
         assert answer.dtype == torch.bfloat16
         # A cancelling sum of 2⁻⁸ roundings, also where nothing is left of it.
         largest = max(float(want.abs().max()), 1e-3)
         assert float((answer.double() - want).abs().max()) <= 0.04 * largest
+
+
+def draw(*shapes, dtype):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tiles", [True, False])
+def test_the_map_of_a_small_map_is_kept_in_the_dtype_of_the_factors(monkeypatch, dtype, autocast, tiles):
+    """Where no standard operators do: under autocast, and for bfloat16 on tiles from some size on."""
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: tiles)
+    monkeypatch.setattr(kept, "_FEW", 0)
+    query, key, value = (
+        operand.requires_grad_() for operand in draw((2, 6, 3), (2, 5, 3), (2, 5, 4), dtype=dtype)
+    )
+    saved = []
+
+    def packed(tensor):
+        saved.append(tensor)
+        return tensor
+
+    inside = contextlib.nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
+    with inside, torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor):
+        out = attend(query, key, value)
+        transposed = attend_transposed(query.mT, key.mT, value.mT).mT
+    assert torch.equal(out, transposed) or (autocast is None and dtype == torch.float32)
+    maps = {tensor.dtype for tensor in saved if tensor.shape == (2, 6, 5)}
+    narrow = torch.bfloat16 if tiles and dtype == torch.bfloat16 else torch.float32
+    if autocast is not None or narrow != torch.float32:
+        assert type(out.grad_fn).__name__ == "_AttendKeptBackward"
+        assert maps == {narrow}
+    else:
+        assert "Bmm" in type(out.grad_fn).__name__
+
+
+def test_a_gradient_of_a_kept_map_can_be_one_of_a_batch():
+    operands = draw((2, 6, 3), (2, 5, 3), (2, 5, 4), dtype=torch.bfloat16)
+    leaves = [operand.requires_grad_() for operand in operands]
+    (weights,) = draw((7, 2, 6, 4), dtype=torch.bfloat16)
+    out = attend_kept(*leaves)
+    one_by_one = [torch.autograd.grad(out, leaves, weight, retain_graph=True) for weight in weights]
+
+    def gradient(weight):
+        return torch.autograd.grad(out, leaves, weight, retain_graph=True)
+
+    batched = torch.autograd.grad(out, leaves, weights, retain_graph=True, is_grads_batched=True)
+    for found in (batched, torch.func.vmap(gradient)(weights)):
+        for answers, singles in zip(found, zip(*one_by_one, strict=True), strict=True):
+            assert float((answers - torch.stack(singles)).abs().max()) <= 0.04
 
 
 def test_the_dtype_of_factors_follows_operands_and_processor(monkeypatch):

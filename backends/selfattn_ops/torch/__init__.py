@@ -16,6 +16,7 @@ from selfattn_ops.blocks import SCORE_BUDGET, check_block_size, check_operands  
 from selfattn_ops.torch.autograd import attend_in_blocks  # noqa: E402
 from selfattn_ops.torch.compiled import attend_op  # noqa: E402
 from selfattn_ops.torch.dense import dense_attention, dense_output, dense_transposed, is_autocast  # noqa: E402
+from selfattn_ops.torch.kept import attend_kept, is_kept  # noqa: E402
 
 __all__ = ["attend", "attend_transposed", "attend_with_map"]
 
@@ -64,11 +65,16 @@ def attend(
         rows, keys = query.shape[-2], key.shape[-2]
         if query.numel() * keys == 0:
             return dense_attention(query, key, value)[0]
-        if _is_small(query, math.prod(query.shape[:-2]), rows, keys, block_size):
-            return dense_output(query, key, value)
+        batch = math.prod(query.shape[:-2])
+        if _is_in_one_block(batch, rows, keys, block_size):
+            if is_kept(query, batch * rows * keys):
+                return _shaped(attend_kept(*map(_flat, (query, key, value))), query)
+            # Under autocast, torch's own backward would run in the dtype of autocast.
+            if not is_autocast(query):
+                return dense_output(query, key, value)
     operands = _flat(query), _flat(key), _flat(value)
     out = attend_op(*operands, block_size) if compiling else attend_in_blocks(*operands, block_size)
-    return out if query.dim() == 3 else out.reshape(*query.shape[:-1], value.shape[-1])
+    return _shaped(out, query)
 
 
 def attend_transposed(
@@ -95,12 +101,15 @@ def attend_transposed(
         torch.Size([1, 3, 6])
     """
     batch, _, rows = query.shape
-    compiling = torch.compiler.is_compiling()
-    if not (compiling or _must_be_plain(query, compiling=False)) and _is_small(
-        query, batch, rows, key.shape[2], block_size
-    ):
-        return dense_transposed(query, key, value)
+    keys = key.shape[2]
     operands = (operand.transpose(-2, -1) for operand in (query, key, value))
+    if not (torch.compiler.is_compiling() or _must_be_plain(query, compiling=False)) and _is_in_one_block(
+        batch, rows, keys, block_size
+    ):
+        if is_kept(query, batch * rows * keys):
+            return attend_kept(*operands).transpose(-2, -1)
+        if not is_autocast(query):
+            return dense_transposed(query, key, value)
     return attend(*operands, block_size=block_size).transpose(-2, -1)
 
 
@@ -153,16 +162,17 @@ def _must_be_plain(query: torch.Tensor, *, compiling: bool) -> bool:
     )
 
 
-def _is_small(query: torch.Tensor, batch: int, rows: int, keys: int, block_size: int | None) -> bool:
-    """Whether the dense computation, in torch's own operators, fits in one block."""
+def _is_in_one_block(batch: int, rows: int, keys: int, block_size: int | None) -> bool:
     return (
         4 * batch * rows * keys <= SCORE_BUDGET
         and (block_size is None or block_size >= rows)
-        # Under autocast, torch's own backward would run in the dtype of autocast. Under vmap there are more
-        # scores than the shapes show.
-        and not is_autocast(query)
+        # Under vmap there are more scores than the shapes show.
         and not torch._C._are_functorch_transforms_active()  # noqa: SLF001
     )
+
+
+def _shaped(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    return out if query.dim() == 3 else out.reshape(*query.shape[:-1], out.shape[-1])
 
 
 def _flat(operand: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from selfattn_ops.torch.dense import dense_second, dense_tangent, pushed
 from selfattn_ops.torch.derivatives import backward, forward, second, tangent
 
-__all__ = ["attend_in_blocks"]
+__all__ = ["attend_backward", "attend_in_blocks", "is_batched"]
 
 
 def attend_in_blocks(
@@ -15,6 +15,18 @@ def attend_in_blocks(
 ) -> torch.Tensor:
     """(B, N, Dk), (B, M, Dk), (B, M, Dv) to (B, N, Dv)."""
     return _Attend.apply(query, key, value, block_size)
+
+
+def attend_backward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, block_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients dq, dk and dv for the gradient of the output, with derivatives of their own."""
+    return _applied(_AttendBackward, query, key, value, grad, block_size)
+
+
+def is_batched() -> bool:
+    """Whether a derivative is one of a batch, by `torch.func` or by `torch.autograd.grad(is_grads_batched=True)`."""
+    return torch._C._are_functorch_transforms_active() or _batch_level() > 0  # noqa: SLF001
 
 
 class _InBlocks(torch.autograd.Function):
@@ -53,7 +65,8 @@ class _Attend(_InBlocks):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_applied(_AttendBackward, *ctx.saved_tensors, grad, ctx.block_size), None
+        query, key, value = ctx.saved_tensors
+        return *attend_backward(query, key, value, grad, ctx.block_size), None
 
     @staticmethod
     def jvp(ctx: Any, *dots: torch.Tensor) -> torch.Tensor:
@@ -97,7 +110,7 @@ class _AttendTangent(_InBlocks):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *dots = ctx.saved_tensors
         to_operands = _applied(_AttendSecond, q, k, v, grad, *dots, None, ctx.block_size)[:3]
-        return *to_operands, *_applied(_AttendBackward, q, k, v, grad, ctx.block_size), None
+        return *to_operands, *attend_backward(q, k, v, grad, ctx.block_size), None
 
     @staticmethod
     def jvp(ctx: Any, *dots: torch.Tensor) -> torch.Tensor:
@@ -139,8 +152,7 @@ def _applied(function: Any, *inputs: Any) -> Any:
     `torch.autograd.grad(is_grads_batched=True)` batches gradients in a way that is older than `torch.func`. `apply` does
     not support it, so this function removes the batch and adds it again.
     """
-    level = torch._C._vmapmode_increment_nesting() - 1  # noqa: SLF001
-    torch._C._vmapmode_decrement_nesting()  # noqa: SLF001
+    level = _batch_level()
     if level == 0:
         return function.apply(*inputs)
     *tensors, block_size = inputs
@@ -157,3 +169,9 @@ def _applied(function: Any, *inputs: Any) -> Any:
         torch._add_batch_dim(output.unflatten(0, (size, -1)), 0, level)  # noqa: SLF001
         for output in function.apply(*folded, block_size)
     )
+
+
+def _batch_level() -> int:
+    level = torch._C._vmapmode_increment_nesting() - 1  # noqa: SLF001
+    torch._C._vmapmode_decrement_nesting()  # noqa: SLF001
+    return level
