@@ -99,7 +99,7 @@ def test_raising_changes_a_row_by_less_than_its_rounding():
 def test_no_weight_of_a_small_map_is_subnormal(monkeypatch, dtype, function, derivatives):
     monkeypatch.setattr(peaks, "_FEW", 0)
     softmax, seen = torch.softmax, []
-    monkeypatch.setattr(torch, "softmax", lambda *a: (seen.append(softmax(*a)), seen[-1])[1])
+    monkeypatch.setattr(torch, "softmax", lambda *a, **k: (seen.append(softmax(*a, **k)), seen[-1])[1])
     query, key, value, _ = peaked(300.0 if dtype == torch.float64 else 40.0, dtype)
     function(query.requires_grad_(derivatives), key, value)
     assert len(seen) == 1

@@ -36,13 +36,13 @@ def dense_attention(
 def dense_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The output for a small map, in eager mode and without autocast. Scores that cannot count are raised."""
     multiply = _product(query)
-    scores = raised(_scores(multiply, query, key.transpose(-2, -1)))
-    return multiply(_softmax(scores, value.dtype), value)
+    attention = _owned_softmax(raised(_scores(multiply, query, key.transpose(-2, -1))), value.dtype)
+    return multiply(attention, value)
 
 
 def dense_transposed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """`dense_output` (B, Dv, N) for query (B, Dk, N), key (B, Dk, M) and value (B, Dv, M)."""
-    attention = _softmax(raised(_scores(torch.bmm, query.transpose(1, 2), key)), value.dtype)
+    attention = _owned_softmax(raised(_scores(torch.bmm, query.transpose(1, 2), key)), value.dtype)
     if attention.requires_grad:
         # The derivative of the other product is a transposed dA, for which torch's softmax takes twice the time.
         return torch.bmm(attention, value.transpose(1, 2)).transpose(1, 2)
@@ -61,6 +61,14 @@ def _scores(multiply: Product, query: torch.Tensor, key: torch.Tensor) -> torch.
 def _softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     attention = torch.softmax(scores, -1)
     return attention if attention.dtype == dtype else attention.to(dtype)
+
+
+def _owned_softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The softmax of scores that nobody else has, in their memory if nothing is differentiated."""
+    if not (scores.requires_grad or torch.autograd.forward_ad._current_level >= 0):  # noqa: SLF001
+        torch.softmax(scores, -1, out=scores)
+        return scores if scores.dtype == dtype else scores.to(dtype)
+    return _softmax(scores, dtype)
 
 
 def _product(operand: torch.Tensor) -> Product:
