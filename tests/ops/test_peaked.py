@@ -135,6 +135,27 @@ def test_a_diffuse_map_is_not_touched(dtype):
     assert reach(query, key) is None
 
 
+def test_a_bound_that_no_row_comes_near_raises_nothing():
+    """Two long vectors that never meet in one score, as their directions are at right angles."""
+    query, key, *_ = peaked(1.0)
+    query[1, 3], key[1, 7] = 0.0, 0.0
+    query[1, 3, 0], key[1, 7, 1] = 40.0, 40.0
+    assert peaks._spreads(query, key)
+    assert reach(query, key) is None
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8, 20])
+@pytest.mark.parametrize("rows", [1, 5, 37])
+def test_few_rows_stand_for_all(batch, rows):
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(batch, size, 5, generator=generator) for size in (rows, 41))
+    assert reach(4 * query, 4 * key) is not None
+    sampled = query.clone()
+    sampled[0, 0] = 200.0
+    assert reach(sampled, key) is not None
+    assert reach(query * float("nan"), key) is not None
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_not_a_number_stays_in_its_row(wrong):
     operands = peaked(25.0)

@@ -3,8 +3,9 @@
 Scores have no scale, so a row of a trained layer may spread over hundreds. Weights then run down into subnormal numbers,
 which a CPU adds and multiplies many times slower. No rounding of a result shows such weights, so they are raised.
 
-Where a map is computed in blocks, |q| |k| bounds the spread of a row before there are scores. A map that is computed at
-once takes too little time for that, so a few of its rows are looked at.
+Where a map is computed in blocks, |q| |k| bounds the spread of a row before there are scores. Where the bound allows weights
+that small, the scores of a few rows show whether there are any. A map that is computed at once takes too little time for the
+bound, so it is only looked at.
 
 A raised weight is 2⁻⁴⁸ / M of the largest in its row, in float64 2⁻⁹⁶ / M. A row has M weights, so raising changes the
 output by less than 2⁻⁴⁸ of the largest |v|, however many keys there are. Rounding to float32 changes it by 2⁻²⁴.
@@ -23,6 +24,8 @@ _HARMLESS = {torch.float32: 64.0, torch.float64: 600.0}
 # By dtype: the spread of scores beyond which weights are subnormal.
 _NORMAL = {torch.float32: 87.0, torch.float64: 708.0}
 
+_SAMPLES = 8
+_ROWS_OF_SAMPLE = 4
 _ROWS = 8
 _FEW = 2**19
 """Scores up to which a look at some rows would take more than a twentieth of the time."""
@@ -44,6 +47,20 @@ def _spreads(query: torch.Tensor, key: torch.Tensor) -> bool:
     return not 4 * float(longest[0] * longest[1]) <= _HARMLESS[query.dtype] ** 2
 
 
+def _shows(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether one of some rows, at equal distances, spreads so far.
+
+    The bound is some times what it bounds. If only rows between those spread too far, they are few, and so is the time that
+    they take.
+    """
+    every = max(1, query.shape[0] // _SAMPLES)
+    apart = max(1, query.shape[1] // (_ROWS_OF_SAMPLE * max(1, _SAMPLES // query.shape[0])))
+    scores = torch.bmm(query[::every, ::apart], key[::every].mT)
+    spread = scores.amax(-1) - scores.amin(-1)
+    # Also if it is not a number.
+    return not float(spread.amax()) <= _HARMLESS[query.dtype]
+
+
 def reach(query: torch.Tensor, key: torch.Tensor) -> float | None:
     """How far below the largest score of its row a score can count, or None if all count as they are.
 
@@ -56,7 +73,7 @@ def reach(query: torch.Tensor, key: torch.Tensor) -> float | None:
         >>> reach(torch.tensor([[[20.0]]]), key), round(reach(torch.tensor([[[200.0]]]), key))
         (None, 34)
     """
-    if not _spreads(query, key):
+    if not (_spreads(query, key) and _shows(query, key)):
         return None
     return _reach(query.dtype, key.shape[-2])
 
