@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -451,6 +452,56 @@ class OftenWrong(SometimesWrong):
     every = 5
 
 
+class RarelyWrong(SometimesWrong):
+    every = 2000
+
+
+@dataclass(frozen=True)
+class Updated(Model):
+    updates: int = 0
+
+
+class WearsOut(Reference):
+    """A layer that is wrong after a thousand updates."""
+
+    def update(self, model, params):
+        updated = super().update(model, params)
+        updates = getattr(model, "updates", 0) + 1
+        return Updated(updated.config, updated.params, updated.layout, updates)
+
+    def forward(self, model, x):
+        y = super().forward(model, x)
+        return y + 1 if getattr(model, "updates", 0) >= 1000 else y
+
+
+class OneScratch(Reference):
+    """One buffer of each size for all threads."""
+
+    def __init__(self):
+        super().__init__()
+        self.scratch = {}
+
+    def forward(self, model, x):
+        scratch = self.scratch.setdefault(x.dtype.str, np.empty(2**17, x.dtype))[: x.size].reshape(x.shape)
+        scratch[...] = x
+        y = super().forward(model, x)
+        return np.where((scratch == x) | np.isnan(x), y, scratch)
+
+
+class RightInOneProcess(Reference):
+    """Every process but the first takes the wrong sign, as one that depends on what it keeps on disk."""
+
+    def __init__(self):
+        super().__init__()
+        started = Path(os.environ["PLANTED_STARTED"])
+        self.first = not started.exists()
+        started.touch()
+
+    def forward(self, model, x):
+        y = super().forward(model, x)
+        return y if self.first else 2 * x - y
+
+
 class DiesOfRows(Reference):
     def forward(self, model, x):
         if x.shape[1] == 1 and x.shape[2] > 8:
@@ -551,5 +602,5 @@ PLANTED = (
     "SecondCompiledCall", "NegativeStrides", "StillGradient", "StridedPenalty", "MapOverwrites", "MixedOverwrites",
     "OwnParams", "AddsUp", "KeepsMap", "StaticBuffer", "BeginsAnew", "StaleSigma", "SamplesMove", "DropsState",
     "LoadsPoolOfTwo", "ByOrder", "SamplesInRow", "KnowsPositions", "LowestIndex", "ZeroBiases", "RaisesOfRows",
-    "DiesOfRows", "GrowsAnswers", "narrow_row_sums",
+    "DiesOfRows", "GrowsAnswers", "narrow_row_sums", "RarelyWrong", "WearsOut", "OneScratch",
 )  # fmt: skip

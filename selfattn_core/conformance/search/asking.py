@@ -1,7 +1,10 @@
 """Asking a backend the steps of a probe, and watching what it must leave alone."""
 
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +18,10 @@ from selfattn_core.conformance.search.material import Material, material
 from selfattn_core.conformance.search.probe import Probe, Step
 
 __all__ = ["LARGEST_ANSWER", "Answers", "MalformedError", "Touched", "ask_steps"]
+
+_OFTEN = 2100
+_UPDATES = 1000
+_IN_THREADS = 100
 
 LARGEST_ANSWER = 2**28
 """The most bytes of one answer that are kept. A right answer of the search is far smaller."""
@@ -148,6 +155,12 @@ class _Conversation:
                 backend.forward(model, x)
                 x[...] = self.numbers.refilled
                 yield "y", backend.forward(model, x)
+            case "often":
+                yield "y", _furthest([_array(backend.forward(model, x)) for _ in range(_OFTEN)])
+            case "together":
+                yield "y", _furthest(self._in_threads(model, x, arguments.other_x))
+            case "worn":
+                yield "y", backend.forward(self._worn(_layer_of(step)), x)
             case "permuted":
                 batch, height, width, channels = x.shape
                 order = permutation(height * width)
@@ -164,6 +177,33 @@ class _Conversation:
                     self.probe.layout,
                 )
                 yield "y", backend.forward(other, x)
+
+    def _in_threads(self, model: Any, x: Array, other: Array) -> list[Array]:
+        """The answers of `forward` for x, while another thread calls it for the other input."""
+        ready = threading.Barrier(2)
+
+        def call(argument: Array) -> list[Array]:
+            ready.wait()
+            return [_array(self.backend.forward(model, argument)).copy() for _ in range(_IN_THREADS)]
+
+        interval = sys.getswitchinterval()
+        # Python exchanges its threads every 5 ms, in which a small layer has answered many times.
+        sys.setswitchinterval(1e-5)
+        try:
+            with ThreadPoolExecutor(2) as threads:
+                own, _ = (threads.submit(call, argument) for argument in (x, other))
+                return own.result()
+        finally:
+            sys.setswitchinterval(interval)
+
+    def _worn(self, at: int) -> Any:
+        """The layer after many updates."""
+        self.compiled.pop(at, None)
+        for _ in range(_UPDATES // 2):
+            for source in (1 - at, at):
+                weights = self._shuffled(self.numbers.layers[source])
+                self.models[at] = self.backend.update(self._model(at), weights)
+        return self._model(at)
 
     def _model(self, at: int) -> Any:
         if at not in self.models:
@@ -231,6 +271,7 @@ class _Arguments:
     def __init__(self, probe: Probe, numbers: Material, step: Step) -> None:
         index = 1 if step.place == "input" else 0
         self.x = viewed(numbers.x[index], probe.x_view)
+        self.other_x = viewed(numbers.x[1 - index], probe.x_view)
         self.dy = viewed(numbers.dy[index], probe.dy_view)
         own = numbers.cotangents[index]
         self.cotangents = {name: own[name].copy() for name in sorted(own, key=lambda name: name[::-1])}
@@ -251,6 +292,19 @@ def _layer_of(step: Step) -> int:
 
 def _same(left: Array, right: Array) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+
+
+def _furthest(answers: list[Array]) -> Array:
+    """The answer that differs most from the first."""
+    first = answers[0]
+
+    def distance(answer: Array) -> float:
+        if answer.shape != first.shape or not np.array_equal(np.isnan(answer), np.isnan(first)):
+            return np.inf
+        apart = np.abs(answer.astype(np.float64) - first.astype(np.float64))
+        return float(np.max(apart, initial=0.0, where=~np.isnan(apart)))
+
+    return max(answers, key=distance)
 
 
 def _array(answer: Any) -> Array:

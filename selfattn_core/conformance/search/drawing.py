@@ -28,6 +28,7 @@ _ABILITIES = {
     "params": {"params"},
     "saved": {"saved"},
     "updated": {"updated"},
+    "worn": {"updated"},
     "compiled_forward": {"compiled"},
     "compiled_vjp": {"compiled", "vjp"},
 }
@@ -52,6 +53,9 @@ _WEIGHTS = {
     "saved": 1,
 }
 """How often a step comes, relative to the others. The files of some frameworks take seconds."""
+
+_MANY_CALLS = ("together", "often", "worn")
+"""Steps of thousands of calls, which come alone, with small maps, and seldom."""
 
 _SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16)
 _CHANNELS = (
@@ -156,6 +160,9 @@ def drawn(choose: Choose, claims: Claims, *, small: bool = False) -> Probe:
     compiled, of = choose((*[False] * 24, True)), choose(("forward", "vjp"))
     if compiled and "compiled" in abilities and (of == "forward" or of in abilities):
         steps = tuple(Step(f"compiled_{of}", place) for place in ("", "input", ""))
+    many = choose((*[""] * 253, *_MANY_CALLS))
+    if many and _ABILITIES.get(many, set()) <= abilities:
+        steps = (Step(many),)
     dtypes = [dtype for dtype in ("float32", "float64") if dtype in claims.dtypes]
     narrow = [dtype for dtype in SIXTEEN_BITS if dtype in claims.dtypes]
     dtype = choose([*dtypes[:1] * 8, *dtypes[1:] * 5, *narrow * 2] or list(claims.dtypes))
@@ -253,6 +260,16 @@ def fitted(probe: Probe) -> Probe:
     Args:
         probe: any probe.
     """
+    if any(step.ask in _MANY_CALLS for step in probe.steps):
+        probe = replace(
+            probe,
+            batch=min(probe.batch, 2),
+            height=min(probe.height, 3),
+            width=min(probe.width, 3),
+            channels=min(probe.channels, 4),
+            qk=min(probe.qk, 4),
+            value=min(probe.value, 4),
+        )
     if probe.height * probe.width > _MANY:
         # The definition takes seconds for second derivatives of such a size, and for more than one call.
         probe = replace(

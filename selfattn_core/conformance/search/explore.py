@@ -1,6 +1,7 @@
 """The search: probes in an order that the seed decides, and a smallest probe for each kind of failure."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +33,8 @@ _SHRINK_PROBES = 500
 _MOST_TIMEOUTS = 3
 _MOST_FINDINGS = 20
 _TELL_SECONDS = 10.0
+_ELSEWHERE = 16
+"""The probes that are asked again in another process."""
 
 _LIKE: Mapping[str, str] = {
     "compiled_forward": "forward",
@@ -41,6 +44,9 @@ _LIKE: Mapping[str, str] = {
     "alone": "forward",
     "doubled": "forward",
     "shifted": "forward",
+    "together": "forward",
+    "often": "forward",
+    "worn": "forward",
     "compiled_vjp": "vjp",
     "training_vjp": "vjp",
     "per_sample": "vjp",
@@ -62,8 +68,9 @@ def explore(
 ) -> Search:
     """Search a backend for failures.
 
-    The search ends when it has asked `PROBES_PER_SECOND` probes for each second, or when the seconds are over. The last
-    failure may take half a minute more to be made smaller. What was found so far is also returned if Ctrl-C or a signal ends
+    The search ends when it has asked `PROBES_PER_SECOND` probes for each second, or when the seconds are over. Then it asks
+    the last probes that passed once more, in another process and in another order. The last failure may take half a minute
+    more to be made smaller. What was found so far is also returned if Ctrl-C or a signal ends
     the search, or if the backend does not start again.
 
     Args:
@@ -88,6 +95,7 @@ def explore(
         while not searcher.over:
             searcher.batch(batch)
             batch += 1
+        searcher.ask_elsewhere()
     return searcher.result()
 
 
@@ -128,6 +136,7 @@ class _Searcher:
         self.known: set[Kind] = set()
         self.found: list[Finding] = []
         self.skipped: list[Skipped] = []
+        self.right: deque[Probe] = deque(maxlen=_ELSEWHERE)
         # Why a probe has no answer to judge.
         self.unanswered: dict[Probe, tuple[Literal["unclaimed", "undecided"], str]] = {}
         self.probes = self.steps = self.answered = self.drawn = self.timeouts = self.exit_code = 0
@@ -303,10 +312,30 @@ class _Searcher:
         self.answered += 1
         if isinstance(answer, Answers):
             self.timeouts = 0
-            return findings(probe, answer)
+            if not (found := findings(probe, answer)):
+                self.right.append(probe)
+            return found
         self.timeouts = self.timeouts + 1 if answer.how == "timeout" else 0
         status: Literal["fail", "error"] = "fail" if answer.how == "answers are arrays" else "error"
         return (Finding(answer.how, "", answer.what, answer.message, status),)
+
+    def ask_elsewhere(self) -> None:
+        """Ask the last probes that passed again, in a new process and in the opposite order."""
+        if self.ended == "gave up":
+            return
+        self.process.end()
+        for probe in reversed(tuple(self.right)):
+            self._note(
+                [
+                    replace(
+                        found,
+                        property="equal answers in another process",
+                        message=f"right in one process, and wrong in another with other calls before: {found.message}",
+                    )
+                    for found in self._answer(probe)
+                ],
+                probe,
+            )
 
     def _tell_progress(self) -> None:
         now = time.monotonic()

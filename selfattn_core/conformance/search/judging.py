@@ -35,6 +35,9 @@ _COMPUTES: Mapping[str, FamilyName] = {
 """The family whose computation a step asks for. Any other step asks for y."""
 
 _RELATIONS: Mapping[str, str] = {
+    "together": "equal answers in threads",
+    "often": "equal calls, equal answers",
+    "worn": "equal answers after updates",
     "permuted": "permuted positions",
     "alone": "batch independence",
     "doubled": "linear in the value",
@@ -89,14 +92,15 @@ class _Judge:
         latest: dict[tuple[str, int], Array] = {}
         for step, found in zip(self.probe.steps, answers.steps, strict=True):
             at = 1 if step.place == "layer" else 0
+            if step.ask == "worn":
+                # The last update gives the layer its first weights back.
+                self._give(at, at)
             yield from self._step(step, at, found)
             if step.ask in ("forward", "map"):
                 yield from self._again(step, at, found, latest)
             if step.ask == "updated":
-                self.weights[at] = dict(self.numbers.layers[1 - at])
-                self.noisy_weights[at] = dict(self.noisy.layers[1 - at])
-                self.moved[at] = {}
-            if step.ask in ("updated", "saved"):
+                self._give(at, 1 - at)
+            if step.ask == "saved":
                 self.versions[at] += 1
         for touched in answers.touched:
             ask = self.probe.steps[touched.step].words
@@ -113,6 +117,13 @@ class _Judge:
             }
             name, message = what[touched.what]
             yield Finding(name, self.probe.steps[touched.step].ask, touched.name, message)
+
+    def _give(self, at: int, source: int) -> None:
+        """Give a layer the weights that one of the two began with."""
+        self.weights[at] = dict(self.numbers.layers[source])
+        self.noisy_weights[at] = dict(self.noisy.layers[source])
+        self.moved[at] = {}
+        self.versions[at] += 1
 
     def _step(self, step: Step, at: int, found: Mapping[str, Array]) -> Iterator[Finding]:
         if step.ask in ("saved", "updated"):

@@ -25,6 +25,9 @@ ASKS = (
     "alone",
     "doubled",
     "shifted",
+    "together",
+    "often",
+    "worn",
 )
 """What a step may ask.
 
@@ -35,6 +38,8 @@ ASKS = (
 - "refilled" calls `forward` twice with one array, whose numbers are others the second time.
 - "permuted" exchanges positions, "alone" asks for one sample of the batch, "doubled" doubles the value projection, and
   "shifted" adds a constant to the key bias. The definition says what each gives.
+- "together" calls `forward` in two threads at once, with both inputs. "often" calls it thousands of times, and "worn" after a
+  thousand updates with the weights of both layers, of which the last are the layer's own.
 """
 
 STEP_PLACES = ("", "input", "layer")
