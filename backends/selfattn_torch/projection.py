@@ -56,8 +56,8 @@ def project(maps: torch.Tensor, *children: nn.Module, flat: bool) -> tuple[torch
         # An exported graph should have the operator that every converter knows, at any size.
         eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         widths = [weight.shape[0] for weight in weights]
-        if eager and _are_tiny(maps) and not torch.is_grad_enabled():
-            # Without derivatives, joining the kernels would take longer than two more calls.
+        if eager and _are_tiny(maps) and not (flat and torch.is_grad_enabled()):
+            # Without derivatives, or where pooling would copy its part, joining takes longer than two more calls.
             pairs = zip(weights, biases or [None] * len(weights), strict=True)
             separate = tuple(nn.functional.conv2d(maps, *pair) for pair in pairs)
         # One axis of positions before the split: three more operations and their derivatives would count on a small map.
