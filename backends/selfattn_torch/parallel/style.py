@@ -1,6 +1,7 @@
 """`RowParallel`, which `parallelize_module` applies to a layer."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -31,6 +32,8 @@ class RowParallel(ParallelStyle):
 
     Args:
         kv: "gather" or "stream", as in `attend_rows`.
+        heights: the rows of each process, as in `attend_rows`, if they are always the same. A compiled graph of local rows
+            needs them.
 
     Raises:
         ValueError: if `kv` is neither, or the mesh has more than one dimension.
@@ -50,10 +53,10 @@ class RowParallel(ParallelStyle):
         >>> dist.destroy_process_group()
     """
 
-    def __init__(self, *, kv: KV = "gather") -> None:
+    def __init__(self, *, kv: KV = "gather", heights: Sequence[int] | None = None) -> None:
         super().__init__()
         check_kv(kv)
-        self.kv = kv
+        self.kv, self.heights = kv, None if heights is None else tuple(heights)
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
         if type(module) is not SelfAttention2d:
@@ -73,7 +76,7 @@ class RowParallel(ParallelStyle):
                 "expected ascending ones, because the rows of the map are in rank order."
             )
         module.__class__ = RowParallelSelfAttention2d
-        module.sharing = Sharing(group, self.kv)
+        module.sharing = Sharing(group, self.kv, self.heights)
         return module
 
 
@@ -84,16 +87,18 @@ class Sharing:
     Args:
         group: the processes of the rows.
         kv: as in `attend_rows`.
+        heights: as in `attend_rows`.
         checked: whether the layers of all processes are known to be equal.
     """
 
     group: dist.ProcessGroup
     kv: KV
+    heights: tuple[int, ...] | None
     checked: bool = False
 
     def __deepcopy__(self, _: object) -> Self:
         # A group of processes cannot be copied. The copy of a layer belongs to the same one.
-        return type(self)(self.group, self.kv, self.checked)
+        return replace(self)
 
 
 class RowParallelSelfAttention2d(SelfAttention2d):
@@ -114,7 +119,9 @@ class RowParallelSelfAttention2d(SelfAttention2d):
             sharing.checked = True
         if isinstance(x, DTensor):
             return attend_shards(self, x, kv=sharing.kv, need_weights=need_weights, group=sharing.group)
-        return attend_rows(self, x, sharing.group, kv=sharing.kv, need_weights=need_weights)
+        return attend_rows(
+            self, x, sharing.group, kv=sharing.kv, heights=sharing.heights, need_weights=need_weights
+        )
 
     def extra_repr(self) -> str:
         """The options of the layer, and how its map is shared."""
