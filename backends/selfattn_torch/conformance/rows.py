@@ -21,6 +21,7 @@ from selfattn_torch.conformance.backend import TorchBackend
 from selfattn_torch.conformance.model import Model
 from selfattn_torch.conformance.ranks import Ranks
 from selfattn_torch.parallel import attend_rows, check_replicas
+from selfattn_torch.parallel.rows import KV
 
 __all__ = ["RankBackend", "RowsBackend", "heights_of", "streaming"]
 
@@ -54,7 +55,7 @@ class RankBackend(TorchBackend):
         kv: as in `attend_rows`.
     """
 
-    def __init__(self, kv: str = "gather") -> None:
+    def __init__(self, kv: KV = "gather") -> None:
         super().__init__()
         self.kv = kv
         self.models: dict[int, Model] = {}

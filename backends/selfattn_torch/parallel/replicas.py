@@ -68,4 +68,6 @@ def check_replicas(module: nn.Module, group: dist.ProcessGroup | None = None) ->
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    # An array would share the memory of the tensor, which FSDP2 could then not free.
+    copy = tensor.clone(memory_format=torch.contiguous_format).flatten()
+    return zlib.crc32(copy.view(torch.uint8).cpu().numpy().tobytes())

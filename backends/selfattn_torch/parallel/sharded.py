@@ -12,7 +12,7 @@ from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.parallel.layout import chunked
 from selfattn_torch.parallel.rows import KV, attend_local, check_kv, rows_of
 
-__all__ = ["attend_rows", "attend_shards"]
+__all__ = ["attend_rows", "attend_shards", "is_in_rank_order"]
 
 
 def attend_rows(
@@ -122,7 +122,7 @@ def attend_shards(
                 f"its rows are in ranks {dist.get_process_group_ranks(own)}, "
                 f"and those of the layer in {dist.get_process_group_ranks(group)}"
             )
-        if mesh.get_local_rank(index) != dist.get_rank(own):
+        if not is_in_rank_order(mesh, index):
             problems.append("the ranks of its mesh are not in ascending order")
     if problems:
         raise ValueError(
@@ -153,6 +153,21 @@ def attend_shards(
     if not rows_at:
         attention = DTensor.from_local(attention, mesh, x.placements)
     return y, attention
+
+
+def is_in_rank_order(mesh: Any, index: int) -> bool:
+    """Whether the shards along a dimension of a mesh are in the order of the ranks of its group.
+
+    Args:
+        mesh: a `DeviceMesh`.
+        index: the dimension.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    # All processes have to find the same, also one whose own place is the right one.
+    place: list[Any] = list(mesh.get_coordinate())
+    place[index] = slice(None)
+    return mesh.mesh[tuple(place)].tolist() == dist.get_process_group_ranks(mesh.get_group(index))
 
 
 class _Local(nn.Module):

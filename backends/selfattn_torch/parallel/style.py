@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from selfattn_torch.layer import SelfAttention2d
 from selfattn_torch.parallel.replicas import check_replicas
 from selfattn_torch.parallel.rows import KV, check_kv
-from selfattn_torch.parallel.sharded import attend_rows, attend_shards
+from selfattn_torch.parallel.sharded import attend_rows, attend_shards, is_in_rank_order
 
 __all__ = ["RowParallel", "RowParallelSelfAttention2d"]
 
@@ -70,7 +70,7 @@ class RowParallel(ParallelStyle):
                 'as in mesh["rows"].'
             )
         group = device_mesh.get_group()
-        if device_mesh.get_local_rank() != dist.get_rank(group):
+        if not is_in_rank_order(device_mesh, 0):
             raise ValueError(
                 "RowParallel: got a mesh whose ranks are not in ascending order; "
                 "expected ascending ones, because the rows of the map are in rank order."

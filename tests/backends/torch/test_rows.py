@@ -126,6 +126,7 @@ REFUSED = {
     "along C": "dimension 0 of its mesh has S(1)",
     "twice": "H is sharded over two dimensions of its mesh",
     "backwards": "the ranks of its mesh are not in ascending order",
+    "style backwards": "got a mesh whose ranks are not in ascending order",
     "sharded parameters": "expected tensors, or DTensors replicated on the same mesh",
     "width": "width [5, 4, 3]",
     "dtype": "dtype [",
@@ -160,6 +161,7 @@ def test_the_style_of_parallelize_module(three):
         assert {name: error for name, error in found.items() if not error < ROUNDING} == {}
 
 
+@pytest.mark.slow
 def test_what_compiles_and_what_does_not(tmp_path):
     for rank in answers("rows.py", 2, tmp_path / "store", "compiled"):
         found = rank["compiled"]

@@ -7,6 +7,7 @@ the whole map, over the largest number.
 import copy
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -251,7 +252,7 @@ def spectral_state() -> dict[str, Any]:
         if way == "FSDP2":
             model: Any = fully_shard(layer)
         else:
-            model = DistributedDataParallel(layer, broadcast_buffers=way == "DDP")
+            model = DistributedDataParallel(layer, forward_sync_buffers=way == "DDP")
         adam = torch.optim.SGD(model.parameters(), 1e-2)
         for number in range(3):
             real, fake = x + RANK, x * (RANK + number)
@@ -281,6 +282,8 @@ def differing(module: nn.Module) -> str:
 
 def meta() -> dict[str, Any]:
     """FSDP2 from the meta device."""
+    # Torch says so of every random operation on DTensors of a CPU.
+    warnings.filterwarnings("ignore", "DTensor random operators", UserWarning)
     torch.manual_seed(RANK)
     with torch.device("meta"):
         layer = SelfAttention2d(16, 3, 8, out_projection=True, spectral_norm=True)
@@ -290,8 +293,6 @@ def meta() -> dict[str, Any]:
     weight = layer.value.weight.full_tensor()[:, :, 0, 0]
     sigma = torch.linalg.matrix_norm(weight, 2).item()
     estimate = (layer.value.u @ weight @ layer.value.v).item()
-    layer.train()
-    y = layer(torch.randn(1, 16, 3, 4))
     layer.value.refresh_state()
     exact = (layer.value.u @ layer.value.weight.full_tensor()[:, :, 0, 0] @ layer.value.v).item()
     return {
@@ -315,6 +316,8 @@ def compiled() -> dict[str, Any]:
 
     want, wanted = attend_rows(layer, x), torch.autograd.grad(penalty(x), x)[0]
     first = torch.autograd.grad((want * w).sum(), x)[0]
+    # torch looks at the gradient of a tensor between two graphs, and warns of that itself.
+    warnings.filterwarnings("ignore", "The .grad attribute", UserWarning)
     for kv, given in (("gather", heights), ("gather", None), ("stream", heights)):
         torch._dynamo.reset()
 
@@ -345,6 +348,7 @@ def refused() -> dict[str, str]:
     """The messages for what cannot be computed. Every process raises, and none waits."""
     layer, (x, _) = layer_of(kv_pool=2), maps_of(4 * WORLD)
     mesh = init_device_mesh("cpu", (WORLD,))
+    backwards = DeviceMesh("cpu", list(range(WORLD))[::-1])
     pair = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data", "rows"))
     other = layer_of(kv_pool=2)
     with torch.no_grad():
@@ -356,9 +360,8 @@ def refused() -> dict[str, str]:
         "along W": lambda: layer(distribute_tensor(x, mesh, [Shard(3)])),
         "along C": lambda: layer(distribute_tensor(x, mesh, [Shard(1)])),
         "twice": lambda: layer(distribute_tensor(x, pair, [Shard(2), Shard(2)])),
-        "backwards": lambda: layer(
-            distribute_tensor(x, DeviceMesh("cpu", list(range(WORLD))[::-1]), [Shard(2)])
-        ),
+        "backwards": lambda: layer(distribute_tensor(x, backwards, [Shard(2)])),
+        "style backwards": lambda: parallelize_module(layer_of(), backwards, RowParallel()),
         "sharded parameters": lambda: sharded(distribute_tensor(x, mesh, [Shard(2)])),
         "width": lambda: attend_rows(layer, x[:, :, :2, : WIDTH - RANK]),
         "dtype": lambda: attend_rows(layer.float() if RANK else layer, x.float() if RANK else x),
@@ -402,7 +405,7 @@ def styled() -> dict[str, Any]:
         heights = (2,) * WORLD
         for name, each in (("tensor", twin), ("copy", copy.deepcopy(twin))):
             found[f"{kv} {name}"] = (each(own(x, heights)) - own(want, heights)).abs().max().item()
-        y = twin[1](distribute_tensor(model[0](x), mesh, [Shard(2)]))
+        y = twin[1](distribute_tensor(model[0](x).detach(), mesh, [Shard(2)]))
         found[f"{kv} DTensor"] = (y.full_tensor() - want).abs().max().item()
         found["repr"] = repr(twin[1]).splitlines()[0]
         found["keys"] = list(twin.state_dict()) == list(model.state_dict())
