@@ -14,6 +14,7 @@ The other terms are those of `selfattn_ops.torch.derivatives`. rowsum(A∘dA) an
 that they are known before the pass that needs them.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -46,19 +47,56 @@ class Shards(NamedTuple):
                 yield rank, slice(start, start + size)
             start += size
 
-    def fetch(self, rank: int, own: torch.Tensor) -> torch.Tensor:
-        """What a process has of an operand by key."""
+    def room(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for the largest shard of an operand by key (B, m, D)."""
+        return like.new_empty(like.shape[0] * max(self.sizes) * like.shape[2], dtype=dtype)
+
+    def part(self, rank: int, room: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The memory of a process' shard in `room`."""
+        shape = like.shape[0], self.sizes[rank], like.shape[2]
+        return room[: math.prod(shape)].view(shape)
+
+    def fetch(self, rank: int, own: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+        """What a process has of an operand by key, in the memory of `room`."""
+        shard = self.part(rank, room, own)
         if rank == dist.get_rank(self.group):
-            shard = own.contiguous()
-        else:
-            shard = own.new_empty(own.shape[0], self.sizes[rank], own.shape[2])
+            shard.copy_(own)
         dist.broadcast(shard, group_src=rank, group=self.group)
         return shard
 
-    def deliver(self, rank: int, part: torch.Tensor) -> torch.Tensor | None:
-        """The sum of all processes' parts in the process of this rank, and None in the others."""
+    def deliver(self, rank: int, part: torch.Tensor, total: torch.Tensor) -> None:
+        """Write the sum of all processes' parts to `total` in the process of this rank."""
         dist.reduce(part, group_dst=rank, group=self.group)
-        return part if rank == dist.get_rank(self.group) else None
+        if rank == dist.get_rank(self.group):
+            total.copy_(part)
+
+
+class _Scratch:
+    """Buffers of scores for the blocks of all shards, because those of changing sizes fragment the allocator."""
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, shards: Shards, size: int | None, count: int
+    ) -> None:
+        self._size = size
+        shapes = [
+            self._shape(block, keys.stop - keys.start)
+            for _, keys in shards.places()
+            for block in blocks(q, k[:, keys], size)
+        ]
+        most = max(map(math.prod, shapes), default=0)
+        self._whole = [q.new_empty(most) for _ in range(count)]
+
+    def blocks(self, q: torch.Tensor, k: torch.Tensor) -> Iterator[Block]:
+        """Loop over the batch and the query rows for one shard of keys."""
+        for block in blocks(q, k, self._size):
+            shape = self._shape(block, k.shape[1])
+            parts = tuple(buffer[: math.prod(shape)].view(shape) for buffer in self._whole)
+            yield block._replace(buffers=parts)
+
+    @staticmethod
+    def _shape(block: Block, keys: int) -> tuple[int, ...]:
+        rows = block.rows.stop - block.rows.start, keys
+        return rows if isinstance(block.at, int) else (block.at.stop - block.at.start, *rows)
 
 
 @torch.compiler.disable(
@@ -106,11 +144,12 @@ class _Stream(torch.autograd.Function):
     ) -> torch.Tensor:
         dtype = arithmetic_of(query)
         q, k = ready(query, dtype), ready(key, dtype)
-        softmax = _softmax(q, k, shards, size)
+        scratch, room = _Scratch(q, k, shards, size, 1), shards.room(value, value.dtype)
+        softmax = _softmax(q, k, shards, scratch)
         out = q.new_zeros(*q.shape[:2], value.shape[2])
         for rank, keys in shards.places():
-            v, k_shard = shards.fetch(rank, value).to(dtype), k[:, keys]
-            for block in blocks(q, k_shard, size, dtype):
+            v, k_shard = shards.fetch(rank, value, room).to(dtype), k[:, keys]
+            for block in scratch.blocks(q, k_shard):
                 a = softmax.weights(block, q, k_shard, block.buffers[0])
                 Sum(block.rows_of(out), None).add(a, block.keys_of(v))
         ctx.save_for_backward(query, key, value, out, *softmax)
@@ -147,11 +186,16 @@ class _StreamBackward(torch.autograd.Function):
         dtype, softmax = arithmetic_of(query), _Softmax(peak, total)
         q, k, g = (ready(operand, dtype) for operand in (query, key, grad))
         mean = (g * out).sum(-1, keepdim=True)
-        dq, dk, own = torch.zeros_like(q), torch.zeros_like(k), None
+        dq, dk, dv_own = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(value)
+        scratch, room, dv_room = (
+            _Scratch(q, k, shards, size, 2),
+            shards.room(value, value.dtype),
+            shards.room(value, dtype),
+        )
         for rank, keys in shards.places():
-            v, k_shard, dk_shard = shards.fetch(rank, value).to(dtype), k[:, keys], dk[:, keys]
-            dv = torch.zeros_like(v)
-            for block in blocks(q, k_shard, size, dtype, dtype):
+            v, k_shard, dk_shard = shards.fetch(rank, value, room).to(dtype), k[:, keys], dk[:, keys]
+            dv = shards.part(rank, dv_room, value).zero_()
+            for block in scratch.blocks(q, k_shard):
                 a, ds = block.buffers
                 softmax.weights(block, q, k_shard, a)
                 Sum(block.keys_of(dv), None).add(a.mT, block.rows_of(g))
@@ -159,8 +203,7 @@ class _StreamBackward(torch.autograd.Function):
                 ds.sub_(block.rows_of(mean)).mul_(a)
                 Sum(block.rows_of(dq), None).add(ds, block.keys_of(k_shard))
                 Sum(block.keys_of(dk_shard), None).add(ds.mT, block.rows_of(q))
-            own = _kept(own, shards.deliver(rank, dv))
-        dv_own = torch.zeros_like(value) if own is None else own.to(value.dtype)
+            shards.deliver(rank, dv, dv_own)
         return dq.to(query.dtype), dk.to(key.dtype), dv_own
 
     @staticmethod
@@ -182,20 +225,25 @@ def _second(
     q_both, k_both = torch.cat([q_dot, q], -1), torch.cat([k, k_dot], -1)
     v_both = torch.cat([value, value_dot], -1)
     mean = (g * out).sum(-1, keepdim=True)
+    scratch, room, ddv_room = (
+        _Scratch(q, k, shards, size, 4),
+        shards.room(v_both, v_both.dtype),
+        shards.room(value, dtype),
+    )
 
     u_mean = torch.zeros_like(mean)
     for _, keys in shards.places():
-        for block in blocks(q, k[:, keys], size, dtype, dtype):
-            a, u = block.buffers
+        for block in scratch.blocks(q, k[:, keys]):
+            a, u, *_rest = block.buffers
             softmax.weights(block, q, k[:, keys], a)
             multiply(block.rows_of(q_both), block.keys_of(k_both[:, keys]).mT, out=u)
             block.rows_of(u_mean).add_(a.mul_(u).sum(-1, keepdim=True))
 
     out_dot = torch.zeros_like(out)
     for rank, keys in shards.places():
-        v, v_dot = shards.fetch(rank, v_both).to(dtype).chunk(2, -1)
-        for block in blocks(q, k[:, keys], size, dtype, dtype):
-            a, u = block.buffers
+        v, v_dot = shards.fetch(rank, v_both, room).to(dtype).chunk(2, -1)
+        for block in scratch.blocks(q, k[:, keys]):
+            a, u, *_rest = block.buffers
             softmax.weights(block, q, k[:, keys], a)
             multiply(block.rows_of(q_both), block.keys_of(k_both[:, keys]).mT, out=u)
             out_rows = Sum(block.rows_of(out_dot), None)
@@ -203,11 +251,12 @@ def _second(
             out_rows.add(a, block.keys_of(v_dot))
     x_mean = (g * out_dot).sum(-1, keepdim=True)
 
-    ddq, ddk, own = torch.zeros_like(q), torch.zeros_like(k), None
+    ddq, ddk, ddv_own = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(value)
     for rank, keys in shards.places():
-        v, v_dot = shards.fetch(rank, v_both).to(dtype).chunk(2, -1)
-        k_shard, ddk_shard, ddv = k[:, keys], ddk[:, keys], torch.zeros_like(v)
-        for block in blocks(q, k_shard, size, *(dtype,) * 4):
+        v, v_dot = shards.fetch(rank, v_both, room).to(dtype).chunk(2, -1)
+        k_shard, ddk_shard = k[:, keys], ddk[:, keys]
+        ddv = shards.part(rank, ddv_room, value).zero_()
+        for block in scratch.blocks(q, k_shard):
             a, u, w, product = block.buffers
             g_rows = block.rows_of(g)
             ddq_rows, ddk_keys = Sum(block.rows_of(ddq), None), Sum(block.keys_of(ddk_shard), None)
@@ -225,25 +274,20 @@ def _second(
             ds_dot = x.sub_(block.rows_of(x_mean)).mul_(a)
             ddq_rows.add(ds_dot, block.keys_of(k_shard))
             ddk_keys.add(ds_dot.mT, block.rows_of(q))
-        own = _kept(own, shards.deliver(rank, ddv))
-    ddv_own = torch.zeros_like(value) if own is None else own.to(value.dtype)
+        shards.deliver(rank, ddv, ddv_own)
     return ddq.to(query.dtype), ddk.to(key.dtype), ddv_own, out_dot.to(grad.dtype)
 
 
-def _softmax(q: torch.Tensor, k: torch.Tensor, shards: Shards, size: int | None) -> _Softmax:
+def _softmax(q: torch.Tensor, k: torch.Tensor, shards: Shards, scratch: _Scratch) -> _Softmax:
     """Over all keys, from the scores of one shard of keys at a time."""
     peak = q.new_full((*q.shape[:2], 1), -torch.inf)
     total = torch.zeros_like(peak)
     for _, keys in shards.places():
-        for block in blocks(q, k[:, keys], size, q.dtype):
-            (scores,) = block.buffers
+        for block in scratch.blocks(q, k[:, keys]):
+            scores = block.buffers[0]
             multiply(block.rows_of(q), block.keys_of(k[:, keys]).mT, out=scores)
             highest, sums = block.rows_of(peak), block.rows_of(total)
             higher = torch.maximum(highest, scores.amax(-1, keepdim=True))
             sums.mul_(highest.sub_(higher).exp_()).add_(scores.sub_(higher).exp_().sum(-1, keepdim=True))
             highest.copy_(higher)
     return _Softmax(peak, total)
-
-
-def _kept(before: torch.Tensor | None, now: torch.Tensor | None) -> torch.Tensor | None:
-    return before if now is None else now

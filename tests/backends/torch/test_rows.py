@@ -171,6 +171,7 @@ def test_what_compiles_and_what_does_not(tmp_path):
         assert {name: error for name, error in found.items() if not error < ROUNDING} == {}
 
 
+@pytest.mark.slow
 def test_the_others_end_with_an_error_when_a_process_dies(tmp_path):
     processes = started("dying.py", 3, tmp_path / "store")
     try:
