@@ -22,10 +22,14 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from selfattn_ops.blocks import SCORE_BUDGET
 from selfattn_ops.torch.blocks import Block, Sum, blocks, multiply, ready
 from selfattn_ops.torch.products import arithmetic_of
 
 __all__ = ["Shards", "attend_stream"]
+
+_LEAST_ROWS = 64
+"""The fewest query rows in a block of the automatic choice."""
 
 
 class Shards(NamedTuple):
@@ -77,11 +81,12 @@ class _Scratch:
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, shards: Shards, size: int | None, count: int
     ) -> None:
-        self._size = size
+        # Half of the usual buffer: its share of the memory of one process is to fall with the number of processes.
+        self._size = size or max(_LEAST_ROWS, SCORE_BUDGET // 2 // (4 * max(shards.sizes)))
         shapes = [
             self._shape(block, keys.stop - keys.start)
             for _, keys in shards.places()
-            for block in blocks(q, k[:, keys], size)
+            for block in blocks(q, k[:, keys], self._size)
         ]
         most = max(map(math.prod, shapes), default=0)
         self._whole = [q.new_empty(most) for _ in range(count)]
