@@ -17,6 +17,8 @@ from selfattn_torch.migrate import accept_older
 from selfattn_torch.projection import Projection, project
 from selfattn_torch.spectral_norm import SpectralConv2d
 
+__all__ = ["SelfAttention2d", "scaled_sum"]
+
 
 class SelfAttention2d(nn.Module):
     """Self-attention over the positions of a feature map.
@@ -157,9 +159,14 @@ class SelfAttention2d(nn.Module):
         """The output and, on request, the map, which takes N·M numbers of memory.
 
         Args:
-            x: (B, C, H, W) or (C, H, W).
+            x: (B, C, H, W) or (C, H, W). A DTensor can be sharded along B and H: see `selfattn_torch.parallel`.
             need_weights: whether to return (y, A) instead of y.
         """
+        if type(x) is not torch.Tensor and hasattr(x, "device_mesh"):
+            # Most programs need no DTensor, and its module takes time to import.
+            from selfattn_torch.parallel.sharded import attend_shards  # noqa: PLC0415
+
+            return attend_shards(self, x, need_weights=need_weights)
         check(x, self.config)
         maps = x if x.dim() == 4 else x.unsqueeze(0)  # (B, C, H, W)
         pool = self.config.kv_pool
@@ -180,7 +187,7 @@ class SelfAttention2d(nn.Module):
         attended = attended.unflatten(-1, maps.shape[2:])  # (B, Dv, H, W)
         if self.config.out_projection:
             (attended,) = project(attended, self.out, flat=False)  # (B, C, H, W)
-        y = _scaled_sum(maps, self.gamma, attended)  # (B, C, H, W)
+        y = scaled_sum(maps, self.gamma, attended)  # (B, C, H, W)
         y = y if x.dim() == 4 else y.squeeze(0)
         if not need_weights:
             return y
@@ -225,8 +232,8 @@ class SelfAttention2d(nn.Module):
         return ", ".join([str(channels), *(f"{name}={value}" for name, value in options.items())])
 
 
-def _scaled_sum(maps: torch.Tensor, gain: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """Gain times attended, plus maps."""
+def scaled_sum(maps: torch.Tensor, gain: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """Gain times attended, plus maps: the residual sum of the layer."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         # Core ML's converter does not support addcmul. Outside an export, a product and a sum would take up to a third
         # longer and another feature map of memory.

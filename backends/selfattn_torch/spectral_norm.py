@@ -78,12 +78,15 @@ class SpectralConv2d(Projection):
 
     @torch.no_grad()
     def reset_state(self) -> None:
-        """Set u and v for the current weight: 15 power iterations from a standard normal v."""
+        """Set u and v for the current weight: 15 power iterations from a standard normal v.
+
+        If the weight is sharded, as FSDP2 has it, every process of its mesh has to call this. u and v are the same in all.
+        """
         if self.weight.is_meta:
             # The meta device has no numbers, and torch would take milliseconds for each step.
             return
-        weight = _matrix(self.weight)
-        v = torch.randn_like(self.v, dtype=weight.dtype)
+        weight = _matrix(_whole(self.weight))
+        v = _shared(torch.randn_like(self.v, dtype=weight.dtype), self.weight)
         for _ in range(WARM_UP):
             u, v = _power_iteration(weight, v)
         self.u.copy_(u)
@@ -92,9 +95,9 @@ class SpectralConv2d(Projection):
     @torch.no_grad()
     def refresh_state(self) -> None:
         """Set u and v to the limit of power iterations on the current weight; see `refresh_spectral_norm`."""
-        found = converged(self.weight[:, :, 0, 0].T.double().cpu().numpy())
+        found = converged(_whole(self.weight)[:, :, 0, 0].T.double().cpu().numpy())
         for name, vector in zip(("u", "v"), found, strict=True):
-            new = torch.from_numpy(vector.copy()).to(self.weight)
+            new = torch.from_numpy(vector.copy()).to(self.weight.device, self.weight.dtype)
             if getattr(self, name).is_meta:
                 setattr(self, name, new)
             else:
@@ -153,6 +156,23 @@ def refresh_spectral_norm(module: nn.Module) -> None:
     for each in module.modules():
         if isinstance(each, SpectralConv2d):
             each.refresh_state()
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as a tensor. Outside of a forward pass, FSDP2 has it as a DTensor."""
+    whole: torch.Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole
+
+
+def _shared(vector: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The vector of one process in all processes that have a part of the weight."""
+    if not hasattr(weight, "device_mesh"):
+        return vector
+    # Most programs need no DTensor, and its module takes time to import.
+    from torch.distributed.tensor import Replicate, distribute_tensor  # noqa: PLC0415
+
+    mesh = weight.device_mesh
+    return distribute_tensor(vector, mesh, [Replicate()] * mesh.ndim).to_local()
 
 
 def _matrix(weight: torch.Tensor) -> torch.Tensor:

@@ -43,10 +43,10 @@ def backends(context: click.Context, parameter: click.Parameter, incomplete: str
     """
     from click.shell_completion import CompletionItem
 
-    from selfattn_core.conformance.backends import REGISTRY
+    from selfattn_core.conformance.backends import KNOWN
 
     named = context.params.get(parameter.name or "") or ()
-    return [CompletionItem(name) for name in REGISTRY if name.startswith(incomplete) and name not in named]
+    return [CompletionItem(name) for name in KNOWN if name.startswith(incomplete) and name not in named]
 
 
 def cases(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":

@@ -61,6 +61,13 @@ __all__ = ["conform", "forms"]
     help="Device to run on, as the framework names it: cpu, cuda, cuda:1, mps, xpu, gpu, tpu. Default: the CPU.",
 )
 @click.option(
+    "--processes",
+    metavar="N",
+    default=None,
+    type=click.IntRange(min=1),
+    help="Number of processes for a backend that computes over several, such as torch-rows. Default: the backend's own.",
+)
+@click.option(
     "--explore",
     "seconds",
     metavar="[SECONDS]",
@@ -114,6 +121,7 @@ def conform(
     level: Literal["core", "training", "gan", "deploy"],
     cases: tuple[str, ...],
     devices: tuple[str, ...],
+    processes: int | None,
     seconds: float | None,
     past: Path | None,
     tokens: tuple[str, ...],
@@ -135,7 +143,7 @@ def conform(
     files = {"json": json_file, "html": html_file, "junit": junit_file, "markdown": markdown_file}
     targets = {form: target for form, target in files.items() if target is not None}
     if diff:
-        work = (names, targets, self_test, generated, devices, cases, tokens, seconds, past)
+        work = (names, targets, self_test, generated, devices, processes, cases, tokens, seconds, past)
         if any(work):
             raise click.UsageError(
                 "--diff compares two files and runs nothing: pass no backend and no other report."
@@ -144,6 +152,8 @@ def conform(
     if generated and not self_test:
         raise click.UsageError("--generated: it is a part of --self-test: pass both.")
     if seconds is not None or tokens:
+        if processes is not None:
+            raise click.UsageError("--processes: a search and a replay use the backend's own number.")
         if cases or self_test or (seconds is not None and tokens):
             raise click.UsageError(
                 "--explore, --replay, --case and --self-test run different things: pass one of them."
@@ -171,6 +181,7 @@ def conform(
             generated=generated,
             targets=targets,
             devices=devices,
+            processes=processes,
         )
     )
 
@@ -197,6 +208,7 @@ def _run(
     generated: int,
     targets: Mapping[str, str],
     devices: Sequence[str],
+    processes: int | None,
 ) -> int:
     """The exit code of a run. A usage error is raised before anything runs."""
     from selfattn_core.conformance.backends import REGISTRY
@@ -215,6 +227,8 @@ def _run(
         runs = named_runs(cases, level=level)
     except ValueError as error:
         problems.append(f"--case: {error}")
+    if processes is not None and not names:
+        problems.append("--processes: name the BACKEND that should compute over them")
     if cases and not names:
         problems.append("--case: name the BACKEND that should run it")
     if problems:
@@ -225,9 +239,9 @@ def _run(
         click.echo(f"{name}: {words}", err=True)
 
     if cases:
-        reports = [run_backend(name, seed=seed, runs=runs, device=device) for name in chosen]
+        reports = [run_backend(name, seed=seed, runs=runs, device=device, over=processes) for name in chosen]
     else:
-        reports = run_backends(chosen, seed=seed, level=level, device=device, tell=tell)
+        reports = run_backends(chosen, seed=seed, level=level, device=device, over=processes, tell=tell)
     kills = self_test(seed=seed) if with_self_test else []
     for kill in kills:
         if kill.unasked:
@@ -369,12 +383,12 @@ def _searched(
 
 
 def _unknown_backends(names: Sequence[str]) -> list[str]:
-    from selfattn_core.conformance.backends import REGISTRY, is_target
+    from selfattn_core.conformance.backends import KNOWN, is_target
 
     return [
-        f"unknown backend {name}; known are {', '.join(REGISTRY)}, or module:object for your own"
+        f"unknown backend {name}; known are {', '.join(KNOWN)}, or module:object for your own"
         for name in names
-        if name not in REGISTRY and not is_target(name)
+        if name not in KNOWN and not is_target(name)
     ]
 
 

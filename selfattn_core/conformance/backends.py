@@ -18,7 +18,7 @@ from selfattn_core.conformance.protocol import (
     declined,
 )
 
-__all__ = ["REGISTRY", "NotABackendError", "Registered", "is_target", "resolve"]
+__all__ = ["KNOWN", "OVER_PROCESSES", "REGISTRY", "NotABackendError", "Registered", "is_target", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,15 @@ REGISTRY: Mapping[str, Registered] = {
 }
 
 
+OVER_PROCESSES: Mapping[str, Registered] = {
+    "torch-rows": Registered("selfattn_torch.conformance.rows:RowsBackend", ("torch",), "torch"),
+}
+"""Built-in backends that compute over several processes of their own. They run only if they are named."""
+
+KNOWN: Mapping[str, Registered] = {**REGISTRY, **OVER_PROCESSES}
+"""All backends that have a name."""
+
+
 class NotABackendError(ValueError):
     """The named object is not a backend, or the name has the wrong form."""
 
@@ -136,7 +145,7 @@ def is_target(target: str) -> bool:
 
 
 _ALWAYS = ("name", "versions", "claims", "layouts", "build")
-_OPTIONAL = ("declines", "update", "eager", "as_shipped", "peak_memory", *DEVICE_METHODS)
+_OPTIONAL = ("declines", "update", "eager", "as_shipped", "peak_memory", "over", *DEVICE_METHODS)
 
 _SAYS: Mapping[str, tuple[type[Any], str]] = {
     "versions": (Mapping, "a mapping of names to versions"),

@@ -51,6 +51,10 @@ class Backend(Protocol):
     - `as_shipped(model)` returns a model with the framework's default precision. A backend needs it if `build` sets a
       higher one.
 
+    A backend that computes over several processes or devices has a method `over(count)`. It returns a context in which
+    the backend computes over that many, or over as many as it likes for None. At the end of the context they are ended.
+    The arguments and the answers are those of the whole map, so the backend divides and joins them.
+
     A backend that can compute on a chosen device has the methods of `Placed`. It may also have `peak_memory(call)`, which
     returns the bytes by which the device's memory rises at its highest while the call runs. `peak_memory` raises
     `selfattn_core.conformance.PeakUnknownError` if it cannot measure that. Without the methods of `Placed` the

@@ -59,16 +59,17 @@ OPS = {"__init__", "blocks", "dense", "products"}
 SHAPES = {
     "selfattn_torch": ADAPTER
     | LAYER
-    # Torch calls the layer with whatever it is given, and hands it the state dicts of older versions.
-    | {"inputs", "migrate"},
+    # Torch calls the layer with whatever it is given, and hands it the state dicts of older versions. One process of
+    # several has to be told about the others.
+    | {"inputs", "migrate", "parallel"},
     "selfattn_keras": ADAPTER | LAYER,
     # Two layers: a folder for each, and what they share.
     "selfattn_flax": ADAPTER | {"nnx", "linen", "functions", "trees"},
     "selfattn_flax/nnx": {"__init__"} | LAYER,
     # `convert` knows NNX models; the parts of a Linen module cannot be replaced.
     "selfattn_flax/linen": {"__init__"} | LAYER - {"with_map"},
-    # Torch differentiates the right implementations that are plain operations.
-    "selfattn_torch/conformance": CONFORMANCE | {"right"},
+    # Torch differentiates the right implementations that are plain operations, and has a backend of several processes.
+    "selfattn_torch/conformance": CONFORMANCE | {"right", "rows", "ranks", "broken_rows"},
     # The same functions on each framework that Keras runs on.
     "selfattn_keras/conformance": CONFORMANCE | {"tensorflow", "jax", "torch"},
     # The pure functions that JAX compiles, and the two layers as such.

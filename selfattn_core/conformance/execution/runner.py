@@ -11,7 +11,7 @@ from itertools import repeat
 from pathlib import Path
 from threading import Event
 
-from selfattn_core.conformance.backends import REGISTRY, Registered, is_target
+from selfattn_core.conformance.backends import KNOWN, OVER_PROCESSES, Registered, is_target
 from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import FAMILIES, Level
 from selfattn_core.conformance.cases.table import all_runs
@@ -39,13 +39,14 @@ def run_backend(
     programs: Path | None = None,
     stop: Event | None = None,
     device: str = "",
+    over: int | None = None,
 ) -> BackendReport:
     """Run a backend in its own process, and judge its answers.
 
     If a run hangs or ends the process, the run is an error. A new process continues with the next run.
 
     Args:
-        name: a name in `REGISTRY`, or "module:object" for another backend.
+        name: a name in `KNOWN`, or "module:object" for another backend.
         seed: the seed of the inputs.
         runs: the runs. By default all.
         timeout: the seconds that one run may take.
@@ -54,6 +55,7 @@ def run_backend(
         programs: the folder in which JAX caches compiled programs, as for `environment`.
         stop: an event that another thread can set to end the processes.
         device: the device to compute on, such as "cuda:1". Empty for the CPU, or for a backend that accepts no device.
+        over: the number of processes that a backend with the method `over` computes over. None for its own choice.
 
     Raises:
         ValueError: if the name has neither form, or the framework cannot have the device.
@@ -68,7 +70,8 @@ def run_backend(
     asked = all_runs() if runs is None else runs
     shipped = [index for index, run in enumerate(asked) if FAMILIES[run.case.family].default_precision]
     strict = [index for index in range(len(asked)) if index not in shipped]
-    parts = max(1, min(parts, len(strict)))
+    # A backend over several processes keeps all cores busy by itself.
+    parts = 1 if over is not None or name in OVER_PROCESSES else max(1, min(parts, len(strict)))
     # The framework's default precision needs its own process, without the variables for full precision.
     shares = [strict[first::parts] for first in range(parts)] + [shipped]
     shares = [share for share in shares if share] or [[]]
@@ -96,6 +99,7 @@ def run_backend(
                 stop,
                 device=device,
                 shipped=as_shipped,
+                over=over,
             )
             supervisor.work()
             return _report(name, supervisor)
@@ -113,19 +117,19 @@ def named(name: str, device: str) -> Registered:
     """What is known about a backend.
 
     Args:
-        name: a name in `REGISTRY`, or "module:object" for another backend.
+        name: a name in `KNOWN`, or "module:object" for another backend.
         device: the device to compute on. Empty for the default.
 
     Raises:
         ValueError: if the name has neither form, or the framework cannot have the device.
     """
-    if name not in REGISTRY and not is_target(name):
+    if name not in KNOWN and not is_target(name):
         raise ValueError(
-            f"backend {name!r}: expected one of {', '.join(REGISTRY)}, or module:object for your own."
+            f"backend {name!r}: expected one of {', '.join(KNOWN)}, or module:object for your own."
         )
     if problem := unknown_device(name, device or None):
         raise ValueError(f"backend {name!r}: {problem}.")
-    return REGISTRY.get(name, Registered(name, (), ""))
+    return KNOWN.get(name, Registered(name, (), ""))
 
 
 def placed(name: str, device: str, variables: Mapping[str, str]) -> dict[str, str]:
@@ -136,9 +140,9 @@ def placed(name: str, device: str, variables: Mapping[str, str]) -> dict[str, st
         device: the device to compute on. Empty for the CPU.
         variables: the environment.
     """
-    if name not in REGISTRY:
+    if name not in KNOWN:
         return dict(variables)
-    of_device = device_variables(REGISTRY[name].framework, device or "cpu", variables)
+    of_device = device_variables(KNOWN[name].framework, device or "cpu", variables)
     return {key: value for key, value in {**variables, **of_device}.items() if value is not None}
 
 
@@ -157,11 +161,11 @@ def unknown_device(name: str, device: str | None) -> str:
     """
     if device is None:
         return ""
-    if name not in REGISTRY:
+    if name not in KNOWN:
         # Its process would treat an empty name as no option.
         own = "expected a word of this backend's own, or no option at all for its default"
         return "" if device else f"got device {device!r}; {own}"
-    return device_problem(device, WORDS[REGISTRY[name].framework])
+    return device_problem(device, WORDS[KNOWN[name].framework])
 
 
 def run_backends(
@@ -171,6 +175,7 @@ def run_backends(
     level: Level = "deploy",
     timeout: float = 120.0,
     device: str = "",
+    over: int | None = None,
     tell: Callable[[str, str], None] = lambda _, __: None,
 ) -> list[BackendReport]:
     """Run backends in two processes at a time if there are two cores. A single backend is divided between both.
@@ -181,6 +186,7 @@ def run_backends(
         level: the highest level.
         timeout: the seconds that one run may take.
         device: as for `run_backend`.
+        over: as for `run_backend`.
         tell: called from another thread with the name of each finished backend and a summary of its results.
 
     Returns:
@@ -202,6 +208,7 @@ def run_backends(
             programs=Path(programs),
             stop=stop,
             device=device,
+            over=over,
         )
         tell(name, _summary(report))
         return report

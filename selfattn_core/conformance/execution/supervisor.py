@@ -46,6 +46,7 @@ class Supervisor:
         stop: an event that another thread sets to end the processes.
         device: the device to compute on. If empty, a backend that accepts devices uses the CPU.
         shipped: whether to measure the format of the framework's default products.
+        over: the number of processes that the backend computes over. None for its own choice.
 
     Attributes:
         ready: the claims of the backend. None if it did not start.
@@ -65,11 +66,12 @@ class Supervisor:
         *,
         device: str = "",
         shipped: bool = False,
+        over: int | None = None,
     ) -> None:
         self.target, self.variables = target, variables
         self.folder, self.seed, self.timeout = folder, seed, timeout
         self.runs, self.stop = runs, stop
-        self.device, self.shipped = device, shipped
+        self.device, self.shipped, self.over = device, shipped, over
         self.ready: Ready | None = None
         self.failed = Failed("")
         self.precisions: Mapping[str, str] = {}
@@ -157,6 +159,7 @@ class Supervisor:
             "seed": self.seed,
             "device": self.device,
             "shipped": self.shipped,
+            "over": self.over,
             "runs": runs,
         }
         job_file = self.folder / f"job-{number}.json"

@@ -38,7 +38,7 @@ from selfattn_core.conformance.execution.in_process import ask
 from selfattn_core.conformance.protocol import Claims, expected_failures_of, takes_device
 from selfattn_core.conformance.verdicts.product_formats import measured
 
-__all__ = ["end_with_parent", "main", "on_device"]
+__all__ = ["end_with_parent", "main", "on_device", "over_processes"]
 
 
 def end_with_parent() -> None:
@@ -68,6 +68,7 @@ def main(job_file: str) -> None:
         try:
             backend = resolve(job["target"])
             device, about = on_device(backend, job["device"], stack)
+            over_processes(backend, job["over"], stack)
             claims = Claims.of(backend)
             ready = Ready(
                 {str(name): str(version) for name, version in backend.versions().items()},
@@ -135,6 +136,23 @@ def on_device(backend: Any, asked: str, stack: ExitStack) -> tuple[str, dict[str
     device = chosen(asked or "cpu", backend.devices())
     said = stack.enter_context(backend.on(device)) or {}
     return device, {name: str(said.get(name, "")) for name in ("model", "driver")}
+
+
+def over_processes(backend: Any, count: int | None, stack: ExitStack) -> None:
+    """Let a backend compute over several processes until the stack closes.
+
+    Args:
+        backend: the backend.
+        count: the number of processes. None for the backend's own choice.
+        stack: the stack that ends the processes.
+
+    Raises:
+        NotABackendError: if there is a number, and the backend computes in one process.
+    """
+    if getattr(backend, "over", None) is not None:
+        stack.enter_context(backend.over(count))
+    elif count is not None:
+        raise NotABackendError(f"got {count} processes; this backend computes in one: it has no method over.")
 
 
 if __name__ == "__main__":

@@ -1,40 +1,13 @@
 """A critic with a gradient penalty, trained by two processes: which ways of distributing it give the gradients of one."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-SCRIPT = Path(__file__).parent / "programs" / "distributed.py"
+from tests.backends.torch.ranks import answers
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    store = tmp_path_factory.mktemp("gloo") / "store"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", str(SCRIPT), str(rank), str(store)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        done = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "".join(error[-3000:] for _, error in done)
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in done)
+    first, second = answers("distributed.py", 2, tmp_path_factory.mktemp("gloo") / "store")
     assert first == second
     return first
 

@@ -1,4 +1,4 @@
-"""One of two processes that train the same critic on half a batch each: `python distributed.py RANK STORE`.
+"""One of two processes that train the same critic on half a batch each: `python distributed.py RANK 2 STORE`.
 
 Prints a line of JSON: for each way of distributing it, the largest difference of any gradient from that of one process
 on the whole batch, over the largest gradient; or the error that the way gives.
@@ -125,4 +125,4 @@ def main(rank: int, store: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[3])
