@@ -9,7 +9,7 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from selfattn_core.cli import main
-from selfattn_core.conformance.backends import REGISTRY
+from selfattn_core.conformance.backends import KNOWN
 from selfattn_core.porting.dialects.catalogue import dialect, dialect_names
 
 REFUSED = {name for name in dialect_names() if dialect(name).refused}
@@ -28,10 +28,10 @@ def names(line: str) -> list[str]:
 
 
 def test_backends():
-    assert names("conform ") == list(REGISTRY)
+    assert names("conform ") == list(KNOWN)
     assert names("conform keras-t") == ["keras-tensorflow", "keras-torch"]
     assert names("conform torch keras-jax ") == [
-        name for name in REGISTRY if name not in ("torch", "keras-jax")
+        name for name in KNOWN if name not in ("torch", "keras-jax")
     ]
     assert names("conform my_package.mine:") == []
 

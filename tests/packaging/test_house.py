@@ -79,8 +79,8 @@ SHAPES = {
     "selfattn_keras/converting": CONVERTING | {"places", "answers", "copying"},
     "selfattn_flax/converting": CONVERTING | {"places", "answers"},
     # Torch and TensorFlow have derivatives of ours; JAX differentiates the blocks itself.
-    # Torch alone keeps subnormal weights, which are slow.
-    "selfattn_ops/torch": OPS | {"derivatives", "autograd", "compiled", "peaked"},
+    # Torch alone keeps subnormal weights, which are slow, and computes small maps with derivatives in other dtypes.
+    "selfattn_ops/torch": OPS | {"derivatives", "autograd", "compiled", "peaked", "kept"},
     "selfattn_ops/tensorflow": OPS | {"derivatives", "autograd", "sizes"},
     "selfattn_ops/jax": OPS,
 }
