@@ -42,6 +42,9 @@ class Case:
         zero: the projections whose kernel is zero.
         view: the memory of x and dy. "strided" is every other column and channel of larger arrays, and "transposed" is
             channels-first memory. By default they are contiguous.
+        one_layout: whether float32 runs in one layout only, of a family that runs in every layout.
+        passes: the number of training passes before the question, for a layer with spectral norm.
+        copies: how often each position occurs in x, dy and the cotangent of x (`cases.copies`).
     """
 
     id: str
@@ -62,6 +65,9 @@ class Case:
     one_sign: bool = False
     zero: tuple[str, ...] = ()
     view: Literal["", "strided", "transposed"] = ""
+    one_layout: bool = False
+    passes: int = 0
+    copies: int = 1
 
     @property
     def computation(self) -> ComputationName:
@@ -81,7 +87,8 @@ class Case:
             >>> sorted(Case("mine", "saved", "", SelfAttentionConfig(8)).needs)
             ['forward', 'params', 'saved']
         """
-        return frozenset(FAMILIES[self.family].needs + COMPUTATIONS[self.computation].needs)
+        passes: tuple[Ability, ...] = ("spectral_norm",) if self.passes else ()
+        return frozenset(FAMILIES[self.family].needs + COMPUTATIONS[self.computation].needs + passes)
 
     @property
     def order(self) -> int:
@@ -120,7 +127,8 @@ class Run:
     @property
     def in_any_layout(self) -> bool:
         """Whether a backend may answer in any of its layouts, because a second one would test nothing new."""
-        return self.dtype != "float32" or not FAMILIES[self.case.family].every_layout
+        one = self.case.one_layout or not FAMILIES[self.case.family].every_layout
+        return self.dtype != "float32" or one
 
     def is_named(self, key: str) -> bool:
         """Whether a key of `Backend.expected_failures` includes this run.
