@@ -27,7 +27,7 @@ def layouts(name):
 # These share the attention itself and, on JAX, the compiler, which needs a second for a derivative. So each runs only its
 # part of the families below.
 GROUPS = (("keras-jax", "flax-nnx", "flax-linen"), ("torch", "keras-torch"), ("keras-tensorflow",))
-SHARED = ("forward", "map", "vjp", "r1", "mixed", "spectral_norm", "dtype", "compiled")
+SHARED = ("forward", "map", "vjp", "r1", "mixed", "spectral_norm", "dtype", "compiled", "large")
 
 
 def in_turns(name):

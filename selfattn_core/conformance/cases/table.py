@@ -14,7 +14,7 @@ import numpy as np
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import LAYOUTS, SIXTEEN_BITS, Case, Run
 from selfattn_core.conformance.cases.computations import ComputationName
-from selfattn_core.conformance.cases.families import FamilyName, Level, through
+from selfattn_core.conformance.cases.families import FamilyName, Level
 from selfattn_core.params import projections
 
 __all__ = ["CASES", "all_runs"]
@@ -117,6 +117,11 @@ _BOTH = ("float32", "float64")
 _ONE_DTYPE = ("float32",)
 _FORMS = (0, 1, 5)
 """The flat and the official form, and pooling with biases, in `_LAYERS`."""
+_LATE_FORMS = (2, 4, 7)
+"""The forms of `_LAYERS` whose second derivatives only the level deploy asks. Their parts are in the others."""
+_LATE_SHAPES = (1, 2, 3)
+"""The sizes of `_SHAPES` that only the level deploy asks. At the others something cancels, is empty, or fits windows."""
+_LATE_TITLES = (*(_LAYERS[index][0] for index in _LATE_FORMS), _LARGE[1][0])
 _FIRST: tuple[ComputationName, ...] = ("forward", "vjp")
 _TRAINED: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
     ("flat form", SelfAttentionConfig(16), (3, 4, 5)),
@@ -145,23 +150,26 @@ _CROPPED = SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=2)
 def _rows() -> Iterator[Case]:
     def everywhere(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
         for index, (title, config) in enumerate(_LAYERS):
-            form = index in _FORMS
-            yield Case(
-                next(ids), family, title, config, dtypes=_BOTH if form else _ONE_DTYPE, one_layout=not form
-            )
-        for title, config, shape in _SHAPES:
-            yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE, one_layout=True)
+            dtypes = _BOTH if index in _FORMS else _ONE_DTYPE
+            # The map has no layout, and its input passes through that of y.
+            one = index > 0 if family == "map" else index not in _FORMS
+            late = family == "r1" and index in _LATE_FORMS
+            yield Case(next(ids), family, title, config, dtypes=dtypes, one_layout=one, late=late)
+        for index, (title, config, shape) in enumerate(_SHAPES):
+            late = index in _LATE_SHAPES
+            yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE, one_layout=True, late=late)
 
     def further(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
         for title, config, shape in _DRAWN:
-            yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE, one_layout=True)
+            late = title.startswith("drawn")
+            yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE, one_layout=True, late=late)
         # The attention map is not computed in blocks, and R1 of the large pooled layer takes long.
         for title, config, shape in _LARGE[: 2 if family in ("forward", "vjp") else 1]:
             yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE, one_layout=True)
 
     def square(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
         for title, config, shape in _SQUARE:
-            one = family != "forward"
+            one = family != "forward" or config is _POOLED
             yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE, one_layout=one)
 
     ids = _number("FWD")
@@ -218,8 +226,9 @@ def _related() -> Iterator[Case]:
         described = f"the first sample is exchanged: {title}"
         yield Case(next(ids), "batch", described, config, (3, 5, 7), dtypes=_ONE_DTYPE, one_layout=True)
     ids = _number("EQV")
-    for title, config in (_LAYERS[0], _LAYERS[3]):
-        yield Case(next(ids), "permutation", f"positions permuted: {title}", config)
+    for (title, config), dtypes in ((_LAYERS[0], _BOTH), (_LAYERS[3], _ONE_DTYPE)):
+        described, one = f"positions permuted: {title}", config is not _FLAT
+        yield Case(next(ids), "permutation", described, config, dtypes=dtypes, one_layout=one)
     ids = _number("DET")
     for title, config in (_LAYERS[0], _LAYERS[5]):
         yield Case(next(ids), "determinism", f"again, and built again: {title}", config)
@@ -244,7 +253,10 @@ def _mixed(ids: Iterator[str]) -> Iterator[Case]:
     ):
         described = f"cotangents of every first derivative: {title}"
         one = config not in (_FLAT, _CROPPED) or shape != (2, 5, 7)
-        yield Case(next(ids), "mixed", described, config, shape, gamma, dtypes=dtypes, one_layout=one)
+        late = title in _LATE_TITLES
+        yield Case(
+            next(ids), "mixed", described, config, shape, gamma, dtypes=dtypes, one_layout=one, late=late
+        )
 
 
 def _number(prefix: str) -> Iterator[str]:
@@ -260,7 +272,8 @@ def _views(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
 def _unusual(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
     """Cases with larger widths, batches, gains, windows and logits than the other cases."""
     for title, config, shape in _WIDE:
-        yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE, one_layout=True)
+        late = family == "vjp"
+        yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE, one_layout=True, late=late)
     title, config = "pooled by 4, gamma above 1", SelfAttentionConfig(8, 3, kv_pool=4)
     yield Case(next(ids), family, title, config, (2, 9, 10), 2.5, dtypes=_ONE_DTYPE, one_layout=True)
     yield _one_sided(family, ids)
@@ -352,8 +365,17 @@ def _of_zeros(ids: Iterator[str]) -> Iterator[Case]:
     for of, title, zero in rows:
         described = f"{title}, kernels of zeros: {', '.join(zero)}"
         dtypes = _BOTH if of == "spectral_norm" else _ONE_DTYPE
+        late = of in ("r1", "mixed")
         yield Case(
-            next(ids), "spectral_norm", described, config, of=of, dtypes=dtypes, zero=zero, one_layout=True
+            next(ids),
+            "spectral_norm",
+            described,
+            config,
+            of=of,
+            dtypes=dtypes,
+            zero=zero,
+            one_layout=True,
+            late=late,
         )
 
 
@@ -361,15 +383,7 @@ def _deploy() -> Iterator[Case]:
     ids = _number("DTY")
     for title, config in (_LAYERS[0], _LAYERS[1], _LAYERS[4]):
         yield Case(next(ids), "dtype", f"float32 logits: {title}", config, logits=8.0, dtypes=SIXTEEN_BITS)
-    yield Case(
-        next(ids),
-        "dtype",
-        "logits beyond what 16 bits hold",
-        _FLAT,
-        (2, 3, 4),
-        logits=3e4,
-        dtypes=("float16",),
-    )
+    yield _overflowing("dtype", ids)
     for title, config in (_LAYERS[0], _LAYERS[1]):
         yield Case(
             next(ids), "dtype", f"float32 logits: {title}", config, logits=8.0, of="map", dtypes=SIXTEEN_BITS
@@ -403,9 +417,7 @@ def _deploy() -> Iterator[Case]:
     for of, title, config, shape in uncompiled:
         described = f"{of} operation by operation: {title}"
         yield Case(next(ids), "compiled", described, config, shape, of=of, dtypes=_ONE_DTYPE, eager=True)
-    title, config = _LAYERS[0]
-    described = f"float32 logits of exact queries and keys: {title}"
-    yield Case(next(ids), "compiled", described, config, logits=30.0, integers=True, dtypes=SIXTEEN_BITS)
+    yield _overflowing("compiled", ids)
     ids = _number("SAV")
     for title, config in (_LAYERS[0], _LAYERS[1], _LAYERS[4]):
         yield Case(next(ids), "saved", f"the framework's own file: {title}", config)
@@ -442,6 +454,11 @@ def _deploy() -> Iterator[Case]:
     for title, config, of in shipped:
         described = f"as the framework computes by default: {title}"
         yield Case(next(ids), "shipped", described, config, (3, 8, 12), of=of, dtypes=_ONE_DTYPE)
+
+
+def _overflowing(family: FamilyName, ids: Iterator[str]) -> Case:
+    title = "logits beyond what 16 bits hold"
+    return Case(next(ids), family, title, _FLAT, (2, 3, 4), logits=3e4, dtypes=("float16",))
 
 
 def _large(ids: Iterator[str]) -> Iterator[Case]:
@@ -505,11 +522,10 @@ def all_runs(cases: Iterable[Case] = CASES, *, level: Level = "deploy") -> list[
         >>> len(all_runs()) > len(all_runs(level="core")) > 100
         True
     """
-    families = through(level)
     runs = [
         Run(case, dtype, layout)
         for case in cases
-        if case.family in families
+        if case.asked_at(level)
         for dtype in case.dtypes
         for layout in LAYOUTS
     ]
