@@ -52,7 +52,7 @@ def test_every_ability_is_needed_by_a_case():
 def asked(case) -> tuple:
     """What a case asks, apart from sizes."""
     form = case.family if case.family in ("compiled", "saved", "per_sample") else ""
-    return case.computation, form, case.config.spectral_norm, case.gamma == 0
+    return case.computation, form, case.eager, case.config.spectral_norm, case.gamma == 0
 
 
 def test_every_quantity_is_asked_in_float64():

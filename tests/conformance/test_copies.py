@@ -34,7 +34,7 @@ def test_the_identity_holds_for_the_definition(form, computation):
     for name, value in whole.items():
         want = times(case, name, np.asarray(of_few[name]))
         assert np.shape(value) == want.shape
-        np.testing.assert_allclose(value, want, rtol=0, atol=1e-13 * max(1, np.abs(want).max()), err_msg=name)
+        np.testing.assert_allclose(value, want, rtol=0, atol=1e-12 * max(1, np.abs(want).max()), err_msg=name)
 
 
 def test_each_position_occurs_equally_often_and_the_kinds_drift():
@@ -42,7 +42,7 @@ def test_each_position_occurs_equally_often_and_the_kinds_drift():
     kinds = order(case)
     assert (np.bincount(kinds) == case.copies).all()
     blocks = kinds.reshape(-1, 64)
-    assert all(len(set(block)) > 16 for block in blocks)
+    assert all(len(set(block)) > 4 for block in blocks)
     # No block of keys has all kinds, so that the running maximum of an online softmax moves.
     assert all(set(block) != set(kinds) for block in blocks)
     assert set(blocks[0]).isdisjoint(blocks[-1])

@@ -416,7 +416,8 @@ def _deploy() -> Iterator[Case]:
     )
     for of, title, config, shape in uncompiled:
         described = f"{of} operation by operation: {title}"
-        yield Case(next(ids), "compiled", described, config, shape, of=of, dtypes=_ONE_DTYPE, eager=True)
+        dtypes = _BOTH if shape == usual else _ONE_DTYPE
+        yield Case(next(ids), "compiled", described, config, shape, of=of, dtypes=dtypes, eager=True)
     yield _overflowing("compiled", ids)
     ids = _number("SAV")
     for title, config in (_LAYERS[0], _LAYERS[1], _LAYERS[4]):
