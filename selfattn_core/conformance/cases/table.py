@@ -117,11 +117,16 @@ _BOTH = ("float32", "float64")
 _ONE_DTYPE = ("float32",)
 _FORMS = (0, 1, 5)
 """The flat and the official form, and pooling with biases, in `_LAYERS`."""
-_LATE_FORMS = (2, 4, 7)
+_LATE_FORMS = (2, 3, 4, 7)
 """The forms of `_LAYERS` whose second derivatives only the level deploy asks. Their parts are in the others."""
 _LATE_SHAPES = (1, 2, 3)
 """The sizes of `_SHAPES` that only the level deploy asks. At the others something cancels, is empty, or fits windows."""
-_LATE_TITLES = (*(_LAYERS[index][0] for index in _LATE_FORMS), _LARGE[1][0])
+_LATE_MIXED = (
+    *(_LAYERS[index][0] for index in (*_LATE_FORMS, 6)),
+    _SHAPES[6][0],
+    *(title for title, _, _ in _LARGE),
+)
+"""The mixed second derivatives that only the level deploy asks. R1 is asked at these sizes before."""
 _FIRST: tuple[ComputationName, ...] = ("forward", "vjp")
 _TRAINED: tuple[tuple[str, SelfAttentionConfig, tuple[int, int, int]], ...] = (
     ("flat form", SelfAttentionConfig(16), (3, 4, 5)),
@@ -150,9 +155,10 @@ _CROPPED = SelfAttentionConfig(12, 3, 5, out_projection=True, kv_pool=2)
 def _rows() -> Iterator[Case]:
     def everywhere(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
         for index, (title, config) in enumerate(_LAYERS):
-            dtypes = _BOTH if index in _FORMS else _ONE_DTYPE
-            # The map has no layout, and its input passes through that of y.
-            one = index > 0 if family == "map" else index not in _FORMS
+            # The map has no layout, and second derivatives are those of what the first ones have passed through.
+            once = family in ("map", "r1")
+            dtypes = _BOTH if index in _FORMS[: 2 if family == "r1" else 3] else _ONE_DTYPE
+            one = index > 0 if once else index not in _FORMS
             late = family == "r1" and index in _LATE_FORMS
             yield Case(next(ids), family, title, config, dtypes=dtypes, one_layout=one, late=late)
         for index, (title, config, shape) in enumerate(_SHAPES):
@@ -170,7 +176,8 @@ def _rows() -> Iterator[Case]:
     def square(family: FamilyName, ids: Iterator[str]) -> Iterator[Case]:
         for title, config, shape in _SQUARE:
             one = family != "forward" or config is _POOLED
-            yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE, one_layout=one)
+            late = family == "r1" and config is _POOLED
+            yield Case(next(ids), family, title, config, shape, dtypes=_ONE_DTYPE, one_layout=one, late=late)
 
     ids = _number("FWD")
     yield from everywhere("forward", ids)
@@ -192,7 +199,8 @@ def _rows() -> Iterator[Case]:
     yield Case(next(ids), "vjp", "negative gamma", _POOLED, gamma=-0.7)
     yield from further("vjp", ids)
     yield Case(next(ids), "vjp", _TIES, _LAYERS[5][1], integers=True)
-    yield Case(next(ids), "vjp", f"{_TIES}, by 3", _LAYERS[6][1], (2, 7, 10), integers=True)
+    title, config = f"{_TIES}, by 3", _LAYERS[6][1]
+    yield Case(next(ids), "vjp", title, config, (2, 7, 10), integers=True, dtypes=_ONE_DTYPE, one_layout=True)
     yield from (*_views("vjp", ids), *_unusual("vjp", ids), _left_alone("vjp", ids), *square("vjp", ids))
     ids = _number("GAN")
     yield from everywhere("r1", ids)
@@ -252,8 +260,8 @@ def _mixed(ids: Iterator[str]) -> Iterator[Case]:
         *((title, config, shape, 0.7, _ONE_DTYPE) for title, config, shape in (*_LARGE, _SQUARE[0])),
     ):
         described = f"cotangents of every first derivative: {title}"
-        one = config not in (_FLAT, _CROPPED) or shape != (2, 5, 7)
-        late = title in _LATE_TITLES
+        one = config is not _FLAT or shape != (2, 5, 7)
+        late = title in _LATE_MIXED
         yield Case(
             next(ids), "mixed", described, config, shape, gamma, dtypes=dtypes, one_layout=one, late=late
         )
@@ -308,7 +316,8 @@ def _spectral(ids: Iterator[str]) -> Iterator[Case]:
             described: str = "one training pass moves the state once" if of == "spectral_norm" else of
             title_ = f"{described}: {title}"
             one = of not in ("forward", "vjp")
-            yield Case(next(ids), "spectral_norm", title_, config, of=of, dtypes=_BOTH, one_layout=one)
+            dtypes: tuple[str, ...] = _BOTH if config is full else _ONE_DTYPE
+            yield Case(next(ids), "spectral_norm", title_, config, of=of, dtypes=dtypes, one_layout=one)
     title = "forward and vjp leave the state where it is: pooled with out projection"
     yield Case(next(ids), "spectral_norm", title, full, of="evaluation", dtypes=_ONE_DTYPE, one_layout=True)
     wide = SelfAttentionConfig(40, 10, 30, out_projection=True, spectral_norm=True)
@@ -320,7 +329,10 @@ def _spectral(ids: Iterator[str]) -> Iterator[Case]:
         ("init", "weights and state of a new layer: out projection with biases", wide, _ONE_DTYPE),
     )
     for of, title, config, dtypes in further:
-        yield Case(next(ids), "spectral_norm", title, config, of=of, dtypes=dtypes, one_layout=True)
+        late = of == "saved"
+        yield Case(
+            next(ids), "spectral_norm", title, config, of=of, dtypes=dtypes, one_layout=True, late=late
+        )
     yield from _of_zeros(ids)
     yield from _official_and_normalised(ids)
     for of, passes, dtypes in _AFTER_PASSES:
@@ -328,10 +340,18 @@ def _spectral(ids: Iterator[str]) -> Iterator[Case]:
         described = "another pass" if of == "spectral_norm" else of
         title = f"{described} after {times}: pooled with out projection"
         yield Case(
-            next(ids), "spectral_norm", title, full, of=of, dtypes=dtypes, one_layout=True, passes=passes
+            next(ids),
+            "spectral_norm",
+            title,
+            full,
+            of=of,
+            dtypes=dtypes,
+            one_layout=True,
+            late=of in ("map", "r1", "mixed", "saved"),
+            passes=passes,
         )
     title = "forward: pooled with out projection"
-    yield Case(next(ids), "spectral_norm", title, full, dtypes=SIXTEEN_BITS)
+    yield Case(next(ids), "spectral_norm", title, full, dtypes=SIXTEEN_BITS, late=True)
 
 
 def _official_and_normalised(ids: Iterator[str]) -> Iterator[Case]:
@@ -346,8 +366,10 @@ def _official_and_normalised(ids: Iterator[str]) -> Iterator[Case]:
         ("training_vjp", "vjp of a training pass", _BOTH),
     )
     for of, title, dtypes in rows:
-        described = f"{title}: official pooled form"
-        yield Case(next(ids), "spectral_norm", described, config, of=of, dtypes=dtypes, one_layout=True)
+        described, late = f"{title}: official pooled form", of not in ("forward", "training_vjp")
+        yield Case(
+            next(ids), "spectral_norm", described, config, of=of, dtypes=dtypes, one_layout=True, late=late
+        )
 
 
 def _of_zeros(ids: Iterator[str]) -> Iterator[Case]:
@@ -365,7 +387,7 @@ def _of_zeros(ids: Iterator[str]) -> Iterator[Case]:
     for of, title, zero in rows:
         described = f"{title}, kernels of zeros: {', '.join(zero)}"
         dtypes = _BOTH if of == "spectral_norm" else _ONE_DTYPE
-        late = of in ("r1", "mixed")
+        late = of != "spectral_norm"
         yield Case(
             next(ids),
             "spectral_norm",
