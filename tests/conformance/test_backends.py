@@ -30,18 +30,20 @@ GROUPS = (("keras-jax", "flax-nnx", "flax-linen"), ("torch", "keras-torch"), ("k
 SHARED = ("forward", "map", "vjp", "r1", "mixed", "spectral_norm", "dtype", "compiled", "large")
 
 
+def by_case(runs):
+    return [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.case.id)]
+
+
 def in_turns(name):
     """One run of each case."""
-    runs = [run for run in all_runs() if run.layout in layouts(name)]
-    grouped = [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.case.id)]
+    grouped = by_case(run for run in all_runs() if run.layout in layouts(name))
     (sharing,) = (group for group in GROUPS if name in group)
-    parts = len(sharing)
-    # Only the cases with several runs count for which of them it is, or some families would never have one in float64.
-    several = itertools.accumulate(len(group) > 1 for group in grouped)
+    # Of the cases with several runs, two have their first run, the next two their second, and so on.
+    several = itertools.accumulate(len(runs) > 1 for runs in by_case(all_runs()))
     return [
-        group[count % len(group)]
+        group[count // 2 % len(group)]
         for turn, (count, group) in enumerate(zip(several, grouped, strict=True))
-        if group[0].case.family not in SHARED or sharing[turn % parts] == name
+        if group[0].case.family not in SHARED or sharing[turn % len(sharing)] == name
     ]
 
 
