@@ -245,11 +245,16 @@ def write_results(results: Mapping[str, Any]) -> None:
     Args:
         results: "backends" by name, "asked" of them, "added" by name of a backend, and "right" from `release.right`.
     """
-    backends = results.get("backends", {})
+
+    def in_order(part: str) -> dict[str, Any]:
+        measured = results.get(part, {})
+        return {each: measured[each] for each in REGISTRY if each in measured}
+
     content = {
         **policy(),
-        "backends": {each: backends[each] for each in REGISTRY if each in backends},
-        **{part: results[part] for part in ("asked", "added", "right") if part in results},
+        "backends": in_order("backends"),
+        **({"added": in_order("added")} if "added" in results else {}),
+        **{part: results[part] for part in ("asked", "right") if part in results},
     }
     text = json.dumps(content, indent=1, ensure_ascii=False)
     write_atomically(RESULT, f"{text}\n".encode(), overwrite=True)
