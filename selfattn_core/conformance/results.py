@@ -121,7 +121,9 @@ class BackendReport:
         asked = [
             outcome
             for outcome in self.outcomes
-            if outcome.run.case.family in families and self._has_dtype_for(outcome.run.case)
+            if outcome.run.case.family in families
+            and outcome.run.case.asked_at(level)
+            and self._has_dtype_for(outcome.run.case)
         ]
         passed = {outcome.run.case.id for outcome in asked if outcome.status == "pass"}
         bad = any(outcome.status not in ("pass", "unclaimed") for outcome in asked)

@@ -4,7 +4,7 @@ Here each case runs in one dtype and layout. They alternate, so that every famil
 every case in every dtype and layout.
 """
 
-from itertools import groupby
+import itertools
 
 import pytest
 
@@ -27,19 +27,23 @@ def layouts(name):
 # These share the attention itself and, on JAX, the compiler, which needs a second for a derivative. So each runs only its
 # part of the families below.
 GROUPS = (("keras-jax", "flax-nnx", "flax-linen"), ("torch", "keras-torch"), ("keras-tensorflow",))
-SHARED = ("forward", "map", "vjp", "r1", "mixed", "spectral_norm", "dtype", "compiled")
+SHARED = ("forward", "map", "vjp", "r1", "mixed", "spectral_norm", "dtype", "compiled", "large")
+
+
+def by_case(runs):
+    return [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.case.id)]
 
 
 def in_turns(name):
     """One run of each case."""
-    runs = [run for run in all_runs() if run.layout in layouts(name)]
-    grouped = [list(group) for _, group in groupby(runs, key=lambda run: run.case.id)]
+    grouped = by_case(run for run in all_runs() if run.layout in layouts(name))
     (sharing,) = (group for group in GROUPS if name in group)
-    parts = len(sharing)
+    # Of the cases with several runs, two have their first run, the next two their second, and so on.
+    several = itertools.accumulate(len(runs) > 1 for runs in by_case(all_runs()))
     return [
-        group[turn // parts % len(group)]
-        for turn, group in enumerate(grouped)
-        if group[0].case.family not in SHARED or sharing[turn % parts] == name
+        group[count // 2 % len(group)]
+        for turn, (count, group) in enumerate(zip(several, grouped, strict=True))
+        if group[0].case.family not in SHARED or sharing[turn % len(sharing)] == name
     ]
 
 

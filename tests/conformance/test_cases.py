@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from selfattn_core.conformance.cases.families import FAMILIES, LEVELS
-from selfattn_core.conformance.cases.table import CASES
+from selfattn_core.conformance.cases.table import CASES, all_runs
 from selfattn_core.conformance.execution.in_process import judge_in_process
 from selfattn_core.conformance.reference import Reference
 from tests.conformance.runs import FEW
@@ -47,6 +47,45 @@ def _options(config):
 
 def test_every_ability_is_needed_by_a_case():
     assert set().union(*(case.needs for case in CASES)) == Reference().claims() | {"memory"}
+
+
+def asked(case) -> tuple:
+    """What a case asks, apart from sizes."""
+    form = case.family if case.family in ("compiled", "saved", "per_sample") else ""
+    return case.computation, form, case.eager, case.config.spectral_norm, case.gamma == 0
+
+
+def test_every_quantity_is_asked_in_float64():
+    """Initial weights are float32. Side effects, memory and the default precision do not depend on the dtype."""
+    values = [
+        case
+        for case in CASES
+        if case.computation not in ("init", "evaluation") and case.family not in ("memory", "shipped")
+    ]
+    for level in LEVELS:
+        met = {
+            dtype: {asked(case) for case in values if case.asked_at(level) and dtype in case.dtypes}
+            for dtype in ("float32", "float64")
+        }
+        assert met["float32"] == met["float64"]
+
+
+def test_every_family_runs_in_both_layouts_below_deploy():
+    """Apart from those that have one layout, and from related calls, which pass through the layout of y."""
+    runs = all_runs(level="gan")
+    both = {run.case.family for run in runs if run.layout == "channels_first"}
+    assert {run.case.family for run in runs if FAMILIES[run.case.family].every_layout} - both == {
+        "sizes",
+        "batch",
+    }
+
+
+def test_what_only_deploy_asks_is_asked_there():
+    late = [case for case in CASES if case.late]
+    below, deployed = ({run.case for run in all_runs(level=level)} for level in ("gan", "deploy"))
+    assert late
+    assert below.isdisjoint(late)
+    assert deployed == set(CASES)
 
 
 def test_no_forward_case_can_see_the_key_bias():

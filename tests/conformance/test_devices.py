@@ -41,7 +41,7 @@ ONE = [run for run in all_runs() if run.id == "SA-FWD-001/float32/channels_last"
 FEW = [
     run
     for run in all_runs()
-    if run.case.id in ("SA-FWD-001", "SA-MAP-001", "SA-PAR-001", "SA-MEM-001", "SA-SHP-001")
+    if run.case.id in ("SA-FWD-001", "SA-MAP-001", "SA-PAR-001", "SA-MEM-004", "SA-SHP-001")
     and run.dtype == "float32"
     and run.layout == "channels_last"
 ]
@@ -58,6 +58,7 @@ class NeverResets:
     def forward(self, model, x):
         assert self.counts
         self.peak = max(self.peak, self.in_use + (2900 if x.shape[1] > 8 else 90))
+        return x
 
     def peak_memory(self, call):
         if not self.counts:
@@ -129,7 +130,7 @@ def test_a_peak_that_is_never_forgotten_still_measures_what_exceeds_it():
     pytest.importorskip("jax")
     case = next(case for case in CASES if case.family == "memory" and case.of == "forward")
     counter = NeverResets()
-    assert answers(counter, case, inputs(case, "float32"), "float32", "channels_last") == {"bytes": 2900}
+    assert answers(counter, case, inputs(case, "float32"), "float32", "channels_last")["bytes"] == 2900
     counter.counts = False
     with pytest.raises(PeakUnknownError, match="keeps no peak"):
         answers(counter, case, inputs(case, "float32"), "float32", "channels_last")

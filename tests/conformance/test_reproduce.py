@@ -99,7 +99,7 @@ def test_every_report_has_the_command_that_repeats_a_failure():
     runs = [
         BY_NAME[FIRST],
         BY_NAME["SA-FWD-002/float64/channels_last"],
-        BY_NAME["SA-FWD-003/float64/channels_last"],
+        BY_NAME["SA-FWD-006/float64/channels_last"],
     ]
     outcomes = [
         Outcome(runs[0], "fail", (), "off"),

@@ -68,12 +68,15 @@ def test_without_16_bits_nothing_is_deployed():
 def test_memory_that_cannot_be_measured_is_unclaimed_and_never_a_pass(on_path):
     runs = [run for run in all_runs() if run.case.family == "memory"]
     assert {o.status for o in run_backend("toy_backends:Frugal", runs=runs[:1]).outcomes} == {"pass"}
+    (wrong,) = run_backend("toy_backends:FrugalWithKeys", runs=runs[:1]).outcomes
+    assert wrong.status == "fail"
+    assert wrong.message.startswith("y: error ")
     report = run_backend("toy_backends:NeverForgets", runs=[*runs, FEW[0]])
     assert {(o.run.case.family, o.status) for o in report.outcomes} == {
         ("memory", "unclaimed"),
         (FEW[0].case.family, "pass"),
     }
-    reasons = {outcome.message for outcome in report.outcomes if outcome.run.case.id == "SA-MEM-001"}
+    reasons = {outcome.message for outcome in report.outcomes if outcome.run.case.id == runs[0].case.id}
     assert len(reasons) == 1
     assert "memory cannot be measured here: the peak of the process cannot be reset" in reasons.pop()
     everything = (*in_16_bits({}, "float32", "float16").outcomes, *report.outcomes)

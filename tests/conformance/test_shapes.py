@@ -34,8 +34,9 @@ def test_they_are_those_of_the_definition(case):
     assert misshapen(case, found) == ""
 
 
-def test_a_case_of_memory_asks_for_one_number():
-    assert answer_shapes(next(case for case in CASES if case.family == "memory")) == {"bytes": ()}
+def test_a_case_of_memory_asks_for_one_number_and_its_answers():
+    case = next(case for case in CASES if case.family == "memory")
+    assert answer_shapes(case) == {"bytes": (), "y": (1, 64, 96, 8)}
 
 
 def test_a_stretched_answer_is_refused_and_a_stretched_extra_is_emptied():

@@ -125,6 +125,8 @@ class TorchBackend(OnDevices):
 
     def compiled(self, model: Model) -> Model:
         """The layer compiled by `torch.compile` as one graph."""
+        # All layers share the code of one method, of which torch keeps eight compiled forms and refuses a ninth.
+        torch.compiler.reset()
         return replace(model, call=torch.compile(model.layer, fullgraph=True))
 
     def saved(self, model: Model, folder: str) -> Model:

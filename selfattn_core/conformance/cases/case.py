@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.computations import COMPUTATIONS, Ability, ComputationName
-from selfattn_core.conformance.cases.families import FAMILIES, FamilyName
+from selfattn_core.conformance.cases.families import FAMILIES, FamilyName, Level, through
 
 __all__ = ["DTYPES", "LAYOUTS", "SIXTEEN_BITS", "Case", "Layout", "Run"]
 
@@ -21,7 +21,7 @@ class Case:
     """One layer, one input and one question.
 
     Args:
-        id: the permanent id. A case that changes gets a new one.
+        id: the permanent id. A case whose question or input changes gets a new one. Its dtypes, layouts and level may change.
         family: the family of the question.
         title: what the case tests.
         config: the layer.
@@ -42,6 +42,10 @@ class Case:
         zero: the projections whose kernel is zero.
         view: the memory of x and dy. "strided" is every other column and channel of larger arrays, and "transposed" is
             channels-first memory. By default they are contiguous.
+        one_layout: whether float32 runs in one layout only, of a family that runs in every layout.
+        late: whether only the level deploy asks it, and not that of its family.
+        passes: the number of training passes before the question, for a layer with spectral norm.
+        copies: how often each position occurs in x, dy and the cotangent of x (`cases.copies`).
     """
 
     id: str
@@ -62,6 +66,10 @@ class Case:
     one_sign: bool = False
     zero: tuple[str, ...] = ()
     view: Literal["", "strided", "transposed"] = ""
+    one_layout: bool = False
+    late: bool = False
+    passes: int = 0
+    copies: int = 1
 
     @property
     def computation(self) -> ComputationName:
@@ -81,7 +89,21 @@ class Case:
             >>> sorted(Case("mine", "saved", "", SelfAttentionConfig(8)).needs)
             ['forward', 'params', 'saved']
         """
-        return frozenset(FAMILIES[self.family].needs + COMPUTATIONS[self.computation].needs)
+        passes: tuple[Ability, ...] = ("spectral_norm",) if self.passes else ()
+        return frozenset(FAMILIES[self.family].needs + COMPUTATIONS[self.computation].needs + passes)
+
+    def asked_at(self, level: Level) -> bool:
+        """Whether the kit asks the case at a level.
+
+        Args:
+            level: the level.
+
+        Example:
+            >>> case = Case("mine", "vjp", "", SelfAttentionConfig(8), late=True)
+            >>> [case.asked_at(level) for level in ("core", "training", "gan", "deploy")]
+            [False, False, False, True]
+        """
+        return self.family in through(level) and (level == "deploy" or not self.late)
 
     @property
     def order(self) -> int:
@@ -120,7 +142,8 @@ class Run:
     @property
     def in_any_layout(self) -> bool:
         """Whether a backend may answer in any of its layouts, because a second one would test nothing new."""
-        return self.dtype != "float32" or not FAMILIES[self.case.family].every_layout
+        one = self.case.one_layout or not FAMILIES[self.case.family].every_layout
+        return self.dtype != "float32" or one
 
     def is_named(self, key: str) -> bool:
         """Whether a key of `Backend.expected_failures` includes this run.

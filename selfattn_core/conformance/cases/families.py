@@ -7,7 +7,7 @@ The levels build on one another:
 | core | computes the function in every situation | forward, map, sizes, batch, permutation, determinism, nonfinite |
 | training | can be trained, and loads and returns weights | vjp, params, init, trajectory |
 | gan | can be trained under a gradient penalty | r1, mixed |
-| deploy | can serve: in 16 bits, compiled, saved, in linear memory | dtype, compiled, saved, memory |
+| deploy | can serve: in 16 bits, compiled, saved, at large sizes, in linear memory | dtype, compiled, saved, large, memory |
 
 The families spectral_norm, per_sample and shipped are optional. A backend that claims one is tested on it, but no level
 needs it.
@@ -41,6 +41,7 @@ FamilyName = Literal[
     "compiled",
     "saved",
     "per_sample",
+    "large",
     "memory",
     "shipped",
 ]
@@ -102,6 +103,7 @@ FAMILIES: Mapping[FamilyName, Family] = {
     "compiled": Family("deploy", "compiled", needs=("compiled",)),
     "saved": Family("deploy", "saved and loaded", "saved", every_layout=False),
     "per_sample": Family("deploy", "per-sample gradients", "per_sample", optional=True, every_layout=False),
+    "large": Family("deploy", "large sizes", every_layout=False),
     "memory": Family("deploy", "linear memory", needs=("memory",), every_layout=False),
     "shipped": Family(
         "deploy",

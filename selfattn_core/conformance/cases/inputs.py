@@ -9,6 +9,7 @@ from selfattn_core import spectral_norm
 from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.case import Case
+from selfattn_core.conformance.cases.copies import few, of_copies
 from selfattn_core.params import parameter_table, projections
 
 __all__ = ["Inputs", "clear_windows", "inputs", "rounded"]
@@ -69,6 +70,8 @@ def inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
 
 
 def _draw(case: Case, entropy: list[int]) -> Inputs:
+    if case.copies > 1:
+        return _copied(case, _draw(few(case), entropy))
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
     config = case.config
     # With x of variance 1, q and k of variance v give logits of variance Dk v².
@@ -104,6 +107,15 @@ def _draw(case: Case, entropy: list[int]) -> Inputs:
         x = np.rint(x)
         params = {name: np.rint(value * 8) / 8 for name, value in params.items()}
     return Inputs(params, x, dy, other, cotangents)
+
+
+def _copied(case: Case, drawn: Inputs) -> Inputs:
+    """The input of a case with copies, from that of its few positions."""
+    cotangents = {
+        name: of_copies(case, value) if name == "x" else value for name, value in drawn.cotangents.items()
+    }
+    x, dy, other = (of_copies(case, each) for each in (drawn.x, drawn.dy, drawn.other))
+    return Inputs(drawn.params, x, dy, other, cotangents)
 
 
 def _state(

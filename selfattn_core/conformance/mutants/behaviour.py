@@ -8,6 +8,7 @@ import numpy as np
 from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.families import FamilyName
+from selfattn_core.conformance.mutants.edits import edited_spec
 from selfattn_core.conformance.mutants.mutant import Mutant
 from selfattn_core.conformance.reference import Model, Reference
 from selfattn_core.params import glorot_limit, init_params
@@ -332,6 +333,34 @@ class CompiledInHalf(Reference):
         return replace(model, params=params)
 
 
+class CompiledLogitsIn16Bits(Reference):
+    """Only the compiled form rounds its logits to the dtype of its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rounds = "self.A = _softmax(self.store(self.q @ _transpose(self.k)))"
+        edit = ("self.A = _softmax(self.q @ _transpose(self.k))", rounds)
+        self.rounding = Reference(edited_spec("logits in 16 bits", (edit,)))
+        self.forms: list[Model] = []
+
+    def compiled(self, model: Model) -> Model:
+        self.forms.append(replace(model))
+        return self.forms[-1]
+
+    def forward(self, model: Model, x: Array) -> Array:
+        compiled = any(form is model for form in self.forms)
+        return self.rounding.forward(model, x) if compiled else super().forward(model, x)
+
+
+class LoadedWide(Reference):
+    """A layer of 16 bits that computes in float32 once it is loaded."""
+
+    def saved(self, model: Model, folder: str) -> Model:
+        loaded = super().saved(model, folder)
+        narrow = model.params["gamma"].dtype == np.float16
+        return self.build(loaded.config, loaded.params, "float32", loaded.layout) if narrow else loaded
+
+
 class CompiledWithoutKeyBackward(Reference):
     def __init__(self) -> None:
         super().__init__()
@@ -444,7 +473,9 @@ _TABLE: tuple[tuple[str, FamilyName, type[Reference], str], ...] = (
     ("gamma not saved", "saved", SavesWithoutGamma, "gamma as a plain tensor or an untracked variable"),
     ("saved in 16 bits", "saved", SavesHalf, ""),
     ("nothing saved", "saved", SavesNothing, ""),
+    ("16 bits loaded as float32", "saved", LoadedWide, ""),
     ("compiled in 16 bits", "compiled", CompiledInHalf, ""),
+    ("compiled with logits in 16 bits", "compiled", CompiledLogitsIn16Bits, ""),
     ("compiled without the key's backward", "compiled", CompiledWithoutKeyBackward, ""),
     ("uncompiled in 16 bits", "compiled", EagerInHalf, ""),
     ("uncompiled without the key's backward", "compiled", EagerWithoutKeyBackward, ""),

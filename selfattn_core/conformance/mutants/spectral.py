@@ -135,6 +135,50 @@ class StateAsBefore(Reference):
         return self.vjp(model, x, dy)
 
 
+class BeginsAnew(Reference):
+    """Every training pass starts from the state that the layer was built with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Array] = {}
+
+    def build(self, *arguments: Any) -> Model:
+        model = super().build(*arguments)
+        self.first = dict(model.params)
+        return model
+
+    def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        model.params.update(self.first)
+        return super().training_pass(model, x)
+
+
+class KeepsTheNorm(Reference):
+    """Computes in evaluation with the norm of the state that the layer was built with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Array] = {}
+
+    def build(self, *arguments: Any) -> Model:
+        model = super().build(*arguments)
+        self.first = dict(model.params)
+        return model
+
+    def forward(self, model: Model, x: Array) -> Array:
+        return super().forward(replace(model, params=self.first), x)
+
+    def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        model.params.update(spec.power_iteration(model.config, model.params))
+        return {"y": Reference.forward(self, model, x), **self.params(model)}
+
+
+class PassNotKept(Reference):
+    """A training pass returns the right state, and the layer keeps the state before it."""
+
+    def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
+        return super().training_pass(replace(model, params=dict(model.params)), x)
+
+
 class SavesWithoutState(Reference):
     def saved(self, model: Model, folder: str) -> Model:
         loaded = super().saved(model, folder)
@@ -197,6 +241,9 @@ _TABLE: tuple[tuple[str, type[Reference], str], ...] = (
     ("gradient through the power iteration", ThroughTheIteration, "u and v that are not detached"),
     ("derivatives of a training pass with the state before", StateAsBefore, ""),
     ("state not saved", SavesWithoutState, ""),
+    ("every training pass begins anew", BeginsAnew, ""),
+    ("norm of the first state after training passes", KeepsTheNorm, ""),
+    ("state of a training pass not kept", PassNotKept, ""),
     ("state of a new layer not warmed up", StateOfNoKernel, ""),
     ("state of a kernel of zeros is zero", DeadState, "torch.nn.utils.parametrizations.spectral_norm"),
     (
@@ -250,6 +297,16 @@ MUTANTS: tuple[Mutant, ...] = (
             "            return _Kernel(kernel)\n        with",
             "            return _Normalised(kernel, np.outer(v, u), np.array(np.inf, kernel.dtype))\n        with",
         ),
+    ),
+    edited(
+        "kernels without biases not normalised",
+        _FAMILY,
+        ("self.store(kernel / sigma)", "self.store(kernel / (sigma if self.config.use_bias else 1))"),
+    ),
+    edited(
+        "kernels not normalised in 16 bits",
+        _FAMILY,
+        ("self.store(kernel / sigma)", "self.store(kernel / (sigma if self.dtype.itemsize > 2 else 1))"),
     ),
     edited("kernels not normalised", _FAMILY, ("self.store(kernel / sigma)", "self.store(kernel)")),
     *(_named(*row) for row in _TABLE),

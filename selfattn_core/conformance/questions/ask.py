@@ -71,7 +71,10 @@ def answers(
             "again": backend.forward(model, given.x),
             "rebuilt": backend.forward(built(), given.x),
         }
-    return _BY_FAMILY.get(case.family, _computed)(backend, built(), case, given)
+    model = built()
+    for _ in range(case.passes):
+        backend.training_pass(model, given.other)
+    return _BY_FAMILY.get(case.family, _computed)(backend, model, case, given)
 
 
 def permutation(positions: int) -> Array:
@@ -168,17 +171,17 @@ def _saved(backend: Backend, model: Any, _: Case, given: Inputs) -> Mapping[str,
 
 
 def _memory(backend: Backend, model: Any, case: Case, given: Inputs) -> Mapping[str, Any]:
-    calls: Mapping[str, Callable[[Array, Array], Any]] = {
-        "forward": lambda x, _: backend.forward(model, x),
-        "vjp": lambda x, dy: backend.vjp(model, x, dy),
-        "r1": lambda x, dy: backend.r1(model, x, dy),
-    }
-    call = calls[case.computation]
+    found: dict[str, Any] = {}
+
+    def call(maps: Inputs) -> None:
+        found.update(_computed(backend, model, case, maps))
+
     peak = getattr(backend, "peak_memory", peak_growth)
     _require_counters(peak)
     # The first call also allocates memory for threads, libraries and compilers. The case does not count that.
-    call(given.x[:, :8, :9], given.dy[:, :8, :9])
-    return {"bytes": np.array(peak(lambda: call(given.x, given.dy)))}
+    call(replace(given, x=given.x[:, :8, :9], dy=given.dy[:, :8, :9]))
+    rise = peak(lambda: call(given))
+    return {"bytes": np.array(rise), **found}
 
 
 def _require_counters(peak: Callable[[Callable[[], None]], int]) -> None:

@@ -53,8 +53,6 @@ def answer_shapes(case: Case) -> dict[str, Shape]:
     parameters = {name: row.shape for name, row in parameter_table(case.config).items()}
     weights = parameters | {name: row.shape for name, row in state_table(case.config).items()}
     first = {"x": maps, **parameters}
-    if case.family == "memory":
-        return {"bytes": ()}
     if case.family == "determinism":
         return dict.fromkeys(("y", "again", "rebuilt"), maps)
     if case.family == "batch":
@@ -85,6 +83,8 @@ def answer_shapes(case: Case) -> dict[str, Shape]:
         },
     }
     found = dict(by_computation[case.computation])
+    if case.family == "memory":
+        return {"bytes": (), **found}
     if case.computation == "trajectory":
         return {name: found[name] for name in trained(case)}
     return found

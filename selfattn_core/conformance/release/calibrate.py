@@ -1,11 +1,14 @@
 """Measures how close correct backends come to the limits.
 
-    python -m selfattn_core.conformance.release.calibrate [BACKEND …]
+    python -m selfattn_core.conformance.release.calibrate [--added] [BACKEND …]
 
 Every backend answers every case that has a noise floor, in each of its dtypes, for 200 seeds. The layout alternates. A
 training trajectory has 200 steps, so it runs only for every tenth seed. The result is `calibration.json` in this folder:
 the worst error in noise floors by backend, family and dtype, and the false alarms. There must be no false alarms. If
 backends are named, only their parts of the file are replaced.
+
+With `--added`, only the runs that the last measurement of all backends did not ask are measured, for fewer seeds. They are
+the part "added" of the file, until all backends are measured again.
 """
 
 import argparse
@@ -47,19 +50,23 @@ from selfattn_core.conformance.verdicts.tolerance import (
 from selfattn_core.files.writing import write_atomically
 
 __all__ = [
+    "ADDED_SEEDS",
     "RESULT",
     "SEEDS",
     "TRAJECTORY_TURNS",
+    "added_runs",
     "calibrated_runs",
     "kept_results",
     "measure",
     "measured_here",
+    "names_of",
     "policy",
     "write_results",
 ]
 
 RESULT = Path(__file__).with_name("calibration.json")
 SEEDS = 200
+ADDED_SEEDS = 20
 TRAJECTORY_TURNS = 10
 
 _MOST_POSITIONS = 100
@@ -74,6 +81,25 @@ def calibrated_runs() -> list[Run]:
         and COMPUTATIONS[run.case.computation].values
         and run.case.shape[1] * run.case.shape[2] <= _MOST_POSITIONS
         and run.layout == LAYOUTS[0]
+    ]
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The runs as the file names them: case and dtype.
+
+    Args:
+        runs: runs in one layout for each dtype.
+    """
+    return [f"{run.case.id}/{run.dtype}" for run in runs]
+
+
+def added_runs() -> list[Run]:
+    """The calibrated runs that the last measurement of all backends did not ask."""
+    asked = set(kept_results()["asked"])
+    return [
+        run
+        for run, name in zip(calibrated_runs(), names_of(calibrated_runs()), strict=True)
+        if name not in asked
     ]
 
 
@@ -165,11 +191,14 @@ def main() -> int:
     parser.add_argument(
         "backends", nargs="*", metavar="BACKEND", help=f"some of {', '.join(REGISTRY)}; by default all"
     )
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--added", action="store_true", help="only what the last measurement did not ask")
+    parser.add_argument("--seeds", type=int)
     parser.add_argument("--in-process", metavar="TARGET", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    seeds = options.seeds or (ADDED_SEEDS if options.added else SEEDS)
     if options.in_process:
-        sys.stdout.write("\n" + json.dumps(measure(resolve(options.in_process), options.seeds)))
+        runs = added_runs() if options.added else None
+        sys.stdout.write("\n" + json.dumps(measure(resolve(options.in_process), seeds, runs)))
         return 0
     if unknown := [name for name in options.backends if name not in REGISTRY]:
         parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(REGISTRY)}")
@@ -180,7 +209,7 @@ def main() -> int:
         registered = REGISTRY[name]
         command = [sys.executable, "-m", __spec__.name, "--in-process", registered.target]
         done = subprocess.run(
-            [*command, "--seeds", str(options.seeds)],
+            [*command, "--seeds", str(seeds), *(["--added"] if options.added else [])],
             env=environment(registered.in_full, processes=processes, programs=Path(programs)),
             stdout=subprocess.PIPE,
             text=True,
@@ -195,9 +224,13 @@ def main() -> int:
         for name, found in pool.map(measured, names, repeat(folder)):
             sys.stdout.write(f"{name}: {found['runs']} runs, {len(found['false_alarms'])} false alarms\n")
             sys.stdout.flush()
-            _keep(name, found)
-    kept = json.loads(RESULT.read_text(encoding="utf-8"))
-    return int(any(found["false_alarms"] for found in kept["backends"].values()))
+            _keep(name, found, added=options.added)
+    if names == list(REGISTRY) and not options.added:
+        every = kept_results() | {"asked": names_of(calibrated_runs())}
+        write_results({part: value for part, value in every.items() if part != "added"})
+    kept = kept_results()
+    measured_backends = [*kept["backends"].values(), *kept.get("added", {}).values()]
+    return int(any(found["false_alarms"] for found in measured_backends))
 
 
 def kept_results() -> dict[str, Any]:
@@ -210,13 +243,18 @@ def write_results(results: Mapping[str, Any]) -> None:
     """Write `calibration.json` with the limits of today.
 
     Args:
-        results: "backends" by name, and "right" from `release.right`.
+        results: "backends" by name, "asked" of them, "added" by name of a backend, and "right" from `release.right`.
     """
-    backends = results.get("backends", {})
+
+    def in_order(part: str) -> dict[str, Any]:
+        measured = results.get(part, {})
+        return {each: measured[each] for each in REGISTRY if each in measured}
+
     content = {
         **policy(),
-        "backends": {each: backends[each] for each in REGISTRY if each in backends},
-        **{part: results[part] for part in ("right",) if part in results},
+        "backends": in_order("backends"),
+        **({"added": in_order("added")} if "added" in results else {}),
+        **{part: results[part] for part in ("asked", "right") if part in results},
     }
     text = json.dumps(content, indent=1, ensure_ascii=False)
     write_atomically(RESULT, f"{text}\n".encode(), overwrite=True)
@@ -232,10 +270,10 @@ def measured_here() -> dict[str, str]:
     }
 
 
-def _keep(name: str, found: Mapping[str, Any]) -> None:
+def _keep(name: str, found: Mapping[str, Any], *, added: bool = False) -> None:
     results = kept_results()
-    backends = results.get("backends", {}) | {name: {**measured_here(), **found}}
-    write_results({**results, "backends": backends})
+    part = "added" if added else "backends"
+    write_results({**results, part: results.get(part, {}) | {name: {**measured_here(), **found}}})
 
 
 if __name__ == "__main__":

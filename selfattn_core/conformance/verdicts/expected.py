@@ -1,6 +1,7 @@
 """The expected value, noise floor and cap of each quantity of a case, all three computed with the spec."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from selfattn_core import spec
 from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.case import SIXTEEN_BITS, Case
+from selfattn_core.conformance.cases.copies import few, growth, times
 from selfattn_core.conformance.cases.inputs import Inputs, inputs
 from selfattn_core.conformance.questions.ask import answers
 from selfattn_core.conformance.reference import FusedLayer, LayerReference, NarrowFusedLayer, Reference
@@ -71,6 +73,8 @@ def expect(case: Case, dtype: str, seed: int = 0) -> dict[str, Expectation]:
         dtype: one of `EPS`.
         seed: as for `inputs`.
     """
+    if case.copies > 1:
+        return _of_copies(case, expect(few(case), dtype, seed))
     other = NOISE[dtype]
     given = inputs(case, dtype, seed)
     return expect_on(case, given, given if other == dtype else inputs(case, other, seed), dtype)
@@ -98,7 +102,27 @@ def expect_on(case: Case, given: Inputs, noisy: Inputs, dtype: str) -> dict[str,
             name: max(_largest(noise[name].astype(np.float64) - value) for noise in noises) * ratio
             for name, value in reference.items()
         }
-    return expectations(case, wide, want, errors, dtype)
+    return expectations(case, _passed(case, wide), want, errors, dtype)
+
+
+def _of_copies(case: Case, of_few: Mapping[str, Expectation]) -> dict[str, Expectation]:
+    """What is expected of copies, from what is expected of the few positions.
+
+    The errors of a sum of r times as many terms are relative to it up to √r times as large, in any order of summation.
+    """
+    found = {}
+    for name, each in of_few.items():
+        size = growth(case, name) * np.sqrt(case.copies)
+        found[name] = Expectation(times(case, name, each.want), each.floor * size, each.cap * size)
+    return found
+
+
+def _passed(case: Case, wide: Inputs) -> Inputs:
+    """The input with the state after the training passes of the case."""
+    params = dict(wide.params)
+    for _ in range(case.passes):
+        params |= spec.power_iteration(case.config, params)
+    return replace(wide, params=params)
 
 
 def expect_shipped(case: Case, label: str, seed: int = 0) -> dict[str, Expectation]:

@@ -72,14 +72,29 @@ def test_one_that_breaks_down_is_not_caught_by_that():
 
 def test_a_backend_of_linear_memory_is_not_caught():
     class Frugal(Reference):
+        keys = slice(None)
+
         def claims(self):
             return frozenset({"memory", "forward"})
 
         def forward(self, model, x):
-            return x + model.params["gamma"]
+            q, k, v = (
+                x.reshape(-1, x.shape[-1]) @ model.params[f"{name}.kernel"] + model.params[f"{name}.bias"]
+                for name in ("query", "key", "value")
+            )
+            k, v = k[self.keys], v[self.keys]
+            weights = (np.exp(q[first : first + 256] @ k.T) for first in range(0, len(q), 256))
+            o = np.concatenate([each @ v / each.sum(axis=1, keepdims=True) for each in weights])
+            return model.params["gamma"] * o.reshape(x.shape) + x
 
-    (kill,) = self_test([Mutant("frugal", "memory", Frugal)])
-    assert kill.outcome is None
+    class Masked(Frugal):
+        keys = slice(4096)
+
+    right, wrong = self_test([Mutant("frugal", "memory", Frugal), Mutant("masked", "memory", Masked)])
+    assert right.outcome is None
+    # The answer is compared, not only its memory.
+    assert wrong.outcome is not None
+    assert wrong.multiple > 1000
 
 
 def test_what_cannot_be_asked_here_is_said_and_is_no_survivor(monkeypatch, tmp_path):
