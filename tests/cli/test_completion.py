@@ -30,9 +30,7 @@ def names(line: str) -> list[str]:
 def test_backends():
     assert names("conform ") == list(KNOWN)
     assert names("conform keras-t") == ["keras-tensorflow", "keras-torch"]
-    assert names("conform torch keras-jax ") == [
-        name for name in KNOWN if name not in ("torch", "keras-jax")
-    ]
+    assert names("conform torch keras-jax ") == [name for name in KNOWN if name not in ("torch", "keras-jax")]
     assert names("conform my_package.mine:") == []
 
 
