@@ -29,7 +29,7 @@ RIGHT = {right.name: right for home in HOMES for right in implementations(home)}
 # Few keys, so that most terms cancel, and the forms of layers.
 CANCELLING = ("SA-MIX-007", "SA-MIX-009", "SA-GAN-007", "SA-GAN-018", "SA-VJP-007", "SA-SPN-007")
 NARROW = ("SA-DTY-013", "SA-DTY-015", "SA-DTY-017")
-FORMS = ("SA-FWD-004", "SA-MAP-006", "SA-VJP-005", "SA-GAN-006", "SA-SPN-009")
+FORMS = ("SA-FWD-004", "SA-MAP-006", "SA-VJP-005", "SA-GAN-006", "SA-SPN-009", "SA-SPN-033")
 
 
 def runs(ids):

@@ -20,7 +20,7 @@ __all__ = ["DifferentiatedByTorch", "differentiated"]
 @dataclass(frozen=True)
 class _Model:
     config: SelfAttentionConfig
-    weights: Mapping[str, Array]
+    weights: dict[str, Array]
     dtype: torch.dtype
 
     def tensor(self, array: Array) -> torch.Tensor:
@@ -67,7 +67,7 @@ class DifferentiatedByTorch:
         layout: str,  # noqa: ARG002 - there is only one
     ) -> _Model:
         """The weights."""
-        return _Model(config, params, getattr(torch, dtype))
+        return _Model(config, dict(params), getattr(torch, dtype))
 
     def forward(self, model: _Model, x: Array) -> Array:
         """The output y."""
@@ -85,9 +85,10 @@ class DifferentiatedByTorch:
         return self._gradients(self._output(model, inputs), inputs, model.tensor(dy))
 
     def training_pass(self, model: _Model, x: Array) -> Mapping[str, Array]:
-        """A power iteration, then the output."""
-        moved = self._moved(model)
-        return {"y": self.forward(moved, x), **moved.weights}
+        """A power iteration, after which the model holds the new state, then the output."""
+        moved = self._moved(model).weights
+        model.weights.update(moved)
+        return {"y": self.forward(model, x), **moved}
 
     def training_vjp(self, model: _Model, x: Array, dy: Array) -> Mapping[str, Array]:
         """A power iteration, then gradients."""
