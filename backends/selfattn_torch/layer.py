@@ -162,7 +162,7 @@ class SelfAttention2d(nn.Module):
             x: (B, C, H, W) or (C, H, W). A DTensor can be sharded along B and H: see `selfattn_torch.parallel`.
             need_weights: whether to return (y, A) instead of y.
         """
-        if type(x) is not torch.Tensor and hasattr(x, "device_mesh"):
+        if type(x) is not torch.Tensor and hasattr(type(x), "device_mesh"):
             # Most programs need no DTensor, and its module takes time to import.
             from selfattn_torch.parallel.sharded import attend_shards  # noqa: PLC0415
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from selfattn_core.conformance.backends import REGISTRY
+from selfattn_core.conformance.backends import KNOWN
 from selfattn_core.conformance.execution.runner import run_backend
 from selfattn_core.conformance.report import as_data, as_table
 
@@ -18,8 +18,8 @@ def test_a_name_that_is_no_backend():
 
 
 def test_a_missing_backend_is_told_at_once(monkeypatch):
-    missing = dataclasses.replace(REGISTRY["torch"], requires=("no_such_framework",))
-    monkeypatch.setitem(REGISTRY, "torch", missing)
+    missing = dataclasses.replace(KNOWN["torch"], requires=("no_such_framework",))
+    monkeypatch.setitem(KNOWN, "torch", missing)
     began = time.monotonic()
     report = run_backend("torch")
     assert time.monotonic() - began < 1

@@ -395,7 +395,7 @@ def test_a_backend_that_does_not_start_again_ends_the_search(on_path, tmp_path, 
 
 def test_a_random_failure_is_told_once(patient):
     process = InProcess(planted.OftenWrong())
-    search = explore.explore(process, seconds=4 * PATIENCE)
+    search = explore.explore(process, seed=1, seconds=4 * PATIENCE)
     assert process.failed > 3
     assert [(found.status, found.quantity) for found in search.findings] == [("flaky", "y")]
 
