@@ -9,7 +9,7 @@ from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.families import FamilyName
 from selfattn_core.conformance.mutants.edits import edited_spec
-from selfattn_core.conformance.mutants.mutant import Mutant
+from selfattn_core.conformance.mutants.mutant import Mutant, named
 from selfattn_core.conformance.reference import Model, Reference
 from selfattn_core.params import glorot_limit, init_params
 
@@ -333,7 +333,22 @@ class CompiledInHalf(Reference):
         return replace(model, params=params)
 
 
-class CompiledLogitsIn16Bits(Reference):
+class KnowsItsForms(Reference):
+    """Tells the compiled forms of its layers from the layers, for bugs that only one of the two has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forms: list[Model] = []
+
+    def compiled(self, model: Model) -> Model:
+        self._forms.append(replace(model))
+        return self._forms[-1]
+
+    def is_compiled(self, model: Model) -> bool:
+        return any(form is model for form in self._forms)
+
+
+class CompiledLogitsIn16Bits(KnowsItsForms):
     """Only the compiled form rounds its logits to the dtype of its arguments."""
 
     def __init__(self) -> None:
@@ -341,15 +356,9 @@ class CompiledLogitsIn16Bits(Reference):
         rounds = "self.A = _softmax(self.store(self.q @ _transpose(self.k)))"
         edit = ("self.A = _softmax(self.q @ _transpose(self.k))", rounds)
         self.rounding = Reference(edited_spec("logits in 16 bits", (edit,)))
-        self.forms: list[Model] = []
-
-    def compiled(self, model: Model) -> Model:
-        self.forms.append(replace(model))
-        return self.forms[-1]
 
     def forward(self, model: Model, x: Array) -> Array:
-        compiled = any(form is model for form in self.forms)
-        return self.rounding.forward(model, x) if compiled else super().forward(model, x)
+        return self.rounding.forward(model, x) if self.is_compiled(model) else super().forward(model, x)
 
 
 class LoadedWide(Reference):
@@ -419,15 +428,6 @@ class Dense(Reference):
         return super().claims() | {"memory"}
 
 
-def _named(name: str, backend: type[Reference]) -> Any:
-    def make() -> Reference:
-        made = backend()
-        made.name = name
-        return made
-
-    return make
-
-
 _KERAS = "keras.layers.SpectralNormalization and most spectral norms of peers"
 
 _TABLE: tuple[tuple[str, FamilyName, type[Reference], str], ...] = (
@@ -485,5 +485,5 @@ _TABLE: tuple[tuple[str, FamilyName, type[Reference], str], ...] = (
 )
 
 MUTANTS: tuple[Mutant, ...] = tuple(
-    Mutant(name, family, _named(name, backend), seen_in) for name, family, backend, seen_in in _TABLE
+    named(name, family, backend, seen_in=seen_in) for name, family, backend, seen_in in _TABLE
 )

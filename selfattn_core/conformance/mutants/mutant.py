@@ -8,7 +8,7 @@ from selfattn_core.conformance.mutants.edits import edited_spec
 from selfattn_core.conformance.protocol import Backend
 from selfattn_core.conformance.reference import Reference
 
-__all__ = ["Mutant", "edited"]
+__all__ = ["Mutant", "edited", "named"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,31 @@ class Mutant:
     raises: bool = False
 
 
+def named(
+    name: str, family: FamilyName, make: Callable[[], Reference], *, seen_in: str = "", raises: bool = False
+) -> Mutant:
+    """A mutant whose backend has the name of its bug.
+
+    Args:
+        name: the name of the bug.
+        family: as for `Mutant`.
+        make: makes the backend, such as its class.
+        seen_in: where the bug was published.
+        raises: as for `Mutant`.
+
+    Example:
+        >>> named("none", "forward", Reference).make().name
+        'none'
+    """
+
+    def make_named() -> Backend:
+        backend = make()
+        backend.name = name
+        return backend
+
+    return Mutant(name, family, make_named, seen_in, raises)
+
+
 def edited(
     name: str, family: FamilyName, *edits: tuple[str, str], seen_in: str = "", raises: bool = False
 ) -> Mutant:
@@ -47,10 +72,4 @@ def edited(
         >>> mutant.make().name
         'residual dropped'
     """
-
-    def make() -> Backend:
-        backend = Reference(edited_spec(name, edits))
-        backend.name = name
-        return backend
-
-    return Mutant(name, family, make, seen_in, raises)
+    return named(name, family, lambda: Reference(edited_spec(name, edits)), seen_in=seen_in, raises=raises)

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from selfattn_core.arrays import Array
 from selfattn_core.conformance.cases.families import FamilyName
-from selfattn_core.conformance.mutants.mutant import Mutant
+from selfattn_core.conformance.mutants.behaviour import KnowsItsForms
+from selfattn_core.conformance.mutants.mutant import Mutant, named
 from selfattn_core.conformance.protocol import METHODS, Ability
 from selfattn_core.conformance.reference import Model, Reference
 
@@ -56,17 +58,8 @@ class ComputesInFloat32(Reference):
         setattr(self, method, wrong)
 
 
-class CompiledInFloat32(Reference):
+class CompiledInFloat32(KnowsItsForms):
     """Only the compiled form computes in float32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forms: list[Model] = []
-
-    def compiled(self, model: Model) -> Model:
-        form = replace(model)
-        self.forms.append(form)
-        return form
 
     def forward(self, model: Model, x: Array) -> Array:
         return np.asarray(_as(model.params["gamma"].dtype, super().forward(self._computing(model), x)))
@@ -76,7 +69,7 @@ class CompiledInFloat32(Reference):
         return {name: array.astype(model.params["gamma"].dtype) for name, array in found.items()}
 
     def _computing(self, model: Model) -> Model:
-        return _narrow(model) if any(form is model for form in self.forms) else model
+        return _narrow(model) if self.is_compiled(model) else model
 
 
 class LoadedInFloat32(Reference):
@@ -95,26 +88,6 @@ def _normalised(model: Model) -> bool:
     return model.config.spectral_norm
 
 
-def _mutant(family: FamilyName, ability: Ability, where: Condition, of: str) -> Mutant:
-    name = f"float64 computed in float32 in {of}"
-
-    def make() -> Reference:
-        made = ComputesInFloat32(ability, where)
-        made.name = name
-        return made
-
-    return Mutant(name, family, make)
-
-
-def _named(name: str, family: FamilyName, backend: type[Reference]) -> Mutant:
-    def make() -> Reference:
-        made = backend()
-        made.name = name
-        return made
-
-    return Mutant(name, family, make)
-
-
 _TABLE: tuple[tuple[FamilyName, Ability, Condition, str], ...] = (
     ("map", "map", _plain, "the map"),
     ("vjp", "vjp", _plain, "the gradients"),
@@ -131,8 +104,11 @@ _TABLE: tuple[tuple[FamilyName, Ability, Condition, str], ...] = (
 )
 
 MUTANTS: tuple[Mutant, ...] = (
-    *(_mutant(*row) for row in _TABLE),
-    _named("float64 computed in float32 in the compiled form", "compiled", CompiledInFloat32),
-    _named("float64 kept in float32 in a file", "saved", LoadedInFloat32),
+    *(
+        named(f"float64 computed in float32 in {of}", family, partial(ComputesInFloat32, ability, where))
+        for family, ability, where, of in _TABLE
+    ),
+    named("float64 computed in float32 in the compiled form", "compiled", CompiledInFloat32),
+    named("float64 kept in float32 in a file", "saved", LoadedInFloat32),
 )
 """One for each ability. `behaviour` has the one of the output."""

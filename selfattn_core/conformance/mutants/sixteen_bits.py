@@ -6,6 +6,7 @@ larger than those of correct backends, so that no limit can separate them.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
@@ -13,8 +14,7 @@ from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.inputs import rounded
 from selfattn_core.conformance.mutants.edits import edited_spec
-from selfattn_core.conformance.mutants.mutant import Mutant, edited
-from selfattn_core.conformance.protocol import Backend
+from selfattn_core.conformance.mutants.mutant import Mutant, edited, named
 from selfattn_core.conformance.reference import Model, Reference
 
 __all__ = ["MUTANTS", "InBfloat16", "in_bfloat16"]
@@ -100,13 +100,7 @@ def in_bfloat16(name: str, *edits: tuple[str, str], seen_in: str = "") -> Mutant
         edits: as for `edited`.
         seen_in: where the bug was published.
     """
-
-    def make() -> Backend:
-        backend = InBfloat16(*edits)
-        backend.name = name
-        return backend
-
-    return Mutant(name, "dtype", make, seen_in)
+    return named(name, "dtype", partial(InBfloat16, *edits), seen_in=seen_in)
 
 
 MUTANTS: tuple[Mutant, ...] = (

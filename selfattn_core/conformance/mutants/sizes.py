@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from selfattn_core.arrays import Array
-from selfattn_core.conformance.cases.families import FamilyName
-from selfattn_core.conformance.mutants.mutant import Mutant, edited
+from selfattn_core.conformance.mutants.mutant import Mutant, edited, named
 from selfattn_core.conformance.reference import Model, Reference
 
 __all__ = ["MUTANTS"]
@@ -74,19 +73,10 @@ class SecondDerivativesCut(Reference):
         return found | {name: rows.reshape(found[name].shape)}
 
 
-def _named(name: str, family: FamilyName, backend: type[Reference]) -> Mutant:
-    def make() -> Reference:
-        made = backend()
-        made.name = name
-        return made
-
-    return Mutant(name, family, make)
-
-
-_TURNED = _named("square gradients turned", "vjp", SquareGradientsTurned)
+_TURNED = named("square gradients turned", "vjp", SquareGradientsTurned)
 
 MUTANTS: tuple[Mutant, ...] = (
-    _named("square maps turned", "forward", SquaresTurned),
+    named("square maps turned", "forward", SquaresTurned),
     _TURNED,
     replace(_TURNED, name="square gradients of R1 turned", family="r1"),
     replace(_TURNED, name="square second derivatives turned", family="mixed"),
@@ -169,7 +159,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     edited("only the first 16 samples attend", "large", (_O, f"{_O}; self.o[16:] = 0")),
     edited("only the first 64 samples attend", "large", (_O, f"{_O}; self.o[64:] = 0")),
-    _named("kernel gradients of the first 64 samples", "large", FirstSamplesOnly),
-    _named("second derivatives of the first 2,048 positions", "large", SecondDerivativesCut),
+    named("kernel gradients of the first 64 samples", "large", FirstSamplesOnly),
+    named("second derivatives of the first 2,048 positions", "large", SecondDerivativesCut),
 )
 """Those of the family "large" need its sizes. The others need a map that is square, or 16 positions."""

@@ -9,7 +9,7 @@ from selfattn_core import spec
 from selfattn_core.arrays import Array
 from selfattn_core.config import SelfAttentionConfig
 from selfattn_core.conformance.cases.families import FamilyName
-from selfattn_core.conformance.mutants.mutant import Mutant, edited
+from selfattn_core.conformance.mutants.mutant import Mutant, edited, named
 from selfattn_core.conformance.reference import Model, Reference
 from selfattn_core.params import fold_spectral_norm, init_params, projections
 
@@ -72,8 +72,8 @@ class IteratesInEvaluation(Reference):
         return super().forward(replace(model, params=spec.power_iteration(model.config, model.params)), x)
 
 
-class MovesInEvaluation(Reference):
-    """Stores the state outside the model, as a layer does, and moves it at every call."""
+class KnowsItsWeights(Reference):
+    """Holds the weights and the state of the layer that it built last, outside the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,6 +83,10 @@ class MovesInEvaluation(Reference):
         model = super().build(*arguments)
         self.held = dict(model.params)
         return model
+
+
+class MovesInEvaluation(KnowsItsWeights):
+    """Moves the state at every call."""
 
     def forward(self, model: Model, x: Array) -> Array:
         y = super().forward(replace(model, params=self.held), x)
@@ -135,37 +139,19 @@ class StateAsBefore(Reference):
         return self.vjp(model, x, dy)
 
 
-class BeginsAnew(Reference):
+class BeginsAnew(KnowsItsWeights):
     """Every training pass starts from the state that the layer was built with."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first: dict[str, Array] = {}
-
-    def build(self, *arguments: Any) -> Model:
-        model = super().build(*arguments)
-        self.first = dict(model.params)
-        return model
-
     def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
-        model.params.update(self.first)
+        model.params.update(self.held)
         return super().training_pass(model, x)
 
 
-class KeepsTheNorm(Reference):
+class KeepsTheNorm(KnowsItsWeights):
     """Computes in evaluation with the norm of the state that the layer was built with."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first: dict[str, Array] = {}
-
-    def build(self, *arguments: Any) -> Model:
-        model = super().build(*arguments)
-        self.first = dict(model.params)
-        return model
-
     def forward(self, model: Model, x: Array) -> Array:
-        return super().forward(replace(model, params=self.first), x)
+        return super().forward(replace(model, params=self.held), x)
 
     def training_pass(self, model: Model, x: Array) -> dict[str, Array]:
         model.params.update(spec.power_iteration(model.config, model.params))
@@ -255,15 +241,6 @@ _TABLE: tuple[tuple[str, type[Reference], str], ...] = (
 )
 
 
-def _named(name: str, backend: type[Reference], seen_in: str) -> Mutant:
-    def make() -> Reference:
-        made = backend()
-        made.name = name
-        return made
-
-    return Mutant(name, _FAMILY, make, seen_in)
-
-
 MUTANTS: tuple[Mutant, ...] = (
     edited(
         "norm detached from the gradient",
@@ -309,5 +286,5 @@ MUTANTS: tuple[Mutant, ...] = (
         ("self.store(kernel / sigma)", "self.store(kernel / (sigma if self.dtype.itemsize > 2 else 1))"),
     ),
     edited("kernels not normalised", _FAMILY, ("self.store(kernel / sigma)", "self.store(kernel)")),
-    *(_named(*row) for row in _TABLE),
+    *(named(name, _FAMILY, backend, seen_in=seen_in) for name, backend, seen_in in _TABLE),
 )
