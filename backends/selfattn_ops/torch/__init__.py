@@ -15,7 +15,13 @@ import torch  # noqa: E402 - the message above must come first
 from selfattn_ops.blocks import SCORE_BUDGET, check_block_size, check_operands  # noqa: E402
 from selfattn_ops.torch.autograd import attend_in_blocks  # noqa: E402
 from selfattn_ops.torch.compiled import attend_op  # noqa: E402
-from selfattn_ops.torch.dense import dense_attention, dense_output, dense_transposed, is_autocast  # noqa: E402
+from selfattn_ops.torch.dense import (  # noqa: E402
+    dense_attention,
+    dense_output,
+    dense_transposed,
+    is_autocast,
+    is_forward_mode,
+)
 from selfattn_ops.torch.kept import attend_kept, is_kept  # noqa: E402
 
 __all__ = ["attend", "attend_transposed", "attend_with_map"]
@@ -102,14 +108,13 @@ def attend_transposed(
     """
     batch, _, rows = query.shape
     keys = key.shape[2]
-    operands = (operand.transpose(-2, -1) for operand in (query, key, value))
-    if not (torch.compiler.is_compiling() or _must_be_plain(query, compiling=False)) and _is_in_one_block(
-        batch, rows, keys, block_size
+    if (
+        not (torch.compiler.is_compiling() or _must_be_plain(query, compiling=False))
+        and _is_in_one_block(batch, rows, keys, block_size)
+        and not (is_autocast(query) or is_kept(query, batch * rows * keys))
     ):
-        if is_kept(query, batch * rows * keys):
-            return attend_kept(*operands).transpose(-2, -1)
-        if not is_autocast(query):
-            return dense_transposed(query, key, value)
+        return dense_transposed(query, key, value)
+    operands = (operand.transpose(-2, -1) for operand in (query, key, value))
     return attend(*operands, block_size=block_size).transpose(-2, -1)
 
 
@@ -158,7 +163,7 @@ def _must_be_plain(query: torch.Tensor, *, compiling: bool) -> bool:
     return (
         torch.compiler.is_exporting()
         or torch._C._are_functorch_transforms_active()  # noqa: SLF001
-        or torch.autograd.forward_ad._current_level >= 0  # noqa: SLF001
+        or is_forward_mode()
     )
 
 

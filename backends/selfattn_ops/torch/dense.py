@@ -15,6 +15,7 @@ __all__ = [
     "dense_tangent",
     "dense_transposed",
     "is_autocast",
+    "is_forward_mode",
     "pushed",
 ]
 
@@ -36,13 +37,13 @@ def dense_attention(
 def dense_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The output for a small map, in eager mode and without autocast. Scores that cannot count are raised."""
     multiply = _product(query)
-    attention = _owned_softmax(raised(_scores(multiply, query, key.transpose(-2, -1))), value.dtype)
+    attention = _softmax(raised(_scores(multiply, query, key.transpose(-2, -1))), value.dtype, owned=True)
     return multiply(attention, value)
 
 
 def dense_transposed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """`dense_output` (B, Dv, N) for query (B, Dk, N), key (B, Dk, M) and value (B, Dv, M)."""
-    attention = _owned_softmax(raised(_scores(torch.bmm, query.transpose(1, 2), key)), value.dtype)
+    attention = _softmax(raised(_scores(torch.bmm, query.transpose(1, 2), key)), value.dtype, owned=True)
     if attention.requires_grad:
         # The derivative of the other product is a transposed dA, for which torch's softmax takes twice the time.
         return torch.bmm(attention, value.transpose(1, 2)).transpose(1, 2)
@@ -58,17 +59,13 @@ def _scores(multiply: Product, query: torch.Tensor, key: torch.Tensor) -> torch.
     return multiply(query.to(arithmetic), key.to(arithmetic))
 
 
-def _softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    attention = torch.softmax(scores, -1)
+def _softmax(scores: torch.Tensor, dtype: torch.dtype, *, owned: bool = False) -> torch.Tensor:
+    """The map. If nobody else has the scores, and nothing is differentiated, it takes their memory."""
+    if owned and not (scores.requires_grad or is_forward_mode()):
+        attention = torch.softmax(scores, -1, out=scores)
+    else:
+        attention = torch.softmax(scores, -1)
     return attention if attention.dtype == dtype else attention.to(dtype)
-
-
-def _owned_softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The softmax of scores that nobody else has, in their memory if nothing is differentiated."""
-    if not (scores.requires_grad or torch.autograd.forward_ad._current_level >= 0):  # noqa: SLF001
-        torch.softmax(scores, -1, out=scores)
-        return scores if scores.dtype == dtype else scores.to(dtype)
-    return _softmax(scores, dtype)
 
 
 def _product(operand: torch.Tensor) -> Product:
@@ -81,6 +78,11 @@ def is_autocast(tensor: torch.Tensor) -> bool:
         return torch.is_autocast_enabled("cpu")
     # torch cannot answer this for the meta device.
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
+def is_forward_mode() -> bool:
+    """Whether forward mode is on, so that tensors may have tangents."""
+    return torch.autograd.forward_ad._current_level >= 0  # noqa: SLF001
 
 
 def dense_tangent(*operands: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from selfattn_ops.torch.autograd import attend_backward, is_batched
 from selfattn_ops.torch.blocks import softmax_backward
-from selfattn_ops.torch.dense import is_autocast
+from selfattn_ops.torch.dense import is_autocast, is_forward_mode
 from selfattn_ops.torch.peaked import raised
 from selfattn_ops.torch.products import arithmetic_of, factor_of
 
@@ -28,8 +28,8 @@ def is_kept(query: torch.Tensor, scores: int) -> bool:
         query: the query.
         scores: the numbers of all maps.
     """
-    # A tangent of forward mode would need a rule of its own.
-    if torch.autograd.forward_ad._current_level >= 0:  # noqa: SLF001
+    # A tangent would need a rule of its own.
+    if is_forward_mode():
         return False
     if is_autocast(query):
         return True
