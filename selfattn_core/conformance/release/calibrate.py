@@ -96,11 +96,8 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 def added_runs() -> list[Run]:
     """The calibrated runs that the last measurement of all backends did not ask."""
     asked = set(kept_results()["asked"])
-    return [
-        run
-        for run, name in zip(calibrated_runs(), names_of(calibrated_runs()), strict=True)
-        if name not in asked
-    ]
+    runs = calibrated_runs()
+    return [run for run, name in zip(runs, names_of(runs), strict=True) if name not in asked]
 
 
 def policy() -> dict[str, dict[str, float]]:
