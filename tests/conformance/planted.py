@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -500,6 +501,23 @@ class RightInOneProcess(Reference):
     def forward(self, model, x):
         y = super().forward(model, x)
         return y if self.first else 2 * x - y
+
+
+class OverProcesses(Reference):
+    """Right while it has its processes, and wrong without them."""
+
+    has_processes = False
+
+    @contextmanager
+    def over(self, processes):
+        assert processes is None
+        self.has_processes = True
+        yield
+        self.has_processes = False
+
+    def forward(self, model, x):
+        y = super().forward(model, x)
+        return y if self.has_processes else y + 1
 
 
 class DiesOfRows(Reference):

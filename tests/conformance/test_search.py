@@ -231,6 +231,12 @@ def test_what_only_another_process_shows_is_told(on_path, tmp_path, monkeypatch,
     assert not report.passed
 
 
+def test_a_backend_has_its_processes(on_path):
+    report = search_backend("planted:OverProcesses", tokens=[to_token(Probe())])
+    assert report.search is not None, report.error
+    assert report.search.findings == ()
+
+
 def test_the_right_layer_is_left_alone(on_path, patient):
     report = search_backend("planted:Right", seconds=5 * PATIENCE)
     assert report.search is not None

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from selfattn_core.arrays import Array
 from selfattn_core.conformance.backends import NotABackendError, resolve
 from selfattn_core.conformance.execution.devices import DeviceAbsentError, DeviceUnknownError
-from selfattn_core.conformance.execution.worker import on_device
+from selfattn_core.conformance.execution.worker import on_device, over_processes
 from selfattn_core.conformance.protocol import Claims, declined
 from selfattn_core.conformance.search.asking import MalformedError, ask_steps
 from selfattn_core.conformance.search.drawing import searched_claims
@@ -41,6 +41,7 @@ def main(target: str, device: str) -> None:
         try:
             backend = resolve(target)
             name, about = on_device(backend, device, stack)
+            over_processes(backend, None, stack)
             claims = searched_claims(backend)
             ready: dict[str, Any] = {
                 "event": "ready",
