@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from selfattn_core.conformance.backends import REGISTRY, is_target
+from selfattn_core.conformance.backends import KNOWN, is_target
 from selfattn_core.conformance.cases.case import Run
 from selfattn_core.conformance.cases.families import LEVELS
 from selfattn_core.conformance.cases.table import all_runs
@@ -98,10 +98,10 @@ def pytest_collection_modifyitems(
 ) -> None:
     """Add the items of each backend."""
     names = list(dict.fromkeys(config.getoption("selfattn_backend")))
-    if unknown := [name for name in names if name not in REGISTRY and not is_target(name)]:
+    if unknown := [name for name in names if name not in KNOWN and not is_target(name)]:
         raise pytest.UsageError(
             f"--selfattn-backend {', '.join(unknown)}: expected module:object, for example "
-            f"my_package.mine:Backend, or one of {', '.join(REGISTRY)}."
+            f"my_package.mine:Backend, or one of {', '.join(KNOWN)}."
         )
     devices = config.getoption("selfattn_device")
     if len(devices) > 1:

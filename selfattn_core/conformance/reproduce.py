@@ -22,7 +22,8 @@ def run_case(backend: Backend | str, case: str, *, seed: int = 0, device: str = 
     `selfattn conform`.
 
     Args:
-        backend: an object with the methods of `Backend`, a name in `REGISTRY`, or "module:object".
+        backend: an object with the methods of `Backend`, a name in `KNOWN`, or "module:object". An object that
+            computes over several processes is inside its `over` already.
         case: the name of a case or run: "SA-FWD-001", "SA-FWD-001/float32" or "SA-FWD-001/float32/channels_last".
         seed: the seed of the random inputs.
         device: the device to compute on. Only a named backend accepts one: an object computes where it is.

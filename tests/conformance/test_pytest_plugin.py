@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from selfattn_core.conformance.backends import KNOWN
 from selfattn_core.conformance.cases.table import all_runs
 from selfattn_core.conformance.search.probe import Probe, Step
 from selfattn_core.conformance.search.token import to_token
@@ -159,6 +160,14 @@ def test_wrong_options_are_told_at_once(theirs):
         negative = run_pytest(theirs, "--selfattn-seed", seed)
         assert negative.returncode == 4
         assert f"got {seed!r}, expected a whole number that is not negative" in negative.stderr
+
+
+def test_every_backend_with_a_name_is_known(theirs):
+    named = [part for name in KNOWN for part in ("--selfattn-backend", name)]
+    result = run_pytest(theirs, "--collect-only", "-q", "-k", "SA-FWD-001/float64", *named)
+    assert result.returncode == 0, result.stderr
+    for name in KNOWN:
+        assert f"{name}::SA-FWD-001/float64/channels_last" in result.stdout
 
 
 def test_without_a_backend_it_changes_nothing(theirs):

@@ -31,7 +31,7 @@ def search_backend(
     """Search a backend for failures, or repeat what an earlier search found.
 
     Args:
-        name: a name in `REGISTRY`, or "module:object" for another backend.
+        name: a name in `KNOWN`, or "module:object" for another backend.
         seed: the seed of the search.
         seconds: the time of the search.
         tokens: tokens to replay. With tokens nothing else is asked.
